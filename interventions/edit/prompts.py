@@ -1,0 +1,116 @@
+"""Edits as tokens: where the subject ends, where the target begins, and the contexts put before a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interventions.anatomy import module_device
+from interventions.types import Edit, InterventionError
+
+CONTEXT_OPENINGS = ("The", "Therefore", "Because", "I", "You")
+"""Words that the model continues by itself to make contexts (Meng et al., 2023)."""
+_TOP_K = 5
+
+
+@dataclass(frozen=True)
+class TokenisedPrompt:
+    """One text: its tokens, the subject's last token, and how many tokens at the end are the target."""
+
+    ids: tuple[int, ...]
+    subject_end: int
+    target_length: int = 0
+
+
+def check_edits(edits: Sequence[Edit]) -> None:
+    """Raise InterventionError, naming the record, for edits that cannot be made."""
+    if not edits:
+        raise InterventionError("no edits given: an editing method needs at least one")
+    for number, edit in enumerate(edits):
+        if not edit.subject.strip():
+            raise InterventionError(f"edit {number} ({edit.prompt!r}): the subject is empty")
+        if edit.subject not in edit.prompt:
+            raise InterventionError(
+                f"edit {number}: the subject {edit.subject!r} is not in its prompt {edit.prompt!r}"
+            )
+        if not edit.target.strip():
+            raise InterventionError(f"edit {number} ({edit.prompt!r}): the target is empty")
+
+
+def tokenise(tokenizer: Any, edit: Edit, context: str = "", *, with_target: bool = False) -> TokenisedPrompt:
+    """Tokenise `context` + the edit's prompt, and its target after a space if asked for.
+
+    The subject's first occurrence in the prompt counts. Raises InterventionError if the tokenizer
+    cannot tell which characters a token covers, or gives the target no token of its own.
+    """
+    prompt = context + edit.prompt
+    text = f"{prompt} {edit.target.strip()}" if with_target else prompt
+    if not getattr(tokenizer, "is_fast", False):
+        raise InterventionError(
+            f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer"
+        )
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    begin = len(context) + edit.prompt.index(edit.subject)
+    end = begin + len(edit.subject)
+    # A byte-level token may carry the space before its word: overlap decides, not equality.
+    within = [
+        place for place, (start, stop) in enumerate(offsets) if start < end and stop > begin and stop > start
+    ]
+    if not within:
+        raise InterventionError(f"no token of {prompt!r} covers the subject {edit.subject!r}")
+    target_length = 0
+    if with_target:
+        target_length = sum(1 for start, stop in offsets if stop > start and stop > len(prompt))
+        if target_length == 0 or offsets[-1][1] != len(text):
+            raise InterventionError(
+                f"the target {edit.target!r} has no token of its own at the end of {text!r}"
+            )
+    return TokenisedPrompt(tuple(ids), within[-1], target_length)
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `rows` as input ids and attention mask, both (rows, longest) int64, padded on the right."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return an id to pad with; masked out, so any will do where the tokenizer has none."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+
+
+@torch.no_grad()
+def sample_contexts(
+    model: nn.Module, tokenizer: Any, lengths: Sequence[int], per_length: int, generator: torch.Generator
+) -> list[str]:
+    """Let the model continue the opening words, `per_length` times for each length, in tokens.
+
+    Each text ends in ". ", ready to stand before a prompt. Sampled from the five likeliest tokens.
+    """
+    device = module_device(model)
+    contexts = []
+    for length in lengths:
+        for number in range(per_length):
+            opening = CONTEXT_OPENINGS[number % len(CONTEXT_OPENINGS)]
+            ids = tokenizer(opening, return_tensors="pt", verbose=False)["input_ids"].to(device)
+            written, cache = ids, None
+            for _ in range(length):
+                output = model(input_ids=written, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                values, tokens = output.logits[0, -1].float().topk(_TOP_K)
+                choice = torch.multinomial(values.softmax(dim=0).cpu(), 1, generator=generator)
+                written = tokens[choice.to(device)].reshape(1, 1)
+                ids = torch.cat([ids, written], dim=1)
+            contexts.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip() + ". ")
+    return contexts

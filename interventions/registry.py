@@ -1,0 +1,80 @@
+"""The table of interventions: a name, its category, where its settings and its function live.
+
+Targets are resolved only when asked for, so that looking a name up imports no torch.
+Other packages add theirs through the entry-point group `lmcompose.interventions`, whose
+entries name a `Method`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from interventions.types import Category
+
+ENTRY_POINT_GROUP = "lmcompose.interventions"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One intervention. `settings` and `function` are `module:attribute` targets."""
+
+    name: str
+    category: Category
+    settings: str
+    function: str
+
+    def settings_type(self) -> type:
+        """Return the frozen settings dataclass (its module imports no torch)."""
+        return _resolve(self.settings)  # type: ignore[no-any-return]
+
+    def load(self) -> Callable[..., dict[str, Any]]:
+        """Return the function `f(model, tokenizer, settings, resources, context) -> details`."""
+        return _resolve(self.function)  # type: ignore[no-any-return]
+
+
+BUILT_IN = (
+    Method("memit", "edit", "interventions.edit.settings:MemitSettings", "interventions.edit.memit:memit"),
+    Method(
+        "awq", "compress", "interventions.compress.settings:AwqSettings", "interventions.compress.awq:awq"
+    ),
+)
+
+
+class UnknownMethod(ValueError):
+    """A name that no intervention has; the message lists near names."""
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """Return every known intervention by name, built-in ones first."""
+    table = {method.name: method for method in BUILT_IN}
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        method = entry.load()
+        if method.name in table:
+            raise ValueError(f"entry point {entry.value!r} redefines the intervention {method.name!r}")
+        table[method.name] = method
+    return table
+
+
+def find_method(name: str) -> Method:
+    """Return the intervention called `name`.
+
+    Raises UnknownMethod, with near names and the full list, if there is none.
+    """
+    table = methods()
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise UnknownMethod(f"unknown intervention {name!r}.{hint} Known: {', '.join(sorted(table))}.")
+
+
+def _resolve(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)

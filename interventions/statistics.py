@@ -1,0 +1,159 @@
+"""What the inputs of linear layers look like on some text: one pass, shared by all methods.
+
+GPTQ and SparseGPT read the Gram matrix as Hessian, Wanda its diagonal, AWQ the mean absolute
+value, MEMIT the second moment at the MLP output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interventions.anatomy import Linear, module_device
+from interventions.modes import keep_modes
+from interventions.types import InterventionError
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the tokens that reached a linear layer of input width d."""
+
+    gram: Tensor
+    """(d, d) float32: the sum of x x^T."""
+    abs_sum: Tensor
+    """(d,) float32: the sum of |x|."""
+    count: int
+    """Tokens, padding left out."""
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | None = None) -> InputStatistics:
+        return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device), 0)
+
+    def add_(self, x: Tensor) -> None:
+        """Add tokens `x` of shape (n, d), in float32."""
+        x = x.detach().float()
+        self.gram.addmm_(x.t(), x)
+        self.abs_sum.add_(x.abs().sum(dim=0))
+        self.count += x.shape[0]
+
+    def second_moment(self) -> Tensor:
+        """Return the mean of x x^T, (d, d) float32."""
+        return self.gram / self.count
+
+    def mean_abs(self) -> Tensor:
+        """Return the mean of |x|, (d,) float32."""
+        return self.abs_sum / self.count
+
+
+def token_batches(
+    tokenizer: Any, texts: Sequence[str], *, max_tokens: int, batch_size: int, max_texts: int | None = None
+) -> list[Batch]:
+    """Tokenise the first `max_texts` texts, cut each to `max_tokens`, batch them by length.
+
+    Each batch has `input_ids` and `attention_mask`, both (batch, longest) int64, padded on the
+    right; longest batches come first, so that a lack of memory shows at once. The tokenizer's own
+    padding and truncation settings are neither used nor changed.
+    """
+    if isinstance(texts, str):
+        raise InterventionError("texts must be a sequence of strings, not one string")
+    chosen = list(texts if max_texts is None else texts[:max_texts])
+    if not chosen:
+        raise InterventionError("no text to read: give at least one calibration text")
+    rows = []
+    for index, text in enumerate(chosen):
+        ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"] if text.strip() else []
+        if not ids:
+            raise InterventionError(f"text {index} is empty: remove it from the calibration texts")
+        rows.append(ids[:max_tokens])
+    rows.sort(key=len, reverse=True)  # stable, so the order is the same in every run
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id or 0  # masked out in any case
+    return [_pad(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
+
+
+def _pad(rows: list[list[int]], pad: int) -> Batch:
+    width = len(rows[0])
+    input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+class _SeenEnough(Exception):
+    """Ends a forward pass once every wanted input has been seen."""
+
+
+class _Collector:
+    """Hooks that add what reaches the linears to their sums."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.linears = linears
+        self.sums: dict[str, InputStatistics] = {}
+        self.mask = torch.empty(0)
+        self.waiting: set[str] = set()
+        self.last: tuple[Tensor | None, str] = (None, "")
+
+    def begin(self, mask: Tensor) -> None:
+        self.mask = mask.reshape(-1).bool()
+        self.waiting = {linear.name for linear in self.linears}
+        self.last = (None, "")
+
+    def hook(self, linear: Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x: Tensor = arguments[0]
+            last, name = self.last
+            if x is last:  # q, k and v, or gate and up: one sum serves all
+                self.sums[linear.name] = self.sums[name]
+            else:
+                sums = self.sums.setdefault(linear.name, InputStatistics.zeros(x.shape[-1], x.device))
+                sums.add_(x.reshape(-1, x.shape[-1])[self.mask.to(x.device)])
+                self.last = (x, linear.name)
+            self.waiting.discard(linear.name)
+            if not self.waiting:
+                raise _SeenEnough
+
+        return see
+
+
+@torch.no_grad()
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    linears: Sequence[Linear],
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, InputStatistics]:
+    """Run `model` over `batches` and return the input statistics of `linears` by name.
+
+    Linears that read the very same tensor share one InputStatistics object. The forward pass ends
+    at the last wanted layer; padding does not count. The model is left as it was.
+    """
+    if not linears:
+        return {}
+    collector = _Collector(linears)
+    handles = [linear.module.register_forward_pre_hook(collector.hook(linear)) for linear in linears]
+    device = module_device(model)
+    try:
+        with keep_modes(model):
+            for number, batch in enumerate(batches, start=1):
+                collector.begin(batch["attention_mask"])
+                try:
+                    model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+                except _SeenEnough:
+                    pass
+                else:
+                    raise InterventionError(f"no input reached {', '.join(sorted(collector.waiting))}")
+                if progress is not None:
+                    progress(f"statistics: batch {number}")
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not collector.sums:
+        raise InterventionError("no batch of text to collect statistics from")
+    return {linear.name: collector.sums[linear.name] for linear in linears}

@@ -1,0 +1,220 @@
+"""Apply one intervention to a model, in place, and hold it to its promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interventions.anatomy import module_device
+from interventions.modes import keep_modes
+from interventions.registry import Method, find_method
+from interventions.types import Edit, InterventionError, Resources, StepReport
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may use of the run around it."""
+
+    seed: int = 0
+    progress: Callable[[str], None] = _silent
+    """Takes one line about what is going on."""
+    warn: Callable[[str], None] = _silent
+    """Takes a sentence that belongs in the report: a fall-back, a layer left out."""
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a new CPU generator whose seed depends on the run's seed and `purpose` alone."""
+        digest = hashlib.sha256(f"{self.seed}\n{purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def apply(
+    model: nn.Module,
+    tokenizer: Any,
+    method: str,
+    settings: Any = None,
+    *,
+    resources: Resources | None = None,
+    edits: Sequence[Edit] | None = None,
+    calibration: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> StepReport:
+    """Apply the intervention named `method` to `model`, in place, and report what it did.
+
+    `settings` is an instance of the method's settings dataclass (None: its defaults), of which
+    `overrides` replace single values. `edits` and `calibration` take the place of those in
+    `resources`.
+
+    Only weights change: dtypes, shapes and names of the parameters, train mode, KV cache flag,
+    requires_grad flags and the tokenizer are as before; gradients are dropped. If anything goes
+    wrong, an interrupt included, the weights are exactly what they were and the exception passes on.
+
+    Raises InterventionError if the step changed no weight, left a NaN or infinity in one, or
+    broke another of these promises; UnknownMethod for a name that no intervention has.
+    """
+    chosen = find_method(method)
+    complete = _complete_settings(chosen, settings, overrides)
+    given = _complete_resources(resources, edits, calibration)
+    warnings: list[str] = []
+    context = Context(seed, progress or _silent, warnings.append)
+    function = chosen.load()
+    before = _Weights(model)
+    device = module_device(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    try:
+        with keep_modes(model), _keep_tokenizer(tokenizer):
+            details = function(model, tokenizer, complete, given, context)
+        seconds = time.perf_counter() - start
+        changed = before.changed(model, method)
+        details = _plain(details, method)
+    except BaseException:
+        before.restore()
+        raise
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
+    return StepReport(
+        method=method,
+        settings=dataclasses.asdict(complete),
+        changed=changed,
+        details=details,
+        warnings=tuple(warnings),
+        seconds=seconds,
+        peak_memory_bytes=_peak_memory(device),
+    )
+
+
+def _complete_settings(method: Method, settings: Any, overrides: dict[str, Any]) -> Any:
+    kind = method.settings_type()
+    if settings is None:
+        settings = kind()
+    elif not isinstance(settings, kind):
+        raise InterventionError(
+            f"{method.name}: settings must be {kind.__name__}, not {type(settings).__name__}; "
+            "single settings may be given by name"
+        )
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise InterventionError(
+                f"{method.name} has no setting {name!r}.{hint} Known: {', '.join(known)}."
+            )
+    return dataclasses.replace(settings, **overrides)
+
+
+def _complete_resources(
+    resources: Resources | None, edits: Sequence[Edit] | None, calibration: Sequence[str] | None
+) -> Resources:
+    given = resources or Resources()
+    if edits is not None:
+        given = dataclasses.replace(given, edits=tuple(edits))
+    if isinstance(calibration, str):
+        raise InterventionError("calibration must be a sequence of texts, not one text")
+    if calibration is not None:
+        given = dataclasses.replace(given, calibration=tuple(calibration))
+    return given
+
+
+class _Weights:
+    """A host copy of a model's parameters, and of where they stand."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.copies = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        # A method that swaps modules or parameters must be undone too.
+        self.places = [
+            (module, dict(module._modules), dict(module._parameters)) for module in model.modules()
+        ]
+
+    def changed(self, model: nn.Module, method: str) -> tuple[str, ...]:
+        """Return the names of the parameters whose values differ from the copy, sorted.
+
+        Raises InterventionError if there are none, or if a parameter's name, shape, dtype or
+        finiteness changed.
+        """
+        now = dict(model.named_parameters())
+        if now.keys() != self.copies.keys():
+            names = ", ".join(sorted(now.keys() ^ self.copies.keys())[:5])
+            raise InterventionError(f"{method} changed which parameters the model has: {names}")
+        for name, copy in self.copies.items():
+            if (now[name].shape, now[name].dtype) != (copy.shape, copy.dtype):
+                raise InterventionError(
+                    f"{method} turned {name} from {tuple(copy.shape)} {copy.dtype} "
+                    f"into {tuple(now[name].shape)} {now[name].dtype}"
+                )
+        changed = sorted(name for name, copy in self.copies.items() if not _equal(now[name], copy))
+        if not changed:
+            raise InterventionError(
+                f"{method} changed no weight; are its settings and its texts or edits as meant?"
+            )
+        broken = [name for name in changed if not bool(torch.isfinite(now[name]).all())]
+        if broken:
+            raise InterventionError(f"{method} left NaN or infinity in {', '.join(broken[:5])}")
+        return tuple(changed)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the parameters back where they stood, with the very values they had."""
+        for module, modules, parameters in self.places:
+            module._modules.clear()
+            module._modules.update(modules)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for name, parameter in self.parameters.items():
+            copy = self.copies[name]
+            if (parameter.shape, parameter.dtype) == (copy.shape, copy.dtype):
+                parameter.data.copy_(copy)
+            else:
+                parameter.data = copy.to(parameter.device)
+
+
+def _equal(parameter: Tensor, copy: Tensor) -> bool:
+    return torch.equal(parameter.detach(), copy.to(parameter.device))
+
+
+@contextmanager
+def _keep_tokenizer(tokenizer: Any) -> Iterator[None]:
+    names = ("padding_side", "truncation_side", "pad_token")
+    before = {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if getattr(tokenizer, name) != value:
+                setattr(tokenizer, name, value)
+
+
+def _plain(details: dict[str, Any], method: str) -> dict[str, Any]:
+    try:
+        json.dumps(details)
+    except TypeError as error:
+        raise InterventionError(f"{method}: the details it reports are not plain data: {error}") from error
+    return details
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

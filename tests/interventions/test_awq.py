@@ -1,0 +1,405 @@
+"""AWQ against a dense formulation written out here, and the promises of the step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from interventions import InterventionError, apply
+from interventions.anatomy import Block, LinearGroup, find_anatomy
+from interventions.compress.awq_search import clip_weight, mean_relative_magnitude, scales_of
+from interventions.compress.folding import fold_, gain_offset
+from interventions.compress.settings import AwqSettings
+from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+
+TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
+CUT = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def run(model: Any, tokenizer: Any, **settings: Any) -> Any:
+    """Apply AWQ to texts that all fill their row, so that the dense formulation needs no mask."""
+    defaults: dict[str, Any] = {"group_size": 16, "max_tokens": CUT, "search_tokens": None}
+    return apply(model, tokenizer, "awq", calibration=TEXTS, **defaults | settings)
+
+
+def ids_of(tokenizer: Any) -> Tensor:
+    return torch.tensor([tokenizer(text)["input_ids"][:CUT] for text in TEXTS])
+
+
+@torch.no_grad()
+def logits(model: Any, tokenizer: Any) -> Tensor:
+    return model(ids_of(tokenizer)).logits.float()  # type: ignore[no-any-return]
+
+
+# A dense formulation: no Gram matrix, no caught block, no shared code with the method.
+
+
+def dense_round(W: Tensor, bits: int, group_size: int) -> Tensor:
+    columns = []
+    for start in range(0, W.shape[1], group_size):
+        part = W[:, start : start + group_size]
+        low = part.min(dim=1, keepdim=True).values.clamp(max=0)
+        high = part.max(dim=1, keepdim=True).values.clamp(min=0)
+        step = (high - low) / (2**bits - 1)
+        zero = torch.round(-low / step)
+        columns.append(((torch.round(part / step) + zero).clamp(0, 2**bits - 1) - zero) * step)
+    return torch.cat(columns, dim=1)
+
+
+def dense_scales(ratio: float, x: Tensor, weights: list[Tensor], group_size: int, duo: bool) -> Tensor:
+    s = x.abs().mean(dim=0) ** ratio
+    if duo:
+        relative = []
+        for W in weights:
+            parts = [W[:, i : i + group_size].abs() for i in range(0, W.shape[1], group_size)]
+            relative.append(torch.cat([p / (p.max(dim=1, keepdim=True).values + 1e-6) for p in parts], dim=1))
+        s = s / (torch.cat(relative).mean(dim=0) ** (1 - ratio) + 1e-4)
+    s = s.clamp(min=1e-4)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def dense_clip(W: Tensor, x: Tensor, bits: int, group_size: int) -> tuple[Tensor, int]:
+    """Clip each group of each row at the best of ten thresholds; return also how many were clipped."""
+    clipped, shrunk = W.clone(), 0
+    for row in range(W.shape[0]):
+        for start in range(0, W.shape[1], group_size):
+            w, part = W[row, start : start + group_size], x[:, start : start + group_size]
+            limits = [w.abs().max() * (1 - i / 20) for i in range(10)]
+            candidates = torch.stack([w.clamp(-limit, limit) for limit in limits])
+            errors = (part @ (dense_round(candidates, bits, group_size) - w).t()).pow(2).mean(dim=0)
+            best = int(errors.argmin())
+            shrunk += best > 0
+            clipped[row, start : start + group_size] = candidates[best]
+    return clipped, shrunk
+
+
+@torch.no_grad()
+def dense_losses(
+    model: Any, ids: Tensor, group: LinearGroup, bits: int, group_size: int, duo: bool = True
+) -> list[float]:
+    """Run the whole float model with this group's weights rounded, for each of 20 ratios."""
+    kept: dict[str, Tensor] = {}
+
+    def keep_input(module: nn.Module, args: Any) -> None:
+        kept["x"] = args[0].reshape(-1, args[0].shape[-1])
+
+    def keep_output(module: nn.Module, args: Any, output: Any) -> None:
+        kept["y"] = output[0] if isinstance(output, tuple) else output
+
+    watched = group.scope or group.linears[0].module
+    handles = [
+        group.linears[0].module.register_forward_pre_hook(keep_input),
+        watched.register_forward_hook(keep_output),
+    ]
+    model(ids)
+    x, wanted = kept["x"].clone(), kept["y"].clone()
+    originals = [linear.weight.clone() for linear in group.linears]
+    losses = []
+    for step in range(20):
+        s = dense_scales(step / 20, x, originals, group_size, duo)
+        for linear, W in zip(group.linears, originals, strict=True):
+            linear.set_weight_(dense_round(W * s, bits, group_size) / s)
+        model(ids)
+        losses.append(float((kept["y"] - wanted).pow(2).mean()))
+    for linear, W in zip(group.linears, originals, strict=True):
+        linear.set_weight_(W)
+    for handle in handles:
+        handle.remove()
+    return losses
+
+
+def block_of(model: Any, index: int) -> Block:
+    return find_anatomy(model).blocks[index]
+
+
+@pytest.mark.parametrize("duo", [True, False])
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "llama-odd", "llama-bias", "gemma2", "opt", "gpt2"])
+def test_the_scale_chosen_is_the_best_of_all_twenty(family: str, duo: bool, tokenizer: Any) -> None:
+    model = tiny_model(family)
+    report = run(copied := copy.deepcopy(model), tokenizer, bits=3, duo_scaling=duo)
+    assert copied is not model
+    chosen = iter(report.details["groups"])
+    for block in find_anatomy(model).blocks:
+        for group in block.linear_groups:
+            found = next(chosen)
+            assert found["linears"] == [linear.name for linear in group.linears]
+            if group.previous is None:
+                assert found["ratio"] is None
+                continue
+            losses = dense_losses(model, ids_of(tokenizer), group, 3, 16, duo)
+            assert found["loss"] == pytest.approx(min(losses), rel=1e-3)
+            assert losses[round(found["ratio"] * 20)] == pytest.approx(min(losses), rel=1e-3)
+
+
+def errors_by_group(delta: Tensor, x: Tensor) -> Tensor:
+    parts = [x[:, i : i + 16] @ delta[:, i : i + 16].t() for i in range(0, delta.shape[1], 16)]
+    return torch.stack(parts).pow(2).mean(dim=1)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_scales_clipping_and_grids_reach_the_weights(clip: bool, tokenizer: Any) -> None:
+    """The written weights are round(clip(W s)) with s of the reported exponent, and nothing else."""
+    before = tiny_model("llama")
+    after = copy.deepcopy(before)
+    report = run(after, tokenizer, bits=3, clip=clip)
+    ratios = [group["ratio"] for group in report.details["groups"][:4]]
+    old, new = block_of(before, 0), block_of(after, 0)
+    inputs: dict[str, Tensor] = {}
+    for group in old.linear_groups:
+        group.linears[0].module.register_forward_pre_hook(
+            lambda module, args, role=group.role: inputs.update(
+                {role: args[0].reshape(-1, args[0].shape[-1])}
+            )
+        )
+    logits(before, tokenizer)
+    scales = {}
+    for group, ratio in zip(old.linear_groups, ratios, strict=True):
+        weights = [linear.weight for linear in group.linears]
+        scales[group.role] = dense_scales(ratio, inputs[group.role], weights, 16, True)
+    rows = {"v_proj": scales["attention_out"], "up_proj": scales["mlp_out"]}
+    for group, new_group in zip(old.linear_groups, new.linear_groups, strict=True):
+        for linear, new_linear in zip(group.linears, new_group.linears, strict=True):
+            leaf = linear.name.rpartition(".")[2]
+            W = linear.weight * scales[group.role]
+            if leaf in rows:
+                W = W / rows[leaf].unsqueeze(1)
+            x = inputs[group.role] / scales[group.role]
+            clipped = dense_clip(W, x, 3, 16)[0] if clip and leaf not in ("q_proj", "k_proj") else W
+            expected = dense_round(clipped, 3, 16)
+            if clipped is W:
+                torch.testing.assert_close(new_linear.weight, expected, rtol=1e-3, atol=1e-4)
+            # A group clipped on both sides has its zero point half-way between two levels, where
+            # the last bit of a weight decides: a rare group may leave another error.
+            left, least = (errors_by_group(w - W, x) for w in (new_linear.weight, expected))
+            close = torch.isclose(left, least, rtol=1e-3, atol=1e-6)
+            assert float(close.float().mean()) > 0.97
+    norm = before.model.layers[0].input_layernorm.weight / scales["attention_in"]
+    torch.testing.assert_close(after.model.layers[0].input_layernorm.weight, norm)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_folding_alone_keeps_the_models_function(family: str, tokenizer: Any) -> None:
+    model = tiny_model(family)
+    wanted = logits(model, tokenizer)
+    generator = torch.Generator().manual_seed(3)
+    folded = 0
+    for block in find_anatomy(model).blocks:
+        for group in block.linear_groups:
+            if group.previous is not None:
+                fold_(group, torch.empty(group.in_features).uniform_(0.3, 3.0, generator=generator))
+                folded += 1
+    assert folded > 0
+    torch.testing.assert_close(
+        logits(model, tokenizer), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
+    )
+
+
+def test_the_gain_of_a_norm_is_found_by_running_it() -> None:
+    assert gain_offset(tiny_model("gemma").model.layers[0].input_layernorm) == 1
+    assert gain_offset(tiny_model("llama").model.layers[0].input_layernorm) == 0
+    assert gain_offset(tiny_model("gpt2", dtype=torch.bfloat16).transformer.h[0].ln_1) == 0
+    strange = nn.LayerNorm(8)
+    strange.register_forward_hook(lambda module, args, output: output**2)
+    with pytest.raises(InterventionError, match="LayerNorm"):
+        gain_offset(strange)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_every_architecture_at_four_bits(family: str, tokenizer: Any) -> None:
+    model = tiny_model(family)
+    wanted = logits(model, tokenizer)
+    report = run(model, tokenizer, bits=4)
+    for block in find_anatomy(model).blocks:
+        for linear in block.linears:
+            assert linear.parameter_name in report.changed
+            for start in range(0, linear.in_features, 16):
+                for row in linear.weight[:, start : start + 16]:
+                    assert len(row.unique()) <= 16
+    error = relative_error(logits(model, tokenizer), wanted)
+    assert 0 < error < 0.5
+    untouched = {"embeddings", "final_norm", "head"}
+    anatomy = find_anatomy(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for part in untouched:
+        for parameter in getattr(anatomy, part).parameters():
+            assert names[id(parameter)] not in report.changed
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_fewer_bits_do_more_harm(tokenizer: Any) -> None:
+    wanted = logits(tiny_model("llama"), tokenizer)
+    errors = []
+    for bits in (8, 6, 4, 3, 2):
+        model = tiny_model("llama")
+        run(model, tokenizer, bits=bits)
+        errors.append(relative_error(logits(model, tokenizer), wanted))
+    assert errors == sorted(errors)
+    assert errors[0] < 0.02
+    assert errors[-1] > 0.3
+
+
+def test_scales_and_clipping_help_where_a_channel_stands_out(tokenizer: Any) -> None:
+    def skewed() -> Any:
+        model = tiny_model("llama")
+        with torch.no_grad():
+            for block in model.model.layers:
+                block.input_layernorm.weight[::7] *= 20
+                block.post_attention_layernorm.weight[::7] *= 20
+        return model
+
+    wanted = logits(skewed(), tokenizer)
+    awq, plain = skewed(), skewed()
+    run(awq, tokenizer, bits=3)
+    with torch.no_grad():
+        for block in find_anatomy(plain).blocks:
+            for linear in block.linears:
+                linear.set_weight_(dense_round(linear.weight, 3, 16))
+    assert relative_error(logits(awq, tokenizer), wanted) < 0.7 * relative_error(
+        logits(plain, tokenizer), wanted
+    )
+
+
+def test_levels_and_dtype_hold_in_half_precision(tokenizer: Any) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        model = tiny_model("llama-gqa", dtype=dtype)
+        report = run(model, tokenizer, bits=2)
+        assert all(parameter.dtype is dtype for parameter in model.parameters())
+        for linear in block_of(model, 1).linears:
+            assert linear.parameter_name in report.changed
+            assert max(len(row.unique()) for row in linear.weight[:, 16:32]) <= 4
+
+
+@pytest.mark.parametrize("group_size", [-1, 7, 32, 1000])
+def test_group_sizes(group_size: int, tokenizer: Any) -> None:
+    model = tiny_model("llama-odd")
+    run(model, tokenizer, bits=3, group_size=group_size)
+    for linear in block_of(model, 0).linears:
+        width = linear.in_features if group_size == -1 else group_size
+        for start in range(0, linear.in_features, width):
+            assert max(len(row.unique()) for row in linear.weight[:, start : start + width]) <= 8
+
+
+def test_clipping_takes_the_best_threshold_of_each_group() -> None:
+    generator = torch.Generator().manual_seed(5)
+    W = torch.randn(6, 20, generator=generator) ** 3
+    x = torch.randn(50, 20, generator=generator) * torch.rand(20, generator=generator)
+    settings = AwqSettings(bits=3, group_size=8)
+    clipped, share = clip_weight(W, x.t() @ x, settings)
+    expected, shrunk = dense_clip(W, x, 3, 8)
+    torch.testing.assert_close(clipped, expected)
+    assert share == pytest.approx(shrunk / 18)
+    assert shrunk > 0
+
+
+def test_queries_and_keys_are_not_clipped(tokenizer: Any) -> None:
+    def without(text: str, clip: bool) -> dict[str, Tensor]:
+        model = tiny_model("llama")
+        run(model, tokenizer, bits=3, clip=clip)
+        return {name: p for name, p in model.named_parameters() if text in name and ".0." in name}
+
+    for leaf, same in (("q_proj", True), ("k_proj", True), ("v_proj", False), ("down_proj", False)):
+        pairs = zip(without(leaf, True).values(), without(leaf, False).values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) is same
+
+
+def test_padding_changes_nothing(tokenizer: Any) -> None:
+    """Texts of different lengths in one batch give what the same texts give one at a time."""
+    texts = [text[: 20 + 11 * i] for i, text in enumerate(TEXTS)]
+    together, alone = tiny_model("opt"), tiny_model("opt")
+    settings: dict[str, Any] = {"bits": 3, "group_size": 16, "search_tokens": None}
+    a = apply(together, tokenizer, "awq", calibration=texts, max_tokens=100, **settings)
+    b = apply(alone, tokenizer, "awq", calibration=texts, max_tokens=512, **settings)  # one text a batch
+    assert a.details["calibration_tokens"] == sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    for one, other in zip(a.details["groups"], b.details["groups"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert one["ratio"] == other["ratio"]
+
+
+def test_searching_on_fewer_tokens_still_reads_some_of_the_whole(tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    all_tokens = run(copy.deepcopy(model), tokenizer, bits=3).details["groups"]
+    few = run(copy.deepcopy(model), tokenizer, bits=3, search_tokens=40).details["groups"]
+    losses = [(a["rounding_loss"], b["rounding_loss"]) for a, b in zip(all_tokens, few, strict=True)]
+    by_scope, by_linear = losses[2], losses[1]
+    assert by_scope[0] != by_scope[1]
+    assert by_scope[0] == pytest.approx(by_scope[1], rel=0.5)
+    assert by_linear[0] == pytest.approx(by_linear[1])
+
+
+def test_quantised_inputs_change_the_blocks_after_the_first(tokenizer: Any) -> None:
+    published = run(tiny_model("llama"), tokenizer, bits=2).details["groups"]
+    following = run(tiny_model("llama"), tokenizer, bits=2, quantised_inputs=True).details["groups"]
+    assert published[:4] == following[:4]
+    assert published[4:] != following[4:]
+
+
+def test_nothing_but_weights_changes(tokenizer: Any) -> None:
+    model = tiny_model("gemma2").train()
+    model.lm_head.weight.requires_grad_(False)
+    run(model, tokenizer, bits=4)
+    assert all(module.training for module in model.modules())
+    assert model.config.use_cache is True
+    assert not model.lm_head.weight.requires_grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.pad_token == "<pad>"
+
+
+def test_the_same_step_twice_gives_the_same_weights(tokenizer: Any) -> None:
+    models = [tiny_model("qwen2"), tiny_model("qwen2")]
+    for model in models:
+        run(model, tokenizer, bits=3)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tied_embeddings_stay_tied_and_untouched(tokenizer: Any) -> None:
+    model = tiny_model("gpt2")
+    before = model.transformer.wte.weight.clone()
+    run(model, tokenizer, bits=4)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.transformer.wte.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 1}, "bits must be 2 to 8, not 1"),
+        ({"bits": 9}, "bits must be 2 to 8, not 9"),
+        ({"group_size": 0}, "group_size"),
+        ({"grid": 0}, "grid"),
+        ({"samples": 0}, "samples"),
+        ({"max_tokens": -3}, "max_tokens"),
+        ({"search_tokens": 0}, "search_tokens"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, int], message: str, tokenizer: Any) -> None:
+    with pytest.raises(InterventionError, match=message):
+        run(tiny_model("llama"), tokenizer, **settings)
+
+
+def test_calibration_text_is_needed(tokenizer: Any) -> None:
+    with pytest.raises(InterventionError, match="awq needs calibration texts"):
+        apply(tiny_model("llama"), tokenizer, "awq")
+
+
+def test_dead_channels_do_no_harm() -> None:
+    x_mean = torch.tensor([0.0, 1.0, 4.0])
+    for ratio in (0.0, 0.5, 0.95):
+        for w_mean in (None, torch.tensor([0.0, 0.5, 0.1])):
+            scales = scales_of(ratio, x_mean, w_mean)
+            assert bool(torch.isfinite(scales).all()) and bool((scales > 0).all())
+            assert float(scales.max() * scales.min()) == pytest.approx(1, rel=1e-4)
+    assert torch.equal(mean_relative_magnitude([torch.zeros(3, 5)], 2), torch.zeros(5))
