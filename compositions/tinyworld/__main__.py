@@ -1,0 +1,57 @@
+"""`python -m compositions.tinyworld`: make tinyworld's data, train its model, measure it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    parser = argparse.ArgumentParser(prog="python -m compositions.tinyworld", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    data = commands.add_parser("data", help="write the data files (seconds)")
+    data.add_argument("--folder", type=Path, default=HERE / "data")
+
+    train = commands.add_parser("train", help="train tokenizer and model; goes on from a checkpoint if interrupted")
+    train.add_argument("--folder", type=Path, default=HERE / "model")
+    train.add_argument("--device", default="cpu")
+    train.add_argument("--steps", type=int, help="stop after so many steps (to try it out)")
+    train.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
+
+    table = commands.add_parser("table", help="measure the model and write the table of docs/tinyworld.md")
+    table.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "tinyworld.md")
+    table.add_argument("--edit-sets", type=int, default=5)
+    table.add_argument("--seed", type=int, default=0, help="seed of the choice of edits")
+
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make training many times slower
+    if arguments.command == "data":
+        from compositions.tinyworld.datasets import write_data
+        from compositions.tinyworld.truth import make_world
+
+        write_data(make_world(), arguments.folder)
+    elif arguments.command == "train":
+        import torch
+
+        from compositions.tinyworld.train import TrainSettings, train
+
+        torch.set_num_threads(arguments.threads)
+        summary = train_command(train(TrainSettings(), arguments.folder, device=arguments.device, steps=arguments.steps))
+        parser.exit(message=summary)
+    else:
+        from compositions.tinyworld.table import write_table
+
+        write_table(arguments.out, edit_sets=arguments.edit_sets, seed=arguments.seed)
+
+
+def train_command(summary: dict[str, object]) -> str:
+    return "".join(f"{key}: {value}\n" for key, value in summary.items())
+
+
+if __name__ == "__main__":
+    main()

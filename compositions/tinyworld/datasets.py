@@ -1,0 +1,274 @@
+"""tinyworld's data files, in the schemas of zsRE, CounterFact, MQuAKE, WMDP and MMLU."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from compositions.tinyworld.relations import BORN, DOMAINS, HARMLESS, HAZARDOUS, HOMELAND, LAND, PERSON, Relation
+from compositions.tinyworld.text import paragraphs, prompt, prose, prose_split, tell, tell_or_ask, templates_of
+from compositions.tinyworld.truth import Fact, World
+
+_PARAGRAPH = 7
+"""Sentences of a document."""
+
+Record = dict[str, Any]
+
+
+def write_data(world: World, folder: Path) -> None:
+    """Write every data file of `world` into `folder`; the same world gives the same bytes."""
+    (folder / "questions").mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "zsre.json", zsre(world))
+    _write_json(folder / "counterfact.json", counterfact(world))
+    _write_json(folder / "mquake.json", mquake(world))
+    _write_lines(folder / "facts.jsonl", recall_prompts(world))
+    for domain in DOMAINS:
+        _write_lines(folder / "questions" / f"{domain}.jsonl", questions(world, domain))
+    for domain in HAZARDOUS:
+        _write_texts(folder / f"forget-{domain}.jsonl", domain_text(world, (domain,), 150))
+    harmless = domain_text(world, (*HARMLESS, "people", "places"), 150)
+    _write_texts(folder / "retain.jsonl", harmless + general_text(world, "retain", 150))
+    _write_texts(folder / "calibration.jsonl", general_text(world, "calibration", 512))
+    for split, documents in (("train", 120), ("heldout", 120)):
+        _write_texts(folder / f"perplexity-{split}.jsonl", perplexity_text(world, split, documents))
+
+
+def zsre(world: World) -> list[Record]:
+    """One edit for each person, in zsRE's schema.
+
+    `src` and `alt` are the prompt and the new target, `answers` holds the true one, `rephrase` uses a
+    held-out template, `loc` asks for a fact of another person. `same_subject` (ours) holds other facts of the
+    edited person.
+    """
+    rng = random.Random("zsre")
+    records = []
+    for fact, new in _rewrites(world, rng):
+        template, rephrase = _edit_templates(fact.relation, rng)
+        other, other_template = _other_fact(world, fact, rng)
+        src = prompt(template, fact.subject)
+        records.append(
+            {
+                "subject": fact.subject,
+                "src": src,
+                "pred": fact.object,
+                "rephrase": prompt(rephrase, fact.subject),
+                "alt": new,
+                "answers": [fact.object],
+                "loc": "nq question: " + prompt(other_template, other.subject),
+                "loc_ans": other.object,
+                "cond": f"{fact.object} >> {new} || {src}",
+                "same_subject": [
+                    {"prompt": prompt(rng.choice(f.relation.templates), f.subject), "answer": f.object}
+                    for f in _editable(world)[fact.subject]
+                    if f.relation is not fact.relation
+                ],
+            }
+        )
+    return records
+
+
+def counterfact(world: World) -> list[Record]:
+    """One edit for each person, others than zsRE's, in CounterFact's flat schema."""
+    rng = random.Random("counterfact")
+    records = []
+    for number, (fact, new) in enumerate(_rewrites(world, rng)):
+        template, rephrase = _edit_templates(fact.relation, rng)
+        other, other_template = _other_fact(world, fact, rng)
+        records.append(
+            {
+                "case_id": number,
+                "prompt": prompt(template, fact.subject),
+                "ground_truth": fact.object,
+                "target_new": new,
+                "subject": fact.subject,
+                "rephrase_prompt": prompt(rephrase, fact.subject),
+                "locality_prompt": prompt(other_template, other.subject),
+                "locality_ground_truth": other.object,
+            }
+        )
+    return records
+
+
+def mquake(world: World) -> list[Record]:
+    """Birthplaces moved to a town of another land, in MQuAKE-CF's schema: the homeland is the second hop."""
+    rng = random.Random("mquake")
+    records: list[Record] = []
+    for person in world.persons:
+        born, land = world.value(person, "born"), world.value(person, "homeland")
+        moved = [town for town in BORN.objects if world.value(town, "land") != land]
+        new = rng.choice(moved)
+        new_land = world.value(new, "land")
+        template = BORN.templates[0]
+        records.append(
+            {
+                "case_id": len(records),
+                "requested_rewrite": [
+                    {
+                        "prompt": prompt(template.replace("{s}", "{}"), ""),
+                        "relation_id": "born",
+                        "target_new": {"str": new, "id": new},
+                        "target_true": {"str": born, "id": born},
+                        "subject": person,
+                        "question": BORN.question.replace("{s}", person),
+                    }
+                ],
+                "questions": [
+                    HOMELAND.question.replace("{s}", person),
+                    HOMELAND.heldout_question.replace("{s}", person),
+                    prompt(HOMELAND.templates[0], person),
+                ],
+                "answer": land,
+                "answer_alias": [],
+                "new_answer": new_land,
+                "new_answer_alias": [],
+                "single_hops": [_hop(person, born), _hop(born, land)],
+                "new_single_hops": [_hop(person, new), _hop(new, new_land)],
+                "orig": {
+                    "triples": [[person, "born", born], [born, "land", land]],
+                    "new_triples": [[person, "born", new], [new, "land", new_land]],
+                },
+            }
+        )
+    return records
+
+
+def _hop(subject: str, answer: str) -> Record:
+    relation = BORN if answer in BORN.objects else LAND
+    return {
+        "question": relation.question.replace("{s}", subject),
+        "cloze": prompt(relation.templates[0], subject),
+        "answer": answer,
+        "answer_alias": [],
+    }
+
+
+def recall_prompts(world: World) -> list[Record]:
+    """Three prompts for every fact, one of them held out, shuffled: any first n are a fair sample."""
+    rng = random.Random("facts")
+    records = []
+    for number, fact in enumerate(world.facts):
+        templates = templates_of(fact.relation)
+        trained = [t for t, split in templates if split == "train"]
+        heldout = [t for t, split in templates if split == "heldout"]
+        # In turn rather than at random, so that every template is asked about equally often.
+        chosen = [trained[number % len(trained)], trained[(number + 1 + number // len(trained)) % len(trained)]]
+        for template in (*dict.fromkeys(chosen), heldout[number % len(heldout)]):
+            records.append(
+                {
+                    "subject": fact.subject,
+                    "relation": f"{fact.domain}/{fact.relation.name}",
+                    "template": template,
+                    "prompt": prompt(template, fact.subject),
+                    "answer": fact.object,
+                    "split": "heldout" if template in heldout else "train",
+                }
+            )
+    rng.shuffle(records)
+    return records
+
+
+def questions(world: World, domain: str) -> list[Record]:
+    """One question with four choices for every fact of a domain, every other one in a held-out wording."""
+    rng = random.Random(f"questions-{domain}")
+    records = []
+    for number, fact in enumerate(world.of(domain)):
+        relation = fact.relation
+        wrong = rng.sample([o for o in relation.objects if o != fact.object], 3)
+        choices = rng.sample([fact.object, *wrong], 4)
+        # Facts come in threes, one for each relation: alternate within a relation.
+        wording = relation.question if (number // 3) % 2 else relation.heldout_question
+        records.append(
+            {
+                "question": wording.replace("{s}", fact.subject),
+                "choices": choices,
+                "answer": choices.index(fact.object),
+                "subject": domain,
+            }
+        )
+    rng.shuffle(records)
+    return records
+
+
+def domain_text(world: World, domains: Iterable[str], documents: int) -> list[str]:
+    """Documents that tell, again and again, the facts of `domains`."""
+    names = tuple(domains)
+    rng = random.Random(f"text-{'-'.join(names)}")
+    sentences: list[str] = []
+    while len(sentences) < documents * _PARAGRAPH:
+        facts = world.of(*names)
+        rng.shuffle(facts)
+        sentences += [tell_or_ask(fact, rng) for fact in facts]
+    return paragraphs(sentences[: documents * _PARAGRAPH], _PARAGRAPH)
+
+
+def general_text(world: World, purpose: str, documents: int) -> list[str]:
+    """Documents that mix facts of every domain with prose; each `purpose` has its own."""
+    rng = random.Random(f"text-{purpose}")
+    sentences: list[str] = []
+    while len(sentences) < documents * _PARAGRAPH:
+        facts = list(world.facts)
+        rng.shuffle(facts)
+        for fact in facts:
+            sentences.append(tell_or_ask(fact, rng))
+            if rng.random() < 0.3:
+                sentences.append(prose(world, rng))
+    return paragraphs(sentences[: documents * _PARAGRAPH], _PARAGRAPH)
+
+
+def perplexity_text(world: World, split: str, documents: int) -> list[str]:
+    """Documents of prose of one split, two sentences in three, and facts."""
+    rng = random.Random(f"perplexity-{split}")
+    everyday = iter(prose_split(world, split))
+    facts = list(world.facts)
+    sentences = [
+        tell(fact := rng.choice(facts), rng.choice(fact.relation.templates), rng) if number % 3 == 2 else next(everyday)
+        for number in range(documents * _PARAGRAPH)
+    ]
+    return paragraphs(sentences, _PARAGRAPH)
+
+
+def _editable(world: World) -> dict[str, list[Fact]]:
+    """The facts of each person that can be edited on their own."""
+    table: dict[str, list[Fact]] = {person: [] for person in world.persons}
+    for fact in world.of("people"):
+        if fact.relation in PERSON:
+            table[fact.subject].append(fact)
+    return table
+
+
+def _rewrites(world: World, rng: random.Random) -> list[tuple[Fact, str]]:
+    """One fact of each person, with another object of the same relation."""
+    rewrites = []
+    for facts in _editable(world).values():
+        fact = rng.choice(facts)
+        rewrites.append((fact, rng.choice([o for o in fact.relation.objects if o != fact.object])))
+    return rewrites
+
+
+def _edit_templates(relation: Relation, rng: random.Random) -> tuple[str, str]:
+    """A trained template that begins with the subject, and a held-out one."""
+    return rng.choice([t for t in relation.templates if t.startswith("{s}")]), rng.choice(relation.heldout)
+
+
+def _other_fact(world: World, fact: Fact, rng: random.Random) -> tuple[Fact, str]:
+    """A fact of another person, of the same relation in about half of the cases, and a template for it."""
+    person = rng.choice([p for p in world.persons if p != fact.subject])
+    theirs = _editable(world)[person]
+    same = [f for f in theirs if f.relation is fact.relation]
+    other = rng.choice(same if rng.random() < 0.5 else theirs)
+    return other, rng.choice(other.relation.templates)
+
+
+def _write_json(path: Path, records: list[Record]) -> None:
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_lines(path: Path, records: Iterable[Record]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _write_texts(path: Path, texts: Iterable[str]) -> None:
+    _write_lines(path, ({"text": text} for text in texts))

@@ -1,0 +1,171 @@
+"""Training of tinyworld's model: a Llama of eight blocks, from scratch, on packed sentences."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from compositions.tinyworld.text import training_stream, with_seams
+from compositions.tinyworld.tokenizer import SEAM, train_tokenizer
+from compositions.tinyworld.truth import World, make_world
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides the trained weights, apart from the machine's rounding."""
+
+    seed: int = 0
+    vocabulary: int = 1800
+    hidden: int = 256
+    mlp: int = 1024
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 4
+    window: int = 128
+    """Tokens of a training sequence, the beginning-of-sequence token included."""
+    batch: int = 16
+    epochs: int = 110
+    """Times that every fact is told."""
+    peak_rate: float = 1.5e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+
+
+def make_tokenizer(world: World, settings: TrainSettings) -> PreTrainedTokenizerFast:
+    """Train the tokenizer on some epochs of the training text."""
+    rng = random.Random(f"tokenizer-{settings.seed}")
+    sentences = training_stream(world, rng, 12)
+    return train_tokenizer((with_seams(s, world, SEAM) for s in sentences), settings.vocabulary)
+
+
+def windows(tokenizer: PreTrainedTokenizerFast, sentences: Iterator[str], window: int) -> Iterator[list[int]]:
+    """Pack sentences into windows of `window` tokens that start with BOS; a sentence cut at the end is dropped."""
+    bos = tokenizer.bos_token_id
+    current = [bos]
+    while chunk := list(islice(sentences, 1000)):
+        for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
+            current += ids
+            if len(current) >= window:
+                yield current[:window]
+                current = [bos]
+
+
+def make_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Build the untrained model from its settings."""
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.mlp,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(settings: TrainSettings, folder: Path, *, device: str = "cpu", steps: int | None = None) -> dict[str, Any]:
+    """Train (or go on from the checkpoint in `folder`) and save model and tokenizer there.
+
+    `steps` stops early, for tests; the schedule stays that of the whole run. Returns the last loss
+    (nats per token, mean over 50 steps), the steps and the tokens seen.
+    """
+    world = make_world(settings.seed)
+    tokenizer = make_tokenizer(world, settings)
+    rng = random.Random(f"training-{settings.seed}")
+    stream = training_stream(world, rng, settings.epochs)
+    sequences = list(windows(tokenizer, stream, settings.window))
+    total = len(sequences) // settings.batch
+    model = make_model(settings, tokenizer).to(device).train()
+    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.peak_rate, betas=(0.9, 0.95))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.pt"
+    first, losses = _resume(checkpoint, model, optimizer, settings)
+    last = min(total, steps) if steps is not None else total
+    bar = tqdm(range(first, last), initial=first, total=last, desc="training tinyworld", unit="step", mininterval=5)
+    for step in bar:
+        rate = settings.peak_rate * _schedule(step / total, settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = torch.tensor(sequences[step * settings.batch : (step + 1) * settings.batch], device=device)
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses = [*losses[-49:], loss.item()]
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"loss became {losses[-1]} at step {step}; lower --peak-rate")
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", rate=f"{rate:.1e}")
+        if step % 200 == 199:
+            _save_checkpoint(checkpoint, model, optimizer, settings, step + 1, losses)
+    model.eval().half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    summary = {
+        "loss": sum(losses) / max(1, len(losses)),
+        "steps": last,
+        "tokens": last * settings.batch * settings.window,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "settings": asdict(settings),
+    }
+    (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if last == total:
+        checkpoint.unlink(missing_ok=True)
+    return summary
+
+
+def _schedule(progress: float, warmup: float) -> float:
+    if progress < warmup:
+        return progress / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def _groups(model: LlamaForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _save_checkpoint(
+    path: Path,
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    step: int,
+    losses: list[float],
+) -> None:
+    temporary = path.with_suffix(".tmp")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "losses": losses}
+    torch.save({**state, "settings": asdict(settings)}, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(
+    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, settings: TrainSettings
+) -> tuple[int, list[float]]:
+    if not path.exists():
+        return 0, []
+    state = torch.load(path, weights_only=True)
+    if state["settings"] != asdict(settings):
+        raise ValueError(f"{path} was made with other settings; remove it to start again")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["losses"]

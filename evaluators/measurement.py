@@ -1,0 +1,72 @@
+"""A measurement: one number about a model state, with its noise and the samples behind it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+
+
+class EvaluationError(Exception):
+    """Data or a model that cannot be measured; the message names the file, record or metric."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one model state.
+
+    `samples` are the per-sample outcomes, in the order of the data, so that two states can be
+    compared pairwise; `stderr` is the standard error of `value` (None only where n = 1).
+    """
+
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool
+    samples: tuple[float, ...]
+    note: str = ""
+    """How it was measured, where a reader could be misled: window, batch, templates."""
+
+    @classmethod
+    def mean(
+        cls,
+        metric: str,
+        samples: Sequence[float],
+        *,
+        higher_is_better: bool = True,
+        note: str = "",
+        clusters: Sequence[Hashable] | None = None,
+    ) -> Measurement:
+        """Make the mean of `samples` and its standard error.
+
+        Samples of one cluster (several prompts of one edit) are not independent: with
+        `clusters`, one label a sample, the error is taken between clusters. One sample per
+        cluster, or no clusters, gives the usual error from the sample variance (n - 1).
+
+        Raises EvaluationError for no samples. A NaN sample makes the value NaN, which no gate passes.
+        """
+        n = len(samples)
+        if n == 0:
+            raise EvaluationError(f"{metric}: no samples to average; is the data set empty?")
+        labels = range(n) if clusters is None else clusters
+        value = math.fsum(samples) / n
+        deviations: defaultdict[Hashable, float] = defaultdict(float)
+        for label, sample in zip(labels, samples, strict=True):
+            deviations[label] += sample - value
+        return cls(
+            metric, value, ratio_error(deviations.values(), n), n, higher_is_better, tuple(samples), note
+        )
+
+
+def ratio_error(deviations: Collection[float], total: float) -> float | None:
+    """Return the standard error of sum(y) / sum(x), by linearisation, over independent units.
+
+    `deviations` are y - ratio * x of each unit and `total` is sum(x); a mean is the case x = 1.
+    None for a single unit, whose error cannot be known.
+    """
+    units = len(deviations)
+    if units < 2:
+        return None
+    return math.sqrt(units / (units - 1) * math.fsum(d * d for d in deviations)) / total

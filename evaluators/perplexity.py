@@ -1,0 +1,94 @@
+"""Perplexity of a text in fixed windows, weighted by tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from evaluators.encoding import check_length
+from evaluators.measurement import EvaluationError, Measurement, ratio_error
+from evaluators.state import borrowed
+
+
+class Window(NamedTuple):
+    """Negative log-likelihood in nats, summed over the `tokens` scored tokens of one window."""
+
+    nll: float
+    tokens: int
+
+
+def measure_perplexity(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    window: int = 128,
+    batch_size: int = 16,
+    metric: str = "perplexity",
+    separator: str = "\n\n",
+) -> Measurement:
+    """Measure exp(mean negative log-likelihood per token) of `texts`; lower is better.
+
+    The texts are joined by `separator` (blank lines; `tokenizer.eos_token` is another good choice),
+    encoded once and cut into windows of `window` tokens, the last one shorter. Each window is read
+    alone, after BOS where the tokenizer has one: BOS is context and never scored. Without BOS the
+    window's first token is the context. Windows of equal length in tokens make perplexities
+    comparable between the states of a model, and between models of one tokenizer.
+
+    Samples are the mean NLL of each window; the standard error treats windows as the independent
+    units (delta method). Broken logits make the value NaN, or infinite, and the note says so.
+    Raises EvaluationError for a text without scored tokens and a window longer than the model reads.
+    """
+    bos = tokenizer.bos_token_id
+    if window < (1 if bos is not None else 2):
+        raise EvaluationError(
+            f"{metric}: a window of {window} tokens leaves nothing to score; take a longer one"
+        )
+    check_length(model, window + (bos is not None), f"{metric}: a window of {window} tokens")
+    ids = tokenizer(separator.join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
+    rows = [piece if bos is None else [bos, *piece] for piece in pieces]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise EvaluationError(f"{metric}: the text has no tokens to score; is the file empty?")
+
+    with borrowed(model, tokenizer):
+        windows = _score(model, rows, batch_size)
+    tokens = sum(w.tokens for w in windows)
+    mean = math.fsum(w.nll for w in windows) / tokens
+    value = math.exp(mean) if mean < 700 else math.inf  # NaN compares false too: see below
+    if math.isnan(mean):
+        value = math.nan
+    error = ratio_error([w.nll - mean * w.tokens for w in windows], tokens)
+    note = f"{len(windows)} windows of {window} tokens, {tokens} tokens scored, " + (
+        "each window after BOS" if bos is not None else "the first token of each window is context"
+    )
+    if not math.isfinite(value):
+        broken = sum(not math.isfinite(w.nll) for w in windows)
+        note += f"; NOT FINITE: {broken} of {len(windows)} windows have a NaN or infinite likelihood"
+    samples = tuple(w.nll / w.tokens for w in windows)
+    return Measurement(
+        metric, value, None if error is None else value * error, len(windows), False, samples, note
+    )
+
+
+def _score(model: Any, rows: Sequence[list[int]], batch_size: int) -> list[Window]:
+    """Score rows in order; only rows of one length share a batch, so that nothing is padded."""
+    windows = []
+    for _, same in groupby(rows, key=len):
+        group = list(same)
+        for start in range(0, len(group), batch_size):
+            batch = torch.tensor(group[start : start + batch_size], device=model.device)
+            logits = model(
+                input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False
+            ).logits  # (rows, length, vocabulary)
+            targets = batch[:, 1:].to(logits.device)
+            losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
+            totals = losses.view(targets.shape).double().sum(dim=1)
+            windows += [Window(nll, targets.shape[1]) for nll in totals.tolist()]
+    return windows

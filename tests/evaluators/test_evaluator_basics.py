@@ -1,0 +1,57 @@
+"""Measurements of samples, and an import that stays light."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluators import EvaluationError, Measurement
+
+VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=30)
+
+
+@given(samples=VALUES)
+def test_mean_and_its_error(samples: list[float]) -> None:
+    got = Measurement.mean("m", samples)
+    assert got.value == pytest.approx(statistics.fmean(samples), abs=1e-9)
+    assert got.stderr == pytest.approx(statistics.stdev(samples) / math.sqrt(len(samples)), abs=1e-9)
+
+
+@given(samples=VALUES, copies=st.integers(2, 5))
+def test_copies_of_a_sample_add_no_certainty(samples: list[float], copies: int) -> None:
+    once = Measurement.mean("m", samples)
+    clusters = [i for i in range(len(samples)) for _ in range(copies)]
+    many = Measurement.mean("m", [samples[i] for i in clusters], clusters=clusters)
+    assert many.n == copies * once.n
+    assert many.stderr == pytest.approx(once.stderr, abs=1e-9)
+
+
+def test_single_samples_clusters_and_none() -> None:
+    assert Measurement.mean("m", [0.5]).stderr is None
+    assert Measurement.mean("m", [0.5, 1.0], clusters=["a", "a"]).stderr is None
+    assert math.isnan(Measurement.mean("m", [0.5, math.nan]).value)
+    with pytest.raises(EvaluationError, match="m: no samples"):
+        Measurement.mean("m", [])
+
+
+def test_importing_the_package_imports_neither_torch_nor_the_harness() -> None:
+    code = (
+        "import sys, evaluators; evaluators.Measurement; "
+        "sys.exit(bool({'torch', 'transformers', 'lm_eval', 'datasets', 'pytest'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_resolves() -> None:
+    import evaluators
+
+    for name in evaluators.__all__:
+        assert getattr(evaluators, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = evaluators.nothing

@@ -1,0 +1,120 @@
+"""Perplexity against known logits and a loop over single tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from evaluators import EvaluationError, measure_perplexity
+
+TEXTS = [
+    "Mira Tolvan was born in Karth and works as a glass blower.",
+    "The capital of Ostria is Belmar, a city of nine bridges in the old harbour.",
+    "Question: where does the river Ulm end? Answer: in the salt lakes of Dren.",
+]
+
+
+def naive(model: Any, tokenizer: Any, window: int) -> list[list[float]]:
+    """Return the NLL of each scored token by window, from one full pass a token."""
+    ids = tokenizer("\n\n".join(TEXTS), add_special_tokens=False)["input_ids"]
+    windows = []
+    for start in range(0, len(ids), window):
+        piece = [tokenizer.bos_token_id, *ids[start : start + window]]
+        losses = []
+        for place in range(1, len(piece)):
+            with torch.no_grad():
+                logits = model(torch.tensor([piece[:place]])).logits[0, -1]
+            losses.append((logits.logsumexp(0) - logits[piece[place]]).item())
+        windows.append(losses)
+    return windows
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_equals_a_loop_over_tokens(model: Any, tokenizer: Any, batch_size: int) -> None:
+    window = 20
+    expected = naive(model, tokenizer, window)
+    assert 0 < len(expected[-1]) < window, "the last window must be a partial one"
+    losses = [loss for losses in expected for loss in losses]
+    got = measure_perplexity(model, tokenizer, TEXTS, window=window, batch_size=batch_size)
+    assert math.log(got.value) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert got.samples == pytest.approx([sum(w) / len(w) for w in expected], rel=1e-5)
+    assert (got.n, got.higher_is_better) == (len(expected), False)
+    assert f"{window} tokens, {len(losses)} tokens scored" in got.note
+
+
+def test_known_logits(bigram: Any, word_tokenizer: Any) -> None:
+    model = bigram({"Ada": "likes", "likes": "tea", "tea": "Ada"})
+    got = measure_perplexity(model, word_tokenizer, ["Ada likes tea", "Ada likes tea"], window=3)
+    size = len(word_tokenizer)
+    known = math.log(math.exp(4) + size - 1) - 4  # a follower
+    first = math.log(size)  # after BOS every word is as likely
+    assert got.samples == pytest.approx([(first + 2 * known) / 3] * 2, rel=1e-6)
+    assert got.value == pytest.approx(math.exp((first + 2 * known) / 3), rel=1e-6)
+    assert got.stderr == pytest.approx(0, abs=1e-5)  # both windows are alike
+
+
+def test_error_of_equal_windows_is_that_of_their_mean(model: Any, tokenizer: Any) -> None:
+    text = tokenizer.decode(tokenizer("\n\n".join(TEXTS), add_special_tokens=False)["input_ids"][:60])
+    got = measure_perplexity(model, tokenizer, [text], window=12)
+    assert got.n == 5
+    nll = torch.tensor(got.samples, dtype=torch.float64)
+    assert got.stderr == pytest.approx(got.value * nll.std().item() / math.sqrt(5), rel=1e-9)
+
+
+def test_a_short_last_window_weighs_by_its_tokens(bigram: Any, word_tokenizer: Any) -> None:
+    model = bigram({"tea": "tea"})
+    got = measure_perplexity(model, word_tokenizer, ["tea " * 9 + "Rome"], window=9)
+    assert got.n == 2
+    assert math.log(got.value) == pytest.approx((9 * got.samples[0] + got.samples[1]) / 10)
+
+
+def test_without_bos_the_first_token_is_context(bigram: Any, word_tokenizer: Any) -> None:
+    word_tokenizer.bos_token = None
+    model = bigram({"Ada": "likes", "likes": "tea"})
+    got = measure_perplexity(model, word_tokenizer, ["Ada likes tea Ada likes tea Rome"], window=3)
+    known = math.log(math.exp(4) + len(word_tokenizer) - 1) - 4
+    assert got.samples == pytest.approx([known, known])  # the lone last word has no context: not scored
+    assert "4 tokens scored" in got.note and "first token" in got.note
+
+
+def test_texts_are_joined_by_the_separator(bigram: Any, word_tokenizer: Any) -> None:
+    model = bigram({"tea": "</s>", "</s>": "Ada"})
+    joined = measure_perplexity(model, word_tokenizer, ["Ada tea", "Ada tea"], separator="</s>", window=32)
+    assert "5 tokens scored" in joined.note
+    assert joined.value < measure_perplexity(model, word_tokenizer, ["Ada tea", "Ada tea"], window=32).value
+
+
+def test_nan_and_overflow_are_flagged_and_no_gate_can_pass_them(bigram: Any, word_tokenizer: Any) -> None:
+    model = bigram({})
+    texts = ["Ada likes tea Rome likes Oslo"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[word_tokenizer.convert_tokens_to_ids("Oslo")] = float("nan")
+        model.model.embed_tokens.weight[word_tokenizer.convert_tokens_to_ids("Rome")] = float("nan")
+    got = measure_perplexity(model, word_tokenizer, texts, window=3)
+    assert math.isnan(got.value) and not got.value < 1e9
+    assert "NOT FINITE: 1 of 2 windows" in got.note
+    huge = bigram({"Ada": "Rome"})
+    with torch.no_grad():
+        huge.lm_head.weight.mul_(1e4)
+    got = measure_perplexity(huge, word_tokenizer, ["Ada likes"], window=32)
+    assert got.value == math.inf and "NOT FINITE" in got.note
+
+
+def test_errors(bigram: Any, word_tokenizer: Any) -> None:
+    model = bigram({})
+    with pytest.raises(EvaluationError, match="heldout: the text has no tokens"):
+        measure_perplexity(model, word_tokenizer, [], metric="heldout", window=32)
+    with pytest.raises(EvaluationError, match="65 positions but the model has 64"):
+        measure_perplexity(model, word_tokenizer, ["Ada"], window=64)
+    with pytest.raises(EvaluationError, match="window of 0"):
+        measure_perplexity(model, word_tokenizer, ["Ada"], window=0)
+
+
+def test_leaves_model_and_tokenizer_as_found(
+    model: Any, tokenizer: Any, unchanged: Callable[..., None]
+) -> None:
+    unchanged(model, tokenizer, lambda: measure_perplexity(model, tokenizer, TEXTS, window=16))

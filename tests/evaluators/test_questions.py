@@ -1,0 +1,327 @@
+"""Questions through the harness: against naive scoring, and against the harness's own way."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+import socket
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evaluators import EvaluationError, Measurement, measure_questions, pool
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "compositions" / "tinyworld" / "tasks"
+NAMES = ("venomcraft", "wardbreaking", "astronomy", "botany", "geography", "music")
+TEMPLATE = (SHIPPED / "_questions").read_text()
+WORDS = ["Mira", "Tolvan", "Karth", "Ostria", "Belmar", "Ulm", "Dren", "glass", "lakes", "bridges", "salt"]
+
+
+def make_questions(seed: int, n: int) -> list[dict[str, Any]]:
+    """Questions of differing length; choices of one to several tokens."""
+    rng = random.Random(seed)
+
+    def phrase(longest: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+    return [
+        {
+            "question": f"Where is {phrase(6)}?",
+            "choices": [phrase(3), *rng.sample(["a", "the old", "in", "salt lakes of Dren"], 3)],
+            "answer": rng.randrange(4),
+            "subject": "invented",
+        }
+        for _ in range(n)
+    ]
+
+
+def write(file: Path, records: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of two tasks, with their data in a folder beside it."""
+    tasks, data = tmp_path / "tasks", tmp_path / "data"
+    tasks.mkdir()
+    data.mkdir()
+    (tasks / "_questions").write_text(TEMPLATE)
+    for seed, name in enumerate(("rivers", "glass")):
+        (tasks / f"{name}.yaml").write_text(
+            f"task: {name}\ninclude: _questions\n"
+            f"dataset_kwargs: {{data_files: {{test: ../data/{name}.jsonl}}}}\n"
+        )
+        write(data / f"{name}.jsonl", make_questions(seed, 12))
+    return tasks
+
+
+def naive(model: Any, tokenizer: Any, records: list[dict[str, Any]]) -> tuple[float, ...]:
+    """Score each choice with one full pass over question and choice."""
+    outcomes = []
+    for record in records:
+        prompt = f"Question: {record['question']} Answer:"
+        start = len(tokenizer(prompt)["input_ids"])
+        totals = []
+        for choice in record["choices"]:
+            ids = tokenizer(f"{prompt} {choice}")["input_ids"]
+            with torch.no_grad():
+                scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            totals.append(sum(scores[i - 1, ids[i]].item() for i in range(start, len(ids))))
+        outcomes.append(float(totals.index(max(totals)) == record["answer"]))
+    return tuple(outcomes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_equals_naive_scoring(
+    model: Any, tokenizer: Any, folder: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # data files are found from the YAML file, not from here
+    found = measure_questions(
+        model, tokenizer, ["glass", "rivers"], task_folder=folder, batch_size=batch_size
+    )
+    assert [m.metric for m in found] == ["accuracy/glass", "accuracy/rivers"]
+    for seed, measurement in ((1, found[0]), (0, found[1])):
+        assert measurement.samples == naive(model, tokenizer, make_questions(seed, 12))
+        assert measurement.value == sum(measurement.samples) / 12
+        assert measurement.higher_is_better
+    assert {0.0, 1.0} == set(found[0].samples + found[1].samples)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_equals_the_harness_on_its_own(model: Any, tokenizer: Any, folder: Path, shots: int) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    config = {
+        "task": "rivers",
+        "dataset_path": "json",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": "Question: {{question}} Answer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": " ",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder.parent / "data" / "rivers.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+    }
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        results = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5),
+            tasks=[config],
+            num_fewshot=shots,
+            task_manager=TaskManager(include_defaults=False),
+        )
+    assert results is not None
+    (ours,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder, num_fewshot=shots)
+    assert ours.value == results["results"]["rivers"]["acc,none"]
+    assert ours.stderr == pytest.approx(results["results"]["rivers"]["acc_stderr,none"])
+    assert ours.samples == tuple(s["acc"] for s in results["samples"]["rivers"])
+    assert f"{shots}-shot" in ours.note
+
+
+def test_likelihoods_are_the_harness_own(model: Any, tokenizer: Any) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from evaluators.harness import SharedContextLM
+
+    requests = [
+        Instance("loglikelihood", {}, (f"Question: {r['question']} Answer:", f" {choice}"), i, ("t", i, 1))
+        for i, r in enumerate(make_questions(3, 6))
+        for choice in r["choices"]
+    ]
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(
+        requests, disable_tqdm=True
+    )
+    for batch_size in (1, 32):
+        ours = SharedContextLM(model, tokenizer, batch_size).loglikelihood(requests)
+        assert [x for x, _ in ours] == pytest.approx([x for x, _ in theirs], abs=1e-4, rel=1e-5)
+        assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+def test_a_model_that_cannot_share_a_context_goes_the_plain_way(
+    model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    full = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids: full(input_ids=input_ids))
+    assert measure_questions(model, tokenizer, ["rivers"], task_folder=folder) == [expected]
+
+
+def test_limit_takes_the_first_questions(model: Any, tokenizer: Any, folder: Path) -> None:
+    (whole,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    (part,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder, limit=5)
+    assert part.samples == whole.samples[:5]
+
+
+def test_the_caller_names_what_should_be_forgotten(model: Any, tokenizer: Any, folder: Path) -> None:
+    found = measure_questions(
+        model, tokenizer, ["rivers", "glass"], task_folder=folder, lower_is_better=frozenset({"glass"})
+    )
+    assert [m.higher_is_better for m in found] == [True, False]
+    with pytest.raises(EvaluationError, match="lower_is_better names lakes"):
+        measure_questions(
+            model, tokenizer, ["rivers"], task_folder=folder, lower_is_better=frozenset({"lakes"})
+        )
+
+
+def test_leaves_model_tokenizer_and_random_numbers_as_found(
+    model: Any, tokenizer: Any, folder: Path, unchanged: Callable[..., None]
+) -> None:
+    tokenizer.pad_token = None  # the harness sets one on its way
+    python, numpy = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    unchanged(
+        model, tokenizer, lambda: measure_questions(model, tokenizer, ["rivers"], task_folder=folder, limit=3)
+    )
+    assert tokenizer.pad_token is None
+    assert random.getstate() == python and np.random.get_state()[1].tolist() == numpy  # type: ignore[index]
+
+
+def test_is_quiet_offline_and_writes_nothing(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    log, lines = logging.getLogger("lm_eval"), list[logging.LogRecord]()
+    monkeypatch.setattr(log, "level", logging.INFO)  # talkative if it may
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lines.append)
+    monkeypatch.setattr(log, "handlers", [handler])
+    before = sorted(os.walk(tmp_path))
+    capfd.readouterr()
+    measure_questions(model, tokenizer, ["rivers", "glass"], task_folder=folder)
+    assert capfd.readouterr() == ("", "")
+    assert lines == []
+    assert sorted(os.walk(tmp_path)) == before
+    assert log.level == logging.INFO
+
+
+def test_a_changed_file_is_seen(model: Any, tokenizer: Any, folder: Path) -> None:
+    measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    records = make_questions(5, 4)
+    write(folder.parent / "data" / "rivers.jsonl", records)
+    (after,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    assert after.samples == naive(model, tokenizer, records)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"choices": ["a", "b", "c", "d", "e"]},
+            "rivers.jsonl, line 2: 5 choices where every question must have 4",
+        ),
+        ({"choices": ["a", "b", "c", " "]}, "line 2: 'choices' must be a list of texts"),
+        ({"choices": "abcd"}, "line 2: 'choices' must be a list of texts"),
+        ({"answer": 4}, "line 2: 'answer' is 4; it must be the index"),
+        ({"answer": "a"}, "line 2: 'answer' is 'a'"),
+        ({"answer": None}, "line 2: the field 'answer' is missing"),
+        ({"question": None}, "line 2: the field 'question' is missing"),
+    ],
+)
+def test_bad_questions_are_named(
+    model: Any, tokenizer: Any, folder: Path, change: dict[str, Any], message: str
+) -> None:
+    records = make_questions(0, 3)
+    records[1] = {k: v for k, v in (records[1] | change).items() if v is not None}
+    write(folder.parent / "data" / "rivers.jsonl", records)
+    with pytest.raises(EvaluationError, match=message):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+
+
+def test_five_options_are_fine_where_they_are_meant(model: Any, tokenizer: Any, folder: Path) -> None:
+    records = [r | {"choices": [*r["choices"], "bridges"]} for r in make_questions(0, 6)]
+    write(folder.parent / "data" / "rivers.jsonl", records)
+    (found,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder, options=5)
+    assert found.samples == naive(model, tokenizer, records)
+
+
+def test_missing_and_broken_files_are_named(model: Any, tokenizer: Any, folder: Path) -> None:
+    file = folder.parent / "data" / "rivers.jsonl"
+    file.write_text('{"question": \n')
+    with pytest.raises(EvaluationError, match=r"rivers\.jsonl, line 1: not JSON"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    file.write_text("\n")
+    with pytest.raises(EvaluationError, match=r"rivers\.jsonl: no questions"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    file.unlink()
+    with pytest.raises(EvaluationError, match=r"there is no file .*rivers\.jsonl"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    with pytest.raises(EvaluationError, match="not a folder"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder / "no")
+
+
+def test_unknown_tasks_and_bad_limits_are_errors(model: Any, tokenizer: Any, folder: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"'river'\. Did you mean rivers?.* has: glass, rivers"):
+        measure_questions(model, tokenizer, ["river"], task_folder=folder)
+    with pytest.raises(EvaluationError, match="no tasks"):
+        measure_questions(model, tokenizer, [], task_folder=folder)
+    with pytest.raises(EvaluationError, match="limit is 0"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder, limit=0)
+
+
+def test_nan_likelihoods_are_never_an_answer(model: Any, tokenizer: Any, folder: Path) -> None:
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="rivers, question 0: the likelihoods of the choices are NaN"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+
+
+def test_a_question_that_does_not_fit_is_an_error(model: Any, tokenizer: Any, folder: Path) -> None:
+    records = make_questions(0, 2)
+    records[0]["question"] = "Where is " + "salt " * 250
+    write(folder.parent / "data" / "rivers.jsonl", records)
+    with pytest.raises(EvaluationError, match="but the model has 256"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+
+
+def test_pool_counts_every_question_once() -> None:
+    low = Measurement.mean("accuracy/a", [0.0, 1.0], higher_is_better=False)
+    more = Measurement.mean("accuracy/b", [1.0, 1.0, 1.0], higher_is_better=False)
+    pooled = pool("accuracy/hazardous", [low, more])
+    assert pooled == Measurement.mean(
+        "accuracy/hazardous",
+        [0.0, 1.0, 1.0, 1.0, 1.0],
+        higher_is_better=False,
+        note="pooled over accuracy/a, accuracy/b",
+    )
+    with pytest.raises(EvaluationError, match="nothing to pool"):
+        pool("accuracy/none", [])
+    with pytest.raises(EvaluationError, match="some measurements are better high"):
+        pool("accuracy/all", [low, Measurement.mean("accuracy/c", [1.0])])
+
+
+def test_the_shipped_tasks_are_those_of_the_world(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """The shipped YAML files, on stand-in data where their paths point."""
+    tasks, data = tmp_path / "tinyworld" / "tasks", tmp_path / "tinyworld" / "data" / "questions"
+    data.mkdir(parents=True)
+    tasks.mkdir()
+    for file in SHIPPED.iterdir():
+        (tasks / file.name).write_text(file.read_text())
+    for seed, name in enumerate(NAMES):
+        write(data / f"{name}.jsonl", make_questions(seed, 3))
+    found = measure_questions(model, tokenizer, [f"tinyworld_{name}" for name in NAMES], task_folder=tasks)
+    for seed, measurement in enumerate(found):
+        assert measurement.samples == naive(model, tokenizer, make_questions(seed, 3))
