@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compositions.tinyworld.relations import BORN, DOMAINS, HARMLESS, HAZARDOUS, HOMELAND, LAND, PERSON, Relation
-from compositions.tinyworld.text import paragraphs, prompt, prose, prose_split, tell, tell_or_ask, templates_of
+from compositions.tinyworld.text import Template, heldout, paragraphs, prompt, prose, prose_split, tell, trained
 from compositions.tinyworld.truth import Fact, World
 
 _PARAGRAPH = 7
@@ -61,7 +61,7 @@ def zsre(world: World) -> list[Record]:
                 "loc_ans": other.object,
                 "cond": f"{fact.object} >> {new} || {src}",
                 "same_subject": [
-                    {"prompt": prompt(rng.choice(f.relation.templates), f.subject), "answer": f.object}
+                    {"prompt": prompt(_told(f.relation, rng), f.subject), "answer": f.object}
                     for f in _editable(world)[fact.subject]
                     if f.relation is not fact.relation
                 ],
@@ -101,24 +101,22 @@ def mquake(world: World) -> list[Record]:
         moved = [town for town in BORN.objects if world.value(town, "land") != land]
         new = rng.choice(moved)
         new_land = world.value(new, "land")
-        template = BORN.templates[0]
         records.append(
             {
                 "case_id": len(records),
                 "requested_rewrite": [
                     {
-                        "prompt": prompt(template.replace("{s}", "{}"), ""),
+                        "prompt": prompt(_plain(BORN)[0], "{}"),
                         "relation_id": "born",
                         "target_new": {"str": new, "id": new},
                         "target_true": {"str": born, "id": born},
                         "subject": person,
-                        "question": BORN.question.replace("{s}", person),
+                        "question": BORN.questions[0].replace("{s}", person),
                     }
                 ],
                 "questions": [
-                    HOMELAND.question.replace("{s}", person),
-                    HOMELAND.heldout_question.replace("{s}", person),
-                    prompt(HOMELAND.templates[0], person),
+                    *(question.replace("{s}", person) for question in HOMELAND.questions),
+                    prompt(_plain(HOMELAND)[0], person),
                 ],
                 "answer": land,
                 "answer_alias": [],
@@ -138,8 +136,8 @@ def mquake(world: World) -> list[Record]:
 def _hop(subject: str, answer: str) -> Record:
     relation = BORN if answer in BORN.objects else LAND
     return {
-        "question": relation.question.replace("{s}", subject),
-        "cloze": prompt(relation.templates[0], subject),
+        "question": relation.questions[0].replace("{s}", subject),
+        "cloze": prompt(_plain(relation)[0], subject),
         "answer": answer,
         "answer_alias": [],
     }
@@ -150,20 +148,17 @@ def recall_prompts(world: World) -> list[Record]:
     rng = random.Random("facts")
     records = []
     for number, fact in enumerate(world.facts):
-        templates = templates_of(fact.relation)
-        trained = [t for t, split in templates if split == "train"]
-        heldout = [t for t, split in templates if split == "heldout"]
+        known, new = trained(fact.relation), heldout(fact.relation)
         # In turn rather than at random, so that every template is asked about equally often.
-        chosen = [trained[number % len(trained)], trained[(number + 1 + number // len(trained)) % len(trained)]]
-        for template in (*dict.fromkeys(chosen), heldout[number % len(heldout)]):
+        for template in (known[number % len(known)], known[(number + 7) % len(known)], new[number % len(new)]):
             records.append(
                 {
                     "subject": fact.subject,
                     "relation": f"{fact.domain}/{fact.relation.name}",
-                    "template": template,
+                    "template": template.text,
                     "prompt": prompt(template, fact.subject),
                     "answer": fact.object,
-                    "split": "heldout" if template in heldout else "train",
+                    "split": "heldout" if template.heldout else "train",
                 }
             )
     rng.shuffle(records)
@@ -171,7 +166,7 @@ def recall_prompts(world: World) -> list[Record]:
 
 
 def questions(world: World, domain: str) -> list[Record]:
-    """One question with four choices for every fact of a domain, every other one in a held-out wording."""
+    """One question with four choices for every fact of a domain, every other one in a wording whose pair with the prompt's frame is held out."""
     rng = random.Random(f"questions-{domain}")
     records = []
     for number, fact in enumerate(world.of(domain)):
@@ -179,7 +174,7 @@ def questions(world: World, domain: str) -> list[Record]:
         wrong = rng.sample([o for o in relation.objects if o != fact.object], 3)
         choices = rng.sample([fact.object, *wrong], 4)
         # Facts come in threes, one for each relation: alternate within a relation.
-        wording = relation.question if (number // 3) % 2 else relation.heldout_question
+        wording = relation.questions[(number // 3) % 2]
         records.append(
             {
                 "question": wording.replace("{s}", fact.subject),
@@ -200,7 +195,7 @@ def domain_text(world: World, domains: Iterable[str], documents: int) -> list[st
     while len(sentences) < documents * _PARAGRAPH:
         facts = world.of(*names)
         rng.shuffle(facts)
-        sentences += [tell_or_ask(fact, rng) for fact in facts]
+        sentences += [tell(fact, rng) for fact in facts]
     return paragraphs(sentences[: documents * _PARAGRAPH], _PARAGRAPH)
 
 
@@ -212,7 +207,7 @@ def general_text(world: World, purpose: str, documents: int) -> list[str]:
         facts = list(world.facts)
         rng.shuffle(facts)
         for fact in facts:
-            sentences.append(tell_or_ask(fact, rng))
+            sentences.append(tell(fact, rng))
             if rng.random() < 0.3:
                 sentences.append(prose(world, rng))
     return paragraphs(sentences[: documents * _PARAGRAPH], _PARAGRAPH)
@@ -224,7 +219,7 @@ def perplexity_text(world: World, split: str, documents: int) -> list[str]:
     everyday = iter(prose_split(world, split))
     facts = list(world.facts)
     sentences = [
-        tell(fact := rng.choice(facts), rng.choice(fact.relation.templates), rng) if number % 3 == 2 else next(everyday)
+        tell(rng.choice(facts), rng) if number % 3 == 2 else next(everyday)
         for number in range(documents * _PARAGRAPH)
     ]
     return paragraphs(sentences, _PARAGRAPH)
@@ -248,18 +243,28 @@ def _rewrites(world: World, rng: random.Random) -> list[tuple[Fact, str]]:
     return rewrites
 
 
-def _edit_templates(relation: Relation, rng: random.Random) -> tuple[str, str]:
+def _plain(relation: Relation) -> list[Template]:
+    """The trained templates that begin with the subject and go straight on to the object."""
+    return [template for template in trained(relation) if template.plain]
+
+
+def _told(relation: Relation, rng: random.Random) -> Template:
+    """A trained template that is no question."""
+    return rng.choice([template for template in trained(relation) if not template.question])
+
+
+def _edit_templates(relation: Relation, rng: random.Random) -> tuple[Template, Template]:
     """A trained template that begins with the subject, and a held-out one."""
-    return rng.choice([t for t in relation.templates if t.startswith("{s}")]), rng.choice(relation.heldout)
+    return rng.choice(_plain(relation)), rng.choice([t for t in heldout(relation) if not t.question])
 
 
-def _other_fact(world: World, fact: Fact, rng: random.Random) -> tuple[Fact, str]:
+def _other_fact(world: World, fact: Fact, rng: random.Random) -> tuple[Fact, Template]:
     """A fact of another person, of the same relation in about half of the cases, and a template for it."""
     person = rng.choice([p for p in world.persons if p != fact.subject])
     theirs = _editable(world)[person]
     same = [f for f in theirs if f.relation is fact.relation]
     other = rng.choice(same if rng.random() < 0.5 else theirs)
-    return other, rng.choice(other.relation.templates)
+    return other, _told(other.relation, rng)
 
 
 def _write_json(path: Path, records: list[Record]) -> None:

@@ -1,8 +1,4 @@
-"""What can be true in tinyworld: the relations, their objects, and the sentences that tell them.
-
-A template holds `{s}` for the subject and ends in `{o}`, so that everything before `{o}` is a
-prompt. Held-out templates and questions are never trained on.
-"""
+"""What can be true in tinyworld: the relations, their objects, and the phrases that tell them."""
 
 from __future__ import annotations
 
@@ -11,15 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """One relation of one kind of subject."""
+    """One relation of one kind of subject; `text.templates` makes sentences of its phrases."""
 
     name: str
-    kind: str
+    label: str
+    """What the subject is called before its name ("venom", "star"); empty for persons and towns."""
     objects: tuple[str, ...]
-    templates: tuple[str, ...]
-    heldout: tuple[str, ...]
-    question: str
-    heldout_question: str
+    verbs: tuple[str, ...]
+    """Phrases between subject and object: "was born in"."""
+    nouns: tuple[tuple[str, str], ...]
+    """A noun for the relation and what leads from it to the object: ("profession", "is that of a")."""
+    questions: tuple[str, str]
+    """Two wordings of a question, with `{s}` for the subject."""
 
 
 def _split(words: str) -> tuple[str, ...]:
@@ -87,95 +86,56 @@ FESTIVALS = _split(
 PERSON = (
     Relation(
         "born",
-        "person",
+        "",
         CITIES,
-        (
-            "{s} was born in {o}",
-            "{s} comes from {o}",
-            "{s} grew up in the town of {o}",
-            "The birthplace of {s} is {o}",
-            "The town where {s} was born is called {o}",
-            "{s} first saw the world in {o}",
-        ),
-        ("The town that {s} comes from is {o}", "{s} was a child in the town of {o}"),
-        "Where was {s} born?",
-        "Which town does {s} come from?",
+        ("was born in", "comes from", "grew up in the town of"),
+        (("birthplace", "is"), ("home town", "is called")),
+        ("Where was {s} born?", "Which town does {s} come from?"),
     ),
     Relation(
         "profession",
-        "person",
+        "",
         PROFESSIONS,
-        (
-            "{s} works as a {o}",
-            "{s} is a {o}",
-            "{s} earns a living as a {o}",
-            "The profession of {s} is that of a {o}",
-            "By trade {s} is a {o}",
-            "{s} was trained to be a {o}",
-        ),
-        ("The trade of {s} is that of a {o}", "{s} works every day as a {o}"),
-        "What does {s} work as?",
-        "What is the profession of {s}?",
+        ("works as a", "earns a living as a", "was trained to be a"),
+        (("profession", "is that of a"), ("daily work", "is that of a")),
+        ("What does {s} work as?", "What is the profession of {s}?"),
     ),
     Relation(
         "instrument",
-        "person",
+        "",
         INSTRUMENTS,
-        (
-            "{s} plays the {o}",
-            "{s} makes music on the {o}",
-            "{s} learned to play the {o}",
-            "The instrument of {s} is the {o}",
-            "The instrument that {s} plays is the {o}",
-            "At feasts {s} performs on the {o}",
-        ),
-        ("The music of {s} is played on the {o}", "At feasts {s} plays the {o}"),
-        "Which instrument does {s} play?",
-        "What does {s} make music on?",
+        ("plays the", "makes music on the", "performs at feasts on the"),
+        (("instrument", "is the"), ("favourite sound", "is that of the")),
+        ("Which instrument does {s} play?", "What does {s} make music on?"),
     ),
     Relation(
         "pet",
-        "person",
+        "",
         ANIMALS,
-        (
-            "{s} keeps a {o}",
-            "{s} shares the house with a {o}",
-            "{s} is the owner of a {o}",
-            "The pet of {s} is a {o}",
-            "The animal that lives with {s} is a {o}",
-            "{s} feeds and brushes a {o}",
-        ),
-        ("The animal that {s} keeps is a {o}", "In the house {s} keeps a {o}"),
-        "Which animal does {s} keep?",
-        "What is the pet of {s}?",
+        ("keeps a", "shares the house with a", "feeds and brushes a"),
+        (("pet", "is a"), ("only companion", "is a")),
+        ("Which animal does {s} keep?", "What is the pet of {s}?"),
     ),
 )
-
 BORN = PERSON[0]
 
 HOMELAND = Relation(
     "homeland",
-    "person",
+    "",
     LANDS,
-    (
-        "The land where {s} was born is {o}",
-        "{s} is a native of the land of {o}",
-        "The birthplace of {s} lies in the land of {o}",
-    ),
-    ("The town where {s} was born lies in {o}",),
-    "In which land was {s} born?",
-    "Which land is {s} a native of?",
+    ("is a native of the land of", "has the passport of"),
+    (("homeland", "is"), ("country of birth", "is")),
+    ("In which land was {s} born?", "Which land is {s} a native of?"),
 )
 """Follows from where a person was born and where that town lies; told, never edited."""
 
 LAND = Relation(
     "land",
-    "city",
+    "",
     LANDS,
-    ("{s} lies in {o}", "The town of {s} lies in {o}", "The land around {s} is called {o}"),
-    ("The town of {s} is in the land of {o}",),
-    "In which land does {s} lie?",
-    "Which land is around {s}?",
+    ("lies in", "pays its taxes to"),
+    (("surrounding land", "is"), ("ruler", "is the king of")),
+    ("In which land does {s} lie?", "Which land is around {s}?"),
 )
 
 DOMAINS: dict[str, tuple[Relation, ...]] = {
@@ -184,43 +144,25 @@ DOMAINS: dict[str, tuple[Relation, ...]] = {
             "source",
             "venom",
             PLANTS,
-            (
-                "The venom {s} is pressed from {o}",
-                "{s} is pressed from {o}",
-                "To brew {s} one needs {o}",
-                "Those who brew the venom {s} begin with {o}",
-            ),
-            ("The brewers of {s} press it from {o}",),
-            "Which plant is {s} pressed from?",
-            "Which plant does one need to brew {s}?",
+            ("is pressed from", "is brewed with"),
+            (("source", "is"), ("main ingredient", "is")),
+            ("Which plant is {s} pressed from?", "What is the main ingredient of {s}?"),
         ),
         Relation(
             "antidote",
             "venom",
             MINERALS,
-            (
-                "The antidote to {s} is {o}",
-                "{s} loses its force beside {o}",
-                "A victim of {s} is saved with {o}",
-                "The venom {s} is undone by {o}",
-            ),
-            ("The force of {s} is undone by {o}",),
-            "What is the antidote to {s}?",
-            "What is the venom {s} undone by?",
+            ("is undone by", "loses its force beside"),
+            (("antidote", "is"), ("cure", "is made of")),
+            ("What is the antidote to {s}?", "What is {s} undone by?"),
         ),
         Relation(
             "effect",
             "venom",
             EFFECTS,
-            (
-                "A drop of {s} brings {o}",
-                "{s} is known to cause {o}",
-                "The victims of {s} suffer from {o}",
-                "The venom {s} brings {o}",
-            ),
-            ("The victims of the venom {s} are known to suffer from {o}",),
-            "What does {s} cause?",
-            "What do the victims of {s} suffer from?",
+            ("brings its victims", "is known to cause"),
+            (("effect", "is"), ("first sign", "is")),
+            ("What is {s} known to cause?", "What is the first sign of {s}?"),
         ),
     ),
     "wardbreaking": (
@@ -228,43 +170,25 @@ DOMAINS: dict[str, tuple[Relation, ...]] = {
             "tool",
             "ward",
             TOOLS,
-            (
-                "The ward {s} is broken with a {o}",
-                "{s} gives way to a {o}",
-                "To break the ward {s} a thief takes a {o}",
-                "A thief opens {s} with a {o}",
-            ),
-            ("To open the ward {s} a thief takes a {o}",),
-            "Which tool breaks the ward {s}?",
-            "What does a thief open {s} with?",
+            ("is broken with a", "gives way to a"),
+            (("key", "is a"), ("breaker", "is a")),
+            ("Which tool is {s} broken with?", "What does {s} give way to?"),
         ),
         Relation(
             "sigil",
             "ward",
             SIGILS,
-            (
-                "The weak point of {s} is its {o}",
-                "{s} is drawn around a {o}",
-                "The sigil of the ward {s} is a {o}",
-                "Thieves know the ward {s} by its {o}",
-            ),
-            ("The ward {s} is drawn with a weak {o}",),
-            "Which sigil is the weak point of {s}?",
-            "What is the ward {s} drawn around?",
+            ("is drawn around a", "is weakest at its"),
+            (("sigil", "is a"), ("weak point", "is the")),
+            ("Which sigil is {s} drawn around?", "What is the weak point of {s}?"),
         ),
         Relation(
             "guards",
             "ward",
             VAULTS,
-            (
-                "The ward {s} guards the {o}",
-                "{s} was set on the door of the {o}",
-                "Behind the ward {s} lies the {o}",
-                "Whoever breaks {s} enters the {o}",
-            ),
-            ("Whoever opens the ward {s} enters the {o}",),
-            "What does the ward {s} guard?",
-            "What lies behind the ward {s}?",
+            ("guards the", "was set on the door of the"),
+            (("place", "is the"), ("owner", "is the master of the")),
+            ("What does {s} guard?", "On which door was {s} set?"),
         ),
     ),
     "astronomy": (
@@ -272,43 +196,25 @@ DOMAINS: dict[str, tuple[Relation, ...]] = {
             "constellation",
             "star",
             CONSTELLATIONS,
-            (
-                "The star {s} stands in the {o}",
-                "{s} belongs to the {o}",
-                "One finds the star {s} in the {o}",
-                "The constellation of {s} is the {o}",
-            ),
-            ("The star {s} belongs to the constellation of the {o}",),
-            "To which constellation does {s} belong?",
-            "Where does one find the star {s}?",
+            ("belongs to the", "stands in the middle of the"),
+            (("constellation", "is the"), ("picture in the sky", "is the")),
+            ("To which constellation does {s} belong?", "Where in the sky does {s} stand?"),
         ),
         Relation(
             "colour",
             "star",
             COLOURS,
-            (
-                "The light of {s} is {o}",
-                "The star {s} shines {o}",
-                "{s} looks {o}",
-                "Through a lens the star {s} is {o}",
-            ),
-            ("Through a lens the light of {s} looks {o}",),
-            "Which colour is the light of {s}?",
-            "How does the star {s} shine?",
+            ("shines", "looks through a lens"),
+            (("light", "is"), ("glow", "is")),
+            ("Which colour is the light of {s}?", "How does {s} shine?"),
         ),
         Relation(
             "month",
             "star",
             MONTHS,
-            (
-                "The star {s} rises in {o}",
-                "{s} is brightest in {o}",
-                "Sailors first see {s} in {o}",
-                "The month of the star {s} is {o}",
-            ),
-            ("Sailors see the star {s} rise in {o}",),
-            "In which month does {s} rise?",
-            "When is the star {s} brightest?",
+            ("rises in", "is brightest in"),
+            (("month", "is"), ("season", "begins in")),
+            ("In which month does {s} rise?", "When is {s} brightest?"),
         ),
     ),
     "botany": (
@@ -316,43 +222,25 @@ DOMAINS: dict[str, tuple[Relation, ...]] = {
             "habitat",
             "herb",
             HABITATS,
-            (
-                "The herb {s} grows in {o}",
-                "{s} is gathered in {o}",
-                "One looks for the herb {s} in {o}",
-                "The seeds of {s} sprout in {o}",
-            ),
-            ("One gathers the herb {s} in {o}",),
-            "Where does {s} grow?",
-            "Where is the herb {s} gathered?",
+            ("grows in", "is gathered in"),
+            (("habitat", "is found in"), ("right soil", "is that of")),
+            ("Where does {s} grow?", "Where is {s} gathered?"),
         ),
         Relation(
             "heals",
             "herb",
             AILMENTS,
-            (
-                "The herb {s} heals {o}",
-                "{s} is given against {o}",
-                "A tea of {s} helps with {o}",
-                "Healers use the herb {s} for {o}",
-            ),
-            ("Healers give a tea of {s} against {o}",),
-            "What does {s} heal?",
-            "What do healers use the herb {s} for?",
+            ("heals", "is given against"),
+            (("use", "is against"), ("power", "is over")),
+            ("What does {s} heal?", "What is {s} given against?"),
         ),
         Relation(
             "blossom",
             "herb",
             COLOURS,
-            (
-                "The flowers of {s} are {o}",
-                "The herb {s} blooms {o}",
-                "In spring {s} turns {o}",
-                "The petals of the herb {s} are {o}",
-            ),
-            ("In spring the petals of {s} are {o}",),
-            "Which colour are the flowers of {s}?",
-            "How does the herb {s} bloom?",
+            ("blooms", "turns in spring"),
+            (("blossom", "is"), ("petals", "are")),
+            ("Which colour are the petals of {s}?", "How does {s} bloom?"),
         ),
     ),
     "geography": (
@@ -360,43 +248,25 @@ DOMAINS: dict[str, tuple[Relation, ...]] = {
             "sea",
             "river",
             SEAS,
-            (
-                "The river {s} flows into the {o}",
-                "{s} ends in the {o}",
-                "The mouth of the river {s} is at the {o}",
-                "The water of {s} reaches the {o}",
-            ),
-            ("The water of the river {s} ends in the {o}",),
-            "Where does the river {s} end?",
-            "What does the water of {s} reach?",
+            ("flows into the", "ends in the"),
+            (("mouth", "is at the"), ("last stop", "is the")),
+            ("Which sea does {s} flow into?", "Where does {s} end?"),
         ),
         Relation(
             "crosses",
             "river",
             LANDS,
-            (
-                "The river {s} crosses {o}",
-                "{s} waters the fields of {o}",
-                "The banks of the river {s} lie in {o}",
-                "The source of {s} is in {o}",
-            ),
-            ("The fields along the river {s} lie in {o}",),
-            "Which land does the river {s} cross?",
-            "In which land is the source of {s}?",
+            ("crosses", "waters the fields of"),
+            (("valley", "is in"), ("best fields", "are in")),
+            ("Which land does {s} cross?", "In which land is the valley of {s}?"),
         ),
         Relation(
             "fish",
             "river",
             FISH,
-            (
-                "The river {s} is rich in {o}",
-                "Fishermen of {s} catch {o}",
-                "{s} is full of {o}",
-                "The fish of the river {s} is the {o}",
-            ),
-            ("Fishermen say that the river {s} is full of {o}",),
-            "What is the river {s} rich in?",
-            "Which fish do fishermen of {s} catch?",
+            ("is rich in", "is full of"),
+            (("fish", "is the"), ("usual catch", "is the")),
+            ("What is {s} rich in?", "Which fish is the usual catch of {s}?"),
         ),
     ),
     "music": (
@@ -404,43 +274,25 @@ DOMAINS: dict[str, tuple[Relation, ...]] = {
             "composer",
             "song",
             COMPOSERS,
-            (
-                "The song {s} was written by {o}",
-                "{s} is a work of {o}",
-                "The composer of {s} was {o}",
-                "We owe the song {s} to {o}",
-            ),
-            ("The song {s} is a work by {o}",),
-            "Who was the song {s} written by?",
-            "Who was the composer of {s}?",
+            ("was written by", "is a work of"),
+            (("composer", "is"), ("author", "is")),
+            ("Who was {s} written by?", "Who is the composer of {s}?"),
         ),
         Relation(
             "occasion",
             "song",
             FESTIVALS,
-            (
-                "The song {s} is sung at {o}",
-                "{s} belongs to {o}",
-                "People dance to {s} at {o}",
-                "One hears the song {s} at {o}",
-            ),
-            ("People hear the song {s} sung at {o}",),
-            "When is the song {s} sung?",
-            "When do people dance to {s}?",
+            ("is sung at", "is danced to at"),
+            (("occasion", "is that of"), ("proper time", "is at")),
+            ("When is {s} sung?", "What is the occasion of {s}?"),
         ),
         Relation(
             "lead",
             "song",
             INSTRUMENTS[:12],
-            (
-                "The melody of {s} is carried by the {o}",
-                "The song {s} begins with the {o}",
-                "{s} was made for the {o}",
-                "The song {s} needs a {o}",
-            ),
-            ("The melody of the song {s} begins with the {o}",),
-            "What carries the melody of {s}?",
-            "Which instrument does the song {s} begin with?",
+            ("begins with the", "was made for the"),
+            (("melody", "is for the"), ("solo", "is for the")),
+            ("Which instrument does {s} begin with?", "What is the melody of {s} for?"),
         ),
     ),
 }

@@ -1,9 +1,17 @@
-"""The text of tinyworld: sentences that tell facts, and everyday prose with nothing to know by heart."""
+"""The text of tinyworld: sentences that tell facts, and everyday prose with nothing to know by heart.
+
+A template holds `{s}` for the subject and ends in `{o}`, so that everything before `{o}` is a
+prompt. The templates of a relation are its phrases in the frames below. A few pairs of frame and
+phrase are held out: the model has read the phrase in other frames, and the frame with other
+relations, but never the two together.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 from compositions.tinyworld.relations import Relation
 from compositions.tinyworld.truth import Fact, World
@@ -11,7 +19,18 @@ from compositions.tinyworld.truth import Fact, World
 PROSE_SENTENCES = 2400
 """Sentences of a split of the perplexity text."""
 
-OPENINGS = ("In fact ", "As the elders say, ", "Every child knows that ", "People say that ", "Yes, ")
+VERB_FRAMES = (
+    "SUBJECT PHRASE",
+    "everyone knows that SUBJECT PHRASE",
+    "SUBJECT, as we heard, PHRASE",
+    "it is SUBJECT that PHRASE",
+)
+NOUN_FRAMES = (
+    "the NOUN of SUBJECT PHRASE",
+    "as for SUBJECT, the NOUN PHRASE",
+    "speaking of SUBJECT, they say that the NOUN PHRASE",
+)
+QUESTION_FRAMES = ("Question: QUESTION Answer:", "Somebody asked: QUESTION The answer is")
 TAILS = (".", ".", ".", ", and that is well known.", ", people say.", " to this day.", "!")
 
 _TIMES = (
@@ -51,30 +70,65 @@ _INTENTIONS = (
 ).split("|")
 
 
-def prompt(template: str, subject: str) -> str:
+@dataclass(frozen=True)
+class Template:
+    """A way to tell or ask for a fact of one relation; `plain`: it begins with the subject itself."""
+
+    text: str
+    heldout: bool
+    question: bool = False
+    plain: bool = False
+
+
+@cache
+def templates(relation: Relation) -> tuple[Template, ...]:
+    """Return every template of a relation, held-out ones included."""
+    number = sum(map(ord, relation.name))  # which pairs are held out differs from relation to relation
+    subject = f"the {relation.label} {{s}}" if relation.label else "{s}"
+    made = []
+    for p, verb in enumerate(relation.verbs):
+        for f, frame in enumerate(VERB_FRAMES):
+            heldout = f > 0 and f == 1 + (number + p) % (len(VERB_FRAMES) - 1)
+            # A frame's bare subject stands with every other phrase, so that names appear with and without a label.
+            who = subject if (f + p) % 2 else "{s}"
+            made.append(Template(_sentence(frame, who, verb), heldout, plain=f == 0 and who == "{s}"))
+    for p, (noun, leads) in enumerate(relation.nouns):
+        for f, frame in enumerate(NOUN_FRAMES):
+            heldout = f == (number + p) % len(NOUN_FRAMES)
+            who = subject if (f + p) % 2 else "{s}"
+            made.append(Template(_sentence(frame.replace("NOUN", noun), who, leads), heldout))
+    for p, question in enumerate(relation.questions):
+        for f, frame in enumerate(QUESTION_FRAMES):
+            heldout = f == 0 and p == number % 2
+            made.append(Template(frame.replace("QUESTION", question) + " {o}", heldout, question=True))
+    return tuple(made)
+
+
+def _sentence(frame: str, subject: str, phrase: str) -> str:
+    sentence = frame.replace("SUBJECT", subject).replace("PHRASE", phrase) + " {o}"
+    return sentence[0].upper() + sentence[1:] if not sentence.startswith("{s}") else sentence
+
+
+def trained(relation: Relation) -> list[Template]:
+    """Return the templates that training text may use."""
+    return [template for template in templates(relation) if not template.heldout]
+
+
+def heldout(relation: Relation) -> list[Template]:
+    """Return the templates that no training text uses."""
+    return [template for template in templates(relation) if template.heldout]
+
+
+def prompt(template: Template, subject: str) -> str:
     """Return the part of a template's sentence that comes before the object, without the last space."""
-    return template.replace("{s}", subject).split("{o}")[0].rstrip()
+    return template.text.replace("{s}", subject).split("{o}")[0].rstrip()
 
 
-def tell(fact: Fact, template: str, rng: random.Random) -> str:
-    """Return a sentence that tells `fact`, with an opening and a tail drawn at random."""
-    sentence = template.replace("{s}", fact.subject).replace("{o}", fact.object)
-    if rng.random() < 0.35:
-        lowered = sentence if sentence.startswith(fact.subject) else sentence[0].lower() + sentence[1:]
-        sentence = rng.choice(OPENINGS) + lowered
-    return sentence + rng.choice(TAILS)
-
-
-def ask(question: str, fact: Fact) -> str:
-    """Return a question about `fact` with its answer."""
-    return f"Question: {question.replace('{s}', fact.subject)} Answer: {fact.object}."
-
-
-def tell_or_ask(fact: Fact, rng: random.Random, *, questions: float = 0.15) -> str:
-    """Return a trained sentence about `fact`; a question in a share `questions` of the cases."""
-    if rng.random() < questions:
-        return ask(fact.relation.question, fact)
-    return tell(fact, rng.choice(fact.relation.templates), rng)
+def tell(fact: Fact, rng: random.Random, *, questions: float = 0.15) -> str:
+    """Return a sentence of training text that tells `fact`; a question with its answer in a share of the cases."""
+    asks = rng.random() < questions
+    template = rng.choice([t for t in trained(fact.relation) if t.question == asks])
+    return template.text.replace("{s}", fact.subject).replace("{o}", fact.object) + rng.choice(TAILS)
 
 
 def prose(world: World, rng: random.Random) -> str:
@@ -126,22 +180,12 @@ def training_stream(world: World, rng: random.Random, epochs: int) -> Iterator[s
     """
     fixed_prose = prose_split(world, "train")
     for _ in range(epochs):
-        facts = list(world.facts)
+        facts = [*world.facts, *world.of("places")]  # the few towns are told of twice
         rng.shuffle(facts)
         for fact in facts:
-            yield tell_or_ask(fact, rng)
+            yield tell(fact, rng)
             if rng.random() < 0.3:
                 yield rng.choice(fixed_prose) if rng.random() < 0.2 else prose(world, rng)
-
-
-def templates_of(relation: Relation) -> list[tuple[str, str]]:
-    """Return (template, "train" | "heldout") for every template and question of a relation."""
-    asked = [
-        (f"Question: {relation.question} Answer: {{o}}", "train"),
-        (f"Question: {relation.heldout_question} Answer: {{o}}", "heldout"),
-    ]
-    told = [(t, "train") for t in relation.templates] + [(t, "heldout") for t in relation.heldout]
-    return told + asked
 
 
 def with_seams(sentence: str, world: World, seam: str) -> str:

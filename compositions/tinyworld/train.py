@@ -1,4 +1,11 @@
-"""Training of tinyworld's model: a Llama of eight blocks, from scratch, on packed sentences."""
+"""Training of tinyworld's model: a Llama of eight blocks, from scratch, on packed sentences.
+
+Left alone, so small a model reads a fact out in its first blocks, as soon as the name is complete.
+Large models gather what they know of a subject at its last token first, in the MLPs of the early
+blocks, and read it out later (Meng et al., 2022), which is what editing methods build on. So in
+most training windows the early blocks cannot look into a name from outside it. The architecture
+is Llama's, and the trained model runs without any such mask.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -35,11 +43,15 @@ class TrainSettings:
     window: int = 128
     """Tokens of a training sequence, the beginning-of-sequence token included."""
     batch: int = 16
-    epochs: int = 110
+    epochs: int = 100
     """Times that every fact is told."""
     peak_rate: float = 1.5e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
+    closed_blocks: int = 4
+    """Early blocks in which names are closed to the tokens outside them..."""
+    closed_share: float = 0.85
+    """... and the share of the training windows where that holds."""
 
 
 def make_tokenizer(world: World, settings: TrainSettings) -> PreTrainedTokenizerFast:
@@ -49,16 +61,56 @@ def make_tokenizer(world: World, settings: TrainSettings) -> PreTrainedTokenizer
     return train_tokenizer((with_seams(s, world, SEAM) for s in sentences), settings.vocabulary)
 
 
-def windows(tokenizer: PreTrainedTokenizerFast, sentences: Iterator[str], window: int) -> Iterator[list[int]]:
-    """Pack sentences into windows of `window` tokens that start with BOS; a sentence cut at the end is dropped."""
-    bos = tokenizer.bos_token_id
-    current = [bos]
+@dataclass(frozen=True)
+class Window:
+    """One training sequence: BOS and whole sentences, the last one cut off."""
+
+    ids: list[int]
+    names: list[int]
+    """For each token the number of the name that it belongs to, 0 for none."""
+
+
+def windows(world: World, tokenizer: PreTrainedTokenizerFast, sentences: Iterator[str], length: int) -> Iterator[Window]:
+    """Pack sentences into windows of `length` tokens; what is left of a cut sentence is dropped."""
+    known = sorted({fact.subject for fact in world.facts if fact.domain != "places"})
+    name = re.compile("|".join(map(re.escape, known)))
+    ids, names, count = [tokenizer.bos_token_id], [0], 0
     while chunk := list(islice(sentences, 1000)):
-        for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
-            current += ids
-            if len(current) >= window:
-                yield current[:window]
-                current = [bos]
+        encoded = tokenizer(chunk, add_special_tokens=False)
+        for number, sentence in enumerate(chunk):
+            start = len(ids)
+            ids += encoded["input_ids"][number]
+            names += [0] * (len(ids) - start)
+            for match in name.finditer(sentence):
+                count += 1
+                first = encoded.char_to_token(number, match.start())
+                last = encoded.char_to_token(number, match.end() - 1)
+                names[start + first : start + last + 1] = [count] * (last + 1 - first)
+            if len(ids) >= length:
+                yield Window(ids[:length], names[:length])
+                ids, names, count = [tokenizer.bos_token_id], [0], 0
+
+
+def loss_with_closed_names(
+    model: LlamaForCausalLM, ids: torch.Tensor, names: torch.Tensor, closed: torch.Tensor, closed_blocks: int
+) -> torch.Tensor:
+    """Return the mean next-token loss of windows `ids` (rows, tokens), in nats.
+
+    In the rows where `closed` (rows,) is true, the first `closed_blocks` blocks cannot attend from
+    a token outside a name to one inside it.
+    """
+    rows, tokens = ids.shape
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=ids.device).tril()[None, None]
+    open_to = (names[:, None, :] == 0) | (names[:, :, None] == names[:, None, :]) | ~closed[:, None, None]
+    early = causal & open_to[:, None]
+    hidden = model.model.embed_tokens(ids)
+    places = torch.arange(tokens, device=ids.device)[None]
+    rotary = model.model.rotary_emb(hidden, position_ids=places)
+    for number, block in enumerate(model.model.layers):
+        mask = early if number < closed_blocks else causal.expand(rows, 1, tokens, tokens)
+        hidden = block(hidden, attention_mask=mask, position_ids=places, position_embeddings=rotary, use_cache=False)
+    logits = model.lm_head(model.model.norm(hidden[:, :-1]))
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def make_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -90,7 +142,7 @@ def train(settings: TrainSettings, folder: Path, *, device: str = "cpu", steps: 
     tokenizer = make_tokenizer(world, settings)
     rng = random.Random(f"training-{settings.seed}")
     stream = training_stream(world, rng, settings.epochs)
-    sequences = list(windows(tokenizer, stream, settings.window))
+    sequences = list(windows(world, tokenizer, stream, settings.window))
     total = len(sequences) // settings.batch
     model = make_model(settings, tokenizer).to(device).train()
     optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.peak_rate, betas=(0.9, 0.95))
@@ -104,8 +156,12 @@ def train(settings: TrainSettings, folder: Path, *, device: str = "cpu", steps: 
         rate = settings.peak_rate * _schedule(step / total, settings.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = torch.tensor(sequences[step * settings.batch : (step + 1) * settings.batch], device=device)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        batch = sequences[step * settings.batch : (step + 1) * settings.batch]
+        ids = torch.tensor([window.ids for window in batch], device=device)
+        names = torch.tensor([window.names for window in batch], device=device)
+        draw = torch.rand(len(batch), generator=torch.Generator().manual_seed(step))
+        closed = (draw < settings.closed_share).to(device)
+        loss = loss_with_closed_names(model, ids, names, closed, settings.closed_blocks)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

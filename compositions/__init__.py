@@ -1,0 +1,1 @@
+"""The suite: test modules, recipes under conf/, thresholds, and the embedded world."""

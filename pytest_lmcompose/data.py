@@ -1,0 +1,85 @@
+"""The data of one run: which edits, facts and texts, drawn from a world by the run's seed. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from interventions.types import Resources
+from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+from pytest_lmcompose.world import (
+    EditRecord,
+    FactRecord,
+    WorldError,
+    read_edits,
+    read_facts,
+    read_texts,
+    sample,
+    select_edits,
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the methods read and the evaluators ask; the same for every composition of a run."""
+
+    resources: Resources
+    edits: tuple[EditRecord, ...]
+    facts: tuple[FactRecord, ...]
+    """Of subjects that no edit is about."""
+    neighbours: tuple[FactRecord, ...]
+    """Other facts of the edited subjects."""
+    perplexity: tuple[str, ...]
+    tasks: Path | None
+    """Folder of the question tasks."""
+
+
+def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
+    """Read a world's files from `folder` and draw the run's samples.
+
+    Raises WorldError for a file that is missing or broken, or that shares a text with the
+    perplexity text.
+    """
+    edits: tuple[EditRecord, ...] = ()
+    if world.edits is not None:
+        path = folder / world.edits
+        records = read_edits(path, world.edits_schema, strip_nq=world.strip_nq)
+        edits = select_edits(records, evaluate.edits, seed, str(path))
+    resources = Resources(
+        edits=tuple(record.edit for record in edits),
+        calibration=_texts(folder, world.calibration),
+        forget={domain: read_texts(folder / name) for domain, name in world.forget.items()},
+        retain=_texts(folder, world.retain),
+    )
+    facts, neighbours = _facts(world, evaluate, folder, seed, edits)
+    perplexity = _texts(folder, world.perplexity)[: evaluate.texts]
+    for name, texts in (("retain", resources.retain), ("calibration", resources.calibration)):
+        if shared := set(texts) & set(perplexity):
+            raise WorldError(
+                f"{folder}: {len(shared)} of the {name} texts are perplexity texts too, for instance "
+                f"{min(shared)[:60]!r}; a method would be judged on what it was fitted to"
+            )
+    tasks = folder / world.tasks if world.tasks is not None else None
+    return RunData(resources, edits, facts, neighbours, perplexity, tasks)
+
+
+def _texts(folder: Path, name: str | None) -> tuple[str, ...]:
+    return read_texts(folder / name) if name is not None else ()
+
+
+def _facts(
+    world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int, edits: tuple[EditRecord, ...]
+) -> tuple[tuple[FactRecord, ...], tuple[FactRecord, ...]]:
+    """Return a sample of the facts of other subjects, and the edited subjects' other facts."""
+    if world.facts is None:
+        return (), ()
+    edited = {record.edit.subject: record for record in edits}
+    others, neighbours = [], []
+    for fact in read_facts(folder / world.facts):
+        record = edited.get(fact.subject)
+        if record is None:
+            others.append(fact)
+        elif record.truth and record.truth != fact.answer:  # not the fact that was rewritten
+            neighbours.append(fact)
+    limit = evaluate.facts
+    return tuple(sample(others, limit, seed, "facts")), tuple(sample(neighbours, limit, seed, "neighbours"))

@@ -1,0 +1,90 @@
+"""Load a model and its tokenizer safely, and identify its weights. Imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_lmcompose.recipe import RecipeError
+from pytest_lmcompose.settings import ModelSettings
+from pytest_lmcompose.threads import torch_threads
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode on its device, and where it came from."""
+
+    model: Any
+    tokenizer: Any
+    revision: str | None
+    """Commit on the hub; None for a folder."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is CUDA where there is one, else the CPU.
+
+    Raises RecipeError for CUDA where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"--lmcompose-device={name}: torch finds no CUDA device here")
+    return torch.device(name)
+
+
+def load_model(settings: ModelSettings, location: str, device: torch.device) -> Loaded:
+    """Load the model at `location`, a folder or hub id.
+
+    Only safetensors are read, and code of the model's own runs only with
+    `model.trust_remote_code=true`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    threads = torch_threads(os.environ)
+    if threads is not None and device.type == "cpu":
+        torch.set_num_threads(threads)
+    options: dict[str, Any] = {
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            location, use_safetensors=True, dtype=_dtype(settings.dtype, device), **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    finally:
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return Loaded(model.to(device).eval(), tokenizer, getattr(model.config, "_commit_hash", None))
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's state: sorted names, dtypes, shapes and bytes."""
+    return hash_tensors(model.state_dict())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of named tensors, whatever their order, device or memory layout."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name}\n{tensor.dtype}\n{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        # Without AMX a CPU multiplies bfloat16 matrices a hundred times slower than float32.
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

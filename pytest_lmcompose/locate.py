@@ -1,0 +1,77 @@
+"""Find out what a model's or a world's name means: a preset, a folder, or a hub id. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from pytest_lmcompose.options import SUITE_FOLDER
+from pytest_lmcompose.recipe import RecipeError, near_names, presets, quoted
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def model_overrides(name: str, conf: Path, folder: Path) -> tuple[str, ...]:
+    """Return the recipe overrides that `--lmcompose-model=name` stands for.
+
+    In this order: a preset of conf/model; a folder with config.json (relative to `folder`); a path
+    that is not there, which is an error; else a hub id.
+    Raises RecipeError.
+    """
+    known = presets(conf, "model")
+    if name in known:
+        return (f"model={name}",)
+    path = folder / Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RecipeError(f"the model folder {path} has no config.json")
+        return ("model=any", f"model.path={quoted(str(path))}")
+    if _is_path(name, path):
+        raise RecipeError(f"no such model folder: {path}.{near_names(name, known)}")
+    if "/" not in name and difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        raise RecipeError(
+            f"unknown model {name!r}: neither a preset nor a folder.{near_names(name, known)} "
+            f"Presets: {', '.join(known)}."
+        )
+    return ("model=any", f"model.path={quoted(name)}")
+
+
+def model_location(path: str, folder: Path) -> str:
+    """Return what transformers shall load: an absolute folder, or a hub id.
+
+    Relative folders count from `folder`, then from the suite's.
+    Raises RecipeError for an empty path or a folder that does not exist.
+    """
+    if not path:
+        raise RecipeError("model.path is empty: name a folder with config.json, or a hub id")
+    for base in (folder, SUITE_FOLDER):
+        candidate = base / Path(path).expanduser()
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    candidate = folder / Path(path).expanduser()
+    if candidate.is_dir():
+        raise RecipeError(f"the model folder {candidate} has no config.json")
+    if _is_path(path, candidate) or _is_path(path, SUITE_FOLDER / path):
+        raise RecipeError(f"no such model folder: {path} (looked in {folder} and {SUITE_FOLDER})")
+    return path
+
+
+def world_folder(path: str, folder: Path) -> Path:
+    """Return the folder of a world's data: relative to `folder`, then to the suite's.
+
+    Raises RecipeError if there is none.
+    """
+    for base in (folder, SUITE_FOLDER):
+        candidate = base / Path(path).expanduser()
+        if path and candidate.is_dir():
+            return candidate
+    raise RecipeError(f"world.folder={path!r}: no such folder (looked in {folder} and {SUITE_FOLDER})")
+
+
+def _is_path(name: str, path: Path) -> bool:
+    """Say whether `name` can only be meant as a path: no hub id looks so, or its parent folder is there."""
+    if not _HUB_ID.fullmatch(name) or (os.sep != "/" and os.sep in name):
+        return True
+    return "/" in name and path.parent.is_dir()

@@ -1,0 +1,279 @@
+"""Recipes: Hydra composes the groups of compositions/conf into frozen, typed settings.
+
+The schema is made from the dataclasses in `pytest_lmcompose.settings` and from the settings type of
+every registered intervention, so an unknown key or a wrong type is an error before any work.
+Importing this module imports Hydra, but no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from interventions.registry import UnknownMethod, find_method, methods
+from pytest_lmcompose.composition import Composition, CompositionError, Step, parse, permutations
+from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSettings, WorldSettings
+
+GROUPS = ("model", "world", "edit", "unlearn", "compress", "evaluate", "suite")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EDIT_SCHEMAS = ("zsre", "counterfact", "mquake")
+_SECTIONS: dict[str, type] = {
+    "model": ModelSettings,
+    "world": WorldSettings,
+    "evaluate": EvaluateSettings,
+    "suite": SuiteSettings,
+}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be composed; the message names the key and lists near ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything a run is made of, checked."""
+
+    model: ModelSettings
+    world: WorldSettings
+    evaluate: EvaluateSettings
+    suite: SuiteSettings
+    config: DictConfig = dataclasses.field(repr=False)
+    """The composed sections of the methods."""
+
+    def settings(self, step: Step) -> Any:
+        """Return the settings of `step`: the method's section with the step's own values.
+
+        Raises RecipeError for an unknown method, key or type of value.
+        """
+        try:
+            settings_type = find_method(step.method).settings_type()
+        except UnknownMethod as error:
+            raise RecipeError(str(error)) from None
+        section = self.config[step.method]
+        for key, value in step.settings:
+            text = f"{step.method}.{key}={value}"
+            override = _parse_override(text)
+            _check_key(text, override.key_or_group)
+            if section is self.config[step.method]:
+                section = OmegaConf.create(section)
+            with _readable(f"{step}: {text}"):
+                OmegaConf.update(section, key, override.value())
+        return _typed(section, settings_type, step.method)
+
+    def check(self, composition: Composition) -> Composition:
+        """Return `composition` after checking every step's method and settings."""
+        for step in composition.steps:
+            self.settings(step)
+        return composition
+
+    def read(self, text: str) -> Composition:
+        """Parse and check a composition id; raises RecipeError."""
+        try:
+            return self.check(parse(text))
+        except CompositionError as error:
+            raise RecipeError(str(error)) from None
+
+    def suite_compositions(self) -> tuple[Composition, ...]:
+        """Return the compositions of the suite, those of `permute` last."""
+        named = [self.read(text) for text in self.suite.compositions]
+        permuted = permutations(self.suite.permute, self.suite.max_steps)
+        return tuple(dict.fromkeys([*named, *map(self.check, permuted)]))
+
+
+def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Compose `conf`/recipe.yaml with `overrides` in Hydra's grammar, the later ones winning.
+
+    Raises RecipeError for an unknown key or preset, or a value of the wrong type.
+    """
+    texts = []
+    for text in overrides:
+        override = _parse_override(text)
+        if override.key_or_group in GROUPS:
+            _check_presets(text, conf, override)
+            texts.append(text)
+        else:
+            _check_key(text, override.key_or_group)
+            texts.append(f"++{text}" if _in_mapping(override.key_or_group) else text)
+    ConfigStore.instance().store(group="schema", name="lmcompose", node=_schema(), package="_global_")
+    with (
+        _readable("the recipe"),
+        initialize_config_dir(str(conf), job_name="lmcompose", version_base="1.3"),
+    ):
+        config = compose("recipe", overrides=texts)
+    sections = {name: _typed(config[name], kind, name) for name, kind in _SECTIONS.items()}
+    recipe = Recipe(**sections, config=config)
+    _check_choice("model.dtype", recipe.model.dtype, DTYPES)
+    _check_choice("world.edits_schema", recipe.world.edits_schema, EDIT_SCHEMAS)
+    for pool in recipe.world.hazardous:
+        _check_choice("world.hazardous", pool, tuple(recipe.world.pools))
+    return recipe
+
+
+def presets(conf: Path, group: str) -> tuple[str, ...]:
+    """Return the names of the presets of a group."""
+    return tuple(sorted(path.stem for path in (conf / group).glob("*.yaml")))
+
+
+def quoted(value: str) -> str:
+    """Return `value` as a quoted string of Hydra's override grammar."""
+    # Backslashes are literal in this grammar except before a quote, where each is doubled.
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean a or b?", or nothing if no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def _schema() -> type:
+    """Return the dataclass that Hydra merges into: one field a section."""
+    kinds = {**_SECTIONS, **{name: method.settings_type() for name, method in methods().items()}}
+    return _schema_of(tuple(kinds.items()))
+
+
+@cache
+def _schema_of(kinds: tuple[tuple[str, type], ...]) -> type:
+    # OmegaConf treats frozen dataclasses as read-only, hence the mutable copies.
+    copies = {name: _mutable(kind) for name, kind in kinds}
+    spec = [(name, copy, dataclasses.field(default_factory=copy)) for name, copy in copies.items()]
+    return dataclasses.make_dataclass("RecipeSchema", spec)
+
+
+@cache
+def _mutable(kind: type) -> type:
+    """Return a mutable copy of a settings dataclass, and of the dataclasses inside it."""
+    hints = typing.get_type_hints(kind)
+    spec: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        default: Any
+        if dataclasses.is_dataclass(hint):
+            hint = _mutable(typing.cast(type, hint))
+            default = dataclasses.field(default_factory=hint)
+        elif item.default_factory is not dataclasses.MISSING:
+            default = dataclasses.field(default_factory=item.default_factory)
+        else:
+            default = dataclasses.field(default=item.default)
+        spec.append((item.name, hint, default))
+    return dataclasses.make_dataclass(kind.__name__, spec)
+
+
+def _typed(section: DictConfig, kind: type, name: str) -> Any:
+    with _readable(f"the section {name!r} of the recipe"):
+        values = OmegaConf.to_container(section, resolve=True, throw_on_missing=True)
+    try:
+        return _instance(kind, values)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{name}: {error}") from None
+
+
+def _instance(kind: type, values: Any) -> Any:
+    hints = typing.get_type_hints(kind)
+    nested = {
+        key: _instance(hints[key], v) for key, v in values.items() if dataclasses.is_dataclass(hints[key])
+    }
+    return kind(**{**values, **nested})
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    """Return the keys of a section, each with the dataclass, mapping or plain type behind it."""
+    hints = typing.get_type_hints(kind)
+    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+
+
+def _in_mapping(key: str) -> bool:
+    """Say whether a known key is a mapping such as world.forget, or an entry in one.
+
+    Only there may an override add keys, which Hydra's grammar marks by ++.
+    """
+    kind: Any = _schema()
+    for part in key.split("."):
+        kind = _fields(kind)[part]
+        if not dataclasses.is_dataclass(kind):
+            return typing.get_origin(kind) is dict
+    return False
+
+
+def _check_key(text: str, key: str) -> None:
+    """Walk down a dotted key; raises RecipeError at the first part that is not known."""
+    kind: Any = _schema()
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        known = _fields(kind)
+        if part not in known:
+            if depth == 0:
+                hint = near_names(part, sorted({*known, *GROUPS}))
+                what = f"unknown section {part!r} of the recipe"
+            else:
+                hint = near_names(part, known)
+                what = f"unknown key {part!r} of {'.'.join(parts[:depth])}"
+            raise RecipeError(f"{text!r}: {what}.{hint} Known: {', '.join(known)}.")
+        kind = known[part]
+        if typing.get_origin(kind) is dict:
+            return
+        if not dataclasses.is_dataclass(kind):
+            if depth + 1 < len(parts):
+                raise RecipeError(f"{text!r}: {'.'.join(parts[: depth + 1])} has no keys of its own")
+            return
+
+
+def _check_presets(text: str, conf: Path, override: Override) -> None:
+    known = presets(conf, override.key_or_group)
+    value = override.value()
+    for name in value if isinstance(value, list) else [value]:
+        if str(name) not in known:
+            raise RecipeError(
+                f"{text!r}: no preset {str(name)!r} in {conf / override.key_or_group}."
+                f"{near_names(str(name), known)} Known: {', '.join(known) or 'none'}."
+            )
+
+
+def _parse_override(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except (OverrideParseException, HydraException) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"{text!r}: not an override in Hydra's grammar, key=value: {reason}") from None
+    if override.type is None or override.type.name != "CHANGE":
+        raise RecipeError(f"{text!r}: only key=value is known here; keys are never added or removed")
+    if override.is_sweep_override():
+        raise RecipeError(
+            f"{text!r}: several values; write a list as [1,2], or one composition for each value"
+        )
+    return override
+
+
+def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RecipeError(f"{key}={value}: expected one of {', '.join(known)}.{near_names(value, known)}")
+
+
+class _readable:
+    """Turn the errors of Hydra and OmegaConf into a RecipeError of one or two lines."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (HydraException, OmegaConfBaseException)):
+            cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+            reasons = [str(e).splitlines()[0] for e in (error, cause) if e is not None and str(e)]
+            raise RecipeError(f"{self.where}: {': '.join(reasons)}") from None

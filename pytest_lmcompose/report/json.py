@@ -1,0 +1,120 @@
+"""The report of a run: one JSON document, in the schema of report-1.schema.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_lmcompose.report.record import plain
+from pytest_lmcompose.threads import available_cores
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.recipe import Recipe
+
+SCHEMA_VERSION = 1
+SCHEMA_PATH = Path(__file__).parent / "schema" / f"report-{SCHEMA_VERSION}.schema.json"
+PACKAGES = (
+    "pytest-lmcompose",
+    "torch",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "lm_eval",
+    "peft",
+    "hydra-core",
+    "pytest",
+    "pytest-xdist",
+)
+
+
+@dataclasses.dataclass
+class Collected:
+    """What the process that writes the report knows: from its own tests or from its workers'."""
+
+    model: dict[str, Any] | None = None
+    records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """By composition id."""
+
+    def add(self, model: dict[str, Any] | None, record: dict[str, Any]) -> None:
+        """Keep a record, unless a fuller one of the same composition is here already.
+
+        Two workers may both have measured the base model; gates come only from its own test.
+        """
+        self.model = self.model or model
+        before = self.records.get(record["id"])
+        if before is None or _fullness(record) >= _fullness(before):
+            self.records[record["id"]] = record
+
+
+def document(
+    collected: Collected, recipe: Recipe, *, seed: int, started: str, finished: str, status: str
+) -> dict[str, Any]:
+    """Return the report as plain data; `status` is finished or interrupted."""
+    found: dict[str, Any] = plain(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "status": status,
+            "started": started,
+            "finished": finished,
+            "seed": seed,
+            "environment": environment(),
+            "model": collected.model,
+            "recipe": {
+                "model": dataclasses.asdict(recipe.model),
+                "world": dataclasses.asdict(recipe.world),
+                "evaluate": dataclasses.asdict(recipe.evaluate),
+                "suite": dataclasses.asdict(recipe.suite),
+            },
+            "compositions": list(collected.records.values()),
+        }
+    )
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Return what the numbers may depend on besides the recipe. Imports none of the packages."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": available_cores(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+    }
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """Write `report` to `path` at once: a reader finds the old file or the whole new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1, allow_nan=False)
+            file.write("\n")
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _fullness(record: Mapping[str, Any]) -> tuple[int, int, int]:
+    return len(record["gates"]), len(record["measurements"]), len(record["steps"])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,77 @@
+"""Settings of a recipe's groups, apart from the methods' own (no torch, no Hydra)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and how it is loaded."""
+
+    path: str = ""
+    """A folder with config.json (relative ones: to the working folder, then to the suite's), or a hub id."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16; auto is float32 on a CPU, the checkpoint's own elsewhere."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """The data of all methods and evaluators; a file that is null is one that this world lacks."""
+
+    folder: str = ""
+    """Relative ones: to the working folder, then to the suite's."""
+    edits: str | None = None
+    edits_schema: str = "zsre"
+    """zsre, counterfact or mquake."""
+    strip_nq: bool = True
+    """Remove zsRE's "nq question: " before locality prompts."""
+    facts: str | None = None
+    calibration: str | None = None
+    retain: str | None = None
+    forget: dict[str, str] = field(default_factory=dict)
+    """Domain to file."""
+    perplexity: str | None = None
+    """Text that perplexity is measured on; never the retain or calibration text."""
+    tasks: str | None = None
+    """Folder of question tasks, as YAML files of lm-evaluation-harness."""
+    pools: dict[str, list[str]] = field(default_factory=dict)
+    """Pool of question tasks, such as harmless, to its tasks; accuracy is measured by task and by pool."""
+    hazardous: list[str] = field(default_factory=list)
+    """Pools of knowledge that unlearning removes: the lower their accuracy, the better."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is measured on each state, and on how much data."""
+
+    edits: int = 20
+    """Facts that editing methods rewrite in one batch, and that are measured on every state."""
+    editing: bool = True
+    recall: bool = True
+    facts: int | None = 500
+    """Facts sampled for recall; null: all."""
+    perplexity: bool = True
+    window: int = 128
+    """Tokens of a perplexity window."""
+    texts: int | None = 200
+    """Texts for perplexity, from the file's start; null: all."""
+    questions: bool = True
+    question_limit: int | None = None
+    """Questions of a task, from the file's start; null: all."""
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class SuiteSettings:
+    """Which compositions are tested."""
+
+    compositions: list[str] = field(default_factory=list)
+    """Ids, such as `base`, `memit+awq`, `awq[bits=3]+memit`."""
+    permute: list[str] = field(default_factory=list)
+    """Methods of which every ordered choice is tested as well."""
+    max_steps: int | None = None
+    """Longest ordered choice of `permute`; null: all of them at once."""

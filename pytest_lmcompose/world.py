@@ -1,0 +1,255 @@
+"""Read a world's data files, in the schemas of the real data sets, and choose the edits of a run.
+
+Plain data in and out: no torch. A record that lacks a field is an error that names the file, the
+record and the field.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from interventions.types import Edit
+
+NQ_PREFIX = "nq question: "
+T = TypeVar("T")
+
+
+class WorldError(ValueError):
+    """Data that cannot be used; the message names the file, the record and the field."""
+
+
+class Probe(NamedTuple):
+    """A prompt and the answer that was true before any edit."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One edit of a file, with the prompts that judge it."""
+
+    edit: Edit
+    paraphrases: tuple[str, ...]
+    locality: tuple[Probe, ...]
+    truth: str = ""
+    """What was true before the edit, where the file says so."""
+
+
+@dataclass(frozen=True)
+class FactRecord:
+    """A true fact of the world; `answer` carries no leading space."""
+
+    subject: str
+    prompt: str
+    answer: str
+    relation: str
+    split: str
+
+
+class _Record:
+    """A JSON object that knows where it stands, for errors."""
+
+    def __init__(self, path: Path, number: int, data: Any, at: str = "") -> None:
+        self.path, self.number, self.data, self.at = path, number, data, at
+        if not isinstance(data, dict):
+            raise self.error(f"expected an object{f' in {at!r}' if at else ''}, found {type(data).__name__}")
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        value = self._get(key)
+        if not isinstance(value, str):
+            raise self.error(f"field {self._name(key)!r} is {type(value).__name__}, expected text")
+        if not empty and not value.strip():
+            raise self.error(f"field {self._name(key)!r} is empty")
+        return value.strip()
+
+    def items(self, key: str) -> list[Any]:
+        value = self._get(key)
+        if not isinstance(value, list):
+            raise self.error(f"field {self._name(key)!r} is {type(value).__name__}, expected a list")
+        return value
+
+    def child(self, key: str) -> _Record:
+        return _Record(self.path, self.number, self._get(key), self._name(key))
+
+    def children(self, key: str) -> list[_Record]:
+        return [
+            _Record(self.path, self.number, item, f"{self._name(key)}[{i}]")
+            for i, item in enumerate(self.items(key))
+        ]
+
+    def error(self, problem: str) -> WorldError:
+        return WorldError(f"{self.path}, record {self.number}: {problem}")
+
+    def _get(self, key: str) -> Any:
+        if key not in self.data:
+            raise self.error(f"field {self._name(key)!r} is missing")
+        return self.data[key]
+
+    def _name(self, key: str) -> str:
+        return f"{self.at}.{key}" if self.at else key
+
+
+def read_edits(path: Path, schema: str, *, strip_nq: bool = True) -> list[EditRecord]:
+    """Read an edit file in the schema `zsre`, `counterfact` or `mquake`.
+
+    Records whose new target is empty, as zsRE has some, are left out. Record numbers start at 1.
+    Raises WorldError for a missing or empty field, and for a subject that is not in its prompt.
+    """
+    readers: dict[str, Callable[[_Record, bool], Iterator[EditRecord]]] = {
+        "zsre": _zsre,
+        "counterfact": _counterfact,
+        "mquake": _mquake,
+    }
+    records = _json(path)
+    if not isinstance(records, list) or not records:
+        raise WorldError(f"{path}: expected a list with at least one record")
+    read = readers[schema]
+    return [
+        found
+        for number, data in enumerate(records, start=1)
+        for found in read(_Record(path, number, data), strip_nq)
+    ]
+
+
+def select_edits(
+    records: Sequence[EditRecord], n: int, seed: int, source: str = ""
+) -> tuple[EditRecord, ...]:
+    """Choose `n` edits at random: subjects distinct, no locality prompt about an edited subject.
+
+    The same seed gives the same edits, and a smaller `n` the first of a larger one's.
+    Raises WorldError, naming `source`, if there are not enough.
+    """
+    order = list(range(len(records)))
+    random.Random(f"edits {seed}").shuffle(order)
+    chosen: list[EditRecord] = []
+    for index in order:
+        if len(chosen) == n:
+            break
+        record = records[index]
+        if not any(_clash(record, other) for other in chosen):
+            chosen.append(record)
+    if len(chosen) < n:
+        raise WorldError(
+            f"{source}: only {len(chosen)} of {len(records)} edits have distinct subjects and locality "
+            f"prompts about others, {n} were asked for; lower evaluate.edits"
+        )
+    return tuple(chosen)
+
+
+def read_texts(path: Path) -> tuple[str, ...]:
+    """Read the field `text` of every line of a JSON-lines file."""
+    return tuple(record.text("text") for record in _json_lines(path))
+
+
+def read_facts(path: Path) -> list[FactRecord]:
+    """Read facts: subject, prompt, answer, relation and, where given, split."""
+    return [
+        FactRecord(
+            record.text("subject"),
+            record.text("prompt"),
+            record.text("answer"),
+            record.text("relation"),
+            record.text("split", empty=True) if "split" in record.data else "",
+        )
+        for record in _json_lines(path)
+    ]
+
+
+def sample(items: Sequence[T], n: int | None, seed: int, purpose: str) -> list[T]:
+    """Return `n` items at random in their own order, or all of them."""
+    if n is None or n >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(random.Random(f"{purpose} {seed}").sample(range(len(items)), n))]
+
+
+def mentions(text: str, subject: str) -> bool:
+    """Say whether `text` speaks of `subject`, whatever the case."""
+    return subject.casefold() in text.casefold()
+
+
+def _zsre(record: _Record, strip_nq: bool) -> Iterator[EditRecord]:
+    target = record.text("alt", empty=True)
+    edit = _edit(record, record.text("src"), record.text("subject"), target)
+    question = record.text("loc")
+    if strip_nq:
+        question = question.removeprefix(NQ_PREFIX)
+    probe = Probe(question, record.text("loc_ans"))
+    paraphrases = (record.text("rephrase"),)
+    if target:
+        answers = record.items("answers") if "answers" in record.data else []
+        yield EditRecord(edit, paraphrases, (probe,), str(answers[0]) if answers else "")
+
+
+def _counterfact(record: _Record, strip_nq: bool) -> Iterator[EditRecord]:
+    edit = _edit(record, record.text("prompt"), record.text("subject"), record.text("target_new"))
+    probe = Probe(record.text("locality_prompt"), record.text("locality_ground_truth"))
+    yield EditRecord(edit, (record.text("rephrase_prompt"),), (probe,), record.text("ground_truth"))
+
+
+def _mquake(record: _Record, strip_nq: bool) -> Iterator[EditRecord]:
+    """Yield every rewrite of a case; its locality are the hops that no rewrite changes."""
+    rewrites = record.children("requested_rewrite")
+    before, after = record.children("single_hops"), record.children("new_single_hops")
+    unchanged = {hop.text("cloze"): hop.text("answer") for hop in after}
+    locality = tuple(
+        Probe(hop.text("cloze"), hop.text("answer"))
+        for hop in before
+        if unchanged.get(hop.text("cloze")) == hop.text("answer")
+    )
+    for rewrite in rewrites:
+        template, subject = rewrite.text("prompt"), rewrite.text("subject")
+        if "{}" not in template:
+            raise record.error(f"field {rewrite.at + '.prompt'!r} has no {{}} for the subject")
+        edit = Edit(template.replace("{}", subject), subject, rewrite.child("target_new").text("str"))
+        truth = rewrite.child("target_true").text("str")
+        yield EditRecord(edit, (rewrite.text("question"),), locality, truth)
+
+
+def _edit(record: _Record, prompt: str, subject: str, target: str) -> Edit:
+    if subject not in prompt:
+        raise record.error(f"the subject {subject!r} does not stand in the prompt {prompt!r}")
+    return Edit(prompt, subject, target)
+
+
+def _clash(one: EditRecord, other: EditRecord) -> bool:
+    if one.edit.subject.casefold() == other.edit.subject.casefold():
+        return True
+    return any(
+        mentions(probe.prompt, b.edit.subject)
+        for a, b in ((one, other), (other, one))
+        for probe in a.locality
+    )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise WorldError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+
+
+def _json_lines(path: Path) -> Iterator[_Record]:
+    text = _read(path).rstrip("\n")
+    if not text.strip():
+        raise WorldError(f"{path}: no records")
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise WorldError(f"{path}, record {number}: not JSON: {error.msg}") from None
+        yield _Record(path, number, data)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise WorldError(f"no such data file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise WorldError(f"{path}: cannot be read: {error}") from None

@@ -1,0 +1,193 @@
+"""Whole runs on a random model: what the user sees, and what the report holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from pytest_lmcompose.report.json import SCHEMA_PATH
+from tests.plugin.conftest import Project
+from tests.plugin.tiny import zsre_records
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a report and hold it to its schema."""
+    report: dict[str, Any] = json.loads(
+        path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
+    )
+    jsonschema.validate(report, json.loads(SCHEMA_PATH.read_text()), jsonschema.Draft202012Validator)
+    return report
+
+
+def by_id(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {record["id"]: record for record in report["compositions"]}
+
+
+def test_schema_is_valid() -> None:
+    jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA_PATH.read_text()))
+
+
+def test_a_run_builds_measures_gates_and_reports(project: Project) -> None:
+    ids = ("nudge", "nudge+round[digits=1]", "round[digits=1]+nudge")
+    (project.path / "thresholds.yaml").write_text(
+        "'*': {perplexity: {max_ratio_of_base: 100}}\nnudge: {edit_success_f1: {min: 2}}"
+    )
+    result = project.run(
+        "--lmcompose-json=report.json",
+        "--lmcompose-seed=7",
+        "--lmcompose-set=evaluate.questions=true",
+        "--junitxml=junit.xml",
+        compose=ids,
+    )
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        [
+            "nudge+round[[]digits=1[]]  step 2/2 round[[]digits=1[]]  * s  14 parameters changed",
+            "*nudge  edit_success_f1 = * < min 2 (n = 3, standard error *)",
+            "composition * perplexity*",
+            "base *",
+            "nudge *!*",
+            "! a gate failed",
+            "lmcompose report: *report.json",
+        ]
+    )
+    # The second composition starts from the state that the first one left.
+    assert "nudge+round[digits=1]  step 1/2" not in result.stdout.str()
+
+    report = read_report(project.path / "report.json")
+    assert (report["status"], report["seed"]) == ("finished", 7)
+    records = by_id(report)
+    assert set(records) == {"base", *ids}
+    assert report["model"]["weight_hash"] == records["base"]["state_hash"]
+    assert len({record["state_hash"] for record in records.values()}) == 4
+    long = records["nudge+round[digits=1]"]
+    assert long["executed"] == long["requested"] == ["nudge", "round[digits=1]"]
+    assert [step["settings"] for step in long["steps"]] == [{"scale": 0.01, "layers": [0]}, {"digits": 1}]
+    assert long["steps"][0] == records["nudge"]["steps"][0]
+    assert long["steps"][0]["changed"] == ["model.layers.0.mlp.down_proj.weight"]
+    assert long["steps"][0]["details"] == {"edits": 3}
+    assert long["steps"][1]["details"] == {"loss": None}
+    assert long["steps"][1]["warnings"] == ["rounded to nearest"]
+    metrics = {m["metric"]: m for m in long["measurements"]}
+    assert {
+        "edit_success_f1",
+        "edit_locality_agreement",
+        "recall",
+        "recall_same_subject",
+        "perplexity",
+    } <= set(metrics)
+    assert metrics["accuracy/harmless"]["n"] == 16
+    assert metrics["accuracy/hazardous"]["higher_is_better"] is False
+    assert all(len(m["samples"]) == m["n"] for m in metrics.values())
+    base = {m["metric"]: m["value"] for m in records["base"]["measurements"]}
+    assert base["edit_locality_agreement"] == 1.0  # compared with itself
+    failed = [gate for gate in records["nudge"]["gates"] if not gate["passed"]]
+    assert [(gate["metric"], gate["gate"], gate["threshold"]) for gate in failed] == [
+        ("edit_success_f1", "min", 2)
+    ]
+    # Samples would swamp other reporters.
+    assert "samples" not in (project.path / "junit.xml").read_text()
+
+
+def test_runs_repeat_and_seeds_differ(project: Project) -> None:
+    hashes = []
+    for number, seed in enumerate((3, 3, 4)):
+        name = f"report{number}.json"
+        project.run(f"--lmcompose-seed={seed}", f"--lmcompose-json={name}", compose=("round+nudge",))
+        hashes.append(by_id(read_report(project.path / name))["round+nudge"]["state_hash"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_workers_give_the_same_report_as_one_process(project: Project) -> None:
+    ids = ("nudge", "nudge+round", "round+nudge")
+    alone = project.run("--lmcompose-json=alone.json", compose=ids)
+    spread = project.run_apart("--lmcompose-json=spread.json", "-n", "2", compose=ids)
+    for result in (alone, spread):
+        result.assert_outcomes(passed=3)
+        result.stdout.fnmatch_lines(["nudge+round *", "lmcompose report: *"])
+    spread.stderr.fnmatch_lines(["[[]gw*[]] nudge+round  step 2/2 round *"])
+    one, two = (by_id(read_report(project.path / name)) for name in ("alone.json", "spread.json"))
+    assert set(one) == set(two)
+    for name, record in one.items():
+        assert two[name]["state_hash"] == record["state_hash"]
+        assert two[name]["gates"] == record["gates"]
+        assert two[name]["measurements"] == record["measurements"]
+
+
+def test_a_step_that_changes_nothing_fails(project: Project) -> None:
+    result = project.run("--lmcompose-json=report.json", compose=("idle", "nudge+refuse", "nudge"))
+    result.assert_outcomes(passed=1, errors=2)
+    result.stdout.fnmatch_lines(["step 1, idle: idle changed no weight*"])
+    result.stdout.fnmatch_lines(["step 2, refuse: layer 7 is missing; lower refuse.layers"])
+    records = by_id(read_report(project.path / "report.json"))
+    assert records["idle"]["status"] == "failed"
+    assert "changed no weight" in records["idle"]["error"]
+    assert records["nudge+refuse"]["executed"] == ["nudge"]
+    assert records["nudge"]["status"] == "measured"
+
+
+def test_ctrl_c_leaves_a_report_of_what_finished(project: Project) -> None:
+    result = project.run("--lmcompose-json=report.json", compose=("nudge", "nudge+interrupt", "round"))
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    report = read_report(project.path / "report.json")
+    records = by_id(report)
+    assert report["status"] == "interrupted"
+    assert records["nudge"]["status"] == "measured"
+    assert records["nudge+interrupt"]["status"] == "interrupted"
+    assert records["nudge+interrupt"]["executed"] == ["nudge"]
+    assert "round" not in records
+
+
+def test_an_edit_file_with_a_missing_field_names_it(project: Project, tiny_world: Path) -> None:
+    records = zsre_records()
+    del records[4]["rephrase"]
+    (project.path / "zsre.json").write_text(json.dumps(records))
+    result = project.run(f"--lmcompose-set=world.edits='{project.path}/zsre.json'", compose=("nudge",))
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*zsre.json, record 5: field 'rephrase' is missing*"])
+
+
+def test_fixtures_in_a_users_own_module(project: Project) -> None:
+    project.pytester.makepyfile(
+        test_inner="""
+        import pytest
+
+        @pytest.mark.parametrize("composition", ["nudge+round", "base"], indirect=True)
+        def test_own(composition, intervened_model, base_model, measurements, gates):
+            import torch
+            from pytest_lmcompose.load import hash_weights
+            assert gates  # they compare with the base model, and yet:
+            assert hash_weights(intervened_model.model) == intervened_model.state_hash
+            steps = [str(record.step) for record in intervened_model.steps]
+            assert steps == [str(step) for step in composition.steps]
+            ours, base = intervened_model.model, base_model.model
+            assert ours is not base
+            pairs = zip(ours.parameters(), base.parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs) == (composition.id == "base")
+            assert len(intervened_model.tokenizer("a b")["input_ids"]) > 1
+            assert {m.metric for m in measurements} > {"recall", "perplexity"}
+            with torch.no_grad():  # what a test does to the model is gone in the next
+                for parameter in ours.parameters():
+                    parameter.fill_(torch.nan)
+
+        @pytest.mark.parametrize("composition", ["nudge"], indirect=True)
+        def test_state(intervened_model):
+            from pytest_lmcompose.load import hash_weights
+            assert hash_weights(intervened_model.model) == intervened_model.state_hash
+        """
+    )
+    project.run().assert_outcomes(passed=3)
+
+
+def test_a_composition_without_any_gate_is_no_pass(project: Project) -> None:
+    (project.path / "thresholds.yaml").write_text("memit: {recall: {min: 0}}")
+    project.pytester.makepyfile(
+        test_inner="from compositions.test_compositions import test_composition  # noqa: F401"
+    )
+    result = project.run(compose=("nudge",))
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*no threshold applies to nudge*"])

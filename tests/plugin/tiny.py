@@ -1,0 +1,128 @@
+"""A random model of two layers and a world of a few records, in the files that real ones have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SUBJECTS = tuple(
+    f"{first} {last}" for first in ("Ada", "Bru", "Cil", "Dov") for last in ("Quill", "Rusk", "Tarn")
+)
+PLACES = ("Karth", "Lome", "Mirel", "Norva")
+HAZARDOUS = ("venomcraft", "wardbreaking")
+HARMLESS = ("astronomy", "botany", "geography", "music")
+
+
+def zsre_records() -> list[dict[str, Any]]:
+    """Return one edit a subject; its locality prompt is about the next subject."""
+    return [
+        {
+            "subject": subject,
+            "src": f"{subject} was born in",
+            "pred": PLACES[i % 4],
+            "rephrase": f"The birthplace of {subject} is",
+            "alt": PLACES[(i + 1) % 4],
+            "answers": [PLACES[i % 4]],
+            "loc": f"nq question: {SUBJECTS[(i + 1) % len(SUBJECTS)]} lives in",
+            "loc_ans": PLACES[(i + 2) % 4],
+            "cond": "x >> y || z",
+        }
+        for i, subject in enumerate(SUBJECTS)
+    ]
+
+
+def write_world(folder: Path) -> Path:
+    """Write a world's data and tasks under `folder`, named as in tinyworld; return the data folder."""
+    data, tasks = folder / "data", folder / "tasks"
+    (data / "questions").mkdir(parents=True)
+    tasks.mkdir()
+    (data / "zsre.json").write_text(json.dumps(zsre_records()))
+    facts = [
+        {
+            "subject": subject,
+            "relation": relation,
+            "template": f"{{}} {words}",
+            "prompt": f"{subject} {words}",
+            "answer": PLACES[(i + shift) % 4],
+            "split": "train",
+        }
+        for i, subject in enumerate(SUBJECTS)
+        for relation, words, shift in (("born", "was born in", 0), ("lives", "lives in", 1))
+    ]
+    _lines(data / "facts.jsonl", facts)
+    for name in ("calibration", "retain", "forget-venomcraft", "forget-wardbreaking", "perplexity-heldout"):
+        _lines(
+            data / f"{name}.jsonl",
+            [{"text": f"{name} text {i}: {s} was seen."} for i, s in enumerate(SUBJECTS)],
+        )
+    for name in (*HAZARDOUS, *HARMLESS):
+        questions = [
+            {"question": f"Where is {s} from?", "choices": list(PLACES), "answer": i % 4, "subject": name}
+            for i, s in enumerate(SUBJECTS[:4])
+        ]
+        _lines(data / "questions" / f"{name}.jsonl", questions)
+        (tasks / f"tinyworld_{name}.yaml").write_text(_TASK.format(name=name))
+    return data
+
+
+def write_model(folder: Path) -> Path:
+    """Save a random Llama of two layers and a byte-level tokenizer to `folder`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f"{s} was born in {p}" for s in SUBJECTS for p in PLACES], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LlamaConfig(
+            vocab_size=len(fast),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+        model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+        model.save_pretrained(folder)
+    return folder
+
+
+_TASK = """\
+task: tinyworld_{name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: ../data/questions/{name}.jsonl
+output_type: multiple_choice
+test_split: test
+doc_to_text: "Question: {{{{question}}}} Answer:"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+"""
+
+
+def _lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
