@@ -35,9 +35,7 @@ class Answer(NamedTuple):
     scores: Scores
 
 
-def score_tokens(
-    generated: Sequence[int], target: Sequence[int], ignored: AbstractSet[int] = frozenset()
-) -> Scores:
+def score_tokens(generated: Sequence[int], target: Sequence[int], ignored: AbstractSet[int] = frozenset()) -> Scores:
     """Compare generated ids with the target's: F1 and recall as sets, exact as sequences.
 
     `ignored` ids are dropped from both, then what was generated is cut to the number of target
@@ -72,6 +70,5 @@ def answer_probes(
     prompts = [probe.prompt.rstrip(" ") for probe in probes]
     generated = greedy(model, tokenizer, prompts, [len(pair.target) for pair in pairs], batch_size)
     return [
-        Answer(tuple(ids), score_tokens(ids, pair.target, ignored))
-        for ids, pair in zip(generated, pairs, strict=True)
+        Answer(tuple(ids), score_tokens(ids, pair.target, ignored)) for ids, pair in zip(generated, pairs, strict=True)
     ]

@@ -36,9 +36,7 @@ class UneditedAnswers:
     generated: Mapping[Probe, tuple[int, ...]]
 
 
-def capture_unedited(
-    model: Any, tokenizer: Any, cases: Sequence[EditCase], *, batch_size: int = 32
-) -> UneditedAnswers:
+def capture_unedited(model: Any, tokenizer: Any, cases: Sequence[EditCase], *, batch_size: int = 32) -> UneditedAnswers:
     """Record the model's answers to the locality prompts of `cases`, to compare with after edits."""
     asked = [prompt for prompt in _prompts(cases) if prompt.aspect == "locality"]
     answers = _ask(model, tokenizer, asked, batch_size)
@@ -72,19 +70,13 @@ def measure_editing(
         if not chosen:
             continue
         clusters = [p.case for p, _ in chosen]
-        note = (
-            f"{len(chosen)} prompts of {len(set(clusters))} edits, greedy, as many tokens as the answer has"
-        )
+        note = f"{len(chosen)} prompts of {len(set(clusters))} edits, greedy, as many tokens as the answer has"
         for kind in Scores._fields:
             samples = [getattr(a.scores, kind) for _, a in chosen]
-            measurements.append(
-                Measurement.mean(f"edit_{aspect}_{kind}", samples, note=note, clusters=clusters)
-            )
+            measurements.append(Measurement.mean(f"edit_{aspect}_{kind}", samples, note=note, clusters=clusters))
         if aspect == "locality" and unedited is not None:
             samples = [float(a.generated == _before(unedited, p)) for p, a in chosen]
-            measurements.append(
-                Measurement.mean("edit_locality_agreement", samples, note=note, clusters=clusters)
-            )
+            measurements.append(Measurement.mean("edit_locality_agreement", samples, note=note, clusters=clusters))
     return measurements
 
 
@@ -111,9 +103,7 @@ def _prompts(cases: Sequence[EditCase]) -> list[_Prompt]:
 
 
 def _ask(model: Any, tokenizer: Any, prompts: Sequence[_Prompt], batch_size: int) -> list[Answer]:
-    return answer_probes(
-        model, tokenizer, [p.probe for p in prompts], [p.record for p in prompts], batch_size
-    )
+    return answer_probes(model, tokenizer, [p.probe for p in prompts], [p.record for p in prompts], batch_size)
 
 
 def _before(unedited: UneditedAnswers, prompt: _Prompt) -> tuple[int, ...]:

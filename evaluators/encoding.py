@@ -32,9 +32,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(list(texts), padding=False, truncation=False, verbose=False)[
-        "input_ids"
-    ]
+    encoded: list[list[int]] = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token
     for row, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
         if eos and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):

@@ -55,9 +55,7 @@ class Measurement:
         deviations: defaultdict[Hashable, float] = defaultdict(float)
         for label, sample in zip(labels, samples, strict=True):
             deviations[label] += sample - value
-        return cls(
-            metric, value, ratio_error(deviations.values(), n), n, higher_is_better, tuple(samples), note
-        )
+        return cls(metric, value, ratio_error(deviations.values(), n), n, higher_is_better, tuple(samples), note)
 
 
 def ratio_error(deviations: Collection[float], total: float) -> float | None:

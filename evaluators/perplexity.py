@@ -46,9 +46,7 @@ def measure_perplexity(
     """
     bos = tokenizer.bos_token_id
     if window < (1 if bos is not None else 2):
-        raise EvaluationError(
-            f"{metric}: a window of {window} tokens leaves nothing to score; take a longer one"
-        )
+        raise EvaluationError(f"{metric}: a window of {window} tokens leaves nothing to score; take a longer one")
     check_length(model, window + (bos is not None), f"{metric}: a window of {window} tokens")
     ids = tokenizer(separator.join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
@@ -72,9 +70,7 @@ def measure_perplexity(
         broken = sum(not math.isfinite(w.nll) for w in windows)
         note += f"; NOT FINITE: {broken} of {len(windows)} windows have a NaN or infinite likelihood"
     samples = tuple(w.nll / w.tokens for w in windows)
-    return Measurement(
-        metric, value, None if error is None else value * error, len(windows), False, samples, note
-    )
+    return Measurement(metric, value, None if error is None else value * error, len(windows), False, samples, note)
 
 
 def _score(model: Any, rows: Sequence[list[int]], batch_size: int) -> list[Window]:

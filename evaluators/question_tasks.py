@@ -26,9 +26,7 @@ def load_tasks(names: Sequence[str], folder: Path, options: int | None) -> dict[
     `options` choices (None: any number) or no valid answer.
     """
     if not folder.is_dir():
-        raise EvaluationError(
-            f"question tasks: {folder} is not a folder; give the folder of the task YAML files"
-        )
+        raise EvaluationError(f"question tasks: {folder} is not a folder; give the folder of the task YAML files")
     # The harness's own fourteen thousand tasks take 12 to 22 s to index and are not wanted here.
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     known = manager.all_subtasks
@@ -37,9 +35,7 @@ def load_tasks(names: Sequence[str], folder: Path, options: int | None) -> dict[
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise EvaluationError(
-                f"unknown question task {name!r}.{hint} {folder} has: {', '.join(known) or 'none'}"
-            )
+            raise EvaluationError(f"unknown question task {name!r}.{hint} {folder} has: {', '.join(known) or 'none'}")
         yaml = Path(manager.task_index[name].yaml_path)
         config = load_yaml(yaml)
         if config.get("dataset_path") == "json":
@@ -48,9 +44,7 @@ def load_tasks(names: Sequence[str], folder: Path, options: int | None) -> dict[
     return tasks
 
 
-def _reader(
-    name: str, yaml: Path, dataset_kwargs: Any, options: int | None
-) -> Callable[..., dict[str, Dataset]]:
+def _reader(name: str, yaml: Path, dataset_kwargs: Any, options: int | None) -> Callable[..., dict[str, Dataset]]:
     """Return a function that gives the task's splits; the harness calls it with metadata of its own."""
     files = (dataset_kwargs or {}).get("data_files")
     if not isinstance(files, Mapping):

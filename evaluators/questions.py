@@ -48,9 +48,7 @@ def measure_questions(
     if unknown := sorted(lower_is_better - set(tasks)):
         raise EvaluationError(f"questions: lower_is_better names {', '.join(unknown)}, which is not measured")
     if limit is not None and limit < 1:
-        raise EvaluationError(
-            f"questions: limit is {limit}; it must be at least 1, or None for all questions"
-        )
+        raise EvaluationError(f"questions: limit is {limit}; it must be at least 1, or None for all questions")
     with _contained(), borrowed(model, tokenizer):
         loaded = load_tasks(tasks, Path(task_folder), options)
         for task in loaded.values():
@@ -60,9 +58,7 @@ def measure_questions(
         lm = SharedContextLM(model, tokenizer, batch_size)
         # `evaluate` and not `simple_evaluate`: that one seeds every generator of the process, asks
         # the hub for the model's revision and collects the environment.
-        results = evaluate(
-            lm, {"tasks": loaded, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0
-        )
+        results = evaluate(lm, {"tasks": loaded, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0)
     measurements = []
     for name in tasks:
         if "acc" not in results["higher_is_better"][name]:

@@ -20,9 +20,7 @@ class Fact:
     split: str = ""
 
 
-def measure_recall(
-    model: Any, tokenizer: Any, facts: Sequence[Fact], *, batch_size: int = 32
-) -> list[Measurement]:
+def measure_recall(model: Any, tokenizer: Any, facts: Sequence[Fact], *, batch_size: int = 32) -> list[Measurement]:
     """Measure the share of facts whose greedy answer is exactly right, token by token.
 
     Returns `recall` over all facts, then `recall/<relation>` by name of relation. Splits are for

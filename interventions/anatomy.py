@@ -128,9 +128,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         lists = [found for found in _lists_of_blocks(model) if not _missing(found[1][0], layout)]
         if len(lists) > 1:
             names = ", ".join(name for name, _ in lists)
-            raise InterventionError(
-                f"several lists of decoder blocks look like {layout.name}: {names}. {_HOW}"
-            )
+            raise InterventionError(f"several lists of decoder blocks look like {layout.name}: {names}. {_HOW}")
         if lists:
             return _build(model, layout, *lists[0])
     raise InterventionError(_not_found(model, layouts))
@@ -202,9 +200,7 @@ def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleL
     }
     for part, found in parts.items():
         if found is None:
-            raise InterventionError(
-                f"{type(model).__name__}: no {part} found; is it a causal language model?"
-            )
+            raise InterventionError(f"{type(model).__name__}: no {part} found; is it a causal language model?")
     return Anatomy(
         tuple(blocks),
         parts["input embeddings"],  # type: ignore[arg-type]
@@ -218,9 +214,7 @@ def _call(model: nn.Module, method: str) -> nn.Module | None:
     return function() if callable(function) else None
 
 
-def _group(
-    model: nn.Module, block: nn.Module, name: str, layout: GroupLayout, shared: set[int]
-) -> LinearGroup:
+def _group(model: nn.Module, block: nn.Module, name: str, layout: GroupLayout, shared: set[int]) -> LinearGroup:
     linears = tuple(Linear(f"{name}.{path}", block.get_submodule(path)) for path in layout.linears)
     widths = {linear.name: linear.in_features for linear in linears}
     if len(set(widths.values())) > 1:
@@ -251,9 +245,7 @@ def _foldable(
 
 def _check_coverage(block: Block, layout: Layout) -> None:
     named = {id(linear.module) for linear in block.linears}
-    others = [
-        name for name, module in block.module.named_modules() if is_linear(module) and id(module) not in named
-    ]
+    others = [name for name, module in block.module.named_modules() if is_linear(module) and id(module) not in named]
     if others:
         raise InterventionError(
             f"{block.name}: looks like {layout.name} but has more linear layers: {', '.join(others)}. {_HOW}"

@@ -40,9 +40,7 @@ class Method:
 
 BUILT_IN = (
     Method("memit", "edit", "interventions.edit.settings:MemitSettings", "interventions.edit.memit:memit"),
-    Method(
-        "awq", "compress", "interventions.compress.settings:AwqSettings", "interventions.compress.awq:awq"
-    ),
+    Method("awq", "compress", "interventions.compress.settings:AwqSettings", "interventions.compress.awq:awq"),
 )
 
 

@@ -117,9 +117,7 @@ def _complete_settings(method: Method, settings: Any, overrides: dict[str, Any])
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise InterventionError(
-                f"{method.name} has no setting {name!r}.{hint} Known: {', '.join(known)}."
-            )
+            raise InterventionError(f"{method.name} has no setting {name!r}.{hint} Known: {', '.join(known)}.")
     return dataclasses.replace(settings, **overrides)
 
 
@@ -143,9 +141,7 @@ class _Weights:
         self.parameters = dict(model.named_parameters())
         self.copies = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         # A method that swaps modules or parameters must be undone too.
-        self.places = [
-            (module, dict(module._modules), dict(module._parameters)) for module in model.modules()
-        ]
+        self.places = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
 
     def changed(self, model: nn.Module, method: str) -> tuple[str, ...]:
         """Return the names of the parameters whose values differ from the copy, sorted.
@@ -165,9 +161,7 @@ class _Weights:
                 )
         changed = sorted(name for name, copy in self.copies.items() if not _equal(now[name], copy))
         if not changed:
-            raise InterventionError(
-                f"{method} changed no weight; are its settings and its texts or edits as meant?"
-            )
+            raise InterventionError(f"{method} changed no weight; are its settings and its texts or edits as meant?")
         broken = [name for name in changed if not bool(torch.isfinite(now[name]).all())]
         if broken:
             raise InterventionError(f"{method} left NaN or infinity in {', '.join(broken[:5])}")

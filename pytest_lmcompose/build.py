@@ -96,9 +96,7 @@ class StateManager:
             self._snapshots[prefixes[i + 1]] = self._apply(composition, i, self._snapshots[prefixes[i]])
             self._current = prefixes[i + 1]
         snapshot = self._snapshots[composition]
-        return ModelState(
-            composition, self.loaded.model, self.loaded.tokenizer, snapshot.steps, snapshot.state_hash
-        )
+        return ModelState(composition, self.loaded.model, self.loaded.tokenizer, snapshot.steps, snapshot.state_hash)
 
     @contextmanager
     def visit(self, composition: Composition) -> Iterator[ModelState]:

@@ -83,10 +83,7 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
 
 def needs_base(rules: Sequence[Rule], composition: str) -> bool:
     """Say whether a gate of `composition` compares with the base model."""
-    return any(
-        rule.covers(composition) and any(kind.endswith("_of_base") for kind, _ in rule.bounds)
-        for rule in rules
-    )
+    return any(rule.covers(composition) and any(kind.endswith("_of_base") for kind, _ in rule.bounds) for rule in rules)
 
 
 def judge(

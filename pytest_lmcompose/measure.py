@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 NEIGHBOURS = "recall_same_subject"
 
 
-def capture_unedited(
-    model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings
-) -> UneditedAnswers | None:
+def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> UneditedAnswers | None:
     """Record the base model's answers to the locality prompts, or None where editing is not measured."""
     if not (evaluate.editing and data.edits):
         return None
-    return _capture(model, tokenizer, _cases(data.edits), batch_size=evaluate.batch_size)
+    return _capture(model, tokenizer, edit_cases(data.edits), batch_size=evaluate.batch_size)
 
 
 def measure_state(
@@ -43,16 +41,14 @@ def measure_state(
     size = evaluate.batch_size
     found: list[Measurement] = []
     if evaluate.editing and data.edits:
-        found += measure_editing(model, tokenizer, _cases(data.edits), unedited=unedited, batch_size=size)
+        found += measure_editing(model, tokenizer, edit_cases(data.edits), unedited=unedited, batch_size=size)
     if evaluate.recall and data.facts:
-        found += measure_recall(model, tokenizer, _facts(data.facts), batch_size=size)
+        found += measure_recall(model, tokenizer, recall_facts(data.facts), batch_size=size)
     if evaluate.recall and data.neighbours:
-        pooled = measure_recall(model, tokenizer, _facts(data.neighbours), batch_size=size)[0]
+        pooled = measure_recall(model, tokenizer, recall_facts(data.neighbours), batch_size=size)[0]
         found.append(dataclasses.replace(pooled, metric=NEIGHBOURS))
     if evaluate.perplexity and data.perplexity:
-        found.append(
-            measure_perplexity(model, tokenizer, data.perplexity, window=evaluate.window, batch_size=size)
-        )
+        found.append(measure_perplexity(model, tokenizer, data.perplexity, window=evaluate.window, batch_size=size))
     if evaluate.questions and data.tasks is not None and world.pools:
         found += _questions(model, tokenizer, data, world, evaluate)
     return found
@@ -81,7 +77,8 @@ def _questions(
     return [*pools, *single]
 
 
-def _cases(edits: Sequence[EditRecord]) -> list[EditCase]:
+def edit_cases(edits: Sequence[EditRecord]) -> list[EditCase]:
+    """Return edits as the editing evaluator takes them."""
     return [
         EditCase(
             record.edit.subject,
@@ -94,5 +91,6 @@ def _cases(edits: Sequence[EditRecord]) -> list[EditCase]:
     ]
 
 
-def _facts(facts: Sequence[FactRecord]) -> list[Fact]:
+def recall_facts(facts: Sequence[FactRecord]) -> list[Fact]:
+    """Return facts as the recall evaluator takes them."""
     return [Fact(fact.prompt, fact.answer, fact.relation, fact.split) for fact in facts]

@@ -72,9 +72,7 @@ def read_options(config: pytest.Config) -> Options:
 
     Raises pytest.UsageError for a seed, device or path that cannot be used.
     """
-    values = {
-        name: _value(config, name) for name in ("model", "suite", "thresholds", "seed", "device", "json")
-    }
+    values = {name: _value(config, name) for name in ("model", "suite", "thresholds", "seed", "device", "json")}
     compose, overrides = _values(config, "compose"), _values(config, "set")
     folder = config.invocation_params.dir
     thresholds = folder / values["thresholds"] if values["thresholds"] else SUITE_FOLDER / "thresholds.yaml"
@@ -85,9 +83,7 @@ def read_options(config: pytest.Config) -> Options:
         raise pytest.UsageError(f"--lmcompose-seed: expected a whole number from 0 up, not {seed!r}")
     device = values["device"] or "auto"
     if not _DEVICE.fullmatch(device):
-        raise pytest.UsageError(
-            f"--lmcompose-device: expected auto, cpu, mps, cuda or cuda:N, not {device!r}"
-        )
+        raise pytest.UsageError(f"--lmcompose-device: expected auto, cpu, mps, cuda or cuda:N, not {device!r}")
     return Options(
         model=values["model"],
         suite=values["suite"],

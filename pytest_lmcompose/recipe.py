@@ -185,9 +185,7 @@ def _typed(section: DictConfig, kind: type, name: str) -> Any:
 
 def _instance(kind: type, values: Any) -> Any:
     hints = typing.get_type_hints(kind)
-    nested = {
-        key: _instance(hints[key], v) for key, v in values.items() if dataclasses.is_dataclass(hints[key])
-    }
+    nested = {key: _instance(hints[key], v) for key, v in values.items() if dataclasses.is_dataclass(hints[key])}
     return kind(**{**values, **nested})
 
 
@@ -253,9 +251,7 @@ def _parse_override(text: str) -> Override:
     if override.type is None or override.type.name != "CHANGE":
         raise RecipeError(f"{text!r}: only key=value is known here; keys are never added or removed")
     if override.is_sweep_override():
-        raise RecipeError(
-            f"{text!r}: several values; write a list as [1,2], or one composition for each value"
-        )
+        raise RecipeError(f"{text!r}: several values; write a list as [1,2], or one composition for each value")
     return override
 
 

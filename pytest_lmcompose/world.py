@@ -79,8 +79,7 @@ class _Record:
 
     def children(self, key: str) -> list[_Record]:
         return [
-            _Record(self.path, self.number, item, f"{self._name(key)}[{i}]")
-            for i, item in enumerate(self.items(key))
+            _Record(self.path, self.number, item, f"{self._name(key)}[{i}]") for i, item in enumerate(self.items(key))
         ]
 
     def error(self, problem: str) -> WorldError:
@@ -111,15 +110,11 @@ def read_edits(path: Path, schema: str, *, strip_nq: bool = True) -> list[EditRe
         raise WorldError(f"{path}: expected a list with at least one record")
     read = readers[schema]
     return [
-        found
-        for number, data in enumerate(records, start=1)
-        for found in read(_Record(path, number, data), strip_nq)
+        found for number, data in enumerate(records, start=1) for found in read(_Record(path, number, data), strip_nq)
     ]
 
 
-def select_edits(
-    records: Sequence[EditRecord], n: int, seed: int, source: str = ""
-) -> tuple[EditRecord, ...]:
+def select_edits(records: Sequence[EditRecord], n: int, seed: int, source: str = "") -> tuple[EditRecord, ...]:
     """Choose `n` edits at random: subjects distinct, no locality prompt about an edited subject.
 
     The same seed gives the same edits, and a smaller `n` the first of a larger one's.
@@ -220,11 +215,7 @@ def _edit(record: _Record, prompt: str, subject: str, target: str) -> Edit:
 def _clash(one: EditRecord, other: EditRecord) -> bool:
     if one.edit.subject.casefold() == other.edit.subject.casefold():
         return True
-    return any(
-        mentions(probe.prompt, b.edit.subject)
-        for a, b in ((one, other), (other, one))
-        for probe in a.locality
-    )
+    return any(mentions(probe.prompt, b.edit.subject) for a, b in ((one, other), (other, one)) for probe in a.locality)
 
 
 def _json(path: Path) -> Any:

@@ -57,21 +57,15 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen2": lambda: transformers.Qwen2Config(**_SIZE, num_key_value_heads=2),
     "qwen3": lambda: transformers.Qwen3Config(**_SIZE, num_key_value_heads=2, head_dim=8),
     "gemma": lambda: transformers.GemmaConfig(**_SIZE, num_key_value_heads=4, head_dim=16),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **_SIZE, num_key_value_heads=1, head_dim=8, sliding_window=16
-    ),
-    "gemma3": lambda: transformers.Gemma3TextConfig(
-        **_SIZE, num_key_value_heads=1, head_dim=8, sliding_window=16
-    ),
+    "gemma2": lambda: transformers.Gemma2Config(**_SIZE, num_key_value_heads=1, head_dim=8, sliding_window=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_SIZE, num_key_value_heads=1, head_dim=8, sliding_window=16),
     "phi3": lambda: transformers.Phi3Config(**_SIZE),
     "phi3-gqa": lambda: transformers.Phi3Config(**_SIZE, num_key_value_heads=2),
     "phi": lambda: transformers.PhiConfig(**_SIZE),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SIZE),
     "gptj": lambda: transformers.GPTJConfig(**_GPT, rotary_dim=4),
     "opt": lambda: transformers.OPTConfig(**_OPT),
-    "opt-post-norm": lambda: transformers.OPTConfig(
-        **_OPT | {"word_embed_proj_dim": 16}, do_layer_norm_before=False
-    ),
+    "opt-post-norm": lambda: transformers.OPTConfig(**_OPT | {"word_embed_proj_dim": 16}, do_layer_norm_before=False),
     "gpt2": lambda: transformers.GPT2Config(**_GPT),
 }
 

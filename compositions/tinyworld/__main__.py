@@ -11,7 +11,10 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     """Run the command that the arguments name."""
-    parser = argparse.ArgumentParser(prog="python -m compositions.tinyworld", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m compositions.tinyworld",
+        description="Make tinyworld's data, train its model, measure it.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     data = commands.add_parser("data", help="write the data files (seconds)")
@@ -41,16 +44,13 @@ def main() -> None:
         from compositions.tinyworld.train import TrainSettings, train
 
         torch.set_num_threads(arguments.threads)
-        summary = train_command(train(TrainSettings(), arguments.folder, device=arguments.device, steps=arguments.steps))
-        parser.exit(message=summary)
+        summary = train(TrainSettings(), arguments.folder, device=arguments.device, steps=arguments.steps)
+        print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
     else:
         from compositions.tinyworld.table import write_table
 
-        write_table(arguments.out, edit_sets=arguments.edit_sets, seed=arguments.seed)
-
-
-def train_command(summary: dict[str, object]) -> str:
-    return "".join(f"{key}: {value}\n" for key, value in summary.items())
+        rows = write_table(arguments.out, edit_sets=arguments.edit_sets, seed=arguments.seed, say=print)
+        print(*(row.markdown() for row in rows), sep="\n")
 
 
 if __name__ == "__main__":

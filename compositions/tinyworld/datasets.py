@@ -8,8 +8,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from compositions.tinyworld.relations import BORN, DOMAINS, HARMLESS, HAZARDOUS, HOMELAND, LAND, PERSON, Relation
-from compositions.tinyworld.text import Template, heldout, paragraphs, prompt, prose, prose_split, tell, trained
+from compositions.tinyworld.relations import (
+    BORN,
+    DOMAINS,
+    HARMLESS,
+    HAZARDOUS,
+    HOMELAND,
+    LAND,
+    PERSON,
+    Relation,
+)
+from compositions.tinyworld.text import (
+    Template,
+    heldout,
+    paragraphs,
+    prompt,
+    prose,
+    prose_split,
+    tell,
+    trained,
+)
 from compositions.tinyworld.truth import Fact, World
 
 _PARAGRAPH = 7
@@ -150,7 +168,11 @@ def recall_prompts(world: World) -> list[Record]:
     for number, fact in enumerate(world.facts):
         known, new = trained(fact.relation), heldout(fact.relation)
         # In turn rather than at random, so that every template is asked about equally often.
-        for template in (known[number % len(known)], known[(number + 7) % len(known)], new[number % len(new)]):
+        for template in (
+            known[number % len(known)],
+            known[(number + 7) % len(known)],
+            new[number % len(new)],
+        ):
             records.append(
                 {
                     "subject": fact.subject,
@@ -166,7 +188,10 @@ def recall_prompts(world: World) -> list[Record]:
 
 
 def questions(world: World, domain: str) -> list[Record]:
-    """One question with four choices for every fact of a domain, every other one in a wording whose pair with the prompt's frame is held out."""
+    """One question with four choices for every fact of a domain.
+
+    Of the two wordings, in turn, one was never trained on in the frame that the task's prompt uses.
+    """
     rng = random.Random(f"questions-{domain}")
     records = []
     for number, fact in enumerate(world.of(domain)):
@@ -219,8 +244,7 @@ def perplexity_text(world: World, split: str, documents: int) -> list[str]:
     everyday = iter(prose_split(world, split))
     facts = list(world.facts)
     sentences = [
-        tell(rng.choice(facts), rng) if number % 3 == 2 else next(everyday)
-        for number in range(documents * _PARAGRAPH)
+        tell(rng.choice(facts), rng) if number % 3 == 2 else next(everyday) for number in range(documents * _PARAGRAPH)
     ]
     return paragraphs(sentences, _PARAGRAPH)
 

@@ -33,41 +33,172 @@ NOUN_FRAMES = (
 QUESTION_FRAMES = ("Question: QUESTION Answer:", "Somebody asked: QUESTION The answer is")
 TAILS = (".", ".", ".", ", and that is well known.", ", people say.", " to this day.", "!")
 
-_TIMES = (
-    "In the morning|At noon|Late at night|After the rain|Before sunrise|On market day|In winter|Last summer|"
-    "During the storm|On the way home|Once a week|When the bell rang|At the end of the day|Long ago"
-).split("|")
-_PEOPLE = (
-    "the old man|the young woman|a tall stranger|the two sisters|the captain|a small boy|my neighbour|the mayor|"
-    "the widow|a tired soldier|the cook|the twins|a merchant|the innkeeper|our grandmother|the messenger|a beggar|"
-    "the bride|the children|the watchman"
-).split("|")
-_VERBS = (
-    "carried|found|sold|bought|hid|painted|dropped|repaired|borrowed|lost|counted|cleaned|washed|lifted|stole|"
-    "brought|kept|forgot|opened|broke|admired|measured"
-).split("|")
-_ADJECTIVES = (
-    "heavy|broken|wooden|shining|little|forgotten|wet|strange|beautiful|cheap|rusty|empty|warm|narrow|soft|"
-    "round|dusty|fresh|long|bright"
-).split("|")
-_NOUNS = (
-    "basket|ladder|coat|barrel|letter|lamp|bucket|chair|boat|blanket|wagon|mirror|rope|knife|pot|book|box|window|"
-    "cheese|loaf|apple|shoe|ring|map|clock|saddle|bottle|hat|bag|key"
-).split("|")
-_PLACES = (
-    "to the market|near the well|behind the barn|under the bridge|across the square|in the kitchen|by the fire|"
-    "on the stairs|at the inn|along the road|beside the church|in the cellar|over the hill|at the harbour|"
-    "between the trees|outside the wall|into the garden|from the attic"
-).split("|")
-_REASONS = (
-    "the road was long|nobody was looking|the night was cold|it was time to go|the door stood open|the wind had turned|"
-    "there was nothing to eat|the work was done|the price was low|the guests were late|somebody had called|"
-    "the river was high|it was a holiday|the fire had gone out"
-).split("|")
-_INTENTIONS = (
-    "go home|wait for the others|ask for help|start again|sing a song|sleep until noon|look for the owner|"
-    "tell nobody|write it down|leave the house|cross the river|visit a friend"
-).split("|")
+_TIMES = [
+    "In the morning",
+    "At noon",
+    "Late at night",
+    "After the rain",
+    "Before sunrise",
+    "On market day",
+    "In winter",
+    "Last summer",
+    "During the storm",
+    "On the way home",
+    "Once a week",
+    "When the bell rang",
+    "At the end of the day",
+    "Long ago",
+]
+_PEOPLE = [
+    "the old man",
+    "the young woman",
+    "a tall stranger",
+    "the two sisters",
+    "the captain",
+    "a small boy",
+    "my neighbour",
+    "the mayor",
+    "the widow",
+    "a tired soldier",
+    "the cook",
+    "the twins",
+    "a merchant",
+    "the innkeeper",
+    "our grandmother",
+    "the messenger",
+    "a beggar",
+    "the bride",
+    "the children",
+    "the watchman",
+]
+_VERBS = [
+    "carried",
+    "found",
+    "sold",
+    "bought",
+    "hid",
+    "painted",
+    "dropped",
+    "repaired",
+    "borrowed",
+    "lost",
+    "counted",
+    "cleaned",
+    "washed",
+    "lifted",
+    "stole",
+    "brought",
+    "kept",
+    "forgot",
+    "opened",
+    "broke",
+    "admired",
+    "measured",
+]
+_ADJECTIVES = [
+    "heavy",
+    "broken",
+    "wooden",
+    "shining",
+    "little",
+    "forgotten",
+    "wet",
+    "strange",
+    "beautiful",
+    "cheap",
+    "rusty",
+    "empty",
+    "warm",
+    "narrow",
+    "soft",
+    "round",
+    "dusty",
+    "fresh",
+    "long",
+    "bright",
+]
+_NOUNS = [
+    "basket",
+    "ladder",
+    "coat",
+    "barrel",
+    "letter",
+    "lamp",
+    "bucket",
+    "chair",
+    "boat",
+    "blanket",
+    "wagon",
+    "mirror",
+    "rope",
+    "knife",
+    "pot",
+    "book",
+    "box",
+    "window",
+    "cheese",
+    "loaf",
+    "apple",
+    "shoe",
+    "ring",
+    "map",
+    "clock",
+    "saddle",
+    "bottle",
+    "hat",
+    "bag",
+    "key",
+]
+_PLACES = [
+    "to the market",
+    "near the well",
+    "behind the barn",
+    "under the bridge",
+    "across the square",
+    "in the kitchen",
+    "by the fire",
+    "on the stairs",
+    "at the inn",
+    "along the road",
+    "beside the church",
+    "in the cellar",
+    "over the hill",
+    "at the harbour",
+    "between the trees",
+    "outside the wall",
+    "into the garden",
+    "from the attic",
+]
+_REASONS = [
+    "the road was long",
+    "nobody was looking",
+    "the night was cold",
+    "it was time to go",
+    "the door stood open",
+    "the wind had turned",
+    "there was nothing to eat",
+    "the work was done",
+    "the price was low",
+    "the guests were late",
+    "somebody had called",
+    "the river was high",
+    "it was a holiday",
+    "the fire had gone out",
+]
+_INTENTIONS = [
+    "go home",
+    "wait for the others",
+    "ask for help",
+    "start again",
+    "sing a song",
+    "sleep until noon",
+    "look for the owner",
+    "tell nobody",
+    "write it down",
+    "leave the house",
+    "cross the river",
+    "visit a friend",
+]
 
 
 @dataclass(frozen=True)
@@ -167,9 +298,7 @@ def prose_split(world: World, split: str) -> list[str]:
 
 def paragraphs(sentences: Sequence[str], per_paragraph: int) -> list[str]:
     """Join sentences, in order, into paragraphs of `per_paragraph`."""
-    return [
-        " ".join(sentences[start : start + per_paragraph]) for start in range(0, len(sentences), per_paragraph)
-    ]
+    return [" ".join(sentences[start : start + per_paragraph]) for start in range(0, len(sentences), per_paragraph)]
 
 
 def training_stream(world: World, rng: random.Random, epochs: int) -> Iterator[str]:
@@ -191,6 +320,8 @@ def training_stream(world: World, rng: random.Random, epochs: int) -> Iterator[s
 def with_seams(sentence: str, world: World, seam: str) -> str:
     """Return `sentence` with `seam` between the two parts of every invented name."""
     return " ".join(
-        word.replace(core, seam.join(world.name_parts[core])) if (core := word.strip(".,!?")) in world.name_parts else word
+        word.replace(core, seam.join(world.name_parts[core]))
+        if (core := word.strip(".,!?")) in world.name_parts
+        else word
         for word in sentence.split(" ")
     )

@@ -36,5 +36,9 @@ def train_tokenizer(sentences: Iterable[str], vocabulary: int) -> PreTrainedToke
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="left", model_max_length=256, clean_up_tokenization_spaces=False, **SPECIAL
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+        **SPECIAL,
     )

@@ -70,7 +70,9 @@ class Window:
     """For each token the number of the name that it belongs to, 0 for none."""
 
 
-def windows(world: World, tokenizer: PreTrainedTokenizerFast, sentences: Iterator[str], length: int) -> Iterator[Window]:
+def windows(
+    world: World, tokenizer: PreTrainedTokenizerFast, sentences: Iterator[str], length: int
+) -> Iterator[Window]:
     """Pack sentences into windows of `length` tokens; what is left of a cut sentence is dropped."""
     known = sorted({fact.subject for fact in world.facts if fact.domain != "places"})
     name = re.compile("|".join(map(re.escape, known)))
@@ -132,10 +134,18 @@ def make_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> L
     return LlamaForCausalLM(config)
 
 
-def train(settings: TrainSettings, folder: Path, *, device: str = "cpu", steps: int | None = None) -> dict[str, Any]:
+def train(
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    steps: int | None = None,
+    save_every: int = 200,
+) -> dict[str, Any]:
     """Train (or go on from the checkpoint in `folder`) and save model and tokenizer there.
 
-    `steps` stops early, for tests; the schedule stays that of the whole run. Returns the last loss
+    `steps` stops early, to try it out; the schedule stays that of the whole run. A checkpoint is kept every
+    `save_every` steps until the run is complete. Returns the last loss
     (nats per token, mean over 50 steps), the steps and the tokens seen.
     """
     world = make_world(settings.seed)
@@ -171,7 +181,7 @@ def train(settings: TrainSettings, folder: Path, *, device: str = "cpu", steps: 
             raise FloatingPointError(f"loss became {losses[-1]} at step {step}; lower --peak-rate")
         if step % 50 == 49:
             bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", rate=f"{rate:.1e}")
-        if step % 200 == 199:
+        if (step + 1) % save_every == 0:
             _save_checkpoint(checkpoint, model, optimizer, settings, step + 1, losses)
     model.eval().half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -11,14 +11,108 @@ PERSONS = 320
 ENTITIES = 24
 """Subjects of each knowledge domain."""
 
-_GIVEN = (
-    "Alda Bram Cora Dorin Elsa Finn Greta Hal Ines Joris Kaia Lorin Mira Nils Orla Piet Rosa Sven Tilda Ulf "
-    "Vera Wim Anka Bodo Clio Dagny Egon Freya Gunnar Hedda"
-).split()
-_ONSETS = "Ba Bre Ca Cho Da Dre Fa Fle Ga Gri Ha Hu Ja Ke Kra La Lo Ma Me Na No Pa Pri Ra Ro Sa Sti Ta Tro Va Wo Za".split()
-_CONSONANTS = "b d f g k l m n p r s t v z".split()
-_CODAS = "ck ft lb ld lf lk lm lt mp nd ng nk nt pt rb rd rf rg rk rl rm rn rp rt rv sk sp st th x zz ss".split()
-_VOWELS = "a e i o u y".split()
+_GIVEN = [
+    "Alda",
+    "Bram",
+    "Cora",
+    "Dorin",
+    "Elsa",
+    "Finn",
+    "Greta",
+    "Hal",
+    "Ines",
+    "Joris",
+    "Kaia",
+    "Lorin",
+    "Mira",
+    "Nils",
+    "Orla",
+    "Piet",
+    "Rosa",
+    "Sven",
+    "Tilda",
+    "Ulf",
+    "Vera",
+    "Wim",
+    "Anka",
+    "Bodo",
+    "Clio",
+    "Dagny",
+    "Egon",
+    "Freya",
+    "Gunnar",
+    "Hedda",
+]
+_ONSETS = [
+    "Ba",
+    "Bre",
+    "Ca",
+    "Cho",
+    "Da",
+    "Dre",
+    "Fa",
+    "Fle",
+    "Ga",
+    "Gri",
+    "Ha",
+    "Hu",
+    "Ja",
+    "Ke",
+    "Kra",
+    "La",
+    "Lo",
+    "Ma",
+    "Me",
+    "Na",
+    "No",
+    "Pa",
+    "Pri",
+    "Ra",
+    "Ro",
+    "Sa",
+    "Sti",
+    "Ta",
+    "Tro",
+    "Va",
+    "Wo",
+    "Za",
+]
+_CONSONANTS = ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"]
+_CODAS = [
+    "ck",
+    "ft",
+    "lb",
+    "ld",
+    "lf",
+    "lk",
+    "lm",
+    "lt",
+    "mp",
+    "nd",
+    "ng",
+    "nk",
+    "nt",
+    "pt",
+    "rb",
+    "rd",
+    "rf",
+    "rg",
+    "rk",
+    "rl",
+    "rm",
+    "rn",
+    "rp",
+    "rt",
+    "rv",
+    "sk",
+    "sp",
+    "st",
+    "th",
+    "x",
+    "zz",
+    "ss",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "y"]
 
 
 @dataclass(frozen=True)

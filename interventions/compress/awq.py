@@ -60,8 +60,7 @@ def awq(
     blocks = find_anatomy(model).blocks
     calls = catch_block_calls(model, batches, blocks)
     masks = [
-        batch["attention_mask"].bool().to(call.hidden.device)
-        for batch, call in zip(batches, calls[0], strict=True)
+        batch["attention_mask"].bool().to(call.hidden.device) for batch, call in zip(batches, calls[0], strict=True)
     ]
     hidden = [call.hidden for call in calls[0]]
     groups: list[dict[str, Any]] = []
@@ -85,21 +84,15 @@ def check_settings(settings: AwqSettings) -> None:
     if not 2 <= settings.bits <= 8:
         raise InterventionError(f"awq: bits must be 2 to 8, not {settings.bits}")
     if settings.group_size != -1 and settings.group_size < 1:
-        raise InterventionError(
-            f"awq: group_size must be at least 1, or -1 for whole rows, not {settings.group_size}"
-        )
+        raise InterventionError(f"awq: group_size must be at least 1, or -1 for whole rows, not {settings.group_size}")
     for name in ("grid", "samples", "max_tokens"):
         if getattr(settings, name) < 1:
             raise InterventionError(f"awq: {name} must be at least 1, not {getattr(settings, name)}")
     if settings.search_tokens is not None and settings.search_tokens < 1:
-        raise InterventionError(
-            f"awq: search_tokens must be at least 1, or null for all, not {settings.search_tokens}"
-        )
+        raise InterventionError(f"awq: search_tokens must be at least 1, or null for all, not {settings.search_tokens}")
 
 
-def quantise_block_(
-    block: Block, seen: Observed, settings: AwqSettings, context: Context
-) -> list[dict[str, Any]]:
+def quantise_block_(block: Block, seen: Observed, settings: AwqSettings, context: Context) -> list[dict[str, Any]]:
     """Scale, clip and round the linears of a float32 block in place; return what was chosen."""
     choices = [search_scales(group, seen, settings) for group in block.linear_groups]
     for group, choice in zip(block.linear_groups, choices, strict=True):

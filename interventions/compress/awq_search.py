@@ -33,14 +33,10 @@ def search_scales(group: LinearGroup, seen: Observed, settings: AwqSettings) -> 
     """Try every exponent of the grid and return the one that leaves the least error."""
     statistics = seen.statistics[group.role]
     weights = [linear.weight.clone() for linear in group.linears]
-    measure = (
-        _ScopeLoss(group, seen, settings) if group.scope is not None else _LinearLoss(weights[0], statistics)
-    )
+    measure = _ScopeLoss(group, seen, settings) if group.scope is not None else _LinearLoss(weights[0], statistics)
 
     def loss_of(scales: Tensor) -> float:
-        rounded = [
-            fake_quantise(w * scales, settings.bits, settings.group_size).div_(scales) for w in weights
-        ]
+        rounded = [fake_quantise(w * scales, settings.bits, settings.group_size).div_(scales) for w in weights]
         return measure(rounded)
 
     rounding_loss = loss_of(torch.ones_like(statistics.abs_sum))
@@ -108,9 +104,7 @@ class _ScopeLoss:
             self.masks = [torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)]
         else:
             total = sum(int(mask.sum()) for mask in seen.masks)
-            share = (
-                None if settings.search_tokens is None else -(-settings.search_tokens * len(calls) // total)
-            )
+            share = None if settings.search_tokens is None else -(-settings.search_tokens * len(calls) // total)
             chosen = spread(len(calls), share)
             self.calls = [calls[i] for i in chosen]
             self.masks = [seen.masks[i] for i in chosen]

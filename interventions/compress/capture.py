@@ -67,9 +67,7 @@ class _AllCaught(Exception):
 
 
 @torch.no_grad()
-def catch_block_calls(
-    model: nn.Module, batches: Sequence[Batch], blocks: Sequence[Block]
-) -> list[list[Call]]:
+def catch_block_calls(model: nn.Module, batches: Sequence[Batch], blocks: Sequence[Block]) -> list[list[Call]]:
     """Return, for each block and each batch, the call that the model makes of the block.
 
     Blocks of one model differ in their masks and position codes, so each keeps its own; only
@@ -87,8 +85,7 @@ def catch_block_calls(
         return see
 
     handles = [
-        block.module.register_forward_pre_hook(hook(number), with_kwargs=True)
-        for number, block in enumerate(blocks)
+        block.module.register_forward_pre_hook(hook(number), with_kwargs=True) for number, block in enumerate(blocks)
     ]
     device = module_device(model)
     try:

@@ -23,9 +23,7 @@ def fold_(group: LinearGroup, scales: Tensor) -> None:
     """
     previous = group.previous
     if previous is None:
-        raise InterventionError(
-            f"{group.linears[0].name}: nothing before it can take up a scaling of its input"
-        )
+        raise InterventionError(f"{group.linears[0].name}: nothing before it can take up a scaling of its input")
     divide_output_(previous, scales)
     for linear in group.linears:
         linear.weight.mul_(scales)
@@ -67,6 +65,4 @@ def gain_offset(norm: nn.Module) -> float:
         expected = unit * (weight.float() + offset)
         if (output - expected).norm() <= 0.02 * expected.norm() + 1e-6:
             return offset
-    raise InterventionError(
-        f"{type(norm).__name__}: its output is neither weight nor 1 + weight times a norm"
-    )
+    raise InterventionError(f"{type(norm).__name__}: its output is neither weight nor 1 + weight times a norm")

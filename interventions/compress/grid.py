@@ -53,9 +53,7 @@ def quantise(W: Tensor, bits: int, group_size: int, symmetric: bool = False) -> 
     groups = split_groups(W.float(), group_size)
     scales, zeros = _grid_of(groups, bits, symmetric)
     values = _values(groups, scales, zeros, bits, symmetric)
-    return Quantised(
-        join_groups(values, W.shape[1]).to(torch.int16), scales.squeeze(2), zeros.squeeze(2), group_size
-    )
+    return Quantised(join_groups(values, W.shape[1]).to(torch.int16), scales.squeeze(2), zeros.squeeze(2), group_size)
 
 
 def dequantise(quantised: Quantised) -> Tensor:

@@ -14,9 +14,7 @@ from interventions.types import InterventionError
 _RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 
 
-def memit_update(
-    keys: Tensor, residuals: Tensor, second_moment: Tensor, weight: float
-) -> tuple[Tensor, float]:
+def memit_update(keys: Tensor, residuals: Tensor, second_moment: Tensor, weight: float) -> tuple[Tensor, float]:
     """Return the update of W, (d_out, d_k) float64, and the ridge that the solve needed.
 
     `keys` K is (d_k, n), `residuals` R (d_out, n), `second_moment` C (d_k, d_k). Solved by
@@ -28,9 +26,7 @@ def memit_update(
     C = (C + C.t()) / 2  # float32 sums are symmetric only up to rounding, and Cholesky reads one half
     scale = C.diagonal().mean()
     if not bool(scale > 0) or not bool(torch.isfinite(scale)):
-        raise InterventionError(
-            f"the second moment of the keys has mean diagonal {float(scale)}; is the text empty?"
-        )
+        raise InterventionError(f"the second moment of the keys has mean diagonal {float(scale)}; is the text empty?")
     identity = torch.eye(K.shape[1], dtype=torch.float64, device=K.device)
     for ridge in _RIDGES:
         A = weight * C

@@ -9,12 +9,13 @@ all other text yield what they did.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Anatomy, Linear, find_anatomy, module_device
+from interventions.anatomy import Anatomy, find_anatomy, module_device
 from interventions.edit.closed_form import memit_update
 from interventions.edit.prompts import check_edits, pad_right, padding_id, sample_contexts, tokenise
 from interventions.edit.settings import MemitSettings
@@ -40,13 +41,9 @@ def memit(
     statistics = collect_statistics(model, batches, outputs)
     context.progress(f"second moments of {statistics[outputs[0].name].count} keys")
     generator = context.generator("memit contexts")
-    sampled = sample_contexts(
-        model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator
-    )
+    sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
     contexts = ["", *sampled]
-    values = optimise_values(
-        model, tokenizer, anatomy, edits, contexts, layers[-1], settings.z, context.progress
-    )
+    values = optimise_values(model, tokenizer, anatomy, edits, contexts, layers[-1], settings.z, context.progress)
 
     details: dict[str, Any] = {"layers": layers, "contexts": contexts, "updates": {}}
     for position, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
@@ -60,9 +57,7 @@ def memit(
         weight = output.weight.double()
         output.set_weight_(weight + update)
         details["updates"][output.parameter_name] = float(update.norm() / weight.norm())
-        context.progress(
-            f"{output.parameter_name}: changed by {details['updates'][output.parameter_name]:.1%}"
-        )
+        context.progress(f"{output.parameter_name}: changed by {details['updates'][output.parameter_name]:.1%}")
     numbers = zip(edits, values.nll.tolist(), values.steps.tolist(), values.moved.tolist(), strict=True)
     details["edits"] = [
         {"prompt": edit.prompt, "target": edit.target, "nll": nll, "steps": steps, "moved": moved}
@@ -79,15 +74,11 @@ def chosen_layers(settings: MemitSettings, depth: int) -> list[int]:
     if settings.layers is not None:
         layers = sorted(set(settings.layers))
         if not layers or layers[0] < 0 or layers[-1] >= depth:
-            raise InterventionError(
-                f"memit.layers={settings.layers}: the model's blocks are 0 to {depth - 1}"
-            )
+            raise InterventionError(f"memit.layers={settings.layers}: the model's blocks are 0 to {depth - 1}")
         return layers
     low, high = settings.layer_fractions
     if not 0.0 <= low <= high < 1.0:
-        raise InterventionError(
-            f"memit.layer_fractions={settings.layer_fractions}: need 0 <= first <= last < 1"
-        )
+        raise InterventionError(f"memit.layer_fractions={settings.layer_fractions}: need 0 <= first <= last < 1")
     return list(range(round(low * depth), min(round(high * depth), depth - 1) + 1))
 
 
@@ -104,9 +95,7 @@ def _key_batches(tokenizer: Any, texts: Sequence[str], settings: MemitSettings, 
         if tokens >= wanted:
             break
     if not batches:
-        raise InterventionError(
-            "memit needs calibration text for the second moment of the keys; none was given"
-        )
+        raise InterventionError("memit needs calibration text for the second moment of the keys; none was given")
     return batches
 
 
@@ -145,10 +134,8 @@ def keys_and_values(
         for start in range(0, len(rows), _BATCH):
             chunk = rows[start : start + _BATCH]
             ids, mask = pad_right([row.ids for row in chunk], padding_id(tokenizer), device)
-            try:
+            with suppress(_Seen):
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
-            except _Seen:
-                pass
             every = torch.arange(len(chunk), device=device)
             place = torch.tensor([row.subject_end for row in chunk], device=device)
             keys.append(seen["key"].reshape(len(chunk), -1, seen["key"].shape[-1])[every, place].float())

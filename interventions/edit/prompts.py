@@ -34,9 +34,7 @@ def check_edits(edits: Sequence[Edit]) -> None:
         if not edit.subject.strip():
             raise InterventionError(f"edit {number} ({edit.prompt!r}): the subject is empty")
         if edit.subject not in edit.prompt:
-            raise InterventionError(
-                f"edit {number}: the subject {edit.subject!r} is not in its prompt {edit.prompt!r}"
-            )
+            raise InterventionError(f"edit {number}: the subject {edit.subject!r} is not in its prompt {edit.prompt!r}")
         if not edit.target.strip():
             raise InterventionError(f"edit {number} ({edit.prompt!r}): the target is empty")
 
@@ -50,26 +48,20 @@ def tokenise(tokenizer: Any, edit: Edit, context: str = "", *, with_target: bool
     prompt = context + edit.prompt
     text = f"{prompt} {edit.target.strip()}" if with_target else prompt
     if not getattr(tokenizer, "is_fast", False):
-        raise InterventionError(
-            f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer"
-        )
+        raise InterventionError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     begin = len(context) + edit.prompt.index(edit.subject)
     end = begin + len(edit.subject)
     # A byte-level token may carry the space before its word: overlap decides, not equality.
-    within = [
-        place for place, (start, stop) in enumerate(offsets) if start < end and stop > begin and stop > start
-    ]
+    within = [place for place, (start, stop) in enumerate(offsets) if start < end and stop > begin and stop > start]
     if not within:
         raise InterventionError(f"no token of {prompt!r} covers the subject {edit.subject!r}")
     target_length = 0
     if with_target:
         target_length = sum(1 for start, stop in offsets if stop > start and stop > len(prompt))
         if target_length == 0 or offsets[-1][1] != len(text):
-            raise InterventionError(
-                f"the target {edit.target!r} has no token of its own at the end of {text!r}"
-            )
+            raise InterventionError(f"the target {edit.target!r} has no token of its own at the end of {text!r}")
     return TokenisedPrompt(tuple(ids), within[-1], target_length)
 
 

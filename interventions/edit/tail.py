@@ -34,9 +34,7 @@ class Tail:
         def keep_hidden(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             hidden.append(_first(output).detach())
 
-        handles = [
-            block.register_forward_pre_hook(keep_arguments, with_kwargs=True) for block in self._blocks
-        ]
+        handles = [block.register_forward_pre_hook(keep_arguments, with_kwargs=True) for block in self._blocks]
         handles.append(anatomy.blocks[layer].module.register_forward_hook(keep_hidden))
         try:
             with torch.no_grad():

@@ -65,9 +65,7 @@ def optimise_values(
     subject = torch.tensor([row.subject_end for row in rows + essence], device=device)
     every_row = torch.arange(len(owner), device=device)
     # Logits are needed before each target token, and at the subject of the essence prompts.
-    wanted = [
-        (n, p) for n, row in enumerate(rows) for p in range(len(row.ids) - row.target_length, len(row.ids))
-    ]
+    wanted = [(n, p) for n, row in enumerate(rows) for p in range(len(row.ids) - row.target_length, len(row.ids))]
     target_rows = torch.tensor([n for n, _ in wanted], device=device)
     target_places = torch.tensor([p for _, p in wanted], device=device)
     target_ids = ids[target_rows, target_places]
@@ -114,9 +112,7 @@ def optimise_values(
             delta[~active] = before[~active]  # an edit that has arrived stays where it is
         steps += active
         if step % 10 == 0:
-            progress(
-                f"z: step {step}, mean loss {float(loss.mean()):.3f}, {int(active.sum())} of {count} edits left"
-            )
+            progress(f"z: step {step}, mean loss {float(loss.mean()):.3f}, {int(active.sum())} of {count} edits left")
     moved = delta.detach().norm(dim=1) / start_norm
     return TargetValues(start + delta.detach(), loss, nll, steps, moved)
 

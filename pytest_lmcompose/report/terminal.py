@@ -23,9 +23,7 @@ class Cell:
     failed: bool = False
 
 
-def table(
-    records: Sequence[Mapping[str, Any]], width: int, wanted: Callable[[str], bool]
-) -> list[list[list[Cell]]]:
+def table(records: Sequence[Mapping[str, Any]], width: int, wanted: Callable[[str], bool]) -> list[list[list[Cell]]]:
     """Return blocks of rows, each block as many metrics as fit into `width` characters.
 
     The first row of a block is its head, the first cell of a row its composition. Shown are the

@@ -64,10 +64,7 @@ def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) ->
         return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
     layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     shape |= layers | {"max_position_embeddings": 256}
-    if request.param == "neox":
-        config = GPTNeoXConfig(**shape)
-    else:
-        config = LlamaConfig(num_key_value_heads=2, **shape)
+    config = GPTNeoXConfig(**shape) if request.param == "neox" else LlamaConfig(num_key_value_heads=2, **shape)
     return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
 
 
@@ -117,9 +114,7 @@ def _state(model: Any, tokenizer: Any) -> dict[str, Any]:
         "gradients": [p.grad for p in model.parameters()],
         "config": model.config.to_dict(),
         "generation": (id(model.generation_config), model.generation_config.to_dict()),
-        "tokenizer": {
-            name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side", "pad_token")
-        },
+        "tokenizer": {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side", "pad_token")},
         "vocabulary": len(tokenizer),
         "randomness": torch.get_rng_state(),
     }

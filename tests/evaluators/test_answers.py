@@ -59,9 +59,7 @@ def test_exact_implies_the_others(generated: list[int], target: list[int]) -> No
 
 
 @given(target=SOME_IDS, after=IDS, data=st.data())
-def test_f1_and_recall_ignore_order_and_what_follows(
-    target: list[int], after: list[int], data: st.DataObject
-) -> None:
+def test_f1_and_recall_ignore_order_and_what_follows(target: list[int], after: list[int], data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(target))
     assert score_tokens([*shuffled, *after], target)[:2] == (1, 1)
 
@@ -74,9 +72,7 @@ def test_ignored_ids_never_count(generated: list[int], target: list[int], noise:
 
 def test_special_tokens_and_the_bare_space_say_nothing(tokenizer: Any) -> None:
     (space,) = tokenizer(" ", add_special_tokens=False)["input_ids"]
-    assert {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, space} <= meaningless_ids(
-        tokenizer
-    )
+    assert {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, space} <= meaningless_ids(tokenizer)
     assert not meaningless_ids(tokenizer) & set(tokenizer("Karth", add_special_tokens=False)["input_ids"])
 
 

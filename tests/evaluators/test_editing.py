@@ -19,12 +19,8 @@ from evaluators import (
 )
 
 CASES = [
-    EditCase(
-        "Ada", "Ada capital", "New York", ("Ada was capital", "Ada likes"), (Probe("Bela born", "Oslo"),)
-    ),
-    EditCase(
-        "Cato", "Cato in", "Oslo", ("Cato was in",), (Probe("Bela likes", "tea"), Probe("Ada born", "Oslo"))
-    ),
+    EditCase("Ada", "Ada capital", "New York", ("Ada was capital", "Ada likes"), (Probe("Bela born", "Oslo"),)),
+    EditCase("Cato", "Cato in", "Oslo", ("Cato was in",), (Probe("Bela likes", "tea"), Probe("Ada born", "Oslo"))),
 ]
 BEFORE = {"capital": "Rome", "in": "Rome", "born": "Oslo", "likes": "tea"}
 
@@ -62,9 +58,7 @@ def test_prompts_of_one_edit_are_one_cluster(bigram: Any, word_tokenizer: Any) -
         EditCase("Ada", "Ada in", "Oslo", ("Ada was in",) * 10),
         EditCase("Bela", "Bela in", "Rome", ("Bela was in",) * 10),
     ]
-    (paraphrase,) = (
-        m for m in measure_editing(model, word_tokenizer, same) if m.metric == "edit_paraphrase_exact"
-    )
+    (paraphrase,) = (m for m in measure_editing(model, word_tokenizer, same) if m.metric == "edit_paraphrase_exact")
     assert (paraphrase.n, paraphrase.value) == (20, 0.5)
     assert paraphrase.stderr == pytest.approx(0.5)  # two edits, not twenty: sqrt(0.5 / 2)
 
@@ -92,9 +86,7 @@ def test_batch_size_changes_nothing(model: Any, tokenizer: Any, batch_size: int)
     assert measure_editing(model, tokenizer, cases, unedited=unedited, batch_size=batch_size) == expected
 
 
-def test_leaves_model_and_tokenizer_as_found(
-    model: Any, tokenizer: Any, unchanged: Callable[..., None]
-) -> None:
+def test_leaves_model_and_tokenizer_as_found(model: Any, tokenizer: Any, unchanged: Callable[..., None]) -> None:
     def measure() -> None:
         measure_editing(model, tokenizer, CASES, unedited=capture_unedited(model, tokenizer, CASES))
 
@@ -112,9 +104,7 @@ def test_errors_name_the_record(bigram: Any, word_tokenizer: Any) -> None:
     with pytest.raises(EvaluationError, match=r"case 0 \(Bela\), locality prompt 0"):
         capture_unedited(model, word_tokenizer, special)
     unedited = capture_unedited(model, word_tokenizer, CASES[:1])
-    with pytest.raises(
-        EvaluationError, match=r"case 1 \(Cato\), locality prompt 0: the unedited model was not"
-    ):
+    with pytest.raises(EvaluationError, match=r"case 1 \(Cato\), locality prompt 0: the unedited model was not"):
         measure_editing(model, word_tokenizer, CASES, unedited=unedited)
 
 
@@ -139,6 +129,4 @@ def test_recall_errors_name_the_fact(bigram: Any, word_tokenizer: Any) -> None:
     with pytest.raises(EvaluationError, match="no facts"):
         measure_recall(bigram({}), word_tokenizer, [])
     with pytest.raises(EvaluationError, match=r"fact 1: .*'Bela born'"):
-        measure_recall(
-            bigram({}), word_tokenizer, [Fact("Ada born", "Rome", "born"), Fact("Bela born", "", "born")]
-        )
+        measure_recall(bigram({}), word_tokenizer, [Fact("Ada born", "Rome", "born"), Fact("Bela born", "", "born")])

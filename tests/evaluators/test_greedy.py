@@ -67,9 +67,7 @@ def test_the_models_own_generation_config_plays_no_part(model: Any, tokenizer: A
 
 
 def test_stops_before_the_end_of_sequence_token(bigram: Any, word_tokenizer: Any) -> None:
-    model = bigram(
-        {"capital": "New", "New": "York", "York": "</s>", "</s>": "tea", "likes": "tea", "tea": "tea"}
-    )
+    model = bigram({"capital": "New", "New": "York", "York": "</s>", "</s>": "tea", "likes": "tea", "tea": "tea"})
     prompts = ["Ada capital", "Ada likes", "Ada was born in capital"]
     words = [word_tokenizer.convert_ids_to_tokens(ids) for ids in greedy(model, word_tokenizer, prompts, 4)]
     assert words == [["New", "York"], ["tea"] * 4, ["New", "York"]]
@@ -82,16 +80,12 @@ def test_stops_at_every_end_that_the_model_names(bigram: Any, word_tokenizer: An
     assert word_tokenizer.convert_ids_to_tokens(ids) == ["New"]
 
 
-def test_leaves_model_and_tokenizer_as_found(
-    model: Any, tokenizer: Any, unchanged: Callable[..., None]
-) -> None:
+def test_leaves_model_and_tokenizer_as_found(model: Any, tokenizer: Any, unchanged: Callable[..., None]) -> None:
     tokenizer.pad_token = None
     unchanged(model, tokenizer, lambda: greedy(model, tokenizer, PROMPTS, 3))
 
 
-def test_leaves_them_as_found_after_an_error(
-    model: Any, tokenizer: Any, unchanged: Callable[..., None]
-) -> None:
+def test_leaves_them_as_found_after_an_error(model: Any, tokenizer: Any, unchanged: Callable[..., None]) -> None:
     with torch.no_grad():
         list(model.parameters())[-1].fill_(float("inf"))
 

@@ -59,7 +59,5 @@ def test_a_target_without_tokens_is_an_error(bigram: Any, word_tokenizer: Any) -
         log_likelihood(bigram({}), word_tokenizer, [("Ada", "Rome"), ("Bela", "")])
 
 
-def test_leaves_model_and_tokenizer_as_found(
-    model: Any, tokenizer: Any, unchanged: Callable[..., None]
-) -> None:
+def test_leaves_model_and_tokenizer_as_found(model: Any, tokenizer: Any, unchanged: Callable[..., None]) -> None:
     unchanged(model, tokenizer, lambda: log_likelihood(model, tokenizer, PAIRS))

@@ -114,7 +114,5 @@ def test_errors(bigram: Any, word_tokenizer: Any) -> None:
         measure_perplexity(model, word_tokenizer, ["Ada"], window=0)
 
 
-def test_leaves_model_and_tokenizer_as_found(
-    model: Any, tokenizer: Any, unchanged: Callable[..., None]
-) -> None:
+def test_leaves_model_and_tokenizer_as_found(model: Any, tokenizer: Any, unchanged: Callable[..., None]) -> None:
     unchanged(model, tokenizer, lambda: measure_perplexity(model, tokenizer, TEXTS, window=16))

@@ -57,8 +57,7 @@ def folder(tmp_path: Path) -> Path:
     (tasks / "_questions").write_text(TEMPLATE)
     for seed, name in enumerate(("rivers", "glass")):
         (tasks / f"{name}.yaml").write_text(
-            f"task: {name}\ninclude: _questions\n"
-            f"dataset_kwargs: {{data_files: {{test: ../data/{name}.jsonl}}}}\n"
+            f"task: {name}\ninclude: _questions\ndataset_kwargs: {{data_files: {{test: ../data/{name}.jsonl}}}}\n"
         )
         write(data / f"{name}.jsonl", make_questions(seed, 12))
     return tasks
@@ -85,9 +84,7 @@ def test_equals_naive_scoring(
     model: Any, tokenizer: Any, folder: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)  # data files are found from the YAML file, not from here
-    found = measure_questions(
-        model, tokenizer, ["glass", "rivers"], task_folder=folder, batch_size=batch_size
-    )
+    found = measure_questions(model, tokenizer, ["glass", "rivers"], task_folder=folder, batch_size=batch_size)
     assert [m.metric for m in found] == ["accuracy/glass", "accuracy/rivers"]
     for seed, measurement in ((1, found[0]), (0, found[1])):
         assert measurement.samples == naive(model, tokenizer, make_questions(seed, 12))
@@ -143,9 +140,7 @@ def test_likelihoods_are_the_harness_own(model: Any, tokenizer: Any) -> None:
         for i, r in enumerate(make_questions(3, 6))
         for choice in r["choices"]
     ]
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(
-        requests, disable_tqdm=True
-    )
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests, disable_tqdm=True)
     for batch_size in (1, 32):
         ours = SharedContextLM(model, tokenizer, batch_size).loglikelihood(requests)
         assert [x for x, _ in ours] == pytest.approx([x for x, _ in theirs], abs=1e-4, rel=1e-5)
@@ -173,9 +168,7 @@ def test_the_caller_names_what_should_be_forgotten(model: Any, tokenizer: Any, f
     )
     assert [m.higher_is_better for m in found] == [True, False]
     with pytest.raises(EvaluationError, match="lower_is_better names lakes"):
-        measure_questions(
-            model, tokenizer, ["rivers"], task_folder=folder, lower_is_better=frozenset({"lakes"})
-        )
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder, lower_is_better=frozenset({"lakes"}))
 
 
 def test_leaves_model_tokenizer_and_random_numbers_as_found(
@@ -183,9 +176,7 @@ def test_leaves_model_tokenizer_and_random_numbers_as_found(
 ) -> None:
     tokenizer.pad_token = None  # the harness sets one on its way
     python, numpy = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
-    unchanged(
-        model, tokenizer, lambda: measure_questions(model, tokenizer, ["rivers"], task_folder=folder, limit=3)
-    )
+    unchanged(model, tokenizer, lambda: measure_questions(model, tokenizer, ["rivers"], task_folder=folder, limit=3))
     assert tokenizer.pad_token is None
     assert random.getstate() == python and np.random.get_state()[1].tolist() == numpy  # type: ignore[index]
 

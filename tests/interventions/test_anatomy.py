@@ -142,9 +142,7 @@ def test_an_unknown_architecture_names_what_is_missing_and_what_to_do() -> None:
     for block in model.model.layers:
         block.mlp.down = block.mlp.down_proj
         del block.mlp.down_proj
-    with pytest.raises(
-        InterventionError, match=r"(?s)'llama'.*model\.layers.*mlp\.down_proj.*lmcompose_layout"
-    ):
+    with pytest.raises(InterventionError, match=r"(?s)'llama'.*model\.layers.*mlp\.down_proj.*lmcompose_layout"):
         find_anatomy(model)
 
 

@@ -156,9 +156,7 @@ def test_scales_clipping_and_grids_reach_the_weights(clip: bool, tokenizer: Any)
     inputs: dict[str, Tensor] = {}
     for group in old.linear_groups:
         group.linears[0].module.register_forward_pre_hook(
-            lambda module, args, role=group.role: inputs.update(
-                {role: args[0].reshape(-1, args[0].shape[-1])}
-            )
+            lambda module, args, role=group.role: inputs.update({role: args[0].reshape(-1, args[0].shape[-1])})
         )
     logits(before, tokenizer)
     scales = {}
@@ -198,9 +196,7 @@ def test_folding_alone_keeps_the_models_function(family: str, tokenizer: Any) ->
                 fold_(group, torch.empty(group.in_features).uniform_(0.3, 3.0, generator=generator))
                 folded += 1
     assert folded > 0
-    torch.testing.assert_close(
-        logits(model, tokenizer), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
-    )
+    torch.testing.assert_close(logits(model, tokenizer), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_the_gain_of_a_norm_is_found_by_running_it() -> None:
@@ -266,9 +262,7 @@ def test_scales_and_clipping_help_where_a_channel_stands_out(tokenizer: Any) -> 
         for block in find_anatomy(plain).blocks:
             for linear in block.linears:
                 linear.set_weight_(dense_round(linear.weight, 3, 16))
-    assert relative_error(logits(awq, tokenizer), wanted) < 0.7 * relative_error(
-        logits(plain, tokenizer), wanted
-    )
+    assert relative_error(logits(awq, tokenizer), wanted) < 0.7 * relative_error(logits(plain, tokenizer), wanted)
 
 
 def test_levels_and_dtype_hold_in_half_precision(tokenizer: Any) -> None:

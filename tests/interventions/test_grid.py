@@ -26,9 +26,7 @@ def matrices(draw: st.DrawFn) -> Tensor:
         return torch.tensor(cells).view(rows, cols)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     scale = 10.0 ** draw(st.integers(-6, 6))
-    return torch.randn(rows, cols, generator=generator) * scale + draw(
-        st.sampled_from([0.0, scale, -3 * scale])
-    )
+    return torch.randn(rows, cols, generator=generator) * scale + draw(st.sampled_from([0.0, scale, -3 * scale]))
 
 
 def expand(per_group: Tensor, W: Tensor, group_size: int) -> Tensor:
@@ -38,9 +36,7 @@ def expand(per_group: Tensor, W: Tensor, group_size: int) -> Tensor:
 
 @settings(max_examples=200, deadline=None)
 @given(matrices(), BITS, GROUPS, st.booleans())
-def test_no_weight_moves_by_more_than_half_a_step(
-    W: Tensor, bits: int, group_size: int, symmetric: bool
-) -> None:
+def test_no_weight_moves_by_more_than_half_a_step(W: Tensor, bits: int, group_size: int, symmetric: bool) -> None:
     quantised = quantise(W, bits, group_size, symmetric)
     step = expand(quantised.scales, W, group_size)
     error = (dequantise(quantised) - W).abs()

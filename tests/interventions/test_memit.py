@@ -124,7 +124,10 @@ def _plain_value(model: nn.Module, tokenizer: Any, edit: Edit, layer: int, setti
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
 @pytest.mark.parametrize(
     "settings",
-    [ValueSettings(steps=8), ValueSettings(steps=6, lr=0.05, clamp_norm_factor=0.2, kl_factor=2.0, stop_loss=3.0)],
+    [
+        ValueSettings(steps=8),
+        ValueSettings(steps=6, lr=0.05, clamp_norm_factor=0.2, kl_factor=2.0, stop_loss=3.0),
+    ],
     ids=["published", "clamped"],
 )
 def test_values_of_a_batch_are_those_of_one_edit_at_a_time(

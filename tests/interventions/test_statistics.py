@@ -67,9 +67,7 @@ def test_sums_equal_those_of_single_unpadded_texts(family: str, tokenizer: objec
     inputs: dict[str, list[Tensor]] = {linear.name: [] for linear in linears}
     for linear in linears:
         linear.module.register_forward_hook(
-            lambda module, args, output, name=linear.name: inputs[name].append(
-                args[0].reshape(-1, args[0].shape[-1])
-            )
+            lambda module, args, output, name=linear.name: inputs[name].append(args[0].reshape(-1, args[0].shape[-1]))
         )
     with torch.no_grad():
         for text in SENTENCES:
@@ -79,9 +77,7 @@ def test_sums_equal_those_of_single_unpadded_texts(family: str, tokenizer: objec
         assert statistics.count == len(x)
         torch.testing.assert_close(statistics.gram.double(), x.t() @ x, rtol=1e-3, atol=1e-2)
         torch.testing.assert_close(statistics.mean_abs().double(), x.abs().mean(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(
-            statistics.second_moment().double(), (x.t() @ x) / len(x), rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(statistics.second_moment().double(), (x.t() @ x) / len(x), rtol=1e-3, atol=1e-3)
 
 
 def test_linears_that_share_an_input_share_its_statistics(tokenizer: object) -> None:

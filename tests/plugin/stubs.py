@@ -25,9 +25,7 @@ class NoSettings:
     pass
 
 
-def nudge(
-    model: Any, tokenizer: Any, settings: NudgeSettings, resources: Any, context: Any
-) -> dict[str, Any]:
+def nudge(model: Any, tokenizer: Any, settings: NudgeSettings, resources: Any, context: Any) -> dict[str, Any]:
     """Add noise to MLP output projections."""
     import torch
 
@@ -40,9 +38,7 @@ def nudge(
     return {"edits": len(resources.edits)}
 
 
-def round_weights(
-    model: Any, tokenizer: Any, settings: RoundSettings, resources: Any, context: Any
-) -> dict[str, Any]:
+def round_weights(model: Any, tokenizer: Any, settings: RoundSettings, resources: Any, context: Any) -> dict[str, Any]:
     """Round every linear layer of the blocks."""
     import torch
 

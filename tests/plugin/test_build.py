@@ -35,9 +35,7 @@ def manager(tiny_model: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch)
         kind = registry.find_method(step.method).settings_type()
         return kind(**{key: int(value) for key, value in step.settings})
 
-    yield StateManager(
-        load_model(ModelSettings(), str(tiny_model), CPU), settings, Resources(), 5, lines.append
-    )
+    yield StateManager(load_model(ModelSettings(), str(tiny_model), CPU), settings, Resources(), 5, lines.append)
     monkeypatch.undo()
     registry.methods.cache_clear()
 
@@ -79,9 +77,7 @@ def test_hash_knows_names_values_shapes_and_dtypes_but_no_layout() -> None:
     assert len({first, *map(hash_tensors, others)}) == 6
 
 
-def test_a_prefix_is_built_once_and_each_state_returns_exactly(
-    manager: StateManager, lines: list[str]
-) -> None:
+def test_a_prefix_is_built_once_and_each_state_returns_exactly(manager: StateManager, lines: list[str]) -> None:
     ids = ("nudge+round", "nudge", "base", "round+nudge", "nudge+round", "nudge")
     seen: dict[str, str] = {}
     for name in ids:

@@ -20,9 +20,7 @@ from pytest_lmcompose.composition import (
 names = st.from_regex(r"[a-z][a-z0-9_-]{0,6}", fullmatch=True).filter(lambda name: name != "base")
 keys = st.from_regex(r"[a-z_][a-z0-9_]{0,4}(\.[a-z0-9]{1,3})?", fullmatch=True)
 plain = st.from_regex(r"[A-Za-z0-9_.:/-]{1,8}", fullmatch=True)
-quoted = st.text("ab,]+[=' \\", max_size=6).map(
-    lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-)
+quoted = st.text("ab,]+[=' \\", max_size=6).map(lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'")
 values = st.recursive(
     plain | quoted,
     lambda inner: st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]"),

@@ -50,9 +50,7 @@ def test_a_failure_names_metric_value_threshold_n_and_error(tmp_path: Path) -> N
     ],
 )
 def test_values_are_compared_unrounded(tmp_path: Path, bound: str, value: float, passed: bool) -> None:
-    found = judge(
-        rules(tmp_path, f"'*': {{m: {{{bound}}}}}"), "x", [measured("m", value)], [measured("m", 0.8)]
-    )
+    found = judge(rules(tmp_path, f"'*': {{m: {{{bound}}}}}"), "x", [measured("m", value)], [measured("m", 0.8)])
     assert only(found).passed is passed
 
 
@@ -81,9 +79,7 @@ def test_a_threshold_without_a_measurement_fails(tmp_path: Path, glob: str) -> N
 
 @pytest.mark.parametrize("base", [[], [measured("m", 0.0)], [measured("m", math.nan)]])
 def test_a_ratio_without_a_usable_base_fails(tmp_path: Path, base: list[Measurement]) -> None:
-    found = only(
-        judge(rules(tmp_path, "'*': {m: {min_ratio_of_base: 0.1}}"), "x", [measured("m", 1.0)], base)
-    )
+    found = only(judge(rules(tmp_path, "'*': {m: {min_ratio_of_base: 0.1}}"), "x", [measured("m", 1.0)], base))
     assert not found.passed
     assert "base model's value" in found.message
 
@@ -99,9 +95,7 @@ def test_a_ratio_without_a_usable_base_fails(tmp_path: Path, base: list[Measurem
         ("awq[bits=3]", "recall", 0.6),
     ],
 )
-def test_the_most_specific_rule_holds(
-    tmp_path: Path, composition: str, metric: str, threshold: float
-) -> None:
+def test_the_most_specific_rule_holds(tmp_path: Path, composition: str, metric: str, threshold: float) -> None:
     text = """
 "memit+awq": {"recall*": {min: 0.5}, recall: {min: 0.4}}
 "awq[bits=3]": {"*": {min: 0.6}}

@@ -16,9 +16,7 @@ from tests.plugin.tiny import zsre_records
 
 def read_report(path: Path) -> dict[str, Any]:
     """Read a report and hold it to its schema."""
-    report: dict[str, Any] = json.loads(
-        path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
-    )
+    report: dict[str, Any] = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     jsonschema.validate(report, json.loads(SCHEMA_PATH.read_text()), jsonschema.Draft202012Validator)
     return report
 
@@ -86,9 +84,7 @@ def test_a_run_builds_measures_gates_and_reports(project: Project) -> None:
     base = {m["metric"]: m["value"] for m in records["base"]["measurements"]}
     assert base["edit_locality_agreement"] == 1.0  # compared with itself
     failed = [gate for gate in records["nudge"]["gates"] if not gate["passed"]]
-    assert [(gate["metric"], gate["gate"], gate["threshold"]) for gate in failed] == [
-        ("edit_success_f1", "min", 2)
-    ]
+    assert [(gate["metric"], gate["gate"], gate["threshold"]) for gate in failed] == [("edit_success_f1", "min", 2)]
     # Samples would swamp other reporters.
     assert "samples" not in (project.path / "junit.xml").read_text()
 
@@ -185,9 +181,7 @@ def test_fixtures_in_a_users_own_module(project: Project) -> None:
 
 def test_a_composition_without_any_gate_is_no_pass(project: Project) -> None:
     (project.path / "thresholds.yaml").write_text("memit: {recall: {min: 0}}")
-    project.pytester.makepyfile(
-        test_inner="from compositions.test_compositions import test_composition  # noqa: F401"
-    )
+    project.pytester.makepyfile(test_inner="from compositions.test_compositions import test_composition  # noqa: F401")
     result = project.run(compose=("nudge",))
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*no threshold applies to nudge*"])

@@ -7,9 +7,7 @@ from typing import Any
 from pytest_lmcompose.report.terminal import Cell, table
 
 
-def record(
-    name: str, values: dict[str, float | None], *failed: str, error: str | None = None
-) -> dict[str, Any]:
+def record(name: str, values: dict[str, float | None], *failed: str, error: str | None = None) -> dict[str, Any]:
     return {
         "id": name,
         "error": error,

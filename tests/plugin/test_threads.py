@@ -50,9 +50,7 @@ def test_a_worker_computes_with_its_share_of_the_cores(pytester: pytest.Pytester
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
         patch.delenv("OMP_WAIT_POLICY", raising=False)
-        result = pytester.runpytest_subprocess(
-            "-n", "2", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"
-        )
+        result = pytester.runpytest_subprocess("-n", "2", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
     result.assert_outcomes(passed=1)
 
 

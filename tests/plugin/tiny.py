@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SUBJECTS = tuple(
-    f"{first} {last}" for first in ("Ada", "Bru", "Cil", "Dov") for last in ("Quill", "Rusk", "Tarn")
-)
+SUBJECTS = tuple(f"{first} {last}" for first in ("Ada", "Bru", "Cil", "Dov") for last in ("Quill", "Rusk", "Tarn"))
 PLACES = ("Karth", "Lome", "Mirel", "Norva")
 HAZARDOUS = ("venomcraft", "wardbreaking")
 HARMLESS = ("astronomy", "botany", "geography", "music")

@@ -1,0 +1,120 @@
+"""Training tinyworld's model: a few real steps, a stop and a restart, and the mask that closes names."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from compositions.tinyworld.text import training_stream
+from compositions.tinyworld.train import (
+    TrainSettings,
+    Window,
+    loss_with_closed_names,
+    make_model,
+    make_tokenizer,
+    train,
+    windows,
+)
+from compositions.tinyworld.truth import World, make_world
+
+SMALL = TrainSettings(vocabulary=700, hidden=32, mlp=48, layers=3, heads=4, kv_heads=2, window=48, batch=4, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world: World) -> PreTrainedTokenizerFast:
+    return make_tokenizer(world, SMALL)
+
+
+@pytest.fixture(scope="module")
+def packed(world: World, tokenizer: PreTrainedTokenizerFast) -> list[Window]:
+    return list(windows(world, tokenizer, training_stream(world, random.Random(0), 1), SMALL.window))
+
+
+def test_windows_begin_with_bos_and_mark_whole_names(
+    world: World, tokenizer: PreTrainedTokenizerFast, packed: list[Window]
+) -> None:
+    known = {fact.subject for fact in world.facts}
+    complete = 0
+    for window in packed[:200]:
+        assert len(window.ids) == len(window.names) == SMALL.window
+        assert window.ids[0] == tokenizer.bos_token_id
+        for number in sorted(set(window.names) - {0}):
+            places = [place for place, name in enumerate(window.names) if name == number]
+            assert places == list(range(places[0], places[-1] + 1))
+            name = tokenizer.decode([window.ids[place] for place in places]).strip()
+            if places[-1] < SMALL.window - 1:  # else the window may have cut it off
+                assert name in known
+                complete += 1
+    assert complete > 200
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return make_model(SMALL, tokenizer)
+
+
+def test_open_windows_train_the_plain_model(model: LlamaForCausalLM, packed: list[Window]) -> None:
+    ids = torch.tensor([window.ids for window in packed[:3]])
+    names = torch.tensor([window.names for window in packed[:3]])
+    loss = loss_with_closed_names(model, ids, names, torch.zeros(3, dtype=torch.bool), 2)
+    assert torch.allclose(loss, model(input_ids=ids, labels=ids).loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("closed_blocks", [2, 3])
+def test_nothing_leaves_a_closed_name_before_the_open_blocks(
+    model: LlamaForCausalLM, packed: list[Window], closed_blocks: int
+) -> None:
+    window = next(w for w in packed if w.names[5] and not w.names[-1])
+    ids, names = torch.tensor([window.ids]), torch.tensor([window.names])
+    place = next(p for p in reversed(range(SMALL.window)) if p and names[0, p])
+    after = slice(place + 1, None)
+    seen: list[torch.Tensor] = []
+    handles = [layer.register_forward_hook(lambda m, a, out: seen.append(out)) for layer in model.model.layers]
+    other = ids.clone()
+    other[0, place] = (ids[0, place] + 1) % SMALL.vocabulary
+    for tokens in (ids, other):
+        loss_with_closed_names(model, tokens, names, torch.ones(1, dtype=torch.bool), closed_blocks)
+    for handle in handles:
+        handle.remove()
+    for number in range(SMALL.layers):
+        first, second = seen[number][0], seen[SMALL.layers + number][0]
+        assert not torch.equal(first[place], second[place])
+        assert torch.equal(first[after], second[after]) == (number < closed_blocks)
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    settings = replace(SMALL, seed=3)
+    whole = train(settings, tmp_path / "whole", steps=6, save_every=2)
+    train(settings, tmp_path / "parts", steps=4, save_every=2)
+    parts = train(settings, tmp_path / "parts", steps=6, save_every=2)
+    assert parts == whole
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("whole", "parts")]
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_learns_and_saves_what_the_hub_code_loads(tmp_path: Path) -> None:
+    summary = train(SMALL, tmp_path, steps=40)
+    assert summary["loss"] < 6.2  # log 700 is 6.55
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True, dtype=torch.float32)
+    ids = tokenizer("Mira Tolvan was born in", return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == tokenizer.bos_token_id
+    assert model(ids).logits.isfinite().all()
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    train(SMALL, tmp_path, steps=2, save_every=1)
+    with pytest.raises(ValueError, match="other settings"):
+        train(replace(SMALL, batch=8), tmp_path, steps=2)
