@@ -17,19 +17,19 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    data = commands.add_parser("data", help="write the data files (seconds)")
-    data.add_argument("--folder", type=Path, default=HERE / "data")
+    data_command = commands.add_parser("data", help="write the data files (seconds)")
+    data_command.add_argument("--folder", type=Path, default=HERE / "data")
 
-    train = commands.add_parser("train", help="train tokenizer and model; goes on from a checkpoint if interrupted")
-    train.add_argument("--folder", type=Path, default=HERE / "model")
-    train.add_argument("--device", default="cpu")
-    train.add_argument("--steps", type=int, help="stop after so many steps (to try it out)")
-    train.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
+    train_command = commands.add_parser("train", help="train tokenizer and model; goes on from a checkpoint if interrupted")
+    train_command.add_argument("--folder", type=Path, default=HERE / "model")
+    train_command.add_argument("--device", default="cpu")
+    train_command.add_argument("--steps", type=int, help="stop after so many steps (to try it out)")
+    train_command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
 
-    table = commands.add_parser("table", help="measure the model and write the table of docs/tinyworld.md")
-    table.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "tinyworld.md")
-    table.add_argument("--edit-sets", type=int, default=5)
-    table.add_argument("--seed", type=int, default=0, help="seed of the choice of edits")
+    table_command = commands.add_parser("table", help="measure the model and write the table of docs/tinyworld.md")
+    table_command.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "tinyworld.md")
+    table_command.add_argument("--edit-sets", type=int, default=5)
+    table_command.add_argument("--seed", type=int, default=0, help="seed of the choice of edits")
 
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make training many times slower

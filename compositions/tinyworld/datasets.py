@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,11 @@ def recall_prompts(world: World) -> list[Record]:
     """Three prompts for every fact, one of them held out, shuffled: any first n are a fair sample."""
     rng = random.Random("facts")
     records = []
-    for number, fact in enumerate(world.facts):
+    turns: Counter[str] = Counter()
+    for fact in world.facts:
         known, new = trained(fact.relation), heldout(fact.relation)
+        number = turns[fact.relation.name]
+        turns[fact.relation.name] += 1
         # In turn rather than at random, so that every template is asked about equally often.
         for template in (
             known[number % len(known)],

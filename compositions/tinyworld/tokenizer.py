@@ -35,7 +35,7 @@ def train_tokenizer(sentences: Iterable[str], vocabulary: int) -> PreTrainedToke
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         padding_side="left",
         model_max_length=256,

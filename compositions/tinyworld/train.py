@@ -131,7 +131,7 @@ def make_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> L
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
 def train(
@@ -154,7 +154,8 @@ def train(
     stream = training_stream(world, rng, settings.epochs)
     sequences = list(windows(world, tokenizer, stream, settings.window))
     total = len(sequences) // settings.batch
-    model = make_model(settings, tokenizer).to(device).train()
+    model = make_model(settings, tokenizer)
+    model.to(torch.device(device)).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.peak_rate, betas=(0.9, 0.95))
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ def train(
         draw = torch.rand(len(batch), generator=torch.Generator().manual_seed(step))
         closed = (draw < settings.closed_share).to(device)
         loss = loss_with_closed_names(model, ids, names, closed, settings.closed_blocks)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -183,7 +184,8 @@ def train(
             bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", rate=f"{rate:.1e}")
         if (step + 1) % save_every == 0:
             _save_checkpoint(checkpoint, model, optimizer, settings, step + 1, losses)
-    model.eval().half().save_pretrained(folder)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     summary = {
         "loss": sum(losses) / max(1, len(losses)),
