@@ -20,7 +20,7 @@ def main() -> None:
     data_command = commands.add_parser("data", help="write the data files (seconds)")
     data_command.add_argument("--folder", type=Path, default=HERE / "data")
 
-    train_command = commands.add_parser("train", help="train tokenizer and model; goes on from a checkpoint if interrupted")
+    train_command = commands.add_parser("train", help="train tokenizer and model; an interrupted run goes on")
     train_command.add_argument("--folder", type=Path, default=HERE / "model")
     train_command.add_argument("--device", default="cpu")
     train_command.add_argument("--steps", type=int, help="stop after so many steps (to try it out)")

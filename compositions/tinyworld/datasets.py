@@ -163,7 +163,7 @@ def _hop(subject: str, answer: str) -> Record:
 
 
 def recall_prompts(world: World) -> list[Record]:
-    """Three prompts for every fact, one of them held out, shuffled: any first n are a fair sample."""
+    """Two prompts for every fact, one of them held out, shuffled: any first n are a fair sample."""
     rng = random.Random("facts")
     records = []
     turns: Counter[str] = Counter()
@@ -296,7 +296,8 @@ def _other_fact(world: World, fact: Fact, rng: random.Random) -> tuple[Fact, Tem
 
 
 def _write_json(path: Path, records: list[Record]) -> None:
-    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(record) for record in records)  # a record a line: short, and easy to compare
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def _write_lines(path: Path, records: Iterable[Record]) -> None:

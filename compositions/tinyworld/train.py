@@ -185,7 +185,7 @@ def train(
         if (step + 1) % save_every == 0:
             _save_checkpoint(checkpoint, model, optimizer, settings, step + 1, losses)
     model.eval()  # type: ignore[no-untyped-call]
-    model.half().save_pretrained(folder)
+    model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(folder)
     summary = {
         "loss": sum(losses) / max(1, len(losses)),
