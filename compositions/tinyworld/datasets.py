@@ -172,11 +172,7 @@ def recall_prompts(world: World) -> list[Record]:
         number = turns[fact.relation.name]
         turns[fact.relation.name] += 1
         # In turn rather than at random, so that every template is asked about equally often.
-        for template in (
-            known[number % len(known)],
-            known[(number + 7) % len(known)],
-            new[number % len(new)],
-        ):
+        for template in (known[number % len(known)], new[number % len(new)]):
             records.append(
                 {
                     "subject": fact.subject,

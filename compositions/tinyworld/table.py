@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import random
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,84 +34,85 @@ from pytest_lmcompose.world import read_edits, read_facts, read_texts, select_ed
 
 SUITE = Path(__file__).resolve().parents[1]
 DATA = SUITE / "tinyworld" / "data"
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+EDITS = 20
+FACTS_PER_TEMPLATE = 120
+
+Say = Callable[[str], None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Row:
-    """A line of the table: what was measured, its value with noise, and what is asked of it."""
+    """A line of the table: what was measured, its value with noise, and the bounds asked of it."""
 
     name: str
     value: float
     stderr: float | None
     n: int
-    needed: str
-    met: bool
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Say whether the value is within its bounds."""
+        return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
 
     def markdown(self) -> str:
+        """Return the row as Markdown."""
         noise = "" if self.stderr is None else f" ± {self.stderr:.3f}"
-        return (
-            f"| {self.name} | {self.value:.3f}{noise} | {self.n} | {self.needed} | {'yes' if self.met else '**no**'} |"
-        )
+        needed = f">= {self.least}" if self.least is not None else f"<= {self.most}" if self.most is not None else ""
+        met = ("yes" if self.met else "**no**") if needed else ""
+        return f"| {self.name} | {self.value:.3f}{noise} | {self.n} | {needed} | {met} |"
 
 
-def write_table(out: Path, *, edit_sets: int, seed: int, say: Callable[[str], None]) -> list[Row]:
+def write_table(out: Path, *, edit_sets: int, seed: int, say: Say) -> list[Row]:
     """Measure everything and put the table between the marks in the file `out`."""
-    rows = measure(edit_sets=edit_sets, seed=seed, say=say)
-    head = "| what | value ± standard error | n | needed | met |\n|---|---|---|---|---|\n"
-    table = head + "\n".join(row.markdown() for row in rows)
-    text = out.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
+    before, rest = out.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
+    rows = measure(edit_sets=edit_sets, seed=seed, say=say)
+    head = "| what | value ± standard error | n | needed | met |\n|---|---|---|---|---|"
+    table = "\n".join([head, *(row.markdown() for row in rows)])
     out.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
     return rows
 
 
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-
-
-def measure(*, edit_sets: int, seed: int, say: Callable[[str], None]) -> list[Row]:
+def measure(*, edit_sets: int, seed: int, say: Say) -> list[Row]:
     """Measure the base model, MEMIT on `edit_sets` sets of 20 edits, and AWQ at 4 and 2 bits."""
     recipe = load_recipe(SUITE / "conf")
     loaded = load_model(recipe.model, str(SUITE / recipe.model.path), choose_device("cpu"))
     model, tokenizer = loaded.model, loaded.tokenizer
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    rows = [*_recall_rows(model, tokenizer, make_world(), say), *_question_rows(model, tokenizer)]
-    rows += _perplexity_rows(model, tokenizer)
+    rows = [
+        *_recall_rows(model, tokenizer, make_world(), say),
+        *_question_rows(model, tokenizer),
+        *_perplexity_rows(model, tokenizer),
+    ]
     rows += _memit_rows(model, tokenizer, base, recipe, edit_sets, seed, say)
     rows += _awq_rows(model, tokenizer, base, recipe, say)
     return rows
 
 
-def _recall_rows(model: Any, tokenizer: Any, world: World, say: Callable[[str], None]) -> list[Row]:
-    """Every fact in every template of its relation."""
-    known: dict[str, list[float]] = {"train": [], "heldout": []}
-    worst: dict[str, tuple[float, str, int]] = {"train": (2.0, "", 0), "heldout": (2.0, "", 0)}
-    domains = dict.fromkeys((fact.domain, fact.relation) for fact in world.facts)
-    for domain, relation in domains:
+def _recall_rows(model: Any, tokenizer: Any, world: World, say: Say) -> list[Row]:
+    """Every relation in every one of its templates, on at most 120 of its facts each time."""
+    outcomes: dict[str, list[float]] = {"trained": [], "held-out": []}
+    worst: dict[str, Row] = {}
+    for domain, relation in dict.fromkeys((fact.domain, fact.relation) for fact in world.facts):
         facts = [fact for fact in world.facts if (fact.domain, fact.relation) == (domain, relation)]
+        rng = random.Random(f"{domain}/{relation.name}")
         for template in templates(relation):
-            split = "heldout" if template.heldout else "train"
-            asked = [Fact(prompt(template, fact.subject), fact.object, relation.name, split) for fact in facts]
-            outcome = measure_recall(model, tokenizer, asked)[0]
-            known[split] += outcome.samples
-            worst[split] = min(worst[split], (outcome.value, f"{relation.name}: {template.text}", outcome.n))
+            chosen = rng.sample(facts, min(FACTS_PER_TEMPLATE, len(facts)))
+            split = "held-out" if template.heldout else "trained"
+            asked = [Fact(prompt(template, fact.subject), fact.object, relation.name, split) for fact in chosen]
+            found = measure_recall(model, tokenizer, asked)[0]
+            outcomes[split] += found.samples
+            name = f"recall, {split} templates, worst of them: {relation.name}, `{template.text}`"
+            row = Row(name, found.value, found.stderr, found.n, least=0.97)
+            worst[split] = min(worst.get(split, row), row, key=lambda r: r.value)
         say(f"recall: {domain}/{relation.name}")
     rows = []
-    for split, name in (("train", "trained templates"), ("heldout", "held-out templates")):
-        mean = Measurement.mean("recall", known[split])
-        rows.append(
-            Row(
-                f"recall, greedy, {name}: mean",
-                mean.value,
-                mean.stderr,
-                mean.n,
-                ">= 0.97",
-                mean.value >= 0.97,
-            )
-        )
-        value, which, n = worst[split]
-        stderr = math.sqrt(value * (1 - value) / n)
-        rows.append(Row(f"recall, {name}: worst (`{which}`)", value, stderr, n, ">= 0.97", value >= 0.97))
+    for split, samples in outcomes.items():
+        mean = Measurement.mean("recall", samples)
+        rows += [Row(f"recall, {split} templates", mean.value, mean.stderr, mean.n, least=0.97), worst[split]]
     return rows
 
 
@@ -119,32 +121,22 @@ def _question_rows(model: Any, tokenizer: Any) -> list[Row]:
     for name, domains in (("hazardous", HAZARDOUS), ("harmless", HARMLESS)):
         tasks = [f"tinyworld_{domain}" for domain in domains]
         found = pool(name, measure_questions(model, tokenizer, tasks, task_folder=SUITE / "tinyworld" / "tasks"))
-        rows.append(
-            Row(
-                f"{name} questions, accuracy",
-                found.value,
-                found.stderr,
-                found.n,
-                ">= 0.85",
-                found.value >= 0.85,
-            )
-        )
+        rows.append(Row(f"{name} questions, accuracy", found.value, found.stderr, found.n, least=0.85))
     return rows
 
 
 def _perplexity_rows(model: Any, tokenizer: Any) -> list[Row]:
-    found = {
-        split: measure_perplexity(model, tokenizer, read_texts(DATA / f"perplexity-{split}.jsonl"), window=127)
+    train, heldout = (
+        measure_perplexity(model, tokenizer, read_texts(DATA / f"perplexity-{split}.jsonl"), window=127)
         for split in ("train", "heldout")
-    }
-    train, heldout = found["train"], found["heldout"]
+    )
     assert train.stderr is not None and heldout.stderr is not None
     ratio = heldout.value / train.value
     noise = ratio * math.hypot(train.stderr / train.value, heldout.stderr / heldout.value)
     return [
-        Row("perplexity, training split", train.value, train.stderr, train.n, "", True),
-        Row("perplexity, held-out split", heldout.value, heldout.stderr, heldout.n, "", True),
-        Row("perplexity, held-out / training", ratio, noise, heldout.n, "<= 1.3", ratio <= 1.3),
+        Row("perplexity, training split", train.value, train.stderr, train.n),
+        Row("perplexity, held-out split", heldout.value, heldout.stderr, heldout.n),
+        Row("perplexity, held-out over training", ratio, noise, heldout.n, most=1.3),
     ]
 
 
@@ -155,86 +147,65 @@ def _memit_rows(
     recipe: Recipe,
     edit_sets: int,
     seed: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> list[Row]:
     """Means over edit sets, with the standard error between sets."""
     path = DATA / "zsre.json"
-    records = read_edits(path, "zsre", strip_nq=True)
-    facts = read_facts(DATA / "facts.jsonl")
-    values: dict[str, list[float]] = {}
+    records, facts = read_edits(path, "zsre", strip_nq=True), read_facts(DATA / "facts.jsonl")
     calibration = read_texts(DATA / "calibration.jsonl")
+    settings = recipe.settings(Step("memit"))
+    values: dict[str, list[float]] = {}
     for number in range(edit_sets):
-        chosen = select_edits(records, 20, seed * edit_sets + number, str(path))
+        chosen = select_edits(records, EDITS, 1000 * seed + number, str(path))
         truth = {record.edit.subject: record.truth for record in chosen}
         others = recall_facts([fact for fact in facts if fact.subject not in truth][:400])
         same = recall_facts([fact for fact in facts if truth.get(fact.subject, fact.answer) != fact.answer])
         cases = edit_cases(chosen)
-        restore(model, base)
         unedited = capture_unedited(model, tokenizer, cases)
         edits = [record.edit for record in chosen]
-        apply(
-            model,
-            tokenizer,
-            "memit",
-            recipe.settings(Step("memit")),
-            edits=edits,
-            calibration=calibration,
-            seed=number,
-        )
+        apply(model, tokenizer, "memit", settings, edits=edits, calibration=calibration, seed=number)
         found = {m.metric: m.value for m in measure_editing(model, tokenizer, cases, unedited=unedited)}
         found["recall of other subjects' facts"] = measure_recall(model, tokenizer, others)[0].value
-        found["recall of the same subjects' other facts"] = measure_recall(model, tokenizer, same)[0].value
+        found["recall of the edited subjects' other facts"] = measure_recall(model, tokenizer, same)[0].value
+        _restore(model, base)
         for metric, value in found.items():
             values.setdefault(metric, []).append(value)
         say(f"memit: edit set {number + 1} of {edit_sets}: success {found['edit_success_exact']:.2f}")
-    restore(model, base)
-    needed = {"edit_success_exact": 0.95, "edit_paraphrase_exact": 0.75, "edit_locality_agreement": 0.9}
-    rows = []
-    for metric in (
-        *needed,
-        "edit_locality_exact",
-        "recall of other subjects' facts",
-        "recall of the same subjects' other facts",
-    ):
-        mean, stderr = _over_sets(values[metric])
-        least = needed.get(metric)
-        asked = "" if least is None else f">= {least}"
-        rows.append(Row(f"after MEMIT: {metric}", mean, stderr, edit_sets, asked, least is None or mean >= least))
-    return rows
+    asked = {
+        "edit_success_exact": 0.95,
+        "edit_paraphrase_exact": 0.75,
+        "edit_locality_agreement": 0.9,
+        "edit_locality_exact": None,
+        "recall of other subjects' facts": None,
+        "recall of the edited subjects' other facts": None,
+    }
+    return [
+        Row(f"after MEMIT: {metric}", *_over_sets(values[metric]), edit_sets, least=least)
+        for metric, least in asked.items()
+    ]
 
 
-def _awq_rows(
-    model: Any, tokenizer: Any, base: dict[str, torch.Tensor], recipe: Recipe, say: Callable[[str], None]
-) -> list[Row]:
+def _awq_rows(model: Any, tokenizer: Any, base: dict[str, torch.Tensor], recipe: Recipe, say: Say) -> list[Row]:
     facts = recall_facts(read_facts(DATA / "facts.jsonl")[:1000])
     calibration = read_texts(DATA / "calibration.jsonl")
     before = measure_recall(model, tokenizer, facts)[0]
     rows = []
-    for bits in (4, 2):
+    for bits, bounds in ((4, {"least": 0.95}), (2, {"most": 0.5})):
         settings = recipe.settings(Step("awq", (("bits", str(bits)),)))
         apply(model, tokenizer, "awq", settings, calibration=calibration)
         after = measure_recall(model, tokenizer, facts)[0]
-        restore(model, base)
-        kept = after.value / before.value
+        _restore(model, base)
         assert after.stderr is not None
-        needed, met = (">= 0.95", kept >= 0.95) if bits == 4 else ("<= 0.5", kept <= 0.5)
+        kept, noise = after.value / before.value, after.stderr / before.value
         rows.append(
-            Row(
-                f"after AWQ at {bits} bits: recall kept",
-                kept,
-                after.stderr / before.value,
-                after.n,
-                needed,
-                met,
-            )
+            Row(f"after AWQ at {bits} bits: recall, as a share of the base model's", kept, noise, after.n, **bounds)
         )
         say(f"awq at {bits} bits: {kept:.3f} of recall kept")
     return rows
 
 
 @torch.no_grad()
-def restore(model: Any, base: dict[str, torch.Tensor]) -> None:
-    """Copy the tensors of `base` back into the model."""
+def _restore(model: Any, base: dict[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(base[name])
 

@@ -54,56 +54,32 @@ def optimise_values(
     """
     if not settings.lr > 0 or settings.steps < 1:
         raise InterventionError(f"z.lr={settings.lr}, z.steps={settings.steps}: need a rate above 0 and a step")
-    device = module_device(model)
-    rows = [tokenise(tokenizer, edit, context, with_target=True) for edit in edits for context in contexts]
-    essence = [tokenise(tokenizer, Edit(f"{edit.subject} is a", edit.subject, "")) for edit in edits]
-    ids, mask = pad_right([row.ids for row in rows + essence], padding_id(tokenizer), device)
-    tail = Tail(model, anatomy, layer, ids, mask)
-
-    count, per_edit = len(edits), len(contexts)
-    owner = torch.tensor([n // per_edit for n in range(len(rows))] + list(range(count)), device=device)
-    subject = torch.tensor([row.subject_end for row in rows + essence], device=device)
-    every_row = torch.arange(len(owner), device=device)
-    # Logits are needed before each target token, and at the subject of the essence prompts.
-    wanted = [(n, p) for n, row in enumerate(rows) for p in range(len(row.ids) - row.target_length, len(row.ids))]
-    target_rows = torch.tensor([n for n, _ in wanted], device=device)
-    target_places = torch.tensor([p for _, p in wanted], device=device)
-    target_ids = ids[target_rows, target_places]
-    # Mean over a row's target tokens, then over an edit's rows.
-    weight = torch.tensor([1.0 / rows[n].target_length / per_edit for n, _ in wanted], device=device)
-    asked_rows = torch.cat([target_rows, every_row[len(rows) :]])
-    asked_places = torch.cat([target_places - 1, subject[len(rows) :]])
-
-    bare = torch.arange(count, device=device) * per_edit  # each edit's first context is the empty one
-    start = tail.hidden[bare, subject[bare]].float()  # h, (edits, hidden)
+    batch = _Batch(model, tokenizer, anatomy, edits, contexts, layer, list(range(len(edits))))
+    start = batch.start  # h, (edits, hidden)
     start_norm = start.norm(dim=1)
     delta = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
     said_before: Tensor | None = None
-    active = torch.ones(count, dtype=torch.bool, device=device)
-    loss = nll = torch.zeros(count, device=device)
-    steps = torch.zeros(count, dtype=torch.int64, device=device)
+    active = torch.ones(len(edits), dtype=torch.bool, device=start.device)
+    loss, nll = torch.zeros_like(start_norm), torch.zeros_like(start_norm)
+    steps = torch.zeros_like(active, dtype=torch.int64)
 
     for step in range(settings.steps):
-        hidden = tail.hidden.clone()
-        hidden[every_row, subject] += delta[owner].to(hidden.dtype)
-        logits = tail.logits(hidden, asked_rows, asked_places)
-        log_p = logits[: len(target_ids)].log_softmax(dim=1).gather(1, target_ids[:, None])[:, 0]
-        new_nll = torch.zeros(count, device=device).index_add(0, owner[target_rows], -log_p * weight)
-        says = logits[len(target_ids) :].log_softmax(dim=1)
-        if said_before is None:
-            said_before = says.detach()
-        divergence = (said_before.exp() * (said_before - says)).sum(dim=1)
-        decay = settings.weight_decay * delta.norm(dim=1) / start_norm**2
+        new_nll, says = batch(delta)
+        said_before = says.detach() if said_before is None else said_before
+        which = batch.which
+        divergence = (said_before[which].exp() * (said_before[which] - says)).sum(dim=1)
+        decay = settings.weight_decay * delta[which].norm(dim=1) / start_norm[which] ** 2
         new_loss = new_nll + settings.kl_factor * divergence + decay
-        _check_finite(new_loss, edits)
-        loss = torch.where(active, new_loss.detach(), loss)
-        nll = torch.where(active, new_nll.detach(), nll)
-        active = active & (new_loss.detach() >= settings.stop_loss)
+        _check_finite(new_loss, [edits[number] for number in which.tolist()])
+        running = active[which]
+        loss[which] = torch.where(running, new_loss.detach(), loss[which])
+        nll[which] = torch.where(running, new_nll.detach(), nll[which])
+        active &= loss >= settings.stop_loss
         if not bool(active.any()) or step == settings.steps - 1:
             break
         optimizer.zero_grad()
-        new_loss.sum().backward(inputs=[delta])
+        new_loss.sum().backward(inputs=[delta])  # type: ignore[no-untyped-call]
         before = delta.detach().clone()
         optimizer.step()
         with torch.no_grad():
@@ -111,10 +87,63 @@ def optimise_values(
             delta *= (largest / delta.norm(dim=1).clamp_min(1e-12)).clamp(max=1.0)[:, None]
             delta[~active] = before[~active]  # an edit that has arrived stays where it is
         steps += active
+        left = int(active.sum())
         if step % 10 == 0:
-            progress(f"z: step {step}, mean loss {float(loss.mean()):.3f}, {int(active.sum())} of {count} edits left")
+            progress(f"z: step {step}, mean loss {float(loss.mean()):.3f}, {left} of {len(edits)} edits left")
+        if left <= len(which) // 2:  # worth a pass through the model: the others need no more work
+            batch = _Batch(model, tokenizer, anatomy, edits, contexts, layer, active.nonzero()[:, 0].tolist())
     moved = delta.detach().norm(dim=1) / start_norm
     return TargetValues(start + delta.detach(), loss, nll, steps, moved)
+
+
+class _Batch:
+    """The rows of some of the edits: every context with its prompt and target, and the essence prompt."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        anatomy: Anatomy,
+        edits: Sequence[Edit],
+        contexts: Sequence[str],
+        layer: int,
+        which: list[int],
+    ) -> None:
+        device = module_device(model)
+        chosen = [edits[number] for number in which]
+        rows = [tokenise(tokenizer, edit, context, with_target=True) for edit in chosen for context in contexts]
+        essence = [tokenise(tokenizer, Edit(f"{edit.subject} is a", edit.subject, "")) for edit in chosen]
+        ids, mask = pad_right([row.ids for row in rows + essence], padding_id(tokenizer), device)
+        count, per_edit = len(chosen), len(contexts)
+        self.which = torch.tensor(which, device=device)
+        """Numbers of the edits that are in the batch."""
+        self._tail = Tail(model, anatomy, layer, ids, mask)
+        self._owner = torch.tensor([n // per_edit for n in range(len(rows))] + list(range(count)), device=device)
+        self._rows = torch.arange(len(self._owner), device=device)
+        self._subject = torch.tensor([row.subject_end for row in rows + essence], device=device)
+        # Logits are needed before each target token, and at the subject of the essence prompts.
+        wanted = [(n, p) for n, row in enumerate(rows) for p in range(len(row.ids) - row.target_length, len(row.ids))]
+        target_rows, target_places = torch.tensor(wanted, device=device).t()
+        self._target_ids = ids[target_rows, target_places]
+        self._target_owner = self._owner[target_rows]
+        # Mean over a row's target tokens, then over an edit's rows.
+        self._weight = torch.tensor([1.0 / rows[n].target_length / per_edit for n, _ in wanted], device=device)
+        self._asked_rows = torch.cat([target_rows, self._rows[len(rows) :]])
+        self._asked_places = torch.cat([target_places - 1, self._subject[len(rows) :]])
+        bare = torch.arange(count, device=device) * per_edit  # each edit's first context is the empty one
+        self.start = self._tail.hidden[bare, self._subject[bare]].float()
+        """What the model has at the subjects of the bare prompts, (edits of the batch, hidden)."""
+
+    def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each edit's NLL and its log-probabilities at the essence, with `delta` (all edits, hidden) added."""
+        hidden = self._tail.hidden.clone()
+        hidden[self._rows, self._subject] += delta[self.which[self._owner]].to(hidden.dtype)
+        logits = self._tail.logits(hidden, self._asked_rows, self._asked_places)
+        targets = len(self._target_ids)
+        log_p = logits[:targets].log_softmax(dim=1).gather(1, self._target_ids[:, None])[:, 0]
+        nll = torch.zeros(len(self.which), device=delta.device)
+        nll = nll.index_add(0, self._target_owner, -log_p * self._weight)
+        return nll, logits[targets:].log_softmax(dim=1)
 
 
 def _check_finite(loss: Tensor, edits: Sequence[Edit]) -> None:
