@@ -79,7 +79,7 @@ def optimise_values(
         if not bool(active.any()) or step == settings.steps - 1:
             break
         optimizer.zero_grad()
-        new_loss.sum().backward(inputs=[delta])  # type: ignore[no-untyped-call]
+        new_loss.sum().backward(inputs=[delta])
         before = delta.detach().clone()
         optimizer.step()
         with torch.no_grad():
