@@ -67,13 +67,21 @@ class Row:
 
 def write_table(out: Path, *, edit_sets: int, seed: int, say: Say) -> list[Row]:
     """Measure everything and put the table between the marks in the file `out`."""
-    before, rest = out.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
+    _around_table(out)  # a file without the marks is known before the minutes of work
     rows = measure(edit_sets=edit_sets, seed=seed, say=say)
     head = "| what | value ± standard error | n | needed | met |\n|---|---|---|---|---|"
     table = "\n".join([head, *(row.markdown() for row in rows)])
+    before, after = _around_table(out)
     out.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
     return rows
+
+
+def _around_table(path: Path) -> tuple[str, str]:
+    """Return what stands before and after the table; ValueError if the marks are not there."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{path}: the marks {BEGIN} and {END} must stand there once each")
+    return text.split(BEGIN)[0], text.split(END)[1]
 
 
 def measure(*, edit_sets: int, seed: int, say: Say) -> list[Row]:
