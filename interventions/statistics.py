@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from interventions.anatomy import Linear, module_device
 from interventions.modes import keep_modes
+from interventions.padding import pad_right, padding_id
 from interventions.types import InterventionError
 
 Batch = dict[str, Tensor]
@@ -72,17 +73,11 @@ def token_batches(
             raise InterventionError(f"text {index} is empty: remove it from the calibration texts")
         rows.append(ids[:max_tokens])
     rows.sort(key=len, reverse=True)  # stable, so the order is the same in every run
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = tokenizer.eos_token_id or 0  # masked out in any case
-    return [_pad(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
-
-
-def _pad(rows: list[list[int]], pad: int) -> Batch:
-    width = len(rows[0])
-    input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return {"input_ids": input_ids, "attention_mask": mask}
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        ids, mask = pad_right(rows[start : start + batch_size], padding_id(tokenizer), torch.device("cpu"))
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
 
 
 class _SeenEnough(Exception):

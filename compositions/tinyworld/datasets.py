@@ -64,9 +64,10 @@ def zsre(world: World) -> list[Record]:
     """
     rng = random.Random("zsre")
     records = []
-    for fact, new in _rewrites(world, rng):
+    editable = _editable(world)
+    for fact, new in _rewrites(editable, rng):
         template, rephrase = _edit_templates(fact.relation, rng)
-        other, other_template = _other_fact(world, fact, rng)
+        other, other_template = _other_fact(editable, fact, rng)
         src = prompt(template, fact.subject)
         records.append(
             {
@@ -81,7 +82,7 @@ def zsre(world: World) -> list[Record]:
                 "cond": f"{fact.object} >> {new} || {src}",
                 "same_subject": [
                     {"prompt": prompt(_told(f.relation, rng), f.subject), "answer": f.object}
-                    for f in _editable(world)[fact.subject]
+                    for f in editable[fact.subject]
                     if f.relation is not fact.relation
                 ],
             }
@@ -93,9 +94,10 @@ def counterfact(world: World) -> list[Record]:
     """One edit for each person, others than zsRE's, in CounterFact's flat schema."""
     rng = random.Random("counterfact")
     records = []
-    for number, (fact, new) in enumerate(_rewrites(world, rng)):
+    editable = _editable(world)
+    for number, (fact, new) in enumerate(_rewrites(editable, rng)):
         template, rephrase = _edit_templates(fact.relation, rng)
-        other, other_template = _other_fact(world, fact, rng)
+        other, other_template = _other_fact(editable, fact, rng)
         records.append(
             {
                 "case_id": number,
@@ -258,10 +260,10 @@ def _editable(world: World) -> dict[str, list[Fact]]:
     return table
 
 
-def _rewrites(world: World, rng: random.Random) -> list[tuple[Fact, str]]:
+def _rewrites(editable: dict[str, list[Fact]], rng: random.Random) -> list[tuple[Fact, str]]:
     """One fact of each person, with another object of the same relation."""
     rewrites = []
-    for facts in _editable(world).values():
+    for facts in editable.values():
         fact = rng.choice(facts)
         rewrites.append((fact, rng.choice([o for o in fact.relation.objects if o != fact.object])))
     return rewrites
@@ -282,10 +284,10 @@ def _edit_templates(relation: Relation, rng: random.Random) -> tuple[Template, T
     return rng.choice(_plain(relation)), rng.choice([t for t in heldout(relation) if not t.question])
 
 
-def _other_fact(world: World, fact: Fact, rng: random.Random) -> tuple[Fact, Template]:
+def _other_fact(editable: dict[str, list[Fact]], fact: Fact, rng: random.Random) -> tuple[Fact, Template]:
     """A fact of another person, of the same relation in about half of the cases, and a template for it."""
-    person = rng.choice([p for p in world.persons if p != fact.subject])
-    theirs = _editable(world)[person]
+    person = rng.choice([p for p in editable if p != fact.subject])
+    theirs = editable[person]
     same = [f for f in theirs if f.relation is fact.relation]
     other = rng.choice(same if rng.random() < 0.5 else theirs)
     return other, _told(other.relation, rng)

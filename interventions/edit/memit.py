@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from interventions.anatomy import Anatomy, find_anatomy, module_device
 from interventions.edit.closed_form import memit_update
-from interventions.edit.prompts import check_edits, pad_right, padding_id, sample_contexts, tokenise
+from interventions.edit.prompts import check_edits, sample_contexts, tokenise
 from interventions.edit.settings import MemitSettings
 from interventions.edit.target_values import optimise_values
+from interventions.padding import pad_right, padding_id
 from interventions.statistics import Batch, collect_statistics, token_batches
 from interventions.step import Context
 from interventions.types import Edit, InterventionError, Resources

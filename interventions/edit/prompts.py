@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from interventions.anatomy import module_device
 from interventions.types import Edit, InterventionError
@@ -63,23 +63,6 @@ def tokenise(tokenizer: Any, edit: Edit, context: str = "", *, with_target: bool
         if target_length == 0 or offsets[-1][1] != len(text):
             raise InterventionError(f"the target {edit.target!r} has no token of its own at the end of {text!r}")
     return TokenisedPrompt(tuple(ids), within[-1], target_length)
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `rows` as input ids and attention mask, both (rows, longest) int64, padded on the right."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    return ids.to(device), mask.to(device)
-
-
-def padding_id(tokenizer: Any) -> int:
-    """Return an id to pad with; masked out, so any will do where the tokenizer has none."""
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
 
 
 @torch.no_grad()

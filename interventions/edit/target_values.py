@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import Anatomy, module_device
-from interventions.edit.prompts import pad_right, padding_id, tokenise
+from interventions.edit.prompts import tokenise
 from interventions.edit.settings import ValueSettings
 from interventions.edit.tail import Tail
+from interventions.padding import pad_right, padding_id
 from interventions.types import Edit, InterventionError
 
 
