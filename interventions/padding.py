@@ -20,6 +20,16 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
     return ids.to(device), mask.to(device)
 
 
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, width: int) -> tuple[Tensor, Tensor]:
+    """Return `rows` as input ids and attention mask, both (rows, width) int64, padded on the left."""
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[number, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
 def padding_id(tokenizer: Any) -> int:
     """Return an id to pad with; masked out, so any will do where the tokenizer has none."""
     pad = tokenizer.pad_token_id

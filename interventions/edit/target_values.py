@@ -17,7 +17,7 @@ from interventions.anatomy import Anatomy, module_device
 from interventions.edit.prompts import tokenise
 from interventions.edit.settings import ValueSettings
 from interventions.edit.tail import Tail
-from interventions.padding import pad_right, padding_id
+from interventions.padding import padding_id
 from interventions.types import Edit, InterventionError
 
 
@@ -114,31 +114,36 @@ class _Batch:
         chosen = [edits[number] for number in which]
         rows = [tokenise(tokenizer, edit, context, with_target=True) for edit in chosen for context in contexts]
         essence = [tokenise(tokenizer, Edit(f"{edit.subject} is a", edit.subject, "")) for edit in chosen]
-        ids, mask = pad_right([row.ids for row in rows + essence], padding_id(tokenizer), device)
+        subjects = [row.subject_end for row in rows + essence]
+        self._tail = Tail(
+            model, anatomy, layer, [row.ids for row in rows + essence], subjects, padding_id(tokenizer)
+        )  # in the tail's suffixes, the subject's last token is the first
         count, per_edit = len(chosen), len(contexts)
         self.which = torch.tensor(which, device=device)
         """Numbers of the edits that are in the batch."""
-        self._tail = Tail(model, anatomy, layer, ids, mask)
         self._owner = torch.tensor([n // per_edit for n in range(len(rows))] + list(range(count)), device=device)
-        self._rows = torch.arange(len(self._owner), device=device)
-        self._subject = torch.tensor([row.subject_end for row in rows + essence], device=device)
         # Logits are needed before each target token, and at the subject of the essence prompts.
-        wanted = [(n, p) for n, row in enumerate(rows) for p in range(len(row.ids) - row.target_length, len(row.ids))]
+        wanted = [
+            (n, place - row.subject_end)
+            for n, row in enumerate(rows)
+            for place in range(len(row.ids) - row.target_length, len(row.ids))
+        ]
         target_rows, target_places = torch.tensor(wanted, device=device).t()
-        self._target_ids = ids[target_rows, target_places]
+        self._target_ids = self._tail.ids[target_rows, target_places]
         self._target_owner = self._owner[target_rows]
         # Mean over a row's target tokens, then over an edit's rows.
         self._weight = torch.tensor([1.0 / rows[n].target_length / per_edit for n, _ in wanted], device=device)
-        self._asked_rows = torch.cat([target_rows, self._rows[len(rows) :]])
-        self._asked_places = torch.cat([target_places - 1, self._subject[len(rows) :]])
+        essences = torch.arange(len(rows), len(rows) + count, device=device)
+        self._asked_rows = torch.cat([target_rows, essences])
+        self._asked_places = torch.cat([target_places - 1, torch.zeros_like(essences)])
         bare = torch.arange(count, device=device) * per_edit  # each edit's first context is the empty one
-        self.start = self._tail.hidden[bare, self._subject[bare]].float()
+        self.start = self._tail.hidden[bare, 0].float()
         """What the model has at the subjects of the bare prompts, (edits of the batch, hidden)."""
 
     def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Return each edit's NLL and its log-probabilities at the essence, with `delta` (all edits, hidden) added."""
         hidden = self._tail.hidden.clone()
-        hidden[self._rows, self._subject] += delta[self.which[self._owner]].to(hidden.dtype)
+        hidden[:, 0] += delta[self.which[self._owner]].to(hidden.dtype)
         logits = self._tail.logits(hidden, self._asked_rows, self._asked_places)
         targets = len(self._target_ids)
         log_p = logits[:targets].log_softmax(dim=1).gather(1, self._target_ids[:, None])[:, 0]
