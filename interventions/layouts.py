@@ -9,9 +9,10 @@ the attribute `lmcompose_layout`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Role = Literal["attention_in", "attention_out", "mlp_in", "mlp_out"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 ENTRY_POINT_GROUP = "lmcompose.layouts"
 

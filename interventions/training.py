@@ -1,0 +1,120 @@
+"""Training of some of a model's weights by gradient, as fine-tuning and unlearning do it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from interventions.compress.masks import zero_mask
+from interventions.types import InterventionError
+
+
+@contextmanager
+def workable_precision(model: nn.Module) -> Iterator[None]:
+    """Hold the weights in float32 meanwhile where their own dtype would not do, and round them back at the end.
+
+    Gradients in float16 overflow, and most CPUs multiply bfloat16 matrices many times slower than float32.
+    """
+    chosen = [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.dtype == torch.float16 or (tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu")
+    ]
+    stored = [tensor.data for tensor in chosen]
+    for tensor in chosen:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(chosen, stored, strict=True):
+            data.copy_(tensor.data)
+            tensor.grad = None
+            tensor.data = data
+
+
+class Trainer:
+    """AdamW on some parameters of a model, whose other gradients are switched off.
+
+    Weights in less than float32 are updated in a float32 copy, of which they are the rounding.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        preserve_mask: bool = False,
+    ) -> None:
+        if not (lr > 0 and math.isfinite(lr)):
+            raise InterventionError(f"{method}.lr={lr}: need a rate above 0")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InterventionError(f"{method}.max_grad_norm={max_grad_norm}: need a norm above 0, or null for none")
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        self._method = method
+        self._lr = lr
+        self._max_grad_norm = max_grad_norm
+        self._parameters = dict(parameters)
+        self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters.values()]
+        self._optimizer = torch.optim.AdamW(self._masters, lr=lr, weight_decay=weight_decay)
+        pruned = {name: zero_mask(p) if preserve_mask and p.dim() == 2 else None for name, p in parameters.items()}
+        self._masks = [(master, pruned[name]) for name, master in zip(parameters, self._masters, strict=True)]
+        self.updates = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the trained parameters."""
+        return list(self._parameters)
+
+    def backward(self, loss: Tensor) -> float:
+        """Add the loss's gradients and return its value; InterventionError if that is not finite."""
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise InterventionError(
+                f"{self._method}: the loss became {value} at update {self.updates + 1}, training {self._span()} "
+                f"with {self._method}.lr={self._lr}; lower {self._method}.lr, or look for NaN in the model's weights"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step with the gradients added since the last one, and drop them."""
+        for parameter, master in zip(self._parameters.values(), self._masters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+        if self._max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        for master, mask in self._masks:
+            if mask is not None:
+                master.masked_fill_(mask, 0)
+        for parameter, master in zip(self._parameters.values(), self._masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+        self.updates += 1
+
+    def finish(self) -> None:
+        """Check the trained weights; InterventionError, naming layer and setting, if one is not finite."""
+        for name, parameter in self._parameters.items():
+            if not bool(parameter.isfinite().all()):
+                raise InterventionError(
+                    f"{self._method}: {name} became NaN or infinite within {self.updates} updates with "
+                    f"{self._method}.lr={self._lr}; lower {self._method}.lr"
+                )
+
+    def _span(self) -> str:
+        first, last = self.names[0], self.names[-1]
+        return first if first == last else f"{first} to {last}"

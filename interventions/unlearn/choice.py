@@ -1,0 +1,74 @@
+"""Which weights unlearning trains: the last blocks, or parameters named by their role."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from torch import nn
+
+from interventions.anatomy import Anatomy, Block
+from interventions.layouts import ROLES
+from interventions.types import InterventionError
+from interventions.unlearn.settings import TrainingSettings
+
+
+def check_layers(setting: str, layers: Sequence[int], depth: int) -> list[int]:
+    """Return `layers` sorted; InterventionError, naming the setting, for one that the model lacks, or for none."""
+    chosen = sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise InterventionError(f"{setting}={list(layers)}: the model's blocks are 0 to {depth - 1}")
+    return chosen
+
+
+def last_layers(method: str, settings: TrainingSettings, depth: int) -> list[int]:
+    """Return the blocks that `settings` trains: those named, or the last ones."""
+    if settings.layers is not None:
+        return check_layers(f"{method}.layers", settings.layers, depth)
+    if not 0.0 < settings.layer_fraction <= 1.0:
+        raise InterventionError(f"{method}.layer_fraction={settings.layer_fraction}: need 0 < fraction <= 1")
+    return list(range(depth - max(1, round(settings.layer_fraction * depth)), depth))
+
+
+def named_in_blocks(
+    method: str, model: nn.Module, blocks: Sequence[Block], names: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of `blocks` that `names` stand for: roles of linear layers, or names inside a block."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    chosen: dict[str, nn.Parameter] = {}
+    for block in blocks:
+        inside = [name for name, _ in block.module.named_parameters()]
+        for name in names:
+            if name in ROLES:
+                found = [
+                    linear.parameter_name
+                    for group in block.linear_groups
+                    for linear in group.linears
+                    if group.role == name
+                ]
+            elif name in inside:
+                found = [f"{block.name}.{name}"]
+            else:
+                near = difflib.get_close_matches(name, [*ROLES, *inside], n=3, cutoff=0.4)
+                hint = f" Did you mean {' or '.join(near)}?" if near else ""
+                raise InterventionError(
+                    f"{method}.parameters: {block.name} has no {name!r}.{hint} Known: {', '.join([*ROLES, *inside])}."
+                )
+            chosen |= {full: every[full] for full in found}
+    if not chosen:
+        raise InterventionError(f"{method}.parameters=[]: name what shall be trained, such as mlp_out")
+    return chosen
+
+
+def whole_blocks(model: nn.Module, anatomy: Anatomy, layers: Sequence[int], *, head: bool) -> dict[str, nn.Parameter]:
+    """Return all parameters of the blocks `layers`, and of the final norm and the output head.
+
+    A head whose weight is used elsewhere, as by tied embeddings, is left out.
+    """
+    modules = [anatomy.blocks[layer].module for layer in layers]
+    wanted = {id(p) for module in modules for p in module.parameters()}
+    if head:
+        embedded = {id(p) for p in anatomy.embeddings.parameters()}
+        ends = [*anatomy.final_norm.parameters(), *anatomy.head.parameters()]
+        wanted |= {id(p) for p in ends} - embedded
+    return {name: p for name, p in model.named_parameters() if id(p) in wanted}
