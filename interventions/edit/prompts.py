@@ -39,30 +39,53 @@ def check_edits(edits: Sequence[Edit]) -> None:
             raise InterventionError(f"edit {number} ({edit.prompt!r}): the target is empty")
 
 
-def tokenise(tokenizer: Any, edit: Edit, context: str = "", *, with_target: bool = False) -> TokenisedPrompt:
-    """Tokenise `context` + the edit's prompt, and its target after a space if asked for.
+def tokenise(
+    tokenizer: Any, edit: Edit, context: str = "", *, with_target: bool = False, chat_template: bool = False
+) -> TokenisedPrompt:
+    """Tokenise `context` + the edit's prompt, and its target if asked for.
 
-    The subject's first occurrence in the prompt counts. Raises InterventionError if the tokenizer
-    cannot tell which characters a token covers, or gives the target no token of its own.
+    The target follows after a space, or at once where the prompt ends in white space already. With
+    `chat_template` the prompt is what a user says, and the target opens the answer. The subject's
+    first occurrence in the prompt counts. Raises InterventionError if the tokenizer cannot tell which
+    characters a token covers, gives the target no token of its own, or has no chat template.
     """
-    prompt = context + edit.prompt
-    text = f"{prompt} {edit.target.strip()}" if with_target else prompt
     if not getattr(tokenizer, "is_fast", False):
         raise InterventionError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    begin = len(context) + edit.prompt.index(edit.subject)
+    text, begin = _framed(tokenizer, context + edit.prompt, chat_template)
+    begin += len(context) + edit.prompt.index(edit.subject)
     end = begin + len(edit.subject)
+    asked = len(text)
+    if with_target:
+        text += edit.target.strip() if text[-1].isspace() or chat_template else f" {edit.target.strip()}"
+    encoded = tokenizer(text, add_special_tokens=not chat_template, return_offsets_mapping=True, verbose=False)
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    while offsets and offsets[-1][0] == offsets[-1][1]:  # a special token that some tokenizers put at the end
+        ids.pop()
+        offsets.pop()
     # A byte-level token may carry the space before its word: overlap decides, not equality.
     within = [place for place, (start, stop) in enumerate(offsets) if start < end and stop > begin and stop > start]
     if not within:
-        raise InterventionError(f"no token of {prompt!r} covers the subject {edit.subject!r}")
+        raise InterventionError(f"no token of {text!r} covers the subject {edit.subject!r}")
     target_length = 0
     if with_target:
-        target_length = sum(1 for start, stop in offsets if stop > start and stop > len(prompt))
+        target_length = sum(1 for start, stop in offsets if stop > start and stop > asked)
         if target_length == 0 or offsets[-1][1] != len(text):
             raise InterventionError(f"the target {edit.target!r} has no token of its own at the end of {text!r}")
     return TokenisedPrompt(tuple(ids), within[-1], target_length)
+
+
+def _framed(tokenizer: Any, prompt: str, chat_template: bool) -> tuple[str, int]:
+    """Return the text that asks `prompt`, and where in it the prompt begins."""
+    if not chat_template:
+        return prompt, 0
+    if not getattr(tokenizer, "chat_template", None):
+        raise InterventionError("chat_template=true, but the tokenizer has no chat template; set chat_template=false")
+    messages = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    begin = text.rfind(prompt.strip())  # many templates strip what a user says
+    if begin < 0:
+        raise InterventionError(f"the tokenizer's chat template changes the prompt {prompt!r}; set chat_template=false")
+    return text, begin - (len(prompt) - len(prompt.lstrip()))
 
 
 @torch.no_grad()

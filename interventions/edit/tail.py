@@ -38,7 +38,10 @@ class Tail:
     ) -> None:
         self._blocks = [block.module for block in anatomy.blocks[layer + 1 :]]
         self._norm = anatomy.final_norm
-        self._head = anatomy.head
+        # Some sizes of OPT have narrower embeddings, and a projection before the head.
+        narrow: list[Any] = [getattr(module, "project_out", None) for module in model.modules()]
+        self._head = nn.Sequential(*filter(None, narrow), anatomy.head)
+        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hidden: list[Tensor] = []
 
@@ -59,7 +62,8 @@ class Tail:
         whole = torch.cat([before_mask, after_mask], dim=1)
         places = (whole.cumsum(dim=1) - 1).clamp_min(0)
         with torch.no_grad():
-            cache = DynamicCache(config=model.config)
+            config: Any = model.config
+            cache = DynamicCache(config=config)
             arguments = {"attention_mask": before_mask, "position_ids": places[:, :width]}
             model(input_ids=before, **arguments, past_key_values=cache, use_cache=True)
             handles = [block.register_forward_pre_hook(keep_arguments, with_kwargs=True) for block in self._blocks]
@@ -81,7 +85,7 @@ class Tail:
         for block, (args, kwargs) in zip(self._blocks, self._arguments, strict=True):
             hidden = _first(block(hidden, *args, **kwargs))
         logits: Tensor = self._head(self._norm(hidden[rows, places])).float()
-        return logits
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
 
 class _Fixed(Cache):
@@ -93,7 +97,7 @@ class _Fixed(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         keys = torch.cat([layer.keys, key_states], dim=-2)
         return keys, torch.cat([layer.values, value_states], dim=-2)
 

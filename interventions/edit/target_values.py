@@ -1,7 +1,10 @@
-"""MEMIT's target values z: the hidden states at the subject that make the model say the new targets.
+"""Target values z: the hidden states at the subject that make the model say the new targets.
 
 Section 4.2.1 of Meng et al. (2023), for all edits at once: an edit's rows depend on no other
 edit, and Adam acts element by element, so the batch takes the very steps of separate runs.
+
+Edits of one subject share their key, and a layer can add only one thing at one key: their hidden
+states are changed together, by the change that is best for all of them.
 """
 
 from __future__ import annotations
@@ -46,19 +49,31 @@ def optimise_values(
     layer: int,
     settings: ValueSettings,
     progress: Callable[[str], None],
+    *,
+    chat_template: bool = False,
+    first: int = 0,
 ) -> TargetValues:
     """Find z for every edit: the output of block `layer` at the subject's last token.
 
     Minimises, per edit, NLL of the target over `contexts` (the first one empty), plus the
     KL divergence at the subject in "{subject} is a" from what the model says now, plus weight decay
-    on the change. Raises InterventionError naming the edit whose loss is not finite.
+    on the change; where edits have one subject, the sum over them. Raises InterventionError naming the
+    edit whose loss is not finite; `first` is the number of the first edit in such errors.
     """
     if not settings.lr > 0 or settings.steps < 1:
         raise InterventionError(f"z.lr={settings.lr}, z.steps={settings.steps}: need a rate above 0 and a step")
-    batch = _Batch(model, tokenizer, anatomy, edits, contexts, layer, list(range(len(edits))))
+
+    def make_batch(which: list[int]) -> _Batch:
+        return _Batch(model, tokenizer, anatomy, edits, contexts, layer, which, chat_template)
+
+    batch = make_batch(list(range(len(edits))))
     start = batch.start  # h, (edits, hidden)
     start_norm = start.norm(dim=1)
-    delta = torch.zeros_like(start, requires_grad=True)
+    subjects = {subject: number for number, subject in enumerate(dict.fromkeys(edit.subject for edit in edits))}
+    owner = torch.tensor([subjects[edit.subject] for edit in edits], device=start.device)
+    smallest = torch.full((len(subjects),), torch.inf, device=start.device)
+    largest = settings.clamp_norm_factor * smallest.scatter_reduce(0, owner, start_norm, "amin")
+    delta = torch.zeros(len(subjects), start.shape[1], device=start.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
     said_before: Tensor | None = None
     active = torch.ones(len(edits), dtype=torch.bool, device=start.device)
@@ -66,17 +81,20 @@ def optimise_values(
     steps = torch.zeros_like(active, dtype=torch.int64)
 
     for step in range(settings.steps):
-        new_nll, says = batch(delta)
+        changes = delta[owner]  # (edits, hidden)
+        new_nll, says = batch(changes)
         said_before = says.detach() if said_before is None else said_before
         which = batch.which
         divergence = (said_before[which].exp() * (said_before[which] - says)).sum(dim=1)
-        decay = settings.weight_decay * delta[which].norm(dim=1) / start_norm[which] ** 2
+        decay = settings.weight_decay * changes[which].norm(dim=1) / start_norm[which] ** 2
         new_loss = new_nll + settings.kl_factor * divergence + decay
-        _check_finite(new_loss, [edits[number] for number in which.tolist()])
+        _check_finite(new_loss, which, edits, first)
         running = active[which]
         loss[which] = torch.where(running, new_loss.detach(), loss[which])
         nll[which] = torch.where(running, new_nll.detach(), nll[which])
-        active &= loss >= settings.stop_loss
+        wanting = torch.zeros(len(subjects), dtype=torch.bool, device=start.device)
+        wanting.index_fill_(0, owner[active & (loss >= settings.stop_loss)], True)
+        active = wanting[owner]
         if not bool(active.any()) or step == settings.steps - 1:
             break
         optimizer.zero_grad()
@@ -84,17 +102,16 @@ def optimise_values(
         before = delta.detach().clone()
         optimizer.step()
         with torch.no_grad():
-            largest = settings.clamp_norm_factor * start_norm
             delta *= (largest / delta.norm(dim=1).clamp_min(1e-12)).clamp(max=1.0)[:, None]
-            delta[~active] = before[~active]  # an edit that has arrived stays where it is
+            delta[~wanting] = before[~wanting]  # what has arrived stays where it is
         steps += active
         left = int(active.sum())
         if step % 10 == 0:
             progress(f"z: step {step}, mean loss {float(loss.mean()):.3f}, {left} of {len(edits)} edits left")
         if left <= len(which) // 2:  # worth a pass through the model: the others need no more work
-            batch = _Batch(model, tokenizer, anatomy, edits, contexts, layer, active.nonzero()[:, 0].tolist())
-    moved = delta.detach().norm(dim=1) / start_norm
-    return TargetValues(start + delta.detach(), loss, nll, steps, moved)
+            batch = make_batch(active.nonzero()[:, 0].tolist())
+    found = delta.detach()[owner]
+    return TargetValues(start + found, loss, nll, steps, found.norm(dim=1) / start_norm)
 
 
 class _Batch:
@@ -109,11 +126,19 @@ class _Batch:
         contexts: Sequence[str],
         layer: int,
         which: list[int],
+        chat_template: bool,
     ) -> None:
         device = module_device(model)
         chosen = [edits[number] for number in which]
-        rows = [tokenise(tokenizer, edit, context, with_target=True) for edit in chosen for context in contexts]
-        essence = [tokenise(tokenizer, Edit(f"{edit.subject} is a", edit.subject, "")) for edit in chosen]
+        rows = [
+            tokenise(tokenizer, edit, context, with_target=True, chat_template=chat_template)
+            for edit in chosen
+            for context in contexts
+        ]
+        essence = [
+            tokenise(tokenizer, Edit(f"{edit.subject} is a", edit.subject, ""), chat_template=chat_template)
+            for edit in chosen
+        ]
         subjects = [row.subject_end for row in rows + essence]
         self._tail = Tail(
             model, anatomy, layer, [row.ids for row in rows + essence], subjects, padding_id(tokenizer)
@@ -140,23 +165,24 @@ class _Batch:
         self.start = self._tail.hidden[bare, 0].float()
         """What the model has at the subjects of the bare prompts, (edits of the batch, hidden)."""
 
-    def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each edit's NLL and its log-probabilities at the essence, with `delta` (all edits, hidden) added."""
+    def __call__(self, changes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each edit's NLL and its log-probabilities at the essence, with `changes` (all edits, hidden) added."""
         hidden = self._tail.hidden.clone()
-        hidden[:, 0] += delta[self.which[self._owner]].to(hidden.dtype)
+        hidden[:, 0] += changes[self.which[self._owner]].to(hidden.dtype)
         logits = self._tail.logits(hidden, self._asked_rows, self._asked_places)
         targets = len(self._target_ids)
         log_p = logits[:targets].log_softmax(dim=1).gather(1, self._target_ids[:, None])[:, 0]
-        nll = torch.zeros(len(self.which), device=delta.device)
+        nll = torch.zeros(len(self.which), device=changes.device)
         nll = nll.index_add(0, self._target_owner, -log_p * self._weight)
         return nll, logits[targets:].log_softmax(dim=1)
 
 
-def _check_finite(loss: Tensor, edits: Sequence[Edit]) -> None:
+def _check_finite(loss: Tensor, which: Tensor, edits: Sequence[Edit], first: int) -> None:
     bad = (~loss.isfinite()).nonzero()
     if len(bad):
-        number = int(bad[0])
+        place = int(bad[0])
+        number = int(which[place])
         raise InterventionError(
-            f"edit {number} ({edits[number].prompt!r}): the loss of its target value became {float(loss[number])}; "
-            "lower z.lr, or look for NaN in the model's weights"
+            f"edit {first + number} ({edits[number].prompt!r}): the loss of its target value became "
+            f"{float(loss.detach()[place])}; lower z.lr, or look for NaN in the model's weights"
         )

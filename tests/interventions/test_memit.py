@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.edit.memit import chosen_layers, keys_and_values
 from interventions.edit.prompts import sample_contexts, tokenise
+from interventions.edit.rewriting import _EditedWeight, chosen_layers
 from interventions.edit.settings import MemitSettings, ValueSettings
+from interventions.edit.subjects import keys_and_values
 from interventions.edit.tail import Tail
 from interventions.edit.target_values import optimise_values
 from tests.models import SENTENCES, tiny_model, tiny_tokenizer
@@ -60,9 +61,6 @@ def test_the_tail_continues_what_the_whole_model_computes(family: str, tokenizer
             tail.logits(tail.hidden, torch.arange(3), places - torch.tensor(begins))
             for _ in range(2)  # again and again: nothing may pile up
         ][-1]
-    if getattr(model.config, "final_logit_softcapping", None):
-        cap = model.config.final_logit_softcapping
-        above = torch.tanh(above / cap) * cap
     assert torch.allclose(whole, above, atol=1e-4)
 
 
@@ -232,10 +230,13 @@ def test_contexts_leave_the_global_random_numbers_alone(tokenizer: Any) -> None:
 
 
 def test_layers_default_to_fractions_of_depth() -> None:
-    assert chosen_layers(MemitSettings(), 32) == [4, 5, 6, 7, 8]  # as published for 32 blocks
-    assert chosen_layers(MemitSettings(), 8) == [1, 2]
-    assert chosen_layers(MemitSettings(), 2) == [0]
-    assert chosen_layers(MemitSettings(layers=[3, 1]), 8) == [1, 3]
+    def chosen(settings: MemitSettings, depth: int) -> list[int]:
+        return chosen_layers("memit", settings.layers, settings.layer_fractions, depth)
+
+    assert chosen(MemitSettings(), 32) == [4, 5, 6, 7, 8]  # as published for 32 blocks
+    assert chosen(MemitSettings(), 8) == [1, 2]
+    assert chosen(MemitSettings(), 2) == [0]
+    assert chosen(MemitSettings(layers=[3, 1]), 8) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +248,8 @@ def test_layers_default_to_fractions_of_depth() -> None:
         (EDITS, {"layers": [0, 2]}, r"memit.layers=\[0, 2\].*0 to 1"),
         (EDITS, {"z": ValueSettings(lr=float("nan"))}, "z.lr"),
         (EDITS, {"layer_fractions": [0.5, 0.1]}, "layer_fractions"),
+        (EDITS, {"batch_size": 0}, "memit.batch_size=0"),
+        (EDITS, {"chat_template": True}, "chat_template"),
     ],
 )
 def test_bad_input_is_named_and_leaves_the_model_alone(
@@ -271,3 +274,42 @@ def test_a_dead_key_is_solved_with_a_ridge_and_reported(tokenizer: Any) -> None:
         mlp.gate_proj.weight[5] = 0
     report = apply(model, tokenizer, "memit", edits=EDITS, calibration=SENTENCES, layers=[0])
     assert any("ridge" in warning for warning in report.warnings)
+
+
+def test_edits_of_one_subject_share_the_change_of_its_hidden_state(tokenizer: Any) -> None:
+    model = tiny_model()
+    edits = (*EDITS, Edit("Mira Tolvan plays the", "Mira Tolvan", "horn"))
+    settings = ValueSettings(steps=6, stop_loss=0.0)
+    found = optimise_values(model, tokenizer, find_anatomy(model), edits, [""], 0, settings, lambda line: None)
+    start = keys_and_values(model, tokenizer, find_anatomy(model), edits, [""], 0).values
+    changes = found.z - start
+    assert torch.allclose(changes[0], changes[3], atol=1e-5)
+    alone = optimise_values(model, tokenizer, find_anatomy(model), edits[:3], [""], 0, settings, lambda line: None)
+    assert torch.allclose(found.z[1:3], alone.z[1:], atol=1e-4)  # the others do not notice
+    assert not torch.allclose(found.z[0], alone.z[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batches_follow_one_another_on_what_the_model_has_become(batch_size: int, tokenizer: Any) -> None:
+    settings = {"layers": [0], "contexts_per_length": 0, "covariance_weight": 1e-7, "z": ValueSettings(steps=5)}
+    together, apart = tiny_model(), tiny_model()
+    report = apply(together, tokenizer, "memit", edits=EDITS, calibration=SENTENCES, batch_size=batch_size, **settings)
+    for start in range(0, len(EDITS), batch_size):
+        some = EDITS[start : start + batch_size]
+        apply(apart, tokenizer, "memit", edits=some, calibration=SENTENCES, **settings)
+    (name,) = report.changed
+    assert report.details["batches"] == -(-len(EDITS) // batch_size)
+    assert torch.allclose(together.get_parameter(name), apart.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+def test_however_many_batches_weights_are_rounded_once(tokenizer: Any) -> None:
+    """An update too small for bfloat16 is not lost where many of them add up."""
+    model = tiny_model(dtype=torch.bfloat16)
+    output = find_anatomy(model).blocks[0].mlp_output
+    before = output.weight.float()
+    weight = _EditedWeight(output)
+    step = before.abs().clamp_min(1e-3) * 1e-3  # less than half the distance between bfloat16 values
+    for _ in range(20):
+        weight.add_(step.double())
+    assert torch.equal(output.weight, (before + 20 * step).bfloat16())
+    assert weight.change() == pytest.approx(float(20 * step.norm() / before.norm()), rel=1e-4)

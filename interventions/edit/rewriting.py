@@ -1,0 +1,159 @@
+"""What ROME, MEMIT and AlphaEdit have in common: rewriting MLP output projections as associative memories.
+
+Facts are read out of the MLPs of some early blocks at the subject's last token. For every edit, the
+hidden state z there is found that makes the model say the new target; then the MLP output
+projections are changed, block after block, so that the subjects' keys yield it. The methods differ
+in the solve: in how they keep what other keys yield.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interventions.anatomy import Linear, find_anatomy
+from interventions.edit.prompts import check_edits, sample_contexts
+from interventions.edit.settings import RewriteSettings
+from interventions.edit.subjects import keys_and_values
+from interventions.edit.target_values import optimise_values
+from interventions.statistics import Batch, collect_statistics, token_batches
+from interventions.step import Context
+from interventions.types import InterventionError, Resources
+
+Solve = Callable[[Tensor, Tensor], Tensor]
+"""From keys (d_k, n) and residuals (d_out, n) to the update of a weight, (d_out, d_k) float64."""
+
+_BATCH = 32
+
+
+def rewrite(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: RewriteSettings,
+    resources: Resources,
+    context: Context,
+    *,
+    method: str,
+    choose_layers: Callable[[int], list[int]],
+    make_solve: Callable[[Linear, Tensor], Solve],
+) -> dict[str, Any]:
+    """Make all of `resources.edits`, batch after batch, in place; return the details of the step.
+
+    `choose_layers` gives the blocks to edit from the number of blocks; `make_solve` prepares the
+    solve of one projection from the second moment of its keys, which is that of the model before
+    the first batch, on `resources.calibration`. Where there are several layers, each takes its
+    share of what is still wanting, so that errors of the earlier ones are made up for.
+    """
+    edits = resources.edits
+    check_edits(edits)
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise InterventionError(f"{method}.batch_size={settings.batch_size}: need at least 1, or null for all at once")
+    anatomy = find_anatomy(model)
+    layers = choose_layers(len(anatomy.blocks))
+    outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
+
+    batches = _key_batches(tokenizer, resources.calibration, settings, outputs[0].in_features, method)
+    statistics = collect_statistics(model, batches, outputs)
+    tokens = statistics[outputs[0].name].count
+    context.progress(f"second moments of {tokens} keys")
+    solves = {output.name: make_solve(output, statistics.pop(output.name).second_moment()) for output in outputs}
+    generator = context.generator(f"{method} contexts")
+    sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
+    contexts = ["", *sampled]
+
+    weights = {output.name: _EditedWeight(output) for output in outputs}
+    size = settings.batch_size or len(edits)
+    reports: list[dict[str, Any]] = []
+    for start in range(0, len(edits), size):
+        chosen = edits[start : start + size]
+        found = optimise_values(
+            model,
+            tokenizer,
+            anatomy,
+            chosen,
+            contexts,
+            layers[-1],
+            settings.z,
+            context.progress,
+            chat_template=settings.chat_template,
+            first=start,
+        )
+        for position, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
+            keys, reached = keys_and_values(
+                model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=settings.chat_template
+            )
+            residuals = (found.z - reached) / (len(layers) - position)
+            weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
+        numbers = zip(chosen, found.nll.tolist(), found.steps.tolist(), found.moved.tolist(), strict=True)
+        reports += [
+            {"prompt": edit.prompt, "target": edit.target, "nll": nll, "steps": steps, "moved": moved}
+            for edit, nll, steps, moved in numbers
+        ]
+        context.progress(f"{method}: {len(reports)} of {len(edits)} edits made")
+    return {
+        "layers": layers,
+        "batches": -(-len(edits) // size),
+        "covariance_tokens": tokens,
+        "contexts": contexts,
+        "updates": {output.parameter_name: weights[output.name].change() for output in outputs},
+        "edits": reports,
+    }
+
+
+class _EditedWeight:
+    """A projection's weight while batch after batch is added: one rounding in all, however many there are."""
+
+    def __init__(self, output: Linear) -> None:
+        self._output = output
+        self._start = output.weight.clone()
+        self._update = torch.zeros_like(self._start, dtype=torch.float32)
+
+    def add_(self, update: Tensor) -> None:
+        if not bool(torch.isfinite(update).all()):
+            raise InterventionError(
+                f"{self._output.parameter_name}: the update is not finite; look for NaN in the weights or in the text"
+            )
+        self._update += update.float()
+        self._output.set_weight_(self._start.double() + self._update)
+
+    def change(self) -> float:
+        """Return the norm of all updates over that of the weight."""
+        return float(self._update.norm() / self._start.float().norm())
+
+
+def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence[float], depth: int) -> list[int]:
+    """Return the blocks to edit: as named, or the span from the first to the last of the fractions of depth.
+
+    Raises InterventionError, naming the setting, for a block that the model does not have.
+    """
+    if layers is not None:
+        chosen = sorted(set(layers))
+        if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+            raise InterventionError(f"{method}.layers={list(layers)}: the model's blocks are 0 to {depth - 1}")
+        return chosen
+    if len(fractions) != 2 or not 0.0 <= fractions[0] <= fractions[1] < 1.0:
+        raise InterventionError(f"{method}.layer_fractions={list(fractions)}: need 0 <= first <= last < 1")
+    low, high = fractions
+    return list(range(round(low * depth), min(round(high * depth), depth - 1) + 1))
+
+
+def _key_batches(
+    tokenizer: Any, texts: Sequence[str], settings: RewriteSettings, width: int, method: str
+) -> list[Batch]:
+    """Tokenise as much text as the second moment needs, in order."""
+    wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
+    batches, tokens = [], 0
+    for start in range(0, len(texts), _BATCH):
+        batch = token_batches(
+            tokenizer, texts[start : start + _BATCH], max_tokens=settings.covariance_window, batch_size=_BATCH
+        )
+        batches += batch
+        tokens += sum(int(b["attention_mask"].sum()) for b in batch)
+        if tokens >= wanted:
+            break
+    if not batches:
+        raise InterventionError(f"{method} needs calibration text for the second moment of the keys; none was given")
+    return batches
