@@ -14,21 +14,32 @@ from typing import TYPE_CHECKING, Any
 from evaluators.measurement import EvaluationError, Measurement
 
 if TYPE_CHECKING:
-    from evaluators.answers import Probe
+    from evaluators.answers import Likelihood, Probe, score_answers
     from evaluators.editing import EditCase, UneditedAnswers, capture_unedited, measure_editing
+    from evaluators.efficiency import measure_efficiency
     from evaluators.generation import greedy
+    from evaluators.latency import forward_pass, measure_latency
     from evaluators.likelihood import LogLikelihood, log_likelihood
-    from evaluators.perplexity import measure_perplexity
+    from evaluators.perplexity import measure_answer_perplexity, measure_perplexity
     from evaluators.questions import measure_questions, pool
-    from evaluators.recall import Fact, measure_recall
+    from evaluators.recall import Fact, measure_recall, score_facts
+    from evaluators.recovery import returned
+    from evaluators.survival import measure_survival
 
 _MODULES = {
+    "Likelihood": "evaluators.answers",
+    "score_answers": "evaluators.answers",
+    "measure_answer_perplexity": "evaluators.perplexity",
+    "score_facts": "evaluators.recall",
     "Probe": "evaluators.answers",
     "EditCase": "evaluators.editing",
     "UneditedAnswers": "evaluators.editing",
     "capture_unedited": "evaluators.editing",
     "measure_editing": "evaluators.editing",
+    "measure_efficiency": "evaluators.efficiency",
     "greedy": "evaluators.generation",
+    "forward_pass": "evaluators.latency",
+    "measure_latency": "evaluators.latency",
     "LogLikelihood": "evaluators.likelihood",
     "log_likelihood": "evaluators.likelihood",
     "measure_perplexity": "evaluators.perplexity",
@@ -36,24 +47,35 @@ _MODULES = {
     "pool": "evaluators.questions",
     "Fact": "evaluators.recall",
     "measure_recall": "evaluators.recall",
+    "returned": "evaluators.recovery",
+    "measure_survival": "evaluators.survival",
 }
 
 __all__ = [
     "EditCase",
     "EvaluationError",
     "Fact",
+    "Likelihood",
     "LogLikelihood",
     "Measurement",
     "Probe",
     "UneditedAnswers",
     "capture_unedited",
+    "forward_pass",
     "greedy",
     "log_likelihood",
+    "measure_answer_perplexity",
     "measure_editing",
+    "measure_efficiency",
+    "measure_latency",
     "measure_perplexity",
     "measure_questions",
     "measure_recall",
+    "measure_survival",
     "pool",
+    "returned",
+    "score_answers",
+    "score_facts",
 ]
 
 

@@ -1,13 +1,17 @@
-"""Edit success, paraphrase and locality: what an edited model says where it should, and elsewhere.
+"""Edit success, paraphrase, portability and locality: what an edited model says where it should, and elsewhere.
 
-Answers are compared as in Meng et al. 2023 (MEMIT) and its successors, on greedy generations; see
-`evaluators.answers.score_tokens`.
+Answers are compared on greedy generations (see `evaluators.answers.score_tokens`), and by the
+probabilities of the new and the old answer as in ROME and CounterFact (Meng et al. 2022,
+arXiv 2202.05262: score, P(new) > P(old), and magnitude, P(new) - P(old)), where P is the geometric
+mean of the tokens' probabilities, so that long answers are not at a disadvantage. On locality
+prompts what was true stands against the edit's target, the other way round: P(true) - P(target).
+Portability asks for what follows from the edit (Zhong et al. 2023, MQuAKE, arXiv 2305.14795).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evaluators.answers import Answer, Probe, Scores, answer_probes
@@ -19,7 +23,8 @@ class EditCase:
     """One edit and the prompts that judge it.
 
     After `prompt` and after each of `paraphrases` the model should say `target`; after each
-    prompt of `locality`, which is about something else, what was true before.
+    prompt of `locality`, which is about something else, what was true before; after each of
+    `portability` what follows from the edit, with what followed before it as the probe's rival.
     """
 
     subject: str
@@ -27,6 +32,9 @@ class EditCase:
     target: str
     paraphrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    truth: str = ""
+    """What was true before the edit; empty where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class UneditedAnswers:
 
 def capture_unedited(model: Any, tokenizer: Any, cases: Sequence[EditCase], *, batch_size: int = 32) -> UneditedAnswers:
     """Record the model's answers to the locality prompts of `cases`, to compare with after edits."""
-    asked = [prompt for prompt in _prompts(cases) if prompt.aspect == "locality"]
+    asked = [replace(p, probe=_alone(p.probe)) for p in _prompts(cases) if p.aspect == "locality"]
     answers = _ask(model, tokenizer, asked, batch_size)
     return UneditedAnswers({p.probe: a.generated for p, a in zip(asked, answers, strict=True)})
 
@@ -51,21 +59,24 @@ def measure_editing(
     unedited: UneditedAnswers | None = None,
     batch_size: int = 32,
 ) -> list[Measurement]:
-    """Measure `edit_success`, `edit_paraphrase` and `edit_locality`, each as `_f1`, `_recall` and `_exact`.
+    """Measure `edit_success`, `edit_paraphrase`, `edit_portability` and `edit_locality`.
 
-    With `unedited` also `edit_locality_agreement`: the share of locality prompts whose generated
-    tokens are the unedited model's. An aspect that no case has a prompt for is left out. Samples
-    stand in the order of the cases; the errors treat the prompts of one case as one cluster.
+    Each as `_f1`, `_recall` and `_exact`, and over the prompts whose old answer is known, and is
+    another than the new one, as `_margin` (magnitude, -1 to 1) and `_preferred` (score: the share
+    with a margin above 0). With `unedited` also `edit_locality_agreement`: the share of locality
+    prompts whose generated tokens are the unedited model's. An aspect that no case has a prompt for
+    is left out. Samples stand in the order of the cases; the errors treat the prompts of one case
+    as one cluster.
 
-    Raises EvaluationError for no cases, a target without tokens, or a locality prompt that
-    `unedited` does not know.
+    Raises EvaluationError for no cases, a target without tokens, broken logits, or a locality
+    prompt that `unedited` does not know.
     """
     if not cases:
         raise EvaluationError("edit success: no cases; is the edit file empty?")
     prompts = _prompts(cases)
     answers = _ask(model, tokenizer, prompts, batch_size)
     measurements = []
-    for aspect in ("success", "paraphrase", "locality"):
+    for aspect in ("success", "paraphrase", "portability", "locality"):
         chosen = [(p, a) for p, a in zip(prompts, answers, strict=True) if p.aspect == aspect]
         if not chosen:
             continue
@@ -74,10 +85,26 @@ def measure_editing(
         for kind in Scores._fields:
             samples = [getattr(a.scores, kind) for _, a in chosen]
             measurements.append(Measurement.mean(f"edit_{aspect}_{kind}", samples, note=note, clusters=clusters))
+        measurements += _margins(aspect, chosen)
         if aspect == "locality" and unedited is not None:
             samples = [float(a.generated == _before(unedited, p)) for p, a in chosen]
             measurements.append(Measurement.mean("edit_locality_agreement", samples, note=note, clusters=clusters))
     return measurements
+
+
+def _margins(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Measurement]:
+    """Measure how answers fare against their rivals, on the prompts that have one."""
+    pairs = [(p.case, a.margin) for p, a in chosen if a.margin is not None]
+    if not pairs:
+        return []
+    clusters, margins = [case for case, _ in pairs], [margin for _, margin in pairs]
+    sides = "what was true minus the edit's target" if aspect == "locality" else "new minus old answer"
+    note = f"{sides}, probabilities by token (geometric mean), {len(pairs)} of {len(chosen)} prompts"
+    preferred = [float(margin > 0) for margin in margins]
+    return [
+        Measurement.mean(f"edit_{aspect}_margin", margins, note=note, clusters=clusters),
+        Measurement.mean(f"edit_{aspect}_preferred", preferred, note=note, clusters=clusters),
+    ]
 
 
 @dataclass(frozen=True)
@@ -94,22 +121,33 @@ def _prompts(cases: Sequence[EditCase]) -> list[_Prompt]:
     prompts = []
     for i, case in enumerate(cases):
         name = f"case {i} ({case.subject})"
-        prompts.append(_Prompt(i, "success", Probe(case.prompt, case.target), f"{name}, prompt"))
+        asked = Probe(case.prompt, case.target, case.truth)
+        prompts.append(_Prompt(i, "success", asked, f"{name}, prompt"))
         for k, text in enumerate(case.paraphrases):
-            prompts.append(_Prompt(i, "paraphrase", Probe(text, case.target), f"{name}, paraphrase {k}"))
+            prompts.append(_Prompt(i, "paraphrase", Probe(text, case.target, case.truth), f"{name}, paraphrase {k}"))
+        for k, probe in enumerate(case.portability):
+            prompts.append(_Prompt(i, "portability", probe, f"{name}, portability prompt {k}"))
         for k, probe in enumerate(case.locality):
-            prompts.append(_Prompt(i, "locality", probe, f"{name}, locality prompt {k}"))
+            held = Probe(probe.prompt, probe.answer, probe.rival or case.target)
+            prompts.append(_Prompt(i, "locality", held, f"{name}, locality prompt {k}"))
     return prompts
 
 
 def _ask(model: Any, tokenizer: Any, prompts: Sequence[_Prompt], batch_size: int) -> list[Answer]:
-    return answer_probes(model, tokenizer, [p.probe for p in prompts], [p.record for p in prompts], batch_size)
+    # An answer is not held against itself.
+    probes = [_alone(p.probe) if p.probe.answer == p.probe.rival else p.probe for p in prompts]
+    return answer_probes(model, tokenizer, probes, [p.record for p in prompts], batch_size)
+
+
+def _alone(probe: Probe) -> Probe:
+    return Probe(probe.prompt, probe.answer)
 
 
 def _before(unedited: UneditedAnswers, prompt: _Prompt) -> tuple[int, ...]:
-    if prompt.probe not in unedited.generated:
+    probe = _alone(prompt.probe)
+    if probe not in unedited.generated:
         raise EvaluationError(
-            f"{prompt.record}: the unedited model was not asked {prompt.probe.prompt!r}; "
+            f"{prompt.record}: the unedited model was not asked {probe.prompt!r}; "
             "capture its answers for the same cases"
         )
-    return unedited.generated[prompt.probe]
+    return unedited.generated[probe]

@@ -40,7 +40,7 @@ def greedy(
 
     # Similar lengths together, so that little is padded; longest first, so that memory runs out early.
     order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), -budgets[i]))
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     continuations: list[list[int]] = [[] for _ in prompts]
     with borrowed(model, tokenizer):
         # `generate` fills what it is not told from the model's own config: give it an empty one.
@@ -62,7 +62,7 @@ def greedy(
                     pad_token_id=padding_id(tokenizer),
                     eos_token_id=stops or None,
                 ),
-                logits_processor=LogitsProcessorList([_RejectNonFinite([prompts[i] for i in rows])]),
+                logits_processor=LogitsProcessorList([RejectNonFinite([prompts[i] for i in rows])]),
             )
             width = batch.input_ids.shape[1]
             for i, ids in zip(rows, output[:, width:].tolist(), strict=True):
@@ -71,14 +71,14 @@ def greedy(
     return continuations
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Return the ids that end a text: the tokenizer's, and those of the model's generation config."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     return sorted(i for i in ids if i is not None)
 
 
-class _RejectNonFinite(LogitsProcessor):
+class RejectNonFinite(LogitsProcessor):
     """Stop at logits that no choice can be made from; argmax would quietly pick a NaN."""
 
     def __init__(self, prompts: Sequence[str]) -> None:

@@ -28,6 +28,8 @@ class Measurement:
     samples: tuple[float, ...]
     note: str = ""
     """How it was measured, where a reader could be misled: window, batch, templates."""
+    weights: tuple[float, ...] = ()
+    """How much each sample counts in the value, such as the tokens of a window; empty: all alike."""
 
     @classmethod
     def mean(

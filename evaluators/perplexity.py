@@ -1,4 +1,4 @@
-"""Perplexity of a text in fixed windows, weighted by tokens."""
+"""Perplexity of a text in fixed windows, and of answers after their prompts; weighted by tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from evaluators.encoding import check_length
+from evaluators.answers import Likelihood, Probe, score_answers
+from evaluators.continuations import score
+from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
 from evaluators.measurement import EvaluationError, Measurement, ratio_error
 from evaluators.state import borrowed
 
@@ -57,20 +59,71 @@ def measure_perplexity(
 
     with borrowed(model, tokenizer):
         windows = _score(model, rows, batch_size)
+    note = f"{len(windows)} windows of {window} tokens, {sum(w.tokens for w in windows)} tokens scored, " + (
+        "each window after BOS" if bos is not None else "the first token of each window is context"
+    )
+    return _summarise(metric, windows, note, "windows")
+
+
+def measure_answer_perplexity(
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    *,
+    metric: str,
+    with_prompt: bool = False,
+    batch_size: int = 32,
+    scored: Sequence[Likelihood] | None = None,
+) -> Measurement:
+    """Measure exp(mean negative log-likelihood per token) of answers after their prompts; lower is better.
+
+    Only the answer's tokens count, each as much as any other, and no BOS stands between prompt and
+    answer. With `with_prompt` the prompt's tokens count too, all but the first one (BOS, where the
+    tokenizer has it). `scored` are the answers as `score_answers` has scored them already.
+
+    Samples are the mean NLL of each text; the error is as in `measure_perplexity`.
+    Raises EvaluationError for no probes and for answers without tokens.
+    """
+    if not probes:
+        raise EvaluationError(f"{metric}: no answers to score; is the file empty?")
+    records = [f"{metric}, record {i}" for i in range(len(probes))]
+    if scored is None:
+        scored = score_answers(model, tokenizer, probes, records, batch_size)
+    if with_prompt:
+        pairs = encode_pairs(tokenizer, [(probe.prompt, probe.answer) for probe in probes])
+        # The answer after its prompt is known; the prompt is scored after its own first token.
+        heads = [Pair(pair.prompt[:1], pair.prompt[1:]) for pair in pairs]
+        longer = [i for i, head in enumerate(heads) if head.target]
+        with borrowed(model, tokenizer):
+            found = score(model, [heads[i] for i in longer], fill=padding_id(tokenizer), rows=batch_size)
+        before = dict(zip(longer, found, strict=True))
+    texts = [
+        Window(
+            -own.scored.total - (before[i].total if with_prompt and i in before else 0.0),
+            own.scored.tokens + (before[i].tokens if with_prompt and i in before else 0),
+        )
+        for i, own in enumerate(scored)
+    ]
+    what = "prompt and answer" if with_prompt else "answer after its prompt"
+    note = f"{len(texts)} texts, {sum(text.tokens for text in texts)} tokens scored: {what}"
+    return _summarise(metric, texts, note, "texts")
+
+
+def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) -> Measurement:
+    """Return exp(sum of NLL / sum of tokens) and its error by the delta method, over independent windows."""
     tokens = sum(w.tokens for w in windows)
     mean = math.fsum(w.nll for w in windows) / tokens
     value = math.exp(mean) if mean < 700 else math.inf  # NaN compares false too: see below
     if math.isnan(mean):
         value = math.nan
     error = ratio_error([w.nll - mean * w.tokens for w in windows], tokens)
-    note = f"{len(windows)} windows of {window} tokens, {tokens} tokens scored, " + (
-        "each window after BOS" if bos is not None else "the first token of each window is context"
-    )
     if not math.isfinite(value):
         broken = sum(not math.isfinite(w.nll) for w in windows)
-        note += f"; NOT FINITE: {broken} of {len(windows)} windows have a NaN or infinite likelihood"
+        note += f"; NOT FINITE: {broken} of {len(windows)} {units} have a NaN or infinite likelihood"
     samples = tuple(w.nll / w.tokens for w in windows)
-    return Measurement(metric, value, None if error is None else value * error, len(windows), False, samples, note)
+    weights = tuple(float(w.tokens) for w in windows)
+    error = None if error is None else value * error
+    return Measurement(metric, value, error, len(windows), False, samples, note, weights)
 
 
 def _score(model: Any, rows: Sequence[list[int]], batch_size: int) -> list[Window]:

@@ -1,10 +1,11 @@
-"""Local lm-evaluation-harness tasks: YAML files in a folder, questions in JSON files beside them."""
+"""Question tasks of lm-evaluation-harness: YAML files in a folder first, its own table after that."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +16,112 @@ from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows `
 from evaluators.measurement import EvaluationError
 
 Record = dict[str, Any]
+Tasks = dict[str, Any]
 
 
-def load_tasks(names: Sequence[str], folder: Path, options: int | None) -> dict[str, Any]:
-    """Return the tasks called `names` from the YAML files of `folder`, by name, in that order.
+def load_tasks(names: Sequence[str], folder: Path | None, options: int | None) -> dict[str, Tasks]:
+    """Return what each of `names` stands for, in that order: its tasks by name.
 
-    A task with `dataset_path: json` names its `data_files` relative to its YAML file. They are read
-    into memory here: nothing is cached beside the data, and a changed file is seen at once.
-    Raises EvaluationError for an unknown task (with near names), and for a question that has not
-    `options` choices (None: any number) or no valid answer.
+    A task stands for itself; a group or a tag for all tasks in it. Names are those of the YAML
+    files of `folder`, and where none has it, those of the harness itself, whose data come from the
+    hub. A task of the folder with `dataset_path: json` names its `data_files` relative to its YAML
+    file. They are read into memory here: nothing is cached beside the data, and a changed file is
+    seen at once.
+
+    Raises EvaluationError for an unknown name (with near ones), for data that cannot be loaded, and
+    for a question of the folder that has not `options` choices (None: any number) or no valid answer.
     """
-    if not folder.is_dir():
-        raise EvaluationError(f"question tasks: {folder} is not a folder; give the folder of the task YAML files")
-    # The harness's own fourteen thousand tasks take 12 to 22 s to index and are not wanted here.
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    known = manager.all_subtasks
-    tasks = {}
+    local: Any = None
+    if folder is not None:
+        if not folder.is_dir():
+            raise EvaluationError(f"question tasks: {folder} is not a folder; give the folder of the task YAML files")
+        local = TaskManager(include_path=str(folder), include_defaults=False)
+    found = {}
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise EvaluationError(f"unknown question task {name!r}.{hint} {folder} has: {', '.join(known) or 'none'}")
-        yaml = Path(manager.task_index[name].yaml_path)
-        config = load_yaml(yaml)
-        if config.get("dataset_path") == "json":
-            config["custom_dataset"] = _reader(name, yaml, config.pop("dataset_kwargs", None), options)
-        tasks.update(manager.load([config])["tasks"])
+        if local is not None and name in local.all_tasks:
+            found[name] = dict(_local(name, local, options, {}))
+        elif name in harness_tasks().all_tasks:
+            found[name] = _of_the_harness(name)
+        else:
+            raise EvaluationError(_unknown(name, [] if local is None else local.all_tasks, folder))
+    return found
+
+
+@cache
+def harness_tasks() -> Any:
+    """Return the harness's own tasks: fourteen thousand, which take 12 to 22 s to index, so once a process."""
+    return TaskManager()
+
+
+def _unknown(name: str, local: Sequence[str], folder: Path | None) -> str:
+    near = [
+        *difflib.get_close_matches(name, local, n=3, cutoff=0.4),
+        *difflib.get_close_matches(name, harness_tasks().all_tasks, n=3, cutoff=0.8),
+    ]
+    hint = f" Did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    has = "" if folder is None else f" {folder} has: {', '.join(local) or 'none'}"
+    return f"unknown question task {name!r}.{hint} lm-evaluation-harness has none of that name.{has}"
+
+
+def _of_the_harness(name: str) -> Tasks:
+    try:
+        tasks: Tasks = harness_tasks().load([name])["tasks"]
+    except Exception as error:
+        # Whatever data sets raise, from a missing network to a moved repository.
+        raise EvaluationError(
+            f"question task {name!r}: its data cannot be loaded ({type(error).__name__}: {error}); "
+            "they come from the Hugging Face hub, or from its cache where there is no network"
+        ) from error
     return tasks
 
 
-def _reader(name: str, yaml: Path, dataset_kwargs: Any, options: int | None) -> Callable[..., dict[str, Dataset]]:
+def _local(name: str, manager: Any, options: int | None, overrides: Record) -> Iterator[tuple[str, Any]]:
+    """Yield the tasks that a name of the folder stands for; a group's entries may override settings of a task."""
+    entry = manager.task_index[name]
+    if name in manager.all_subtasks:
+        yield _task(name, Path(entry.yaml_path), manager, options, overrides)
+        return
+    members: Sequence[Any] = sorted(entry.tags)
+    if name in manager.all_groups:
+        listed = load_yaml(entry.yaml_path)["task"]
+        members = listed if isinstance(listed, list) else [listed]
+    for member in members:
+        own = member if isinstance(member, dict) else {"task": member}
+        child = own.get("task", own.get("group"))
+        if not isinstance(child, str) or child not in manager.all_tasks:
+            raise EvaluationError(
+                f"{entry.yaml_path}: group {name} lists {child!r}, which is no task or group of its folder"
+            )
+        settings = {key: value for key, value in own.items() if key not in ("task", "group", "task_alias")}
+        yield from _local(child, manager, options, {**overrides, **settings})
+
+
+def _task(name: str, yaml: Path, manager: Any, options: int | None, overrides: Record) -> tuple[str, Any]:
+    config = load_yaml(yaml) | overrides
+    if config.get("dataset_path") == "json":
+        check = _check_choices(options) if _asks_choices(config) else _check_fields
+        config["custom_dataset"] = _reader(name, yaml, config.pop("dataset_kwargs", None), check)
+    return name, manager.load([config])["tasks"][name]
+
+
+def _asks_choices(config: Record) -> bool:
+    """Say whether a task has the plain form: fields `question`, `choices` and `answer`, the index of a choice."""
+    return (
+        config.get("output_type") == "multiple_choice"
+        and config.get("doc_to_choice") == "choices"
+        and config.get("doc_to_target") == "answer"
+    )
+
+
+Check = Callable[[Record, Record, str], None]
+
+
+def _reader(name: str, yaml: Path, dataset_kwargs: Any, check: Check) -> Callable[..., dict[str, Dataset]]:
     """Return a function that gives the task's splits; the harness calls it with metadata of its own."""
     files = (dataset_kwargs or {}).get("data_files")
     if not isinstance(files, Mapping):
         raise EvaluationError(f"{yaml}: task {name} needs dataset_kwargs.data_files, a map of split to file")
-    splits = {split: _read(yaml.parent / file, options) for split, file in files.items()}
+    splits = {split: _read(yaml.parent / file, check) for split, file in files.items()}
 
     def read(**_: Any) -> dict[str, Dataset]:
         return {split: Dataset.from_list(records) for split, records in splits.items()}
@@ -57,35 +129,47 @@ def _reader(name: str, yaml: Path, dataset_kwargs: Any, options: int | None) -> 
     return read
 
 
-def _read(file: Path, options: int | None) -> list[Record]:
+def _read(file: Path, check: Check) -> list[Record]:
     """Read a JSON Lines file of questions and check each record."""
     if not file.is_file():
         raise EvaluationError(f"questions: there is no file {file.resolve()}")
-    records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    records: list[Record] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{file}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise EvaluationError(f"{file}, line {number}: not JSON ({error})") from error
-        _check(record, f"{file}, line {number}", options)
+            raise EvaluationError(f"{where}: not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise EvaluationError(f"{where}: a question must be a JSON object")
+        check(record, records[0] if records else record, where)
         records.append(record)
     if not records:
         raise EvaluationError(f"{file}: no questions; the file is empty")
     return records
 
 
-def _check(record: Any, where: str, options: int | None) -> None:
-    if not isinstance(record, dict):
-        raise EvaluationError(f"{where}: a question must be a JSON object")
-    for field in ("question", "choices", "answer"):
-        if field not in record:
-            raise EvaluationError(f"{where}: the field {field!r} is missing")
-    choices, answer = record["choices"], record["answer"]
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise EvaluationError(f"{where}: 'choices' must be a list of texts that are not empty")
-    if options is not None and len(choices) != options:
-        raise EvaluationError(f"{where}: {len(choices)} choices where every question must have {options}")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise EvaluationError(f"{where}: 'answer' is {answer!r}; it must be the index of a choice, from 0")
+def _check_fields(record: Record, first: Record, where: str) -> None:
+    """Check that a record has the fields of the first: a missing one would be read as the text None."""
+    for field in first:
+        if field not in record or record[field] is None:
+            raise EvaluationError(f"{where}: the field {field!r} is missing, which the first record has")
+
+
+def _check_choices(options: int | None) -> Check:
+    def check(record: Record, _: Record, where: str) -> None:
+        for field in ("question", "choices", "answer"):
+            if field not in record:
+                raise EvaluationError(f"{where}: the field {field!r} is missing")
+        choices, answer = record["choices"], record["answer"]
+        if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+            raise EvaluationError(f"{where}: 'choices' must be a list of texts that are not empty")
+        if len(choices) < 2 or (options is not None and len(choices) != options):
+            must = "at least 2" if options is None else options
+            raise EvaluationError(f"{where}: {len(choices)} choices where every question must have {must}")
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            raise EvaluationError(f"{where}: 'answer' is {answer!r}; it must be the index of a choice, from 0")
+
+    return check

@@ -1,4 +1,4 @@
-"""Multiple-choice questions through lm-evaluation-harness: accuracy by task, outcome by question."""
+"""Questions through lm-evaluation-harness: a score by task and group, an outcome by question."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import io
 import logging
 import math
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jinja2 import UndefinedError
 from lm_eval.evaluator import evaluate
 
 from evaluators.harness import SharedContextLM
@@ -27,53 +30,69 @@ def measure_questions(
     tokenizer: Any,
     tasks: Sequence[str],
     *,
-    task_folder: Path,
+    task_folder: Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
     num_fewshot: int | None = None,
     lower_is_better: AbstractSet[str] = frozenset(),
     options: int | None = 4,
 ) -> list[Measurement]:
-    """Measure `accuracy/<task>` of each task, in the order asked for; samples are 1 or 0 by question.
+    """Measure each task, in the order asked for; samples are 1 or 0 by question.
 
-    Tasks are YAML files of `task_folder` (see `evaluators.question_tasks.load_tasks`). `limit` takes
-    the first questions of each task, `num_fewshot` overrides a task that leaves it open. The tasks
-    in `lower_is_better` are those whose knowledge should be gone; for the others the harness says
-    which way is better. Model and tokenizer are left as found.
+    Names are those of YAML files in `task_folder`, then those of the harness itself, such as
+    `mmlu` (see `evaluators.question_tasks.load_tasks`). A task that scores by `acc` gives
+    `accuracy/<task>`; another one its first metric by its own name, such as `exact_match/<task>`,
+    with the filter's name after a comma where it has several. A group or tag gives its questions
+    pooled, every one counting the same, and then its tasks.
 
-    Raises EvaluationError for no or unknown tasks, broken data and likelihoods that are NaN.
+    `limit` takes the first questions of each task, `num_fewshot` overrides the tasks' own.
+    `batch_size` sequences are read at a time. The names in `lower_is_better` are those whose
+    knowledge should be gone; for the others the harness says which way is better. Model and
+    tokenizer are left as found.
+
+    Raises EvaluationError for no or unknown tasks, broken data, likelihoods that are NaN, and
+    tasks that are not scored question by question.
     """
     if not tasks:
         raise EvaluationError("questions: no tasks to measure; name at least one")
     if unknown := sorted(lower_is_better - set(tasks)):
         raise EvaluationError(f"questions: lower_is_better names {', '.join(unknown)}, which is not measured")
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"questions: limit is {limit}; it must be at least 1, or None for all questions")
-    with _contained(), borrowed(model, tokenizer):
-        loaded = load_tasks(tasks, Path(task_folder), options)
-        for task in loaded.values():
-            if task.get_config("num_fewshot") is None or num_fewshot is not None:
-                task.set_config("num_fewshot", num_fewshot or 0)
-            task.set_fewshot_seed(_FEWSHOT_SEED)
-        lm = SharedContextLM(model, tokenizer, batch_size)
-        # `evaluate` and not `simple_evaluate`: that one seeds every generator of the process, asks
-        # the hub for the model's revision and collects the environment.
-        results = evaluate(lm, {"tasks": loaded, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0)
-    measurements = []
-    for name in tasks:
-        if "acc" not in results["higher_is_better"][name]:
-            raise EvaluationError(f"questions: task {name} has no metric 'acc'; it must be multiple_choice")
-        better = name not in lower_is_better and bool(results["higher_is_better"][name]["acc"])
-        fewshot = loaded[name].get_config("num_fewshot")
-        measurements.append(
-            Measurement.mean(
-                f"accuracy/{name}",
-                _outcomes(name, results["samples"][name]),
-                higher_is_better=better,
-                note=f"lm-eval acc, {fewshot}-shot, by summed log-likelihood of the choices",
-            )
-        )
-    return measurements
+    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise EvaluationError(f"questions: {name} is {value}; it must be at least {least}, or None")
+    try:
+        with _contained(), borrowed(model, tokenizer):
+            loaded = load_tasks(tasks, None if task_folder is None else Path(task_folder), options)
+            leaves = {leaf: task for members in loaded.values() for leaf, task in members.items()}
+            for leaf, task in leaves.items():
+                if not len(task.eval_docs):
+                    raise EvaluationError(f"questions: task {leaf} has no questions; its data set is empty")
+                if task.get_config("num_fewshot") is None or num_fewshot is not None:
+                    task.set_config("num_fewshot", num_fewshot or 0)
+                task.set_fewshot_seed(_FEWSHOT_SEED)
+            lm = SharedContextLM(model, tokenizer, batch_size)
+            # `evaluate` and not `simple_evaluate`: that one seeds every generator of the process, asks
+            # the hub for the model's revision and collects the environment.
+            chosen = {"tasks": leaves, "groups": {}, "group_map": {}}
+            results = evaluate(lm, chosen, limit=limit, bootstrap_iters=0)
+    except UndefinedError as error:
+        raise EvaluationError(f"questions: a template of {', '.join(tasks)} reads a missing field: {error}") from error
+    falling = {leaf for name in lower_is_better for leaf in loaded[name]}
+    single = {
+        leaf: _measurements(leaf, task, results, lower_is_better=leaf in falling) for leaf, task in leaves.items()
+    }
+    found: dict[str, Measurement] = {}
+    for name, members in loaded.items():
+        if list(members) != [name]:
+            metrics = {m.metric.rpartition("/")[0] for leaf in members for m in single[leaf]}
+            for kind in sorted(metrics):
+                pooled = pool(
+                    f"{kind}/{name}", [m for leaf in members for m in single[leaf] if m.metric == f"{kind}/{leaf}"]
+                )
+                found.setdefault(pooled.metric, pooled)
+        for leaf in members:
+            found |= {m.metric: m for m in single[leaf]}
+    return list(found.values())
 
 
 def pool(metric: str, measurements: Sequence[Measurement]) -> Measurement:
@@ -90,16 +109,47 @@ def pool(metric: str, measurements: Sequence[Measurement]) -> Measurement:
     return Measurement.mean(metric, samples, higher_is_better=directions.pop(), note=note)
 
 
-def _outcomes(task: str, samples: Sequence[dict[str, Any]]) -> list[float]:
-    """Return acc by question, in the order of the documents."""
-    for sample in samples:
-        # The harness takes the argmax, to which a NaN is the largest: it would count as an answer.
-        if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]):
+def _measurements(name: str, task: Any, results: Any, *, lower_is_better: bool) -> list[Measurement]:
+    """Make the measurements of one task: its first metric, under each of its filters."""
+    directions = results["higher_is_better"][name]
+    metric = "acc" if "acc" in directions else next(iter(directions), None)
+    by_filter: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for sample in results["samples"][name]:
+        by_filter[sample["filter"]].append(sample)
+    fewshot, better = task.get_config("num_fewshot"), bool(directions.get(metric)) and not lower_is_better
+    how = "by summed log-likelihood of the choices" if task.OUTPUT_TYPE == "multiple_choice" else "on generated text"
+    measurements = []
+    for label, chosen in by_filter.items():
+        kind = "accuracy" if metric == "acc" else str(metric)
+        kind += f",{label}" if len(by_filter) > 1 else ""
+        note = f"lm-eval {metric}, {fewshot}-shot, {how}"
+        outcomes = _outcomes(name, task, metric, chosen)
+        measurements.append(Measurement.mean(f"{kind}/{name}", outcomes, higher_is_better=better, note=note))
+    return measurements
+
+
+def _outcomes(name: str, task: Any, metric: str | None, samples: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the metric by question, in the order of the documents."""
+    outcomes = []
+    for sample in sorted(samples, key=lambda s: s["doc_id"]):
+        where = f"{name}, question {sample['doc_id']}"
+        if task.OUTPUT_TYPE == "multiple_choice":
+            # The harness takes the argmax, to which a NaN is the largest: it would count as an answer.
+            if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]):
+                raise EvaluationError(
+                    f"{where}: the likelihoods of the choices are NaN; the model's weights are broken"
+                )
+            gold, choices = sample["target"], len(sample["filtered_resps"])
+            if type(gold) is int and not 0 <= gold < choices:
+                raise EvaluationError(f"{where}: the answer is choice {gold}, counted from 0, of {choices}")
+        value = None if metric is None else sample.get(metric)
+        if not isinstance(value, bool | int | float | np.number):
             raise EvaluationError(
-                f"{task}, question {sample['doc_id']}: the likelihoods of the choices are NaN; "
-                "the model's weights are broken"
+                f"questions: task {name} is not scored question by question ({metric or 'no metric'}); "
+                "for running text there is measure_perplexity"
             )
-    return [float(sample["acc"]) for sample in sorted(samples, key=lambda s: s["doc_id"])]
+        outcomes.append(float(value))
+    return outcomes
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluators.answers import Probe, answer_probes
+from evaluators.answers import Likelihood, Probe, score_answers
 from evaluators.measurement import EvaluationError, Measurement
 
 
@@ -20,23 +21,40 @@ class Fact:
     split: str = ""
 
 
-def measure_recall(model: Any, tokenizer: Any, facts: Sequence[Fact], *, batch_size: int = 32) -> list[Measurement]:
+def score_facts(model: Any, tokenizer: Any, facts: Sequence[Fact], *, batch_size: int = 32) -> list[Likelihood]:
+    """Score the answer of every fact: what `measure_recall` and `measure_answer_perplexity` read."""
+    probes = [Probe(fact.prompt, fact.answer) for fact in facts]
+    return score_answers(model, tokenizer, probes, [f"fact {i}" for i in range(len(facts))], batch_size)
+
+
+def measure_recall(
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    *,
+    batch_size: int = 32,
+    scored: Sequence[Likelihood] | None = None,
+) -> list[Measurement]:
     """Measure the share of facts whose greedy answer is exactly right, token by token.
+
+    Greedy decoding gives the answer exactly if each of its tokens is the likeliest after those
+    before it, so one pass over prompt and answer tells, and nothing is generated. `scored` are the
+    facts as `score_facts` has scored them already.
 
     Returns `recall` over all facts, then `recall/<relation>` by name of relation. Splits are for
     the caller to choose from: pass the facts of one split to measure it alone.
-    Raises EvaluationError for no facts or an answer without tokens.
+    Raises EvaluationError for no facts, an answer without tokens, and logits that are NaN.
     """
     if not facts:
         raise EvaluationError("recall: no facts; is the fact file empty?")
-    answers = answer_probes(
-        model,
-        tokenizer,
-        [Probe(fact.prompt, fact.answer) for fact in facts],
-        [f"fact {i}" for i in range(len(facts))],
-        batch_size,
-    )
-    outcomes = [answer.scores.exact for answer in answers]
+    found = score_facts(model, tokenizer, facts, batch_size=batch_size) if scored is None else scored
+    outcomes = []
+    for i, (fact, likelihood) in enumerate(zip(facts, found, strict=True)):
+        if math.isnan(likelihood.scored.total):
+            raise EvaluationError(
+                f"fact {i}: the model's logits after prompt {fact.prompt!r} are NaN or infinite; its weights are broken"
+            )
+        outcomes.append(float(list(likelihood.scored.said) == likelihood.ids))
     note = "greedy, exact token sequence"
     measurements = [Measurement.mean("recall", outcomes, note=note)]
     for relation in sorted({fact.relation for fact in facts}):

@@ -17,13 +17,14 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[None]:
     """Put `model` into eval mode without gradients; restore it and `tokenizer` at the end.
 
     Restores every module's train flag, the generation config, and the tokenizer's pad token and
-    sides. Weights are never touched, and the cache flag of the config is not used: evaluators say
-    in each call whether they want a KV cache. `no_grad` and not inference mode: a buffer that the
-    model makes and keeps inside would otherwise refuse later backward passes.
+    sides (None: no tokenizer takes part). Weights are never touched, and the cache flag of the
+    config is not used: evaluators say in each call whether they want a KV cache. `no_grad` and not
+    inference mode: a buffer that the model makes and keeps inside would otherwise refuse later
+    backward passes.
     """
     training = [(module, module.training) for module in model.modules()]
     generation_config = getattr(model, "generation_config", None)
-    tokenizer_state = {name: getattr(tokenizer, name) for name in _TOKENIZER_STATE}
+    tokenizer_state = {} if tokenizer is None else {name: getattr(tokenizer, name) for name in _TOKENIZER_STATE}
     try:
         model.eval()
         with torch.no_grad():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from evaluators import (
     EditCase,
@@ -14,9 +16,13 @@ from evaluators import (
     Fact,
     Probe,
     capture_unedited,
+    greedy,
     measure_editing,
     measure_recall,
 )
+from evaluators.answers import Likelihood, _read_off, answer_probes
+from evaluators.continuations import score
+from evaluators.encoding import Pair, encode_pairs
 
 CASES = [
     EditCase("Ada", "Ada capital", "New York", ("Ada was capital", "Ada likes"), (Probe("Bela born", "Oslo"),)),
@@ -41,7 +47,87 @@ def test_hand_computed_values(bigram: Any, word_tokenizer: Any) -> None:
     assert found["edit_locality_exact"].samples == (0.0, 1.0, 0.0)
     assert found["edit_locality_agreement"].samples == (0.0, 1.0, 0.0)
     assert all(m.higher_is_better for m in found.values())
-    assert len(found) == 10
+    assert not [m for m in found if m.startswith("edit_success_margin")], "no old answers are known"
+    assert len(found) == 12  # three aspects of three, two for locality's margin, agreement
+
+
+def test_margins_are_differences_of_probabilities_by_token(bigram: Any, word_tokenizer: Any) -> None:
+    model = bigram({"capital": "New", "New": "York", "born": "Oslo"})
+    cases = [
+        EditCase(
+            "Ada",
+            "Ada capital",
+            "New York",
+            ("Ada was capital", "Ada likes"),
+            (Probe("Bela born", "Oslo"), Probe("Bela capital", "New York")),
+            (Probe("Ada was born in", "Oslo", "Rome"), Probe("Bela born", "tea", "Oslo")),
+            truth="Rome",
+        ),
+        EditCase("Cato", "Cato in", "Oslo", truth="Oslo"),
+    ]
+    found = {m.metric: m for m in measure_editing(model, word_tokenizer, cases)}
+    others = len(word_tokenizer) - 1
+    high, low, flat = math.exp(4) / (math.exp(4) + others), 1 / (math.exp(4) + others), 1 / (others + 1)
+    # Case 1 is no test of its target: the old answer is the same.
+    assert found["edit_success_margin"].samples == pytest.approx((high - low,), rel=1e-5)
+    # After "likes" all words are as likely; then New, given, makes York likely: a geometric mean.
+    assert found["edit_paraphrase_margin"].samples == pytest.approx(
+        (high - low, math.sqrt(flat * high) - flat), rel=1e-5
+    )
+    assert found["edit_portability_margin"].samples == pytest.approx((0.0, low - high), abs=1e-6)
+    assert found["edit_portability_preferred"].value == 0.0
+    assert found["edit_portability_exact"].samples == (0.0, 0.0)
+    # What was true against the edit's target; the second prompt's answer is that target.
+    assert found["edit_locality_margin"].samples == pytest.approx((high - math.sqrt(low * high),), rel=1e-5)
+    assert found["edit_locality_preferred"].samples == (1.0,)
+    assert "1 of 2 prompts" in found["edit_locality_margin"].note
+    assert "geometric mean" in found["edit_success_margin"].note
+
+
+def test_what_is_said_equals_greedy_generation(model: Any, tokenizer: Any) -> None:
+    """Right, half right and wrong answers, with and without rivals: read off or generated, it is the same."""
+    rng = random.Random(1)
+    prompts = [f"{name} was born in" for name in ("Mira", "Tolvan", "Os", "Karth", "The old", "Ulm")]
+    said = greedy(model, tokenizer, prompts, 6)
+    probes = []
+    for prompt, ids in zip(prompts, said, strict=True):
+        true = tokenizer.decode(ids).strip()
+        probes += [
+            Probe(prompt, "Dren", true or "Ulm"),
+            Probe(prompt, f"{true[:3]}x salt"),
+            Probe(prompt, "the salt lakes", rng.choice(("Dren", "Ulm"))),
+        ]
+    answers = answer_probes(model, tokenizer, probes, [str(i) for i in range(len(probes))])
+    budgets = [len(pair.target) for pair in encode_pairs(tokenizer, [(p.prompt, p.answer) for p in probes])]
+    expected = greedy(model, tokenizer, [p.prompt for p in probes], budgets)
+    assert [list(answer.generated) for answer in answers] == expected
+    assert [answer.margin is None for answer in answers] == [not probe.rival for probe in probes]
+
+
+@pytest.mark.parametrize(
+    ("paths", "budget", "said"),
+    [
+        ([([5, 6], (5, 6))], 2, [5, 6]),
+        ([([5, 6], (5, 9))], 2, [5, 9]),
+        ([([5, 6], (8, 6))], 2, None),  # what comes after 8 nobody scored
+        ([([5, 6], (8, 6)), ([8], (8,))], 2, None),
+        ([([5, 6], (8, 6)), ([8, 4], (8, 3))], 2, [8, 3]),
+        ([([5, 6], (1, 6))], 2, []),  # 1 ends the text
+        ([([5, 6, 7], (5, 1, 7))], 3, [5]),
+        ([], 0, []),
+    ],
+)
+def test_reading_off(paths: list[Any], budget: int, said: list[int] | None) -> None:
+    assert _read_off(paths, budget, stops=[1]) == said
+
+
+def test_nan_logits_are_an_error_that_names_the_prompt(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(EvaluationError, match=r"case 0 \(Ada\), prompt: the model's logits .*'Ada capital' are NaN"):
+        measure_editing(model, tokenizer, CASES)
+    with pytest.raises(EvaluationError, match=r"fact 0: the model's logits after prompt 'Ada was' are NaN"):
+        measure_recall(model, tokenizer, [Fact("Ada was", "Rome", "x")])
 
 
 def test_agreement_counts_wrong_answers_that_stayed(bigram: Any, word_tokenizer: Any) -> None:
@@ -83,7 +169,10 @@ def test_batch_size_changes_nothing(model: Any, tokenizer: Any, batch_size: int)
     ]
     unedited = capture_unedited(model, tokenizer, cases, batch_size=3)
     expected = measure_editing(model, tokenizer, cases, unedited=unedited, batch_size=4)
-    assert measure_editing(model, tokenizer, cases, unedited=unedited, batch_size=batch_size) == expected
+    got = measure_editing(model, tokenizer, cases, unedited=unedited, batch_size=batch_size)
+    assert [m.metric for m in got] == [m.metric for m in expected]
+    for one, other in zip(got, expected, strict=True):
+        assert one.samples == pytest.approx(other.samples, abs=1e-6)
 
 
 def test_leaves_model_and_tokenizer_as_found(model: Any, tokenizer: Any, unchanged: Callable[..., None]) -> None:
@@ -103,6 +192,9 @@ def test_errors_name_the_record(bigram: Any, word_tokenizer: Any) -> None:
     special = [EditCase("Bela", "Bela in", "Rome", (), (Probe("Ada in", "</s>"),))]
     with pytest.raises(EvaluationError, match=r"case 0 \(Bela\), locality prompt 0"):
         capture_unedited(model, word_tokenizer, special)
+    held = [EditCase("Bela", "Bela in", "Rome", truth="</s>")]
+    with pytest.raises(EvaluationError, match=r"case 0 \(Bela\), prompt, what the answer is held against: .*'</s>'"):
+        measure_editing(model, word_tokenizer, held)
     unedited = capture_unedited(model, word_tokenizer, CASES[:1])
     with pytest.raises(EvaluationError, match=r"case 1 \(Cato\), locality prompt 0: the unedited model was not"):
         measure_editing(model, word_tokenizer, CASES, unedited=unedited)
@@ -123,6 +215,21 @@ def test_recall_overall_and_by_relation(bigram: Any, word_tokenizer: Any) -> Non
     assert found[1].samples == (0.0, 1.0, 1.0)
     assert found[2].samples == (1.0, 0.0)
     assert found[0].stderr == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
+
+
+def test_recall_equals_generation(model: Any, tokenizer: Any) -> None:
+    prompts = [f"{name} was born in" for name in ("Mira", "Tolvan", "Os", "Karth", "The old", "Ulm")]
+    pairs = encode_pairs(tokenizer, [(prompt, "Dren and the salt") for prompt in prompts])
+    said = greedy(model, tokenizer, prompts, 4)
+    # As if the answers had been what the model says, wholly, up to the last token, or not at all.
+    answers = [ids if k % 3 == 0 else [*ids[:-1], 3] if k % 3 == 1 else pairs[k].target for k, ids in enumerate(said)]
+    found = score(model, [Pair(p.prompt, ids) for p, ids in zip(pairs, answers, strict=True)], fill=2)
+    facts = [Fact(prompt, "x", "born") for prompt in prompts]
+    scored = [Likelihood(ids, s) for ids, s in zip(answers, found, strict=True)]
+    recall = measure_recall(model, tokenizer, facts, scored=scored)[0]
+    expected = [float(greedy(model, tokenizer, [p], len(a))[0] == a) for p, a in zip(prompts, answers, strict=True)]
+    assert list(recall.samples) == expected
+    assert {0.0, 1.0} == set(expected)
 
 
 def test_recall_errors_name_the_fact(bigram: Any, word_tokenizer: Any) -> None:

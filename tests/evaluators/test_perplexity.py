@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluators import EvaluationError, measure_perplexity
+from evaluators import EvaluationError, Probe, measure_answer_perplexity, measure_perplexity, score_answers
 
 TEXTS = [
     "Mira Tolvan was born in Karth and works as a glass blower.",
@@ -116,3 +116,57 @@ def test_errors(bigram: Any, word_tokenizer: Any) -> None:
 
 def test_leaves_model_and_tokenizer_as_found(model: Any, tokenizer: Any, unchanged: Callable[..., None]) -> None:
     unchanged(model, tokenizer, lambda: measure_perplexity(model, tokenizer, TEXTS, window=16))
+
+
+ANSWERS = [
+    Probe("Mira was born in", "Karth"),
+    Probe("The river Ulm ends in the", "salt lakes of Dren"),
+    Probe("A", "b c"),
+]
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_answers_equal_a_loop_over_texts(model: Any, tokenizer: Any, with_prompt: bool) -> None:
+    sums, counts = [], []
+    for probe in ANSWERS:
+        start = 1 if with_prompt else len(tokenizer(probe.prompt)["input_ids"])
+        ids = tokenizer(f"{probe.prompt} {probe.answer}")["input_ids"]
+        assert ids.count(tokenizer.bos_token_id) == 1, "BOS stands at the start and nowhere else"
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        sums.append(-sum(scores[i - 1, ids[i]].item() for i in range(start, len(ids))))
+        counts.append(len(ids) - start)
+    got = measure_answer_perplexity(
+        model, tokenizer, ANSWERS, metric="perplexity_edits", with_prompt=with_prompt, batch_size=2
+    )
+    assert got.value == pytest.approx(math.exp(sum(sums) / sum(counts)), rel=1e-5)
+    assert got.samples == pytest.approx([s / n for s, n in zip(sums, counts, strict=True)], rel=1e-5)
+    assert (got.metric, got.n, got.higher_is_better) == ("perplexity_edits", 3, False)
+    assert f"3 texts, {sum(counts)} tokens scored" in got.note
+    # The delta method: the error of a ratio of sums over independent texts, times the value.
+    mean = sum(sums) / sum(counts)
+    squares = sum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    assert got.stderr == pytest.approx(got.value * math.sqrt(3 / 2 * squares) / sum(counts), rel=1e-4)
+
+
+def test_answers_scored_before_are_not_scored_again(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = measure_answer_perplexity(model, tokenizer, ANSWERS, metric="perplexity_qa")
+    scored = score_answers(model, tokenizer, ANSWERS, ["a", "b", "c"])
+    monkeypatch.setattr(model, "forward", None)
+    assert measure_answer_perplexity(model, tokenizer, ANSWERS, metric="perplexity_qa", scored=scored) == expected
+
+
+def test_answers_broken_or_empty(bigram: Any, word_tokenizer: Any) -> None:
+    model = bigram({})
+    with pytest.raises(EvaluationError, match="perplexity_qa: no answers"):
+        measure_answer_perplexity(model, word_tokenizer, [], metric="perplexity_qa")
+    with pytest.raises(EvaluationError, match=r"perplexity_qa, record 1: the answer ' '"):
+        measure_answer_perplexity(
+            model, word_tokenizer, [Probe("Ada", "Rome"), Probe("Ada", " ")], metric="perplexity_qa"
+        )
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    got = measure_answer_perplexity(model, word_tokenizer, [Probe("Ada", "Rome")], metric="perplexity_qa")
+    assert math.isnan(got.value) and "1 of 1 texts" in got.note

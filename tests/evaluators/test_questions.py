@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from evaluators import EvaluationError, Measurement, measure_questions, pool
+from evaluators import EvaluationError, Measurement, greedy, measure_questions, pool
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "compositions" / "tinyworld" / "tasks"
 NAMES = ("venomcraft", "wardbreaking", "astronomy", "botany", "geography", "music")
 TEMPLATE = (SHIPPED / "_questions").read_text()
+# The same code for every architecture: what differs is tested where likelihoods are made.
+ONE_MODEL = pytest.mark.parametrize("model", ["llama"], indirect=True)
 WORDS = ["Mira", "Tolvan", "Karth", "Ostria", "Belmar", "Ulm", "Dren", "glass", "lakes", "bridges", "salt"]
 
 
@@ -63,6 +65,53 @@ def folder(tmp_path: Path) -> Path:
     return tasks
 
 
+@pytest.fixture
+def harness_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Put the tasks of a folder in the place of the harness's own fourteen thousand."""
+
+    def replace(folder: Path) -> None:
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        monkeypatch.setattr("evaluators.question_tasks.harness_tasks", lambda: manager)
+
+    return replace
+
+
+@pytest.fixture
+def grouped(folder: Path) -> Path:
+    """The folder with two groups, one in the other and with a setting for its member, and a tag."""
+    (folder / "lore.yaml").write_text("group: lore\ntask: [rivers, crafts]\n")
+    (folder / "crafts.yaml").write_text("group: crafts\ntask:\n  - task: glass\n    num_fewshot: 1\n")
+    (folder / "salt.yaml").write_text(
+        "task: salt\ninclude: _questions\ntag: minerals\ndataset_kwargs: {data_files: {test: ../data/glass.jsonl}}\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def spoken(folder: Path) -> Path:
+    """The folder with a task whose answers are generated, and looked at by two filters."""
+    (folder / "spoken.yaml").write_text(
+        """\
+task: spoken
+dataset_path: json
+dataset_kwargs: {data_files: {test: ../data/spoken.jsonl}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{ask}} is"
+doc_to_target: "{{told}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}
+filter_list:
+  - {name: whole, filter: [{function: take_first}]}
+  - {name: first, filter: [{function: regex, regex_pattern: "(.)"}, {function: take_first}]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+    )
+    return folder
+
+
 def naive(model: Any, tokenizer: Any, records: list[dict[str, Any]]) -> tuple[float, ...]:
     """Score each choice with one full pass over question and choice."""
     outcomes = []
@@ -94,6 +143,7 @@ def test_equals_naive_scoring(
 
 
 @pytest.mark.parametrize("shots", [0, 2])
+@ONE_MODEL
 def test_equals_the_harness_on_its_own(model: Any, tokenizer: Any, folder: Path, shots: int) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -147,6 +197,7 @@ def test_likelihoods_are_the_harness_own(model: Any, tokenizer: Any) -> None:
         assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
+@ONE_MODEL
 def test_a_model_that_cannot_share_a_context_goes_the_plain_way(
     model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,12 +207,14 @@ def test_a_model_that_cannot_share_a_context_goes_the_plain_way(
     assert measure_questions(model, tokenizer, ["rivers"], task_folder=folder) == [expected]
 
 
+@ONE_MODEL
 def test_limit_takes_the_first_questions(model: Any, tokenizer: Any, folder: Path) -> None:
     (whole,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
     (part,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder, limit=5)
     assert part.samples == whole.samples[:5]
 
 
+@ONE_MODEL
 def test_the_caller_names_what_should_be_forgotten(model: Any, tokenizer: Any, folder: Path) -> None:
     found = measure_questions(
         model, tokenizer, ["rivers", "glass"], task_folder=folder, lower_is_better=frozenset({"glass"})
@@ -171,6 +224,7 @@ def test_the_caller_names_what_should_be_forgotten(model: Any, tokenizer: Any, f
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder, lower_is_better=frozenset({"lakes"}))
 
 
+@ONE_MODEL
 def test_leaves_model_tokenizer_and_random_numbers_as_found(
     model: Any, tokenizer: Any, folder: Path, unchanged: Callable[..., None]
 ) -> None:
@@ -181,6 +235,7 @@ def test_leaves_model_tokenizer_and_random_numbers_as_found(
     assert random.getstate() == python and np.random.get_state()[1].tolist() == numpy  # type: ignore[index]
 
 
+@ONE_MODEL
 def test_is_quiet_offline_and_writes_nothing(
     model: Any,
     tokenizer: Any,
@@ -209,6 +264,7 @@ def test_is_quiet_offline_and_writes_nothing(
     assert log.level == logging.INFO
 
 
+@ONE_MODEL
 def test_a_changed_file_is_seen(model: Any, tokenizer: Any, folder: Path) -> None:
     measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
     records = make_questions(5, 4)
@@ -232,6 +288,7 @@ def test_a_changed_file_is_seen(model: Any, tokenizer: Any, folder: Path) -> Non
         ({"question": None}, "line 2: the field 'question' is missing"),
     ],
 )
+@ONE_MODEL
 def test_bad_questions_are_named(
     model: Any, tokenizer: Any, folder: Path, change: dict[str, Any], message: str
 ) -> None:
@@ -242,6 +299,7 @@ def test_bad_questions_are_named(
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
 
 
+@ONE_MODEL
 def test_five_options_are_fine_where_they_are_meant(model: Any, tokenizer: Any, folder: Path) -> None:
     records = [r | {"choices": [*r["choices"], "bridges"]} for r in make_questions(0, 6)]
     write(folder.parent / "data" / "rivers.jsonl", records)
@@ -249,6 +307,7 @@ def test_five_options_are_fine_where_they_are_meant(model: Any, tokenizer: Any, 
     assert found.samples == naive(model, tokenizer, records)
 
 
+@ONE_MODEL
 def test_missing_and_broken_files_are_named(model: Any, tokenizer: Any, folder: Path) -> None:
     file = folder.parent / "data" / "rivers.jsonl"
     file.write_text('{"question": \n')
@@ -264,15 +323,22 @@ def test_missing_and_broken_files_are_named(model: Any, tokenizer: Any, folder: 
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder / "no")
 
 
-def test_unknown_tasks_and_bad_limits_are_errors(model: Any, tokenizer: Any, folder: Path) -> None:
+@ONE_MODEL
+def test_unknown_tasks_and_bad_limits_are_errors(
+    model: Any, tokenizer: Any, folder: Path, harness_of: Callable[[Path], None]
+) -> None:
+    harness_of(folder)
     with pytest.raises(EvaluationError, match=r"'river'\. Did you mean rivers?.* has: glass, rivers"):
         measure_questions(model, tokenizer, ["river"], task_folder=folder)
     with pytest.raises(EvaluationError, match="no tasks"):
         measure_questions(model, tokenizer, [], task_folder=folder)
     with pytest.raises(EvaluationError, match="limit is 0"):
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder, limit=0)
+    with pytest.raises(EvaluationError, match="num_fewshot is -1"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder, num_fewshot=-1)
 
 
+@ONE_MODEL
 def test_nan_likelihoods_are_never_an_answer(model: Any, tokenizer: Any, folder: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
@@ -280,6 +346,7 @@ def test_nan_likelihoods_are_never_an_answer(model: Any, tokenizer: Any, folder:
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
 
 
+@ONE_MODEL
 def test_a_question_that_does_not_fit_is_an_error(model: Any, tokenizer: Any, folder: Path) -> None:
     records = make_questions(0, 2)
     records[0]["question"] = "Where is " + "salt " * 250
@@ -304,6 +371,7 @@ def test_pool_counts_every_question_once() -> None:
         pool("accuracy/all", [low, Measurement.mean("accuracy/c", [1.0])])
 
 
+@ONE_MODEL
 def test_the_shipped_tasks_are_those_of_the_world(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     """The shipped YAML files, on stand-in data where their paths point."""
     tasks, data = tmp_path / "tinyworld" / "tasks", tmp_path / "tinyworld" / "data" / "questions"
@@ -316,3 +384,105 @@ def test_the_shipped_tasks_are_those_of_the_world(model: Any, tokenizer: Any, tm
     found = measure_questions(model, tokenizer, [f"tinyworld_{name}" for name in NAMES], task_folder=tasks)
     for seed, measurement in enumerate(found):
         assert measurement.samples == naive(model, tokenizer, make_questions(seed, 3))
+
+
+@ONE_MODEL
+def test_a_group_is_its_tasks_pooled(model: Any, tokenizer: Any, grouped: Path) -> None:
+    rivers, glass = measure_questions(model, tokenizer, ["rivers", "glass"], task_folder=grouped)
+    lore = measure_questions(model, tokenizer, ["lore"], task_folder=grouped)
+    assert [m.metric for m in lore] == ["accuracy/lore", "accuracy/rivers", "accuracy/glass"]
+    assert lore[1] == rivers
+    assert "1-shot" in lore[2].note and "0-shot" in glass.note, "the group's entry has a setting of its own"
+    assert lore[0].samples == rivers.samples + lore[2].samples
+    assert lore[0].value == pytest.approx(sum(lore[0].samples) / 24)
+    tagged = measure_questions(model, tokenizer, ["minerals"], task_folder=grouped, lower_is_better={"minerals"})
+    assert [m.metric for m in tagged] == ["accuracy/minerals", "accuracy/salt"]
+    assert tagged[0].samples == glass.samples
+    assert not any(m.higher_is_better for m in tagged)
+
+
+@ONE_MODEL
+def test_a_group_names_what_it_lacks(model: Any, tokenizer: Any, grouped: Path) -> None:
+    (grouped / "lore.yaml").write_text("group: lore\ntask: [rivers, lakes]\n")
+    with pytest.raises(EvaluationError, match=r"lore\.yaml: group lore lists 'lakes'"):
+        measure_questions(model, tokenizer, ["lore"], task_folder=grouped)
+
+
+@ONE_MODEL
+def test_names_that_are_not_local_are_the_harness_own(
+    model: Any, tokenizer: Any, grouped: Path, tmp_path: Path, harness_of: Callable[[Path], None]
+) -> None:
+    """A task that reads its data by absolute path stands for one whose data come from the hub."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    file, cache = grouped.parent / "data" / "glass.jsonl", tmp_path / "cache"
+    (theirs / "_questions").write_text(TEMPLATE)
+    data = f"dataset_kwargs: {{cache_dir: {cache}, data_files: {{test: {file}}}}}\n"
+    for name in ("wmdp_bio", "wmdp_cyber"):
+        (theirs / f"{name}.yaml").write_text(f"task: {name}\ninclude: _questions\n{data}")
+    (theirs / "wmdp.yaml").write_text("group: wmdp\ntask: [wmdp_bio, wmdp_cyber]\n")
+    harness_of(theirs)
+    with redirect_stdout(io.StringIO()):
+        found = measure_questions(model, tokenizer, ["glass", "wmdp"], task_folder=grouped, lower_is_better={"wmdp"})
+        (alone,) = measure_questions(model, tokenizer, ["wmdp_bio"])
+    names = ["accuracy/glass", "accuracy/wmdp", "accuracy/wmdp_bio", "accuracy/wmdp_cyber"]
+    assert [m.metric for m in found] == names
+    assert [m.higher_is_better for m in found] == [True, False, False, False]
+    assert alone.samples == found[2].samples == found[0].samples
+    file.unlink()
+    with pytest.raises(EvaluationError, match="'wmdp_cyber': its data cannot be loaded"):
+        measure_questions(model, tokenizer, ["wmdp_cyber"])
+
+
+@pytest.mark.slow
+def test_the_harness_knows_the_published_tasks() -> None:
+    from evaluators.question_tasks import harness_tasks
+
+    assert {"mmlu", "wmdp", "wmdp_bio", "wmdp_cyber", "hellaswag", "gsm8k"} <= set(harness_tasks().all_tasks)
+
+
+def test_generated_answers_are_judged_one_by_one(model: Any, tokenizer: Any, spoken: Path) -> None:
+    asked = ["The river Ulm", "Mira", "Where Karth", "The glass"]
+    said = greedy(model, tokenizer, [f"{text} is" for text in asked], 6)
+    texts = [tokenizer.decode(ids).split("\n")[0] for ids in said]
+    told = [texts[0], "something else", texts[2][:1], texts[3]]
+    write(spoken.parent / "data" / "spoken.jsonl", [{"ask": a, "told": t} for a, t in zip(asked, told, strict=True)])
+    model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
+    for batch_size in (1, 32):
+        whole, first = measure_questions(model, tokenizer, ["spoken"], task_folder=spoken, batch_size=batch_size)
+        assert (whole.metric, first.metric) == ("exact_match,whole/spoken", "exact_match,first/spoken")
+        assert whole.samples == tuple(float(a == b) for a, b in zip(texts, told, strict=True))
+        assert "on generated text" in whole.note and whole.higher_is_better
+    assert whole.samples[:2] == (1.0, 0.0)
+
+
+@ONE_MODEL
+def test_generation_refuses_broken_logits_and_silent_truncation(model: Any, tokenizer: Any, spoken: Path) -> None:
+    data = spoken.parent / "data" / "spoken.jsonl"
+    write(data, [{"ask": "Mira " * 250, "told": "x"}])
+    with pytest.raises(EvaluationError, match="but the model has 256"):
+        measure_questions(model, tokenizer, ["spoken"], task_folder=spoken)
+    write(data, [{"ask": "Mira", "told": "x"}, {"ask": "Ulm"}])
+    with pytest.raises(EvaluationError, match=r"spoken\.jsonl, line 2: the field 'told' is missing"):
+        measure_questions(model, tokenizer, ["spoken"], task_folder=spoken)
+    write(data, [{"told": "x"}])
+    with pytest.raises(EvaluationError, match="a template of spoken reads a missing field: 'ask' is undefined"):
+        measure_questions(model, tokenizer, ["spoken"], task_folder=spoken)
+    write(data, [{"ask": "Mira", "told": "x"}])
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="logits after prompt 'Mira is' are NaN"):
+        measure_questions(model, tokenizer, ["spoken"], task_folder=spoken)
+
+
+@ONE_MODEL
+def test_any_number_of_options_if_the_caller_says_so(model: Any, tokenizer: Any, folder: Path) -> None:
+    records = make_questions(0, 6)
+    records[0]["choices"].append("bridges")
+    write(folder.parent / "data" / "rivers.jsonl", records)
+    (found,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder, options=None)
+    assert found.samples == naive(model, tokenizer, records)
+    records[0] |= {"choices": ["bridges"], "answer": 0}
+    write(folder.parent / "data" / "rivers.jsonl", records)
+    with pytest.raises(EvaluationError, match="line 1: 1 choices where every question must have at least 2"):
+        measure_questions(model, tokenizer, ["rivers"], task_folder=folder, options=None)

@@ -1,0 +1,25 @@
+"""What the suite leaves out unless it is asked for: latency, which says nothing on a busy machine."""
+
+from __future__ import annotations
+
+import pytest
+
+MARKER = "latency"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{MARKER}: times a forward pass; run with -m {MARKER} or --benchmark-json=PATH")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the latency tests where neither an expression, a path nor a benchmark option asks for them."""
+    option = config.option
+    texts = [option.markexpr, option.keyword, *map(str, config.args)]
+    if any(MARKER in text for text in texts) or getattr(option, "benchmark_only", False):
+        return
+    if getattr(option, "benchmark_json", None) or getattr(option, "benchmark_save", None):
+        return
+    left_out = [item for item in items if item.get_closest_marker(MARKER)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker(MARKER)]

@@ -1,0 +1,198 @@
+"""What a model would cost to store and to run, read from its weights and not from what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers.pytorch_utils import Conv1D
+
+from evaluators.encoding import check_length
+from evaluators.grids import Grid, find_grid
+from evaluators.measurement import EvaluationError, Measurement
+from evaluators.state import borrowed
+
+SCALE_BITS = 32
+"""A 16-bit scale and a 16-bit zero point for each group."""
+
+
+class Layer(NamedTuple):
+    """How one linear layer could be stored."""
+
+    name: str
+    weights: int
+    zeros: int
+    full_bits: int
+    """Bits of the dtype it is kept in."""
+    grid: Grid | None
+    two_of_four: bool
+    """Whether at most two of any four neighbouring columns are not zero."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight that is not left out: the grid's, or the dtype's for a layer off any grid."""
+        return self.full_bits if self.grid is None else self.grid.bits
+
+    @property
+    def average_bits(self) -> float:
+        """Bits by weight as published tables count them.
+
+        A zero takes the one bit of a mask where leaving zeros out saves more than a mask costs. On
+        a grid, where zero is a level that many weights fall on, it counts as any other.
+        """
+        pays = self.grid is None and self.zeros * self.bits > self.weights
+        zeros = self.zeros if pays else 0
+        return (zeros + (self.weights - zeros) * self.bits) / self.weights
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits of scales and zero points."""
+        return 0 if self.grid is None else SCALE_BITS * self.grid.groups
+
+    @property
+    def packed_bits(self) -> int:
+        """Bits on disk, packed: whole, or with a mask, or two of four with two bits of place each."""
+        sizes = [self.weights * self.bits, self.weights + (self.weights - self.zeros) * self.bits]
+        if self.two_of_four:
+            sizes.append(self.weights // 2 * (self.bits + 2))
+        return min(sizes) + self.overhead_bits
+
+
+def decoder_linears(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights (out, in), by parameter name, of the linear layers inside the decoder blocks.
+
+    The blocks are found by structure: the list of modules, in no other list, that holds the most
+    weights of linear layers. Raises EvaluationError if there is none.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    found = {name: _linears_under(model.get_submodule(name), name) for name in outer}
+    sizes = {name: sum(weight.numel() for weight in linears.values()) for name, linears in found.items()}
+    if not any(sizes.values()):
+        raise EvaluationError(f"{type(model).__name__}: no list of blocks with linear layers; pass `weights` by name")
+    return found[max(sizes, key=lambda name: sizes[name])]
+
+
+def _linears_under(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    weights = {}
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, nn.Linear | Conv1D):
+            weight = child.weight.detach()
+            weights[f"{name}.weight"] = weight.t() if isinstance(child, Conv1D) else weight
+    return weights
+
+
+def read_layers(weights: Mapping[str, Tensor]) -> list[Layer]:
+    """Read from each weight (out, in) how it could be stored."""
+    layers = []
+    for name, weight in weights.items():
+        zero = weight == 0
+        two_of_four = weight.shape[1] % 4 == 0 and bool((zero.reshape(len(zero), -1, 4).sum(dim=2) >= 2).all())
+        full = torch.finfo(weight.dtype).bits
+        layers.append(Layer(name, weight.numel(), int(zero.sum()), full, find_grid(weight), two_of_four))
+    return layers
+
+
+def measure_efficiency(
+    model: Any, *, weights: Mapping[str, Tensor] | None = None, length: int = 128
+) -> list[Measurement]:
+    """Measure what the weights say of storage and work; samples are by layer, and nothing is drawn at random.
+
+    - `average_bits` of a weight of the decoder's linear layers: b for a layer whose values all lie
+      on a grid of 2**b levels, the dtype's own bits for any other, so also for one that a later step
+      moved off its grid; a zero of a pruned layer that is on no grid counts as one bit.
+    - `overhead_bits` by weight: a 16-bit scale and a 16-bit zero point for each group of a grid.
+    - `sparsity`: the share of exact zeros. `sparsity_2_4`: the share of weights in layers with at
+      most two non-zero values among any four neighbours of a row.
+    - `packed_megabytes` (10^6 bytes) of all parameters, those layers packed and with their overhead.
+    - `flops_per_token` of a forward pass over `length` tokens with dense kernels.
+
+    `weights` (out, in) by parameter name replaces the layers that `decoder_linears` finds.
+    Raises EvaluationError where there are none, or one holds a NaN.
+    """
+    linears = decoder_linears(model) if weights is None else weights
+    for name, weight in linears.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise EvaluationError(f"{name}: NaN or infinite values; the model's weights are broken")
+    layers = read_layers(linears)
+    total = sum(layer.weights for layer in layers)
+    zeros = sum(layer.zeros for layer in layers)
+    gridded = [layer for layer in layers if layer.grid is not None]
+    patterned = [layer for layer in layers if layer.two_of_four]
+    grids = sorted({(layer.grid.bits, layer.grid.group_size) for layer in gridded if layer.grid is not None})
+    what = f"{len(gridded)} of {len(layers)} linear layers on a grid"
+    what += "".join(f", {bits} bits in groups of {size}" for bits, size in grids)
+    rest = sum(8 * p.numel() * p.element_size() for p in model.parameters()) - sum(
+        layer.weights * layer.full_bits for layer in layers
+    )
+    packed = rest + sum(layer.packed_bits for layer in layers)
+
+    def read(metric: str, value: float, samples: list[float], better_high: bool, note: str) -> Measurement:
+        return Measurement(metric, value, 0.0, len(layers), better_high, tuple(samples), f"{note}; read, not sampled")
+
+    return [
+        read(
+            "average_bits",
+            sum(layer.average_bits * layer.weights for layer in layers) / total,
+            [layer.average_bits for layer in layers],
+            False,
+            what,
+        ),
+        read(
+            "overhead_bits",
+            sum(layer.overhead_bits for layer in layers) / total,
+            [layer.overhead_bits / layer.weights for layer in layers],
+            False,
+            "16-bit scale and zero point by group",
+        ),
+        read(
+            "sparsity",
+            zeros / total,
+            [layer.zeros / layer.weights for layer in layers],
+            True,
+            "exact zeros, those that are a level of a grid among them",
+        ),
+        read(
+            "sparsity_2_4",
+            sum(layer.weights for layer in patterned) / total,
+            [float(layer.two_of_four) for layer in layers],
+            True,
+            f"{len(patterned)} of {len(layers)} linear layers in the 2:4 pattern",
+        ),
+        read(
+            "packed_megabytes",
+            packed / 8e6,
+            [layer.packed_bits / 8e6 for layer in layers],
+            False,
+            f"samples: the {len(layers)} linear layers; all other parameters as they are",
+        ),
+        measure_flops(model, length=length),
+    ]
+
+
+def measure_flops(model: Any, *, length: int = 128) -> Measurement:
+    """Count the floating-point operations of a forward pass over `length` tokens, by token.
+
+    Counted from the matrix products that run, whatever requires gradients, with attention over the
+    whole square and one operation each for a product and a sum.
+    """
+    check_length(model, length, f"flops: a text of {length} tokens")
+    ids = torch.zeros((1, length), dtype=torch.long, device=model.device)
+    # On a CPU fused attention is an operation of its own, which the counter does not know.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
+    with borrowed(model, None), counter:
+        model(input_ids=ids, use_cache=False)
+    value = counter.get_total_flops() / length
+    if not value:
+        raise EvaluationError(f"flops: {type(model).__name__} ran no matrix product that torch counts")
+    note = f"dense kernels, one text of {length} tokens, torch.utils.flop_counter; counted, not sampled"
+    return Measurement("flops_per_token", value, 0.0, 1, False, (value,), note)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Count attention from the shapes that the counter gives in place of tensors."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
