@@ -39,8 +39,37 @@ class Method:
 
 
 BUILT_IN = (
+    Method("ft", "edit", "interventions.edit.settings:FtSettings", "interventions.edit.ft:ft"),
+    Method("lora", "edit", "interventions.edit.settings:LoraSettings", "interventions.edit.lora:lora"),
     Method("memit", "edit", "interventions.edit.settings:MemitSettings", "interventions.edit.memit:memit"),
+    Method("rome", "edit", "interventions.edit.settings:RomeSettings", "interventions.edit.rome:rome"),
+    Method(
+        "alphaedit", "edit", "interventions.edit.settings:AlphaEditSettings", "interventions.edit.alphaedit:alphaedit"
+    ),
+    Method("rmu", "unlearn", "interventions.unlearn.settings:RmuSettings", "interventions.unlearn.rmu:rmu"),
+    Method("ga", "unlearn", "interventions.unlearn.settings:GaSettings", "interventions.unlearn.ascent:ga"),
+    Method("gd", "unlearn", "interventions.unlearn.settings:GdSettings", "interventions.unlearn.ascent:gd"),
+    Method("npo", "unlearn", "interventions.unlearn.settings:NpoSettings", "interventions.unlearn.npo:npo"),
+    Method("simnpo", "unlearn", "interventions.unlearn.settings:SimNpoSettings", "interventions.unlearn.npo:simnpo"),
+    Method(
+        "relearn", "unlearn", "interventions.unlearn.settings:RelearnSettings", "interventions.unlearn.relearn:relearn"
+    ),
+    Method("rtn", "compress", "interventions.compress.settings:RtnSettings", "interventions.compress.rtn:rtn"),
+    Method("gptq", "compress", "interventions.compress.settings:GptqSettings", "interventions.compress.gptq:gptq"),
     Method("awq", "compress", "interventions.compress.settings:AwqSettings", "interventions.compress.awq:awq"),
+    Method(
+        "magnitude",
+        "compress",
+        "interventions.compress.settings:MagnitudeSettings",
+        "interventions.compress.magnitude:magnitude",
+    ),
+    Method("wanda", "compress", "interventions.compress.settings:WandaSettings", "interventions.compress.wanda:wanda"),
+    Method(
+        "sparsegpt",
+        "compress",
+        "interventions.compress.settings:SparseGptSettings",
+        "interventions.compress.sparsegpt:sparsegpt",
+    ),
 )
 
 

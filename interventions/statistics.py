@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import Linear, module_device
+from interventions.early_exit import SeenEnough, run_until_seen
 from interventions.modes import keep_modes
 from interventions.padding import pad_right, padding_id
 from interventions.types import InterventionError
@@ -39,7 +40,7 @@ class InputStatistics:
     def add_(self, x: Tensor) -> None:
         """Add tokens `x` of shape (n, d), in float32."""
         x = x.detach().float()
-        self.gram.addmm_(x.t(), x)
+        add_gram_(self.gram, x)
         self.abs_sum.add_(x.abs().sum(dim=0))
         self.count += x.shape[0]
 
@@ -52,10 +53,34 @@ class InputStatistics:
         return self.abs_sum / self.count
 
 
+STRIP = 256
+
+
+def add_gram_(gram: Tensor, x: Tensor) -> None:
+    """Add x^T x, of x (n, d), to the symmetric `gram` (d, d): the half above the diagonal, mirrored.
+
+    Strip by strip, so that little beyond that half is computed: 5/8 of the whole for d = 1024.
+    """
+    width = gram.shape[0]
+    for low in range(0, width, STRIP):
+        high = min(low + STRIP, width)
+        gram[low:high, low:].addmm_(x[:, low:high].t(), x[:, low:])
+        gram[high:, low:high] = gram[low:high, high:].t()
+
+
 def token_batches(
-    tokenizer: Any, texts: Sequence[str], *, max_tokens: int, batch_size: int, max_texts: int | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
+    max_texts: int | None = None,
 ) -> list[Batch]:
     """Tokenise the first `max_texts` texts, cut each to `max_tokens`, batch them by length.
+
+    A batch has `batch_size` rows at most, and at most `batch_tokens` tokens, padding counted,
+    unless one row alone has more; None: no such bound.
 
     Each batch has `input_ids` and `attention_mask`, both (batch, longest) int64, padded on the
     right; longest batches come first, so that a lack of memory shows at once. The tokenizer's own
@@ -74,14 +99,14 @@ def token_batches(
         rows.append(ids[:max_tokens])
     rows.sort(key=len, reverse=True)  # stable, so the order is the same in every run
     batches = []
-    for start in range(0, len(rows), batch_size):
-        ids, mask = pad_right(rows[start : start + batch_size], padding_id(tokenizer), torch.device("cpu"))
+    while rows:
+        size = len(rows) if batch_size is None else batch_size
+        if batch_tokens is not None:
+            size = max(1, min(size, batch_tokens // len(rows[0])))
+        ids, mask = pad_right(rows[:size], padding_id(tokenizer), torch.device("cpu"))
         batches.append({"input_ids": ids, "attention_mask": mask})
+        del rows[:size]
     return batches
-
-
-class _SeenEnough(Exception):
-    """Ends a forward pass once every wanted input has been seen."""
 
 
 class _Collector:
@@ -111,7 +136,7 @@ class _Collector:
                 self.last = (x, linear.name)
             self.waiting.discard(linear.name)
             if not self.waiting:
-                raise _SeenEnough
+                raise SeenEnough
 
         return see
 
@@ -138,11 +163,7 @@ def collect_statistics(
         with keep_modes(model):
             for number, batch in enumerate(batches, start=1):
                 collector.begin(batch["attention_mask"])
-                try:
-                    model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
-                except _SeenEnough:
-                    pass
-                else:
+                if not run_until_seen(model, {key: value.to(device) for key, value in batch.items()}):
                     raise InterventionError(f"no input reached {', '.join(sorted(collector.waiting))}")
                 if progress is not None:
                     progress(f"statistics: batch {number}")

@@ -9,7 +9,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import module_device
+from interventions.anatomy import find_anatomy, module_device
+from interventions.compress.masks import zero_mask
 from interventions.modes import keep_modes
 from interventions.registry import Method, find_method
 from interventions.types import Edit, InterventionError, Resources, StepReport
@@ -36,6 +37,9 @@ class Context:
     """Takes one line about what is going on."""
     warn: Callable[[str], None] = _silent
     """Takes a sentence that belongs in the report: a fall-back, a layer left out."""
+    already: Callable[[str], None] = _silent
+    """Takes a sentence saying that the model already was what this step makes of it. Without it, a
+    step that changes no weight fails; with it, the sentence is a warning."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a new CPU generator whose seed depends on the run's seed and `purpose` alone."""
@@ -52,6 +56,8 @@ def apply(
     resources: Resources | None = None,
     edits: Sequence[Edit] | None = None,
     calibration: Sequence[str] | None = None,
+    forget: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+    retain: Sequence[str] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     **overrides: Any,
@@ -59,21 +65,25 @@ def apply(
     """Apply the intervention named `method` to `model`, in place, and report what it did.
 
     `settings` is an instance of the method's settings dataclass (None: its defaults), of which
-    `overrides` replace single values. `edits` and `calibration` take the place of those in
-    `resources`.
+    `overrides` replace single values. `edits`, `calibration`, `forget` and `retain` take the place of
+    those in `resources`; forget texts are by topic, or those of a single one.
 
     Only weights change: dtypes, shapes and names of the parameters, train mode, KV cache flag,
     requires_grad flags and the tokenizer are as before; gradients are dropped. If anything goes
     wrong, an interrupt included, the weights are exactly what they were and the exception passes on.
 
     Raises InterventionError if the step changed no weight, left a NaN or infinity in one, or
-    broke another of these promises; UnknownMethod for a name that no intervention has.
+    broke another of these promises; UnknownMethod for a name that no intervention has. (A method may
+    say that there was nothing left to do: then a step without a change passes, with a warning.)
+
+    A method whose settings have `preserve_mask`, and have it on, keeps pruned weights at zero.
     """
     chosen = find_method(method)
     complete = _complete_settings(chosen, settings, overrides)
-    given = _complete_resources(resources, edits, calibration)
+    given = _complete_resources(resources, edits, calibration, forget, retain)
     warnings: list[str] = []
-    context = Context(seed, progress or _silent, warnings.append)
+    satisfied: list[str] = []
+    context = Context(seed, progress or _silent, warnings.append, satisfied.append)
     function = chosen.load()
     before = _Weights(model)
     device = module_device(model)
@@ -83,8 +93,12 @@ def apply(
     try:
         with keep_modes(model), _keep_tokenizer(tokenizer):
             details = function(model, tokenizer, complete, given, context)
+            if getattr(complete, "preserve_mask", False):
+                details = before.keep_zeros(model) | details
         seconds = time.perf_counter() - start
-        changed = before.changed(model, method)
+        changed = before.changed(model, method, may_be_none=bool(satisfied))
+        if not changed:
+            warnings += satisfied
         details = _plain(details, method)
     except BaseException:
         before.restore()
@@ -122,16 +136,28 @@ def _complete_settings(method: Method, settings: Any, overrides: dict[str, Any])
 
 
 def _complete_resources(
-    resources: Resources | None, edits: Sequence[Edit] | None, calibration: Sequence[str] | None
+    resources: Resources | None,
+    edits: Sequence[Edit] | None,
+    calibration: Sequence[str] | None,
+    forget: Mapping[str, Sequence[str]] | Sequence[str] | None,
+    retain: Sequence[str] | None,
 ) -> Resources:
-    given = resources or Resources()
+    found: dict[str, Any] = {}
     if edits is not None:
-        given = dataclasses.replace(given, edits=tuple(edits))
-    if isinstance(calibration, str):
-        raise InterventionError("calibration must be a sequence of texts, not one text")
-    if calibration is not None:
-        given = dataclasses.replace(given, calibration=tuple(calibration))
-    return given
+        found["edits"] = tuple(edits)
+    for name, texts in (("calibration", calibration), ("retain", retain)):
+        if texts is not None:
+            found[name] = _texts(name, texts)
+    if forget is not None:
+        topics = forget if isinstance(forget, Mapping) else {"forget": forget}
+        found["forget"] = {topic: _texts(f"forget[{topic!r}]", texts) for topic, texts in topics.items()}
+    return dataclasses.replace(resources or Resources(), **found)
+
+
+def _texts(name: str, texts: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(texts, str):
+        raise InterventionError(f"{name} must be a sequence of texts, not one text")
+    return tuple(texts)
 
 
 class _Weights:
@@ -143,11 +169,29 @@ class _Weights:
         # A method that swaps modules or parameters must be undone too.
         self.places = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
 
-    def changed(self, model: nn.Module, method: str) -> tuple[str, ...]:
+    @torch.no_grad()
+    def keep_zeros(self, model: nn.Module) -> dict[str, int]:
+        """Set linear weights that were exactly zero back to zero, in linears that had been pruned.
+
+        Returns, as a detail of the step, how many had been filled; nothing if no linear had a mask.
+        """
+        now = dict(model.named_parameters())
+        filled: list[int] = []
+        for linear in (linear for block in find_anatomy(model).blocks for linear in block.linears):
+            name = linear.parameter_name
+            mask = zero_mask(self.copies[name]) if name in self.copies and name in now else None
+            if mask is None or mask.shape != now[name].shape:
+                continue
+            mask = mask.to(now[name].device)
+            filled.append(int((now[name][mask] != 0).sum()))
+            now[name].masked_fill_(mask, 0)
+        return {"zeros_refilled": sum(filled)} if filled else {}
+
+    def changed(self, model: nn.Module, method: str, *, may_be_none: bool = False) -> tuple[str, ...]:
         """Return the names of the parameters whose values differ from the copy, sorted.
 
-        Raises InterventionError if there are none, or if a parameter's name, shape, dtype or
-        finiteness changed.
+        Raises InterventionError if there are none, unless there `may_be_none`, or if a parameter's
+        name, shape, dtype or finiteness changed.
         """
         now = dict(model.named_parameters())
         if now.keys() != self.copies.keys():
@@ -160,7 +204,7 @@ class _Weights:
                     f"into {tuple(now[name].shape)} {now[name].dtype}"
                 )
         changed = sorted(name for name, copy in self.copies.items() if not _equal(now[name], copy))
-        if not changed:
+        if not changed and not may_be_none:
             raise InterventionError(f"{method} changed no weight; are its settings and its texts or edits as meant?")
         broken = [name for name in changed if not bool(torch.isfinite(now[name]).all())]
         if broken:

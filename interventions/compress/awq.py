@@ -15,19 +15,21 @@ attention and MLP inputs by default on 512 tokens instead of all (`search_tokens
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from interventions.anatomy import Block, LinearGroup, find_anatomy
-from interventions.compress.awq_search import clip_weight, search_scales
-from interventions.compress.capture import Observed, catch_block_calls, observe
+from interventions.anatomy import LinearGroup
+from interventions.compress.awq_search import Seen, clip_weight, search_scales
+from interventions.compress.blockwise import float_blocks
+from interventions.compress.capture import Call
+from interventions.compress.engines.run import run_engine
+from interventions.compress.engines.table import OWN
 from interventions.compress.folding import fold_
-from interventions.compress.grid import fake_quantise
+from interventions.compress.grid import check_grid, fake_quantise
 from interventions.compress.settings import AwqSettings
-from interventions.statistics import token_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
 
@@ -48,60 +50,47 @@ def awq(
     that were clipped.
     """
     check_settings(settings)
-    if not resources.calibration:
-        raise InterventionError("awq needs calibration texts: give `calibration`")
-    batches = token_batches(
-        tokenizer,
-        resources.calibration,
-        max_tokens=settings.max_tokens,
-        batch_size=max(1, BATCH_TOKENS // settings.max_tokens),
-        max_texts=settings.samples,
-    )
-    blocks = find_anatomy(model).blocks
-    calls = catch_block_calls(model, batches, blocks)
-    masks = [
-        batch["attention_mask"].bool().to(call.hidden.device) for batch, call in zip(batches, calls[0], strict=True)
-    ]
-    hidden = [call.hidden for call in calls[0]]
+    if settings.engine != OWN:
+        return run_engine("awq", model, tokenizer, settings, resources, context)
     groups: list[dict[str, Any]] = []
-    for block, block_calls in zip(blocks, calls, strict=True):
-        context.progress(f"awq: block {block.index + 1} of {len(blocks)}")
-        work = copy.deepcopy(block)
-        work.module.float()
-        seen = observe(work, [call.on(h) for call, h in zip(block_calls, hidden, strict=True)], masks)
-        groups += quantise_block_(work, seen, settings, context)
-        for stored, new in zip(block.module.parameters(), work.module.parameters(), strict=True):
-            stored.copy_(new)
-        hidden = seen.outputs
-        if settings.quantised_inputs:
-            hidden = [call(work.module) for call in seen.calls]
-        block_calls.clear()
-    return {"calibration_tokens": int(sum(mask.sum() for mask in masks)), "groups": groups}
+    tokens = 0
+    for block in float_blocks(
+        model,
+        tokenizer,
+        resources,
+        context,
+        method="awq",
+        samples=settings.samples,
+        max_tokens=settings.max_tokens,
+        sequential=settings.quantised_inputs,
+        batch_tokens=BATCH_TOKENS,
+    ):
+        scope_calls: dict[str, list[Call]] = {}
+        seen = Seen(block.collect(block.groups, scope_calls), scope_calls, block.masks)
+        tokens = seen.statistics["attention_in"].count
+        groups += quantise_block_(block.groups, seen, settings)
+    return {"calibration_tokens": tokens, "groups": groups}
 
 
 def check_settings(settings: AwqSettings) -> None:
     """Raise InterventionError, naming the setting, for a value that AWQ cannot take."""
-    if not 2 <= settings.bits <= 8:
-        raise InterventionError(f"awq: bits must be 2 to 8, not {settings.bits}")
-    if settings.group_size != -1 and settings.group_size < 1:
-        raise InterventionError(f"awq: group_size must be at least 1, or -1 for whole rows, not {settings.group_size}")
-    for name in ("grid", "samples", "max_tokens"):
-        if getattr(settings, name) < 1:
-            raise InterventionError(f"awq: {name} must be at least 1, not {getattr(settings, name)}")
+    check_grid(settings.bits, settings.group_size, "awq")
+    if settings.grid < 1:
+        raise InterventionError(f"awq: grid must be at least 1, not {settings.grid}")
     if settings.search_tokens is not None and settings.search_tokens < 1:
         raise InterventionError(f"awq: search_tokens must be at least 1, or null for all, not {settings.search_tokens}")
 
 
-def quantise_block_(block: Block, seen: Observed, settings: AwqSettings, context: Context) -> list[dict[str, Any]]:
+def quantise_block_(groups: Sequence[LinearGroup], seen: Seen, settings: AwqSettings) -> list[dict[str, Any]]:
     """Scale, clip and round the linears of a float32 block in place; return what was chosen."""
-    choices = [search_scales(group, seen, settings) for group in block.linear_groups]
-    for group, choice in zip(block.linear_groups, choices, strict=True):
+    choices = [search_scales(group, seen, settings) for group in groups]
+    for group, choice in zip(groups, choices, strict=True):
         if choice.scales is not None:
             fold_(group, choice.scales)
             # The group now reads x / s.
             seen.statistics[group.role].gram.div_(choice.scales).div_(choice.scales.unsqueeze(1))
     report = []
-    for group, choice in zip(block.linear_groups, choices, strict=True):
+    for group, choice in zip(groups, choices, strict=True):
         clipped = []
         for number, linear in enumerate(group.linears):
             weight = linear.weight

@@ -9,14 +9,26 @@ import torch
 from torch import Tensor
 
 from interventions.anatomy import LinearGroup
-from interventions.compress.capture import Observed
+from interventions.compress.capture import Call
 from interventions.compress.grid import fake_quantise, fake_quantise_groups, join_groups, split_groups
 from interventions.compress.settings import AwqSettings
-from interventions.statistics import InputStatistics
+from interventions.statistics import STRIP, InputStatistics
 
 CLIP_STEPS = 10
 CLIP_STEP = 0.05
 """Thresholds tried: 1, 0.95, ... 0.55 of a group's greatest magnitude."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the float block did on the calibration text."""
+
+    statistics: dict[str, InputStatistics]
+    """By role: the input of each group of linears."""
+    scope_calls: dict[str, list[Call]]
+    """By role: the calls of the module that the group stands in, batch by batch."""
+    masks: list[Tensor]
+    """(batch, tokens) bool each: true where there is no padding."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +41,15 @@ class Choice:
     loss: float
 
 
-def search_scales(group: LinearGroup, seen: Observed, settings: AwqSettings) -> Choice:
+def search_scales(group: LinearGroup, seen: Seen, settings: AwqSettings) -> Choice:
     """Try every exponent of the grid and return the one that leaves the least error."""
     statistics = seen.statistics[group.role]
     weights = [linear.weight.clone() for linear in group.linears]
     measure = _ScopeLoss(group, seen, settings) if group.scope is not None else _LinearLoss(weights[0], statistics)
 
     def loss_of(scales: Tensor) -> float:
-        rounded = [fake_quantise(w * scales, settings.bits, settings.group_size).div_(scales) for w in weights]
+        scaled = (w * scales for w in weights)
+        rounded = [fake_quantise(w, settings.bits, settings.group_size, refit=True).div_(scales) for w in scaled]
         return measure(rounded)
 
     rounding_loss = loss_of(torch.ones_like(statistics.abs_sum))
@@ -86,13 +99,24 @@ class _LinearLoss:
 
     def __call__(self, rounded: Sequence[Tensor]) -> float:
         delta = rounded[0] - self.weight
-        return float(((delta @ self.gram) * delta).sum()) / self.outputs
+        return squared_outputs(delta, self.gram) / self.outputs
+
+
+def squared_outputs(W: Tensor, gram: Tensor) -> float:
+    """Return |W X|^2 = tr(W G W^T) of W (out, d) with G = X X^T (d, d), of which the upper half is read."""
+    total = 0.0
+    for low in range(0, gram.shape[0], STRIP):
+        high = low + STRIP
+        part = W[:, low:high]
+        total += float(((part @ gram[low:high, low:high]) * part).sum())
+        total += 2 * float(((part @ gram[low:high, high:]) * W[:, high:]).sum())
+    return total
 
 
 class _ScopeLoss:
     """Mean squared error of the output of the attention or MLP around a group, padding left out."""
 
-    def __init__(self, group: LinearGroup, seen: Observed, settings: AwqSettings) -> None:
+    def __init__(self, group: LinearGroup, seen: Seen, settings: AwqSettings) -> None:
         assert group.scope is not None
         self.group = group
         self.scope = group.scope
@@ -141,7 +165,7 @@ def clip_weight(weight: Tensor, gram: Tensor, settings: AwqSettings) -> tuple[Te
     least = torch.full_like(greatest, float("inf"))
     for step in range(CLIP_STEPS):
         limit = greatest * (1 - step * CLIP_STEP)
-        delta = fake_quantise_groups(groups.clamp(-limit, limit), settings.bits).sub_(groups)
+        delta = fake_quantise_groups(groups.clamp(-limit, limit), settings.bits, refit=True).sub_(groups)
         by_group = delta.transpose(0, 1)  # (groups, out, width)
         error = (torch.bmm(by_group, G) * by_group).sum(dim=2).t().unsqueeze(2)
         better = error < least

@@ -1,17 +1,18 @@
-"""Run a model block by block: each block's inputs are caught or computed once, in float32."""
+"""What a model calls its decoder blocks with: caught without running them, in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from interventions.anatomy import Block, LinearGroup, module_device
-from interventions.statistics import Batch, InputStatistics
+from interventions.anatomy import Block, module_device
+from interventions.statistics import Batch
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,18 @@ class Call:
     """Whether the hidden states are passed by name."""
 
     @classmethod
-    def of(cls, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
+    def of(
+        cls, arguments: tuple[Any, ...], keywords: dict[str, Any], as_float: Callable[[Any], Any] | None = None
+    ) -> Call:
+        """Make a call of what a module got, floating tensors as float32."""
+        as_float = as_float or to_float
         in_keywords = not arguments
         keywords = dict(keywords)
         hidden = keywords.pop("hidden_states") if in_keywords else arguments[0]
         return cls(
-            _float(hidden.detach()),
-            tuple(_float(a) for a in arguments[1:]),
-            {key: _float(value) for key, value in keywords.items()},
+            hidden.detach().float(),
+            tuple(as_float(a) for a in arguments[1:]),
+            {key: as_float(value) for key, value in keywords.items()},
             in_keywords,
         )
 
@@ -47,23 +52,37 @@ class Call:
         """Return the same call on other hidden states."""
         return Call(hidden, self.arguments, self.keywords, self.in_keywords)
 
+    def to(self, device: torch.device) -> Call:
+        """Return the same call with all its tensors on a device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        return Call(
+            self.hidden.to(device),
+            tuple(_each(a, move) for a in self.arguments),
+            {key: _each(value, move) for key, value in self.keywords.items()},
+            self.in_keywords,
+        )
+
 
 def first(output: Any) -> Tensor:
     """Return a module's output, or the first of several."""
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
-def _float(value: Any) -> Any:
+def to_float(value: Any) -> Any:
     """Return floating tensors as float32, inside tuples too; anything else as it is."""
+    return _each(value, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every tensor in a value."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(_float(item) for item in value)
+        return tuple(_each(item, change) for item in value)
     return value
-
-
-class _AllCaught(Exception):
-    """Ends a forward pass at the last block."""
 
 
 @torch.no_grad()
@@ -71,77 +90,62 @@ def catch_block_calls(model: nn.Module, batches: Sequence[Batch], blocks: Sequen
     """Return, for each block and each batch, the call that the model makes of the block.
 
     Blocks of one model differ in their masks and position codes, so each keeps its own; only
-    those of the first block carry hidden states that are used, the others' are empty.
+    those of the first block carry hidden states, the others' are empty. The blocks themselves
+    stand still meanwhile: each hands on what it gets, so that only the embeddings and what the
+    model does around its blocks are computed.
     """
     calls: list[list[Call]] = [[] for _ in blocks]
-
-    def hook(number: int) -> Callable[..., None]:
-        def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            call = Call.of(arguments, keywords)
-            calls[number].append(call if number == 0 else call.on(call.hidden.new_empty(0)))
-            if number == len(blocks) - 1:
-                raise _AllCaught
-
-        return see
-
-    handles = [
-        block.module.register_forward_pre_hook(hook(number), with_kwargs=True) for number, block in enumerate(blocks)
-    ]
+    passer = _Passer()
     device = module_device(model)
-    try:
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            stack.enter_context(passer.standing_in(block.module, calls[number], with_hidden=number == 0))
         for batch in batches:
-            try:
-                model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
-            except _AllCaught:
-                continue
-    finally:
-        for handle in handles:
-            handle.remove()
+            passer.converted.clear()
+            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
     return calls
 
 
-@dataclass
-class Observed:
-    """What a float block did on the calibration text, batch by batch."""
+class _Passer:
+    """Stands in for the forward functions of decoder blocks."""
 
-    calls: list[Call]
-    masks: list[Tensor]
-    """(batch, tokens) bool each: true where there is no padding."""
-    outputs: list[Tensor] = field(default_factory=list)
-    statistics: dict[str, InputStatistics] = field(default_factory=dict)
-    """By role: the input of each group of linears."""
-    scope_calls: dict[str, list[Call]] = field(default_factory=dict)
-    """By role: the calls of the module that the group stands in."""
+    def __init__(self) -> None:
+        self.converted: dict[int, tuple[Any, Any]] = {}
+        """Blocks of one model get the very same masks: they are kept once. (The original keeps its id taken.)"""
+        self.shape_of: Callable[[Tensor], Any] | None = None
+
+    @contextmanager
+    def standing_in(self, module: nn.Module, calls: list[Call], *, with_hidden: bool) -> Iterator[None]:
+        own = module.__dict__.get("forward")  # set where accelerate spreads a model over devices
+        forward = module.forward
+
+        def hand_on(*arguments: Any, **keywords: Any) -> Any:
+            call = Call.of(arguments, keywords, self._as_float)
+            calls.append(call if with_hidden else call.on(call.hidden.new_empty(0)))
+            if self.shape_of is None:  # some blocks return a tuple: ask the first one
+                output = forward(*arguments, **keywords)
+                rest = output[1:] if isinstance(output, tuple) else None
+                self.shape_of = (lambda hidden: hidden) if rest is None else (lambda hidden: (hidden, *rest))
+            return self.shape_of(arguments[0] if arguments else keywords["hidden_states"])
+
+        module.__dict__["forward"] = hand_on
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
+
+    def _as_float(self, value: Any) -> Any:
+        if id(value) not in self.converted:
+            self.converted[id(value)] = (value, to_float(value))
+        return self.converted[id(value)][1]
 
 
-@torch.no_grad()
-def observe(block: Block, calls: Sequence[Call], masks: Sequence[Tensor]) -> Observed:
-    """Run the block on all batches and keep what a search over its weights needs."""
-    seen = Observed(list(calls), list(masks))
-    handles = [handle for group in block.linear_groups for handle in _watch(group, seen)]
-    try:
-        for call in calls:
-            seen.outputs.append(call(block.module))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _watch(group: LinearGroup, seen: Observed) -> Iterator[RemovableHandle]:
-    seen.statistics[group.role] = InputStatistics.zeros(group.in_features, seen.masks[0].device)
-
-    def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        x = arguments[0]
-        mask = seen.masks[len(seen.outputs)]  # as many batches are done as there are outputs
-        seen.statistics[group.role].add_(x.reshape(-1, x.shape[-1])[mask.reshape(-1)])
-
-    yield group.linears[0].module.register_forward_pre_hook(add)
-    if group.scope is None:
-        return
-    found = seen.scope_calls.setdefault(group.role, [])
+def keep_calls(module: nn.Module, found: list[Call]) -> RemovableHandle:
+    """Add every call of the module to `found`, until the hook is removed."""
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         found.append(Call.of(arguments, keywords))
 
-    yield group.scope.register_forward_pre_hook(keep, with_kwargs=True)
+    return module.register_forward_pre_hook(keep, with_kwargs=True)

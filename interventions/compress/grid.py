@@ -5,8 +5,11 @@ there are, makes the row one group, and the last group of an odd width is shorte
 2**bits evenly spaced levels, zero always among them: `W ~ (values - zeros) * scales`.
 
 Asymmetric grids span the group's least to its greatest value and zero. (For a group of one sign
-the reference implementations leave zero out of the span but cannot move the zero point beyond
-the grid, which cuts off such weights.) Symmetric grids span plus and minus the greatest magnitude.
+AWQ's reference implementations leave zero out of the span but cannot move the zero point beyond
+the grid, which cuts off such weights.) Symmetric grids have 2**(b-1) levels below zero and one less
+above; as in GPTQ's reference implementation the greatest magnitude lies half a step beyond the
+upper end, so that it moves by half a step like any other. A group that lies on a grid stays there,
+as far as it can be told.
 """
 
 from __future__ import annotations
@@ -16,6 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from interventions.types import InterventionError
+
+
+def check_grid(bits: int, group_size: int, method: str) -> None:
+    """Raise InterventionError, naming the setting, for a grid that cannot be made."""
+    if not 2 <= bits <= 8:
+        raise InterventionError(f"{method}: bits must be 2 to 8, not {bits}")
+    if group_size != -1 and group_size < 1:
+        raise InterventionError(f"{method}: group_size must be at least 1, or -1 for whole rows, not {group_size}")
 
 
 class Quantised(NamedTuple):
@@ -51,7 +64,7 @@ def join_groups(groups: Tensor, cols: int) -> Tensor:
 def quantise(W: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Quantised:
     """Put W (rows, cols) on the grid of its own groups, each weight at the nearest level."""
     groups = split_groups(W.float(), group_size)
-    scales, zeros = _grid_of(groups, bits, symmetric)
+    scales, zeros = find_grid(groups, bits, symmetric)
     values = _values(groups, scales, zeros, bits, symmetric)
     return Quantised(join_groups(values, W.shape[1]).to(torch.int16), scales.squeeze(2), zeros.squeeze(2), group_size)
 
@@ -63,41 +76,79 @@ def dequantise(quantised: Quantised) -> Tensor:
     return join_groups(weights, quantised.values.shape[1])
 
 
-def fake_quantise(W: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:
-    """Return W (rows, cols) rounded to its grid, float32: dequantise(quantise(W)) without the detour."""
-    return join_groups(fake_quantise_groups(split_groups(W.float(), group_size), bits, symmetric), W.shape[1])
+def fake_quantise(W: Tensor, bits: int, group_size: int, symmetric: bool = False, *, refit: bool = False) -> Tensor:
+    """Return W (rows, cols) rounded to its grid, float32: dequantise(quantise(W)) without the detour.
+
+    With `refit` groups that lie on a grid already are given a new one too, which saves looking for them.
+    """
+    groups = split_groups(W.float(), group_size)
+    return join_groups(fake_quantise_groups(groups, bits, symmetric, refit=refit), W.shape[1])
 
 
-def fake_quantise_groups(groups: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+def fake_quantise_groups(groups: Tensor, bits: int, symmetric: bool = False, *, refit: bool = False) -> Tensor:
     """Round float32 groups (rows, groups, width) to their grids."""
-    scales, zeros = _grid_of(groups, bits, symmetric)
+    scales, zeros = find_grid(groups, bits, symmetric, refit=refit)
     return _values(groups, scales, zeros, bits, symmetric).sub_(zeros).mul_(scales)
 
 
-def _limits(bits: int, symmetric: bool) -> tuple[int, int]:
+def limits(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Return the least and the greatest value of a grid."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
 def _values(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int, symmetric: bool) -> Tensor:
-    return (groups / scales).round_().add_(zeros).clamp_(*_limits(bits, symmetric))
+    return (groups / scales).round_().add_(zeros).clamp_(*limits(bits, symmetric))
 
 
-def _grid_of(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Return scales and zeros, (rows, groups, 1), of groups (rows, groups, width)."""
+def find_grid(
+    groups: Tensor, bits: int, symmetric: bool, dim: int = 2, *, refit: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return scales and zeros of float32 groups whose columns lie along `dim`, which is kept with size 1."""
     if groups.numel() == 0:
-        return groups.new_ones(*groups.shape[:2], 1), groups.new_zeros(*groups.shape[:2], 1)
-    low, high = groups.aminmax(dim=2, keepdim=True)
-    top = _limits(bits, symmetric)[1]
-    if symmetric:
-        scales = _positive(torch.maximum(-low, high) / top)
-        return scales, torch.zeros_like(scales)
+        empty = groups.sum(dim=dim, keepdim=True)
+        return empty + 1, empty
+    low, high = groups.aminmax(dim=dim, keepdim=True)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scales = _positive((high - low) / top)
-    zeros = (-low / scales).round()
-    # Where the zero point falls half-way between two levels, both ends may round inwards, and the
-    # de-quantised group would span less than its grid. A hair off the scale settles the tie.
-    short = (high / scales).round() + zeros < top
-    return torch.where(short, scales * (1 - 1e-6), scales), zeros
+    bottom, top = limits(bits, symmetric)
+    if symmetric:
+        scales = _positive(torch.maximum(-low, high) / (top + 0.5))
+        zeros = torch.zeros_like(scales)
+    else:
+        scales = _positive((high - low) / top)
+        zeros = (-low / scales).round()
+        # Where the zero point falls half-way between two levels, both ends may round inwards, and the
+        # de-quantised group would span less than its grid. A hair off the scale settles the tie.
+        short = (high / scales).round() + zeros < top
+        scales = torch.where(short, scales * (1 - 1e-6), scales)
+    if refit:
+        return scales, zeros
+    kept = _kept_scales(groups, scales, low, high, bottom, top, dim)
+    return kept, zeros if symmetric else torch.where(kept == scales, zeros, (-low / kept).round())
+
+
+def _kept_scales(groups: Tensor, scales: Tensor, low: Tensor, high: Tensor, bottom: int, top: int, dim: int) -> Tensor:
+    """Replace the scale of groups that lie on a grid already, which may have room beyond their ends.
+
+    The step is taken to be the least magnitude in the group, or, for a symmetric grid, what its
+    greatest is a whole number of steps of. Of wide groups, which no accident puts on a grid, a tenth
+    of the scale that they would have otherwise is let pass: half precision has rounded them.
+    """
+    symmetric = bottom < 0
+    magnitude = groups.abs()
+    greatest = torch.maximum(-low, high)
+    step = magnitude.masked_fill_(groups == 0, float("inf")).amin(dim=dim, keepdim=True)
+    steps = [greatest / (greatest / step).round_()]
+    if symmetric:
+        steps += [greatest / top, low / bottom]
+    tolerance = scales * (0.1 if groups.shape[dim] >= 16 else 1e-3)
+    for step in steps:
+        least, most = (low / step).round_(), (high / step).round_()
+        fits = (least >= bottom) & (most <= top) if symmetric else most - least <= top
+        fits &= (step > 0) & torch.isfinite(step)
+        if bool(fits.any()):
+            off = (groups - (groups / step).round_().mul_(step)).abs_().amax(dim=dim, keepdim=True)
+            scales = torch.where(fits & (off <= tolerance), step, scales)
+    return scales
 
 
 def _positive(scales: Tensor) -> Tensor:

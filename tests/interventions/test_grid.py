@@ -102,3 +102,21 @@ def test_constant_rows(value: float) -> None:
 def test_an_empty_matrix() -> None:
     assert fake_quantise(torch.zeros(3, 0), 4, 128).shape == (3, 0)
     assert fake_quantise(torch.zeros(0, 5), 4, 2).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_grid_with_room_beyond_the_weights_is_found_again(symmetric: bool, dtype: torch.dtype) -> None:
+    """Levels of 4 bits of which the outermost are not used, in wide groups."""
+    generator = torch.Generator().manual_seed(2)
+    low, high = (-6, 5) if symmetric else (-4, 9)
+    levels = torch.randint(low, high + 1, (50, 64), generator=generator)
+    W = (levels * torch.rand(50, 1, generator=generator).add(0.1)).to(dtype).float()
+    assert float((fake_quantise(W, 4, 32, symmetric) - W).norm() / W.norm()) < 4 * torch.finfo(dtype).eps
+
+
+def test_the_greatest_weight_lies_half_a_step_beyond_a_symmetric_grid() -> None:
+    W = torch.linspace(-0.99, 1, 64).view(1, -1)
+    quantised = quantise(W, 3, -1, symmetric=True)
+    assert float(quantised.scales) == pytest.approx(2 / 7)
+    assert quantised.values.unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]

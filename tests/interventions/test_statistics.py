@@ -32,6 +32,16 @@ def test_batches_hold_every_text_once_longest_first_padded_right(tokenizer: obje
     assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 1]
 
 
+def test_batches_stay_within_a_number_of_tokens(tokenizer: object) -> None:
+    texts = [text[: 4 + 7 * i] for i, text in enumerate(SENTENCES)]
+    batches = token_batches(tokenizer, texts, max_tokens=100, batch_tokens=40)
+    sizes = [batch["input_ids"].numel() for batch in batches]
+    assert sum(len(batch["input_ids"]) for batch in batches) == len(texts)
+    assert any(len(batch["input_ids"]) > 1 for batch in batches)
+    for batch, size in zip(batches, sizes, strict=True):
+        assert size <= 40 or len(batch["input_ids"]) == 1
+
+
 def test_tokenising_leaves_the_tokenizer_alone() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None

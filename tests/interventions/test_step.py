@@ -239,6 +239,23 @@ def test_an_unknown_method_lists_near_names(model: Any, tokenizer: Any) -> None:
 def test_one_text_is_not_many(model: Any, tokenizer: Any) -> None:
     with pytest.raises(InterventionError, match="sequence of texts"):
         apply(model, tokenizer, "awq", calibration="a single string")
+    with pytest.raises(InterventionError, match=r"forget\['bio'\] must be a sequence of texts"):
+        apply(model, tokenizer, "rmu", forget={"bio": "a single string"})
+
+
+@pytest.mark.parametrize("forget", [["toxins"], {"bio": ["toxins"], "cyber": ["exploits"]}])
+def test_texts_by_name_take_the_place_of_resources(use: Any, model: Any, tokenizer: Any, forget: Any) -> None:
+    seen = []
+
+    def method(model: Any, tokenizer: Any, settings: Any, resources: Any, context: Context) -> None:
+        seen.append(resources)
+        nudge(model)
+
+    use(method)
+    given = Resources(forget={"old": ("old",)}, retain=("old",), calibration=("kept",))
+    apply(model, tokenizer, "fake", resources=given, forget=forget, retain=["weather"])
+    topics = {"forget": ("toxins",)} if isinstance(forget, list) else {"bio": ("toxins",), "cyber": ("exploits",)}
+    assert seen == [Resources(calibration=("kept",), forget=topics, retain=("weather",))]
 
 
 def test_generators_depend_on_seed_and_purpose_alone() -> None:

@@ -1,0 +1,158 @@
+"""Time our methods beside the engines that do the same, on one model, and write a Markdown table.
+
+    python -m tests.benchmarks.peers [--out FILE] [--repeats N] [--only gptq ...]
+
+Random Llama of 4 layers, hidden 256, MLP 704, groups of 64, 32 texts of 128 tokens, float32. Each
+engine runs in its own environment (see docs/engines.md; absent ones are told), ours in turn with
+them; the best of `repeats` counts on both sides, without imports, files and tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+
+from interventions import InterventionError, apply
+from interventions.anatomy import find_anatomy
+from interventions.compress.engines.engine_workers.job import REPEATS
+from interventions.statistics import collect_statistics, token_batches
+from tests.engines.states import output_error
+from tests.models import VOCABULARY, tiny_tokenizer
+
+TEXTS, TOKENS, GROUP = 32, 128, 64
+ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("gptq", "llmcompressor", {"group_size": GROUP}),
+    ("gptq", "gptqmodel", {"group_size": GROUP}),
+    ("gptq", "auto_gptq", {"group_size": GROUP}),
+    ("awq", "llmcompressor", {"group_size": GROUP}),
+    ("awq", "autoawq", {"group_size": GROUP}),
+    ("sparsegpt", "llmcompressor", {}),
+    ("wanda", "llmcompressor", {}),
+)
+
+
+class Row(NamedTuple):
+    method: str
+    engine: str
+    seconds: float
+    error: float
+    our_seconds: float
+    our_error: float
+
+    def __str__(self) -> str:
+        ratio = self.seconds / self.our_seconds
+        return (
+            f"| {self.method} | {self.engine} | {self.seconds:.2f} | {self.our_seconds:.3f} | {ratio:.1f} | "
+            f"{self.error:.4e} | {self.our_error:.4e} |"
+        )
+
+
+def model_and_texts() -> tuple[Any, Any, list[str]]:
+    """Return the random model, its tokenizer and texts that all have at least `TOKENS` tokens."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    generator = torch.Generator().manual_seed(1)
+    texts = [tokenizer.decode(torch.randint(3, VOCABULARY, (2 * TOKENS,), generator=generator)) for _ in range(TEXTS)]
+    return transformers.LlamaForCausalLM(config).eval(), tokenizer, texts
+
+
+def mean_output_error(before: Any, after: Any, grams: dict[str, Tensor]) -> float:
+    """Return the mean relative output error of the first block's linears, whose inputs every method saw.
+
+    AWQ scales what makes the inputs; the scaling is undone before weights are compared.
+    """
+    old, new = find_anatomy(before).blocks[0], find_anatomy(after).blocks[0]
+    errors = []
+    for group, changed in zip(old.linear_groups, new.linear_groups, strict=True):
+        columns = _scaling(group.previous, changed.previous)
+        for linear, other in zip(group.linears, changed.linears, strict=True):
+            if group.previous is None or isinstance(group.previous, torch.nn.Linear):
+                continue  # scaled by rows as well, by what follows: not comparable one by one
+            if any(linear.module is follower.previous for follower in old.linear_groups):
+                continue
+            errors.append(output_error(linear.weight, other.weight / columns, grams[linear.name]))
+    return sum(errors) / len(errors)
+
+
+def _scaling(before: Any, after: Any) -> Tensor | float:
+    if before is None or isinstance(before, torch.nn.Linear):
+        return 1.0
+    return before.weight / after.weight  # type: ignore[no-any-return]
+
+
+def compare(repeats: int, methods: list[str]) -> Iterator[Row]:
+    """Yield a row for each engine that is there."""
+    base, tokenizer, texts = model_and_texts()
+    blocks = find_anatomy(base).blocks
+    batches = token_batches(tokenizer, texts, max_tokens=TOKENS)
+    grams = {name: s.gram for name, s in collect_statistics(base, batches, blocks[0].linears).items()}
+    for method, engine, settings in ROWS:
+        if methods and method not in methods:
+            continue
+        theirs = copy.deepcopy(base)
+        common: dict[str, Any] = {"calibration": texts, "max_tokens": TOKENS, **settings}
+        try:
+            report = apply(theirs, tokenizer, method, engine=engine, **common)
+        except InterventionError as error:
+            print(f"{method}, {engine}: {error}", file=sys.stderr)
+            continue
+        seconds = []
+        for _ in range(max(2, repeats)):  # the first one warms up
+            ours = copy.deepcopy(base)
+            seconds.append(apply(ours, tokenizer, method, **common).seconds)
+        yield Row(
+            method,
+            engine,
+            float(report.details["engine_seconds"]),
+            mean_output_error(base, theirs, grams),
+            min(seconds),
+            mean_output_error(base, ours, grams),
+        )
+
+
+def main() -> None:
+    import os
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the table there too")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=[], help="methods; all if not given")
+    chosen = parser.parse_args()
+    os.environ[REPEATS] = str(chosen.repeats)
+    lines = [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, float32, "
+        f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}, best of {chosen.repeats}.",
+        "",
+        "| method | engine | its seconds | our seconds | ratio | its output error | our output error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
+    for row in compare(chosen.repeats, chosen.only):
+        lines.append(str(row))
+        print(row, flush=True)
+    if chosen.out is not None:
+        chosen.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
