@@ -1,6 +1,7 @@
 # make demo: the main job on the embedded model, report in report.json
 # make test: the tests
-# Both make .venv first, and again when pyproject.toml or constraints.txt change.
+# make test-engines: upstream engines against our own kernels (docs/engines.md); builds their environments
+# All make .venv first, and again when pyproject.toml or constraints.txt change.
 
 PYTHON = python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
@@ -15,7 +16,7 @@ demo: .venv/.installed
 	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-json=report.json
 
 test: .venv/.installed
-	.venv/bin/python -m pytest tests -m "not slow"
+	.venv/bin/python -m pytest tests -m "not slow and not engines"
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
@@ -28,3 +29,30 @@ lint: .venv/.installed
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
 	touch .venv/.installed
+
+# Upstream engines, each with an environment of its own: make engine-autoawq, engine-gptqmodel,
+# engine-llmcompressor, engine-auto-gptq.
+ENGINES = autoawq gptqmodel llmcompressor auto-gptq
+.PHONY: $(ENGINES:%=engine-%) test-engines benchmark-engines
+
+$(ENGINES:%=engine-%): engine-%: .engines/%/.installed
+
+# Pinned whole, so nothing is resolved; what is built from source needs torch at hand, but no CUDA.
+.engines/%/.installed: tests/engines/constraints/%.txt
+	test -x .engines/$*/bin/python || $(PYTHON) -m venv .engines/$*
+	.engines/$*/bin/python -m pip --disable-pip-version-check install -q -c $< torch numpy packaging setuptools wheel ninja
+	BUILD_CUDA_EXT=0 .engines/$*/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -r $<
+	touch $@
+	@echo "Name it by: export LMCOMPOSE_$$(echo $* | tr a-z- A-Z_)_PYTHON=$(CURDIR)/.engines/$*/bin/python"
+
+ENGINE_PYTHONS = \
+	LMCOMPOSE_AUTOAWQ_PYTHON=$(CURDIR)/.engines/autoawq/bin/python \
+	LMCOMPOSE_GPTQMODEL_PYTHON=$(CURDIR)/.engines/gptqmodel/bin/python \
+	LMCOMPOSE_LLMCOMPRESSOR_PYTHON=$(CURDIR)/.engines/llmcompressor/bin/python \
+	LMCOMPOSE_AUTO_GPTQ_PYTHON=$(CURDIR)/.engines/auto-gptq/bin/python
+
+test-engines: .venv/.installed $(ENGINES:%=.engines/%/.installed)
+	$(ENGINE_PYTHONS) .venv/bin/python -m pytest tests/engines
+
+benchmark-engines: .venv/.installed $(ENGINES:%=.engines/%/.installed)
+	$(ENGINE_PYTHONS) .venv/bin/python -m tests.benchmarks.peers

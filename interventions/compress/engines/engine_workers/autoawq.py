@@ -1,0 +1,63 @@
+"""AutoAWQ 0.2.9: 4 bits, packed by groups; the texts are joined and cut to the longest one's length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .job import Clock, Job, Refused, Result, main
+
+
+def drive(job: Job) -> Result:
+    """Quantise and pack the model, and unpack the weights again."""
+    s = job.settings
+    if s["bits"] != 4:
+        raise Refused(f"packs 4 bits only, not bits={s['bits']}")
+    if s["group_size"] < 1:
+        raise Refused(f"needs groups: group_size={s['group_size']} is not possible")
+    from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
+    from awq.models.base import AwqConfig
+    from awq.modules.linear import gemm
+
+    gemm.TRITON_AVAILABLE = False  # its kernels need a GPU, but it takes them wherever triton can be imported
+    model = job.model()
+    kind = model.config.model_type
+    if kind not in AWQ_CAUSAL_LM_MODEL_MAP:
+        raise Refused(f"does not know models of type {kind}")
+    odd = [n for n in job.linears if model.get_submodule(n).in_features % s["group_size"]]
+    if odd:
+        raise Refused(f"needs a width that is a multiple of group_size={s['group_size']}: {', '.join(odd[:3])}")
+    wrapped = AWQ_CAUSAL_LM_MODEL_MAP[kind](model, kind, False, model.config, AwqConfig(), None)
+    with Clock() as clock:
+        wrapped.quantize(
+            None,
+            quant_config={"zero_point": True, "q_group_size": s["group_size"], "w_bit": 4, "version": "GEMM"},
+            calib_data=job.rows,
+            duo_scaling=s["duo_scaling"],
+            apply_clip=s["clip"],
+            max_calib_samples=len(job.rows),
+            max_calib_seq_len=max(map(len, job.rows)),
+        )
+    return Result(weights(model, gemm.WQLinear_GEMM), job.answer_to_probe(model), clock.seconds)
+
+
+@torch.no_grad()
+def weights(model: nn.Module, kind: type[Any]) -> dict[str, Tensor]:
+    """Return every parameter, those of packed layers unpacked."""
+    from awq.utils.packing_utils import dequantize_gemm
+
+    found = {name: p.detach() for name, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            packed: Any = module
+            transposed = dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, packed.w_bit, packed.group_size)
+            found[f"{name}.weight"] = transposed.t().float()
+            if packed.bias is not None:
+                found[f"{name}.bias"] = packed.bias.detach().float()
+    return found
+
+
+if __name__ == "__main__":
+    main(drive, "autoawq")

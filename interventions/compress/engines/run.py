@@ -1,0 +1,184 @@
+"""Run a compression method by an engine in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interventions.anatomy import find_anatomy
+from interventions.compress.blockwise import check_enough, check_weights
+from interventions.compress.engines.exchange import Answer, probe_logits, read_answer, write_job
+from interventions.compress.engines.table import Engine, check_followed, find_engine, interpreter
+from interventions.statistics import Batch, token_batches
+from interventions.step import Context
+from interventions.types import InterventionError, Resources
+
+TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
+"""Relative difference allowed between what the engine's compressed model says and what ours says with
+its weights. Engines keep scales in float16, which is 0.0005."""
+ROUNDED_TOLERANCE = 0.05
+"""The same for models in float16 and bfloat16, which compute in those."""
+
+WORKERS = Path(__file__).parent
+"""The folder of `engine_workers`."""
+
+_START = (
+    "import sys, runpy; folder, worker = sys.argv[1:3]; sys.path = [p for p in sys.path if p] + [folder]; "
+    "sys.argv = [worker, *sys.argv[3:]]; runpy.run_module('engine_workers.' + worker, run_name='__main__')"
+)
+
+
+@torch.no_grad()
+def run_engine(
+    method: str, model: nn.Module, tokenizer: Any, settings: Any, resources: Resources, context: Context
+) -> dict[str, Any]:
+    """Compress the linear layers of every decoder block by `settings.engine`, in place.
+
+    The engine works on the CPU, in float32, on the tokens that our own method would read; its
+    weights are written back de-quantised and rounded once. Returns its versions and seconds, the
+    number of calibration tokens and how far our model with its weights is from its own.
+
+    Raises InterventionError for an engine that is absent, refuses, crashes, leaves a layer out, or
+    whose weights do not compute what its own model computes.
+    """
+    engine = find_engine(method, settings.engine)
+    check_followed(engine, method, settings)
+    python = interpreter(engine, settings.engine_python)
+    who = f"{method}: the engine {engine.name}"
+    tokens = calibration_tokens(method, model, tokenizer, settings, resources)
+    linears = tuple(linear.name for block in find_anatomy(model).blocks for linear in block.linears)
+    with tempfile.TemporaryDirectory(prefix=f"lmcompose-{engine.name}-") as name:
+        folder = Path(name)
+        probe = write_job(folder, model, tokens, method=method, settings=settings, linears=linears, seed=context.seed)
+        context.progress(f"{method}: {engine.name} runs in a process of its own")
+        work(engine, python, folder, who)
+        answer = read_answer(folder, model, who)
+    write_back_(model, answer)
+    check_complete(model, answer, who)
+    difference = check_difference(model, probe, answer, who)
+    return {
+        "engine": engine.name,
+        "calibration_tokens": int(tokens["attention_mask"].sum()),
+        "difference": difference,
+        **answer.report,
+    }
+
+
+def calibration_tokens(method: str, model: nn.Module, tokenizer: Any, settings: Any, resources: Resources) -> Batch:
+    """Return the calibration tokens as one batch, after the checks that our own methods make."""
+    for name in ("samples", "max_tokens"):
+        if getattr(settings, name) < 1:
+            raise InterventionError(f"{method}: {name} must be at least 1, not {getattr(settings, name)}")
+    if not resources.calibration:
+        raise InterventionError(f"{method} needs calibration texts: give `calibration`")
+    blocks = find_anatomy(model).blocks
+    for block in blocks:
+        check_weights(block, method)
+    (tokens,) = token_batches(
+        tokenizer, resources.calibration, max_tokens=settings.max_tokens, max_texts=settings.samples
+    )
+    check_enough(blocks, int(tokens["attention_mask"].sum()), method)
+    return tokens
+
+
+def work(engine: Engine, python: str, folder: Path, who: str) -> None:
+    """Start the engine's worker on the job in `folder` and wait for it.
+
+    Raises InterventionError with the reason it gave, or the last lines it wrote.
+    """
+    log = folder / "log"
+    with log.open("w") as stream:
+        done = subprocess.run(
+            [python, "-c", _START, str(WORKERS), engine.worker, str(folder)],
+            cwd=folder,  # engines leave files where they stand
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    refused = _reason(folder / "refused.json")
+    if refused is not None:
+        raise InterventionError(f"{who} {refused} (interpreter: {python})")
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise InterventionError(f"{who} was ended by {name}; is there enough memory?\n{_tail(log)}")
+    if done.returncode:
+        raise InterventionError(f"{who} failed (interpreter: {python}):\n{_tail(log)}")
+
+
+def environment() -> dict[str, str]:
+    """Return the environment variables for an engine's process.
+
+    Nothing of this interpreter's or of a test run's may reach it, no hub is asked, and threads
+    wait without spinning.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "PYTEST_", "COV_")) and name != "VIRTUAL_ENV"
+    }
+    threads = str(torch.get_num_threads())
+    return kept | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+
+
+def write_back_(model: nn.Module, answer: Answer) -> None:
+    """Put the answer's weights into the model, rounded once to the stored dtypes."""
+    parameters = dict(model.named_parameters())
+    for name, value in answer.weights.items():
+        parameters[name].copy_(value)
+
+
+def check_complete(model: nn.Module, answer: Answer, who: str) -> None:
+    """Raise InterventionError if a linear layer of a block is not among the answer's weights."""
+    wanted = [linear.parameter_name for block in find_anatomy(model).blocks for linear in block.linears]
+    lacking = [name for name in wanted if name not in answer.weights]
+    if lacking:
+        raise InterventionError(f"{who} left out {', '.join(lacking[:5])}; does it know {type(model).__name__}?")
+
+
+def check_difference(model: nn.Module, probe: Tensor, answer: Answer, who: str) -> float:
+    """Return how far, relatively, our model's logits are from those of the engine's own model.
+
+    Raises InterventionError if that is more than rounding explains: de-quantisation went wrong.
+    """
+    ours = probe_logits(model, probe)
+    if ours.shape != answer.logits.shape:
+        raise InterventionError(f"{who} answered the probe with logits of shape {tuple(answer.logits.shape)}")
+    difference = float((ours - answer.logits).norm() / answer.logits.norm())
+    dtype = next(model.parameters()).dtype
+    allowed = TOLERANCE.get(dtype, ROUNDED_TOLERANCE)
+    if not difference <= allowed:
+        raise InterventionError(
+            f"{who} gave weights that do not compute what its own model computes: relative difference of the "
+            f"logits {difference:.3g}, allowed {allowed}"
+        )
+    return difference
+
+
+def _reason(refused: Path) -> str | None:
+    try:
+        return str(json.loads(refused.read_text())["reason"])
+    except (OSError, ValueError):
+        return None  # none was given, or the process ended while it wrote
+
+
+def _tail(log: Path, lines: int = 12) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])

@@ -1,0 +1,144 @@
+"""The table of engines: which methods they have, which settings they take, how to get them (no torch).
+
+An engine is a package of others that does a method of ours. `worker` names the module of
+`engine_workers` that drives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from interventions.types import InterventionError
+
+OWN = "own"
+"""The value of the setting `engine` that means this project's own kernels."""
+
+_ALWAYS = frozenset({"engine", "engine_python", "samples", "max_tokens", "preserve_mask"})
+"""Settings that mean the same whatever the engine: they are seen to outside of it."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine. `settings` holds, by method, the settings it can follow; others must stay at their defaults."""
+
+    name: str
+    package: str
+    """The module to import; its presence is what makes the engine available to an interpreter."""
+    distribution: str
+    """The package's name on the package index, with the version that was tried."""
+    worker: str
+    settings: dict[str, frozenset[str]]
+    own_environment: bool = False
+    """Cannot live beside the transformers that this project needs."""
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that names the interpreter to use."""
+        return f"LMCOMPOSE_{self.name.upper()}_PYTHON"
+
+    @property
+    def target(self) -> str:
+        """The make target that builds an environment for it."""
+        return f"engine-{self.name.replace('_', '-')}"
+
+
+ENGINES = (
+    Engine(
+        "autoawq",
+        "awq",
+        "autoawq==0.2.9",
+        "autoawq",
+        {"awq": frozenset({"bits", "group_size", "duo_scaling", "clip"})},
+    ),
+    Engine(
+        "gptqmodel",
+        "gptqmodel",
+        "GPTQModel==7.6.0",
+        "gptqmodel",
+        {
+            "gptq": frozenset(
+                {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
+            )
+        },
+    ),
+    Engine(
+        "llmcompressor",
+        "llmcompressor",
+        "llmcompressor==0.14.0.1",
+        "llmcompressor",
+        {
+            "awq": frozenset({"bits", "group_size", "grid", "duo_scaling"}),
+            "gptq": frozenset(
+                {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
+            ),
+            "wanda": frozenset({"sparsity", "pattern"}),
+            "sparsegpt": frozenset({"sparsity", "pattern", "block_size", "damping"}),
+        },
+    ),
+    Engine(
+        "auto_gptq",
+        "auto_gptq",
+        "auto-gptq==0.7.1",
+        "auto_gptq",
+        {
+            "gptq": frozenset(
+                {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
+            )
+        },
+        own_environment=True,
+    ),
+)
+
+
+def find_engine(method: str, name: str) -> Engine:
+    """Return the engine called `name`, which must have `method`.
+
+    Raises InterventionError with near names and all that have the method.
+    """
+    table = {engine.name: engine for engine in ENGINES if method in engine.settings}
+    if name in table:
+        return table[name]
+    known = (OWN, *table)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise InterventionError(f"{method} has no engine {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def check_followed(engine: Engine, method: str, settings: Any) -> None:
+    """Raise InterventionError if a setting that the engine cannot follow is not at its default."""
+    followed = engine.settings[method] | _ALWAYS
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in followed and value != field.default:
+            raise InterventionError(
+                f"{method}: the engine {engine.name} cannot follow {field.name}={value!r}; leave it at "
+                f"{field.default!r}, or use engine={OWN}"
+            )
+
+
+def interpreter(engine: Engine, named: str | None) -> str:
+    """Return the Python to run the engine with.
+
+    That is `named` (the setting `engine_python`), else what the engine's environment variable
+    names, else the running one if the package is installed there. Raises InterventionError that
+    says how to get the engine.
+    """
+    for path, origin in ((named, "engine_python"), (os.environ.get(engine.variable), engine.variable)):
+        if path:
+            if not os.access(path, os.X_OK) or os.path.isdir(path):
+                raise InterventionError(f"engine {engine.name}: {origin} names {path}, which is no interpreter")
+            return os.path.abspath(path)  # the process starts elsewhere
+    if not engine.own_environment and importlib.util.find_spec(engine.package) is not None:
+        return sys.executable
+    extra = "" if engine.own_environment else f"install the extra pytest-lmcompose[{engine.name}], or "
+    beside = ", which cannot be installed beside this project's transformers" if engine.own_environment else ""
+    raise InterventionError(
+        f"the engine {engine.name} needs {engine.distribution}{beside}: {extra}run `make {engine.target}` and name "
+        f"that environment's interpreter by the setting engine_python or the variable {engine.variable}"
+    )
