@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +29,8 @@ class Measurement:
     """How it was measured, where a reader could be misled: window, batch, templates."""
     weights: tuple[float, ...] = ()
     """How much each sample counts in the value, such as the tokens of a window; empty: all alike."""
+    clusters: tuple[int, ...] = ()
+    """A label a sample: samples of one cluster are no independent units; empty: every sample is one."""
 
     @classmethod
     def mean(
@@ -52,12 +53,25 @@ class Measurement:
         n = len(samples)
         if n == 0:
             raise EvaluationError(f"{metric}: no samples to average; is the data set empty?")
-        labels = range(n) if clusters is None else clusters
         value = math.fsum(samples) / n
-        deviations: defaultdict[Hashable, float] = defaultdict(float)
-        for label, sample in zip(labels, samples, strict=True):
-            deviations[label] += sample - value
-        return cls(metric, value, ratio_error(deviations.values(), n), n, higher_is_better, tuple(samples), note)
+        error = ratio_error(per_unit([sample - value for sample in samples], clusters), n)
+        labels = _numbered(clusters or ())
+        return cls(metric, value, error, n, higher_is_better, tuple(samples), note, clusters=labels)
+
+
+def per_unit(values: Sequence[float], clusters: Sequence[Hashable] | None) -> list[float]:
+    """Return the sum of `values` over each cluster, in order of appearance; without clusters, the values.
+
+    Raises EvaluationError for another number of labels than of values.
+    """
+    if not clusters:
+        return list(values)
+    if len(clusters) != len(values):
+        raise EvaluationError(f"{len(clusters)} clusters for {len(values)} samples; give one label a sample")
+    sums: dict[Hashable, float] = {}
+    for label, value in zip(clusters, values, strict=True):
+        sums[label] = sums.get(label, 0.0) + value
+    return list(sums.values())
 
 
 def ratio_error(deviations: Collection[float], total: float) -> float | None:
@@ -70,3 +84,9 @@ def ratio_error(deviations: Collection[float], total: float) -> float | None:
     if units < 2:
         return None
     return math.sqrt(units / (units - 1) * math.fsum(d * d for d in deviations)) / total
+
+
+def _numbered(labels: Sequence[Hashable]) -> tuple[int, ...]:
+    """Return labels as numbers from 0 up; none where every one stands alone."""
+    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    return tuple(number[label] for label in labels) if len(number) < len(labels) else ()

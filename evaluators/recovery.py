@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from evaluators.measurement import EvaluationError, Measurement, ratio_error
+from evaluators.measurement import EvaluationError, Measurement, per_unit, ratio_error
 
 
 def returned(base: Measurement, after: Measurement, end: Measurement) -> Measurement:
@@ -12,8 +12,8 @@ def returned(base: Measurement, after: Measurement, end: Measurement) -> Measure
 
     `base` is measured before the step, `after` right after it, `end` after the last step:
     (end - after) / (base - after). 0: all stayed away; 1: as much is there as before; lower is
-    better. The three are paired by sample, and so is the standard error (delta method). Where the
-    step removed nothing there is no share: NaN, which no gate passes.
+    better. The three are paired by sample, and so is the standard error (delta method, between the
+    clusters of the end). Where the step removed nothing there is no share: NaN, which no gate passes.
 
     Raises EvaluationError for different metrics, different numbers of samples, or values that are no means.
     """
@@ -32,7 +32,8 @@ def returned(base: Measurement, after: Measurement, end: Measurement) -> Measure
             raise EvaluationError(f"returned {base.metric}: its value is not the mean of its samples")
     total = math.fsum(removed)
     share = math.fsum(back) / total if total > 0 else math.nan
-    error = ratio_error([b - share * r for b, r in zip(back, removed, strict=True)], total) if total > 0 else None
+    units = per_unit([b - share * r for b, r in zip(back, removed, strict=True)], end.clusters)
+    error = ratio_error(units, total) if total > 0 else None
     note = (
         f"{base.value:.3f} before, {after.value:.3f} right after the step, {end.value:.3f} at the end, paired samples"
     )

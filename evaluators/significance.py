@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import brentq
 
-from evaluators.measurement import EvaluationError, ratio_error
+from evaluators.measurement import EvaluationError, per_unit, ratio_error
 
 MCNEMAR, T, BOOTSTRAP = "exact McNemar", "paired t", "paired bootstrap"
 Alternative = Literal["worse", "different"]
@@ -272,14 +272,7 @@ def _interval(value: float, error: float | None, units: int, n: int, confidence:
 
 def _units(x: Floats, clusters: Sequence[Hashable] | None) -> list[float]:
     """Return the sum of `x` over each independent unit."""
-    if clusters is None:
-        return [float(value) for value in x]
-    sums: dict[Hashable, float] = {}
-    if len(clusters) != len(x):
-        raise EvaluationError(f"{len(clusters)} clusters for {len(x)} samples; give one label a sample")
-    for label, value in zip(clusters, x, strict=True):
-        sums[label] = sums.get(label, 0.0) + float(value)
-    return list(sums.values())
+    return per_unit(x.tolist(), clusters)
 
 
 def _sizes(x: Floats, clusters: Sequence[Hashable] | None) -> Floats:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-from evaluators.measurement import EvaluationError, Measurement, ratio_error
+from evaluators.measurement import EvaluationError, Measurement, per_unit, ratio_error
 
 
 def measure_survival(
@@ -15,11 +14,11 @@ def measure_survival(
     """Return the metric at the end over the same metric right after its step: 1 is all of it.
 
     Where both values are means over the same samples the error is that of a ratio of paired
-    samples (delta method), between `clusters`, one label a sample, where these are given. For other
-    values, such as perplexities, the two errors are combined as if independent, which is too
-    large for states that answer alike. The direction is the metric's own: a perplexity survives
-    below 1 better. A metric that was 0 right after its step has nothing to survive: NaN, which no
-    gate passes.
+    samples (delta method), between clusters: `clusters`, one label a sample, else those of the
+    metric at the end. For other values, such as perplexities, the two errors are combined as if
+    independent, which is too large for states that answer alike. The direction is the metric's own:
+    a perplexity survives below 1 better. A metric that was 0 right after its step has nothing to
+    survive: NaN, which no gate passes.
 
     Raises EvaluationError for two metrics, or samples of different numbers.
     """
@@ -32,11 +31,9 @@ def measure_survival(
         )
     ratio = end.value / after.value if after.value else math.nan
     if _is_mean(after) and _is_mean(end):
-        labels = range(len(after.samples)) if clusters is None else clusters
-        deviations: defaultdict[Hashable, float] = defaultdict(float)
-        for label, before, later in zip(labels, after.samples, end.samples, strict=True):
-            deviations[label] += later - ratio * before
-        error = ratio_error(deviations.values(), math.fsum(after.samples)) if math.isfinite(ratio) else None
+        deviations = [later - ratio * before for before, later in zip(after.samples, end.samples, strict=True)]
+        units = per_unit(deviations, end.clusters if clusters is None else clusters)
+        error = ratio_error(units, math.fsum(after.samples)) if math.isfinite(ratio) else None
         how = "paired samples"
     else:
         error = _combined(after, end, ratio)

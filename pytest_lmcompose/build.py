@@ -1,35 +1,30 @@
 """Build the states of a model that compositions ask for, step by step. Imports torch.
 
 One working model is changed in place. Each state that was built is kept as the tensors in which it
-differs from the base model, on the host, so that a composition starts from its longest prefix that
-any earlier one had.
+differs from the base model, so that a composition starts from its longest prefix that is there: in
+memory, or in the store that runs and processes share.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from interventions import Resources, StepReport, apply
+from interventions import Resources, apply, find_method
+from pytest_lmcompose.address import METHOD_LIBRARIES, address, method_code, versions
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.errors import BuildError
-from pytest_lmcompose.load import Loaded, hash_weights
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A step that was applied, as the report tells it."""
-
-    step: Step
-    seed: int
-    report: StepReport
+from pytest_lmcompose.load import Loaded
+from pytest_lmcompose.snapshot import Snapshot, WorkingModel, bytes_of
+from pytest_lmcompose.stored import Shelf, StoredState
+from pytest_lmcompose.stored import StepRecord as StepRecord
 
 
 @dataclass(frozen=True)
@@ -47,12 +42,9 @@ class ModelState:
     """SHA-256 of the weights."""
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    changed: dict[str, Tensor]
-    """Parameters that differ from the base model, on the host."""
+class _Built(NamedTuple):
+    snapshot: Snapshot
     steps: tuple[StepRecord, ...]
-    state_hash: str
 
 
 class StateManager:
@@ -65,53 +57,70 @@ class StateManager:
         resources: Resources,
         seed: int,
         progress: Callable[[str], None],
+        shelf: Shelf | None = None,
     ) -> None:
-        """Take over `loaded`; `settings` gives a step's settings, `progress` takes one line a step."""
+        """Take over `loaded`; `settings` gives a step's settings, `progress` takes one line a step.
+
+        With a `shelf`, states that were built before, or are in another process, are read from it.
+        """
         self.loaded = loaded
         self._settings = settings
-        self._resources = resources
-        self._seed = seed
-        self._progress = progress
-        self._base = {n: p.detach().to("cpu", copy=True) for n, p in loaded.model.named_parameters()}
-        self._flags = {n: p.requires_grad for n, p in loaded.model.named_parameters()}
-        self._use_cache = getattr(loaded.model.config, "use_cache", None)
-        self.base_hash = hash_weights(loaded.model)
-        self._snapshots = {Composition(): _Snapshot({}, (), self.base_hash)}
+        self._shelf = shelf
+        self._resources, self._seed, self._progress = resources, seed, progress
+        self._data = self._data_address()
+        self._working = WorkingModel(loaded.model)
+        self.base_hash = self._working.base.state_hash
+        self._states = {Composition(): _Built(self._working.base, ())}
+        self._addresses = {Composition(): base_address(loaded, self.base_hash)}
         self._failures: dict[Composition, BuildError] = {}
         self._pristine: Any = None
         self._current = Composition()
+        self._held = self._given = False
 
     def enter(self, composition: Composition) -> ModelState:
         """Bring the working model into the state of `composition`, building what is missing.
 
+        The caller may do to the model what it likes, until the next state is entered or visited.
         Raises BuildError if a step fails.
         """
-        prefixes = (Composition(), *composition.prefixes())
-        built = max(i for i, prefix in enumerate(prefixes) if prefix in self._snapshots)
-        self._restore(self._snapshots[prefixes[built]])
-        self._current = prefixes[built]
-        for i in range(built, len(composition.steps)):
-            if prefixes[i + 1] in self._failures:  # it would fail again, after as long
-                raise self._failures[prefixes[i + 1]]
-            self._snapshots[prefixes[i + 1]] = self._apply(composition, i, self._snapshots[prefixes[i]])
-            self._current = prefixes[i + 1]
-        snapshot = self._snapshots[composition]
-        return ModelState(composition, self.loaded.model, self.loaded.tokenizer, snapshot.steps, snapshot.state_hash)
+        self._held = self._given = False
+        state = self._bring(composition)
+        self._held = self._given = True
+        self._working.distrust()
+        return state
 
     @contextmanager
     def visit(self, composition: Composition) -> Iterator[ModelState]:
-        """Enter a state and go back to the one before, which a test may hold."""
-        before = self._current
+        """Enter a state to look at it, and go back to the one before if somebody holds that.
+
+        The model must be left as it is. Raises BuildError if a step fails.
+        """
+        before, held, given = self._current, self._held, self._given
         try:
-            yield self.enter(composition)
+            state = self._bring(composition)
+            self._held, self._given = True, False
+            yield state
         finally:
-            if self._current != before:
-                self.enter(before)
+            if held and self._current != before:
+                self._bring(before)
+            self._held, self._given = held, given
+            if given:
+                self._working.distrust()
+
+    def release(self, prefixes: Iterable[Composition]) -> None:
+        """Forget the states of `prefixes`, which no test needs any more; called between tests.
+
+        One that is asked for nevertheless is read from the store, or built again.
+        """
+        self._held = self._given = False
+        for prefix in prefixes:
+            if prefix.steps:
+                self._states.pop(prefix, None)
 
     def steps_built(self, composition: Composition) -> tuple[StepRecord, ...]:
         """Return the records of the longest prefix of `composition` that was built."""
-        built = [prefix for prefix in composition.prefixes() if prefix in self._snapshots]
-        return self._snapshots[built[-1]].steps if built else ()
+        built = [prefix for prefix in composition.prefixes() if prefix in self._states]
+        return self._states[built[-1]].steps if built else ()
 
     def pristine(self) -> ModelState:
         """Return the base model as a second model in memory, made when first asked for."""
@@ -120,10 +129,84 @@ class StateManager:
                 self._pristine = copy.deepcopy(base.model)
         return ModelState(Composition(), self._pristine, self.loaded.tokenizer, (), self.base_hash)
 
-    def _apply(self, composition: Composition, index: int, before: _Snapshot) -> _Snapshot:
-        step = composition.steps[index]
-        seed = step_seed(self._seed, Composition(composition.steps[: index + 1]))
-        label = f"{composition}  step {index + 1}/{len(composition.steps)} {step}"
+    def repeat(self, resources: Resources, seed: int, progress: Callable[[str], None]) -> StateManager:
+        """Return a manager of the same model, for the same steps on other data and from another seed.
+
+        Both change the one working model, so a state of either ends where the other enters one; use it
+        inside `visit` of the base model.
+        """
+        other = copy.copy(self)
+        other._resources, other._seed, other._progress = resources, seed, progress
+        other._data = other._data_address()
+        other._states = {Composition(): self._states[Composition()]}
+        other._addresses = {Composition(): self._addresses[Composition()]}
+        other._failures = {}
+        other._current = Composition()
+        other._held = other._given = False
+        return other
+
+    def address(self, composition: Composition) -> str:
+        """Return the content address of a state: the hash of all that it follows from.
+
+        These are the base model, and of each step up to this one the settings, seed, data, code, and
+        versions of libraries.
+        """
+        parent = Composition()
+        for prefix in composition.prefixes():
+            if prefix not in self._addresses:
+                step = prefix.steps[-1]
+                self._addresses[prefix] = address(
+                    before=self._addresses[parent],
+                    method=step.method,
+                    settings=self._settings(step),
+                    seed=step_seed(self._seed, prefix),
+                    data=self._data,
+                    code=method_code(find_method(step.method)),
+                )
+            parent = prefix
+        return self._addresses[composition]
+
+    def _data_address(self) -> str:
+        """Return the hash of what steps read, and of what computes."""
+        files = "" if self._shelf is None else self._shelf.files
+        return address(resources=self._resources, files=files, libraries=versions(METHOD_LIBRARIES))
+
+    def _bring(self, composition: Composition) -> ModelState:
+        prefixes = (Composition(), *composition.prefixes())
+        at = len(prefixes) - 1
+        while prefixes[at] not in self._states and not self._read(prefixes[at]):
+            at -= 1
+        self._working.restore(self._states[prefixes[at]].snapshot)
+        self._current = prefixes[at]
+        for prefix in prefixes[at + 1 :]:
+            if prefix in self._failures:  # it would fail again, after as long
+                raise self._failures[prefix]
+            self._build(prefix, self._states[self._current], composition)
+            self._current = prefix
+        built = self._states[composition]
+        return ModelState(composition, self.loaded.model, self.loaded.tokenizer, built.steps, built.snapshot.state_hash)
+
+    def _build(self, prefix: Composition, before: _Built, composition: Composition) -> None:
+        """Make the state of `prefix` from the one before, which the model is in, for `composition`."""
+        if self._shelf is None:
+            self._states[prefix] = self._apply(prefix, before, composition)
+            return
+        where = self.address(prefix)
+        with self._shelf.building(where, prefix):
+            if self._read(prefix):  # another process made it meanwhile
+                self._working.restore(self._states[prefix].snapshot)
+                return
+            built = self._states[prefix] = self._apply(prefix, before, composition)
+            snapshot = built.snapshot
+            added = [snapshot.changed[name] for name in built.steps[-1].report.changed]
+            state = StoredState(dict(snapshot.changed), built.steps, snapshot.state_hash)
+            self._shelf.keep_state(where, prefix, state, step_bytes=bytes_of(added))
+
+    def _apply(self, prefix: Composition, before: _Built, composition: Composition) -> _Built:
+        step = prefix.steps[-1]
+        seed = step_seed(self._seed, prefix)
+        label = f"{composition}  step {len(prefix.steps)}/{len(composition.steps)} {step}"
+        self._working.distrust()
         try:
             report = apply(
                 self.loaded.model,
@@ -135,28 +218,52 @@ class StateManager:
             )
         except Exception as error:
             self._progress(f"{label}  failed: {error}")
-            failure = BuildError(f"step {index + 1}, {step}: {error}")
-            self._failures[Composition(composition.steps[: index + 1])] = failure
+            failure = self._failures[prefix] = BuildError(f"step {len(prefix.steps)}, {step}: {error}")
             raise failure from error
         names = len(report.changed)
         self._progress(f"{label}  {report.seconds:.1f} s  {names} parameter{'s' * (names != 1)} changed")
-        parameters = dict(self.loaded.model.named_parameters())
-        touched = sorted({*before.changed, *report.changed})
-        changed = {name: parameters[name].detach().to("cpu", copy=True) for name in touched}
-        record = StepRecord(step, seed, report)
-        return _Snapshot(changed, (*before.steps, record), hash_weights(self.loaded.model))
+        snapshot = self._working.take(before.snapshot, report.changed)
+        return _Built(snapshot, (*before.steps, StepRecord(step, seed, report)))
 
-    @torch.no_grad()
-    def _restore(self, snapshot: _Snapshot) -> None:
-        """Copy a whole state into the working model, whatever a test has done to it."""
-        model = self.loaded.model
-        for name, parameter in model.named_parameters():
-            parameter.copy_(snapshot.changed.get(name, self._base[name]))
-            parameter.requires_grad_(self._flags[name])
-            parameter.grad = None
-        model.eval()
-        if self._use_cache is not None:
-            model.config.use_cache = self._use_cache
+    def _read(self, prefix: Composition) -> bool:
+        """Read a state from the store, if it is there and is what it says; the model is left as it is."""
+        if self._shelf is None or not prefix.steps:
+            return False
+        stored = self._shelf.state(self.address(prefix))
+        if stored is None:
+            return False
+        near = max((p for p in (Composition(), *prefix.prefixes()) if p in self._states), key=lambda p: len(p.steps))
+        try:
+            snapshot = self._working.adopt(self._states[near].snapshot, stored.changed)
+        except (KeyError, ValueError):
+            return False
+        if snapshot.state_hash != stored.state_hash:
+            return False
+        self._progress(f"{prefix}  read from the store")
+        self._states[prefix] = _Built(snapshot, stored.steps)
+        return True
+
+
+def base_address(loaded: Loaded, weights: str) -> str:
+    """Return the content address of a model before any step: weights, architecture, tokenizer, device."""
+    config = json.loads(loaded.model.config.to_json_string(use_diff=False))
+    for key in ("_name_or_path", "transformers_version"):  # where it came from is not what it is
+        config.pop(key, None)
+    device = next(loaded.model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return address(weights=weights, config=config, tokenizer=_describe(loaded.tokenizer), device=name)
+
+
+def _describe(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer makes of text, as plain data."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {
+        "kind": type(tokenizer).__name__,
+        "rules": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": str(getattr(tokenizer, "chat_template", None)),
+        "added": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "padding_side")],
+    }
 
 
 def step_seed(seed: int, prefix: Composition) -> int:

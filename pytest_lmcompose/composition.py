@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -87,27 +87,22 @@ def parse(text: str) -> Composition:
         position += 1
 
 
-def permutations(methods: Sequence[str], max_steps: int | None = None) -> tuple[Composition, ...]:
-    """Return every ordered choice of distinct `methods`, of 1 up to `max_steps` steps."""
-    longest = len(methods) if max_steps is None else min(max_steps, len(methods))
-    return tuple(
-        Composition(tuple(map(Step, choice)))
-        for length in range(1, longest + 1)
-        for choice in itertools.permutations(methods, length)
-    )
+def permutations(
+    steps: Sequence[Step], max_steps: int | None = None, category: Callable[[Step], str] | None = None
+) -> tuple[Composition, ...]:
+    """Return every ordered choice of distinct `steps`, of 1 up to `max_steps` of them.
 
-
-def order_for_sharing(compositions: Iterable[Composition]) -> tuple[Composition, ...]:
-    """Return the distinct compositions so that each follows those it shares a prefix with.
-
-    Among siblings the given order is kept.
+    With `category`, only the choices in which no category stands twice.
     """
-    distinct = tuple(dict.fromkeys(compositions))
-    seen: dict[Composition, int] = {}
-    for composition in distinct:
-        for prefix in composition.prefixes():
-            seen.setdefault(prefix, len(seen))
-    return tuple(sorted(distinct, key=lambda c: [seen[prefix] for prefix in c.prefixes()]))
+    kinds = steps if category is None else [category(step) for step in steps]
+    kind = dict(zip(steps, kinds, strict=True))
+    longest = len(set(kinds)) if max_steps is None else min(max_steps, len(set(kinds)))
+    return tuple(
+        Composition(choice)
+        for length in range(1, longest + 1)
+        for choice in itertools.permutations(steps, length)
+        if len({kind[step] for step in choice}) == length
+    )
 
 
 def _step(text: str, position: int) -> tuple[Step, int]:

@@ -28,7 +28,7 @@ class RunData:
     facts: tuple[FactRecord, ...]
     """Of subjects that no edit is about."""
     neighbours: tuple[FactRecord, ...]
-    """Other facts of the edited subjects."""
+    """Other facts of the edited subjects, but for those that should change with the edit."""
     perplexity: tuple[str, ...]
     tasks: Path | None
     """Folder of the question tasks."""
@@ -43,7 +43,7 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
     edits: tuple[EditRecord, ...] = ()
     if world.edits is not None:
         path = folder / world.edits
-        records = read_edits(path, world.edits_schema, strip_nq=world.strip_nq)
+        records = read_edits(path, world.edits_schema, strip_nq=world.strip_nq, ask_as=world.ask_as)
         edits = select_edits(records, evaluate.edits, seed, str(path))
     resources = Resources(
         edits=tuple(record.edit for record in edits),
@@ -79,7 +79,12 @@ def _facts(
         record = edited.get(fact.subject)
         if record is None:
             others.append(fact)
-        elif record.truth and record.truth != fact.answer:  # not the fact that was rewritten
+        elif record.truth and fact.answer not in _outdated(record):
             neighbours.append(fact)
     limit = evaluate.facts
     return tuple(sample(others, limit, seed, "facts")), tuple(sample(neighbours, limit, seed, "neighbours"))
+
+
+def _outdated(record: EditRecord) -> set[str]:
+    """Return the answers that an edit makes wrong: the one rewritten, and those that followed from it."""
+    return {record.truth, *(probe.before for probe in record.portability)}

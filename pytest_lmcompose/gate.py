@@ -2,28 +2,35 @@
 
     "memit*":                     # glob over composition ids: * and ? only, brackets are literal
       edit_success_exact:         # glob over metrics
-        min: 0.9                  # or max, min_ratio_of_base, max_ratio_of_base
+        min: 0.9                  # or max, min_ratio_of_base, max_ratio_of_base, no_drop_p
 
 For each composition and metric the most specific rule holds and replaces all others: first by the
 composition's glob (a plain id, then the more literal characters), then by the metric's, then the
 later in the file. A rule without bounds, `{}`, lifts the gate. A metric that is NaN or infinite
 fails whatever the rules; so does a rule for which nothing was measured.
+
+`no_drop_p: 0.05` fails where the metric is worse than the base model's, by a one-sided paired test on
+the same samples at that level after Holm's correction over all such gates of the run (see `paired`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evaluators.measurement import Measurement
+from evaluators.measurement import EvaluationError, Measurement
+from pytest_lmcompose.composition import BASE
+from pytest_lmcompose.paired import Paired, compare_with_base, corrected, describe, finds, noise_floor
+from pytest_lmcompose.repeats import find
 
-BOUNDS = ("min", "max", "min_ratio_of_base", "max_ratio_of_base")
+NO_DROP = "no_drop_p"
+BOUNDS = ("min", "max", "min_ratio_of_base", "max_ratio_of_base", NO_DROP)
 
 
 class ThresholdError(ValueError):
@@ -58,12 +65,14 @@ class Verdict:
 
     metric: str
     gate: str
-    """min, max, min_ratio_of_base, max_ratio_of_base, finite or measured."""
+    """min, max, min_ratio_of_base, max_ratio_of_base, no_drop_p, finite or measured."""
     threshold: float | None
     passed: bool
     message: str
     value: float | None = None
     base_value: float | None = None
+    paired: Paired | None = None
+    """The comparison behind no_drop_p."""
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
@@ -83,7 +92,16 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
 
 def needs_base(rules: Sequence[Rule], composition: str) -> bool:
     """Say whether a gate of `composition` compares with the base model."""
-    return any(rule.covers(composition) and any(kind.endswith("_of_base") for kind, _ in rule.bounds) for rule in rules)
+    return any(rule.covers(composition) and any(_compares(kind) for kind, _ in rule.bounds) for rule in rules)
+
+
+def paired_gates(rules: Sequence[Rule], composition: str, metrics: Iterable[str]) -> int:
+    """Return how many of the gates of `composition` are paired tests, given what is measured."""
+    if composition == BASE:
+        return 0
+    covering = [rule for rule in rules if rule.covers(composition)]
+    found = [_rule_for(covering, metric) for metric in metrics]
+    return sum(kind == NO_DROP for rule in found if rule is not None for kind, _ in rule.bounds)
 
 
 def judge(
@@ -91,10 +109,19 @@ def judge(
     composition: str,
     measurements: Sequence[Measurement],
     base: Sequence[Measurement] | None = None,
+    *,
+    runs: Sequence[Sequence[Measurement]] | None = None,
+    base_runs: Sequence[Sequence[Measurement]] | None = None,
+    gates: int = 1,
 ) -> tuple[Verdict, ...]:
-    """Return the verdicts on a composition's measurements, in their order, then on what is missing."""
+    """Return the verdicts on a composition's measurements, in their order, then on what is missing.
+
+    `runs` and `base_runs` are the repeats behind `measurements` and `base`, where there are several.
+    `gates` is the number of paired gates of the run; see `settle` for their final verdict.
+    """
     rules = [rule for rule in rules if rule.covers(composition)]
     before = {m.metric: m for m in base or ()}
+    every, every_base = runs or (measurements,), base_runs or (base or (),)
     verdicts: list[Verdict] = []
     for measurement in measurements:
         name = measurement.metric
@@ -104,10 +131,18 @@ def judge(
             message = f"{label} is not finite {noise}"
             verdicts.append(Verdict(name, "finite", None, False, message, measurement.value))
             continue
-        matching = [rule for rule in rules if rule.judges(name)]
-        if matching:
-            rule = max(enumerate(matching), key=lambda pair: (pair[1].specificity, pair[0]))[1]
-            verdicts += [_verdict(k, t, measurement, before.get(name), label, noise) for k, t in rule.bounds]
+        rule = _rule_for(rules, name)
+        for kind, threshold in rule.bounds if rule is not None else ():
+            if not _compares(kind):
+                verdicts.append(_verdict(kind, threshold, measurement, before.get(name), label, noise))
+                continue
+            pairs = [(find(run, name), find(old, name)) for run, old in zip(every, every_base, strict=True)]
+            known = [(run, old) for run, old in pairs if run is not None]
+            if kind == NO_DROP:
+                verdicts.append(_no_drop(threshold, measurement, known, composition, gates))
+            else:
+                floor = noise if composition == BASE else _with_power(noise, kind, known)
+                verdicts.append(_verdict(kind, threshold, measurement, before.get(name), label, floor))
     measured = [measurement.metric for measurement in measurements]
     for rule in rules:
         replaced = any(r.metric == rule.metric and r.specificity > rule.specificity for r in rules)
@@ -115,6 +150,69 @@ def judge(
             message = f"{composition}  {rule.metric} was not measured, but has a threshold"
             verdicts.append(Verdict(rule.metric, "measured", None, False, message))
     return tuple(dict.fromkeys(verdicts))
+
+
+def settle(verdicts: Mapping[str, Sequence[Verdict]], gates: int = 0) -> dict[str, tuple[Verdict, ...]]:
+    """Return the verdicts of compositions with their paired gates judged together.
+
+    `gates` is their number in the whole run; those that are not here yet are counted as no alarm.
+    """
+    pairs = [v.paired for found in verdicts.values() for v in found if v.paired is not None]
+    gates = max(gates, len(pairs))
+    adjusted = iter(corrected([paired.p for paired in pairs], gates) if pairs else ())
+
+    def settled(composition: str, verdict: Verdict) -> Verdict:
+        if verdict.paired is None:
+            return verdict
+        return _judged(composition, verdict, replace(verdict.paired, p_holm=next(adjusted), gates=gates))
+
+    return {name: tuple(settled(name, verdict) for verdict in found) for name, found in verdicts.items()}
+
+
+def _no_drop(
+    alpha: float,
+    measurement: Measurement,
+    pairs: Sequence[tuple[Measurement, Measurement | None]],
+    composition: str,
+    gates: int,
+) -> Verdict:
+    """Compare with the base model; whatever stands in the way fails."""
+    verdict = Verdict(measurement.metric, NO_DROP, alpha, False, "", measurement.value)
+    label = f"{composition}  {measurement.metric} = {_number(measurement.value)}"
+    if composition == BASE:
+        message = f"{label}: the base model is what the others are compared with {_noise(measurement)}"
+        return replace(verdict, passed=True, message=message, base_value=measurement.value)
+    base = [old for _, old in pairs if old is not None]
+    try:
+        paired, value = compare_with_base([run for run, _ in pairs], base, alpha, gates)
+    except EvaluationError as error:
+        message = f"{label}: {NO_DROP} cannot be judged: {error} {_noise(measurement)}"
+        return replace(verdict, message=message)
+    return _judged(composition, replace(verdict, base_value=value), paired)
+
+
+def _judged(composition: str, verdict: Verdict, paired: Paired) -> Verdict:
+    """Return a paired verdict with its final comparison and the message that goes with it."""
+    assert verdict.threshold is not None and verdict.value is not None and verdict.base_value is not None
+    passed = paired.p_holm > verdict.threshold
+    message = (
+        f"{composition}  {verdict.metric} = {_number(verdict.value)} is {'not ' * passed}worse than "
+        f"{_number(verdict.base_value)} of the base model at {NO_DROP} {_number(verdict.threshold)}: "
+        f"{describe(paired)}"
+    )
+    return replace(verdict, passed=passed, message=message, paired=paired)
+
+
+def _rule_for(rules: Sequence[Rule], metric: str) -> Rule | None:
+    """Return the rule that holds for a metric among those of one composition."""
+    matching = [rule for rule in rules if rule.judges(metric)]
+    if not matching:
+        return None
+    return max(enumerate(matching), key=lambda pair: (pair[1].specificity, pair[0]))[1]
+
+
+def _compares(kind: str) -> bool:
+    return kind == NO_DROP or kind.endswith("_of_base")
 
 
 def _verdict(
@@ -145,6 +243,18 @@ def _noise(measurement: Measurement) -> str:
     return f"(n = {measurement.n}, standard error {stderr})"
 
 
+def _with_power(noise: str, kind: str, pairs: Sequence[tuple[Measurement, Measurement | None]]) -> str:
+    """Add to what a verdict says of its noise the drop that its samples tell from none, where they can be paired."""
+    runs = [run for run, _ in pairs]
+    if kind.startswith("min") != runs[0].higher_is_better:  # a bound on the good side is no question of drops
+        return noise
+    try:
+        floor = noise_floor(runs, [old for _, old in pairs if old is not None])
+    except EvaluationError:
+        return noise
+    return f"{noise.removesuffix(')')}; a paired test {finds(floor)})"
+
+
 def _number(value: float) -> str:
     return f"{value:.6g}"
 
@@ -170,6 +280,8 @@ def _bound(kind: str, value: Any, where: str) -> float:
         raise ThresholdError(f"{where}: unknown bound {kind!r}; known: {', '.join(BOUNDS)}")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number")
+    if kind == NO_DROP and not 0 < value < 1:
+        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a level of significance such as 0.05")
     return float(value)
 
 

@@ -6,7 +6,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from evaluators import EditCase, Fact, Measurement, Probe, measure_editing, measure_perplexity, measure_recall
+from evaluators import (
+    EditCase,
+    Fact,
+    Measurement,
+    Probe,
+    measure_answer_perplexity,
+    measure_editing,
+    measure_efficiency,
+    measure_latency,
+    measure_perplexity,
+    measure_recall,
+    score_facts,
+)
 from evaluators import capture_unedited as _capture
 from pytest_lmcompose.data import RunData
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
@@ -42,38 +54,70 @@ def measure_state(
     found: list[Measurement] = []
     if evaluate.editing and data.edits:
         found += measure_editing(model, tokenizer, edit_cases(data.edits), unedited=unedited, batch_size=size)
-    if evaluate.recall and data.facts:
-        found += measure_recall(model, tokenizer, recall_facts(data.facts), batch_size=size)
+    found += _facts(model, tokenizer, data, evaluate)
+    if evaluate.perplexity and data.edits:
+        found += _edit_perplexity(model, tokenizer, data.edits, size)
+    if evaluate.perplexity and data.perplexity:
+        found.append(measure_perplexity(model, tokenizer, data.perplexity, window=evaluate.window, batch_size=size))
+    if evaluate.questions and (world.pools or evaluate.tasks):
+        found += _questions(model, tokenizer, data, world, evaluate)
+    if evaluate.efficiency:
+        found += measure_efficiency(model, length=evaluate.latency_length)
+    if evaluate.latency:
+        found += measure_latency(
+            model, batch=evaluate.latency_batch, length=evaluate.latency_length, repeats=evaluate.latency_repeats
+        )
+    return found
+
+
+def _facts(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> list[Measurement]:
+    """Measure recall and perplexity of the facts, both from one pass over them, and recall of the neighbours."""
+    size = evaluate.batch_size
+    found: list[Measurement] = []
+    facts = recall_facts(data.facts)
+    if facts and (evaluate.recall or evaluate.perplexity):
+        scored = score_facts(model, tokenizer, facts, batch_size=size)
+        if evaluate.recall:
+            found += measure_recall(model, tokenizer, facts, scored=scored)
+        if evaluate.perplexity:
+            probes = [Probe(fact.prompt, fact.answer) for fact in facts]
+            found.append(measure_answer_perplexity(model, tokenizer, probes, metric="perplexity_qa", scored=scored))
     if evaluate.recall and data.neighbours:
         pooled = measure_recall(model, tokenizer, recall_facts(data.neighbours), batch_size=size)[0]
         found.append(dataclasses.replace(pooled, metric=NEIGHBOURS))
-    if evaluate.perplexity and data.perplexity:
-        found.append(measure_perplexity(model, tokenizer, data.perplexity, window=evaluate.window, batch_size=size))
-    if evaluate.questions and data.tasks is not None and world.pools:
-        found += _questions(model, tokenizer, data, world, evaluate)
     return found
+
+
+def _edit_perplexity(model: Any, tokenizer: Any, edits: Sequence[EditRecord], size: int) -> list[Measurement]:
+    """Measure how likely the new targets are after their prompts, and prompts and targets together."""
+    probes = [Probe(record.edit.prompt, record.edit.target) for record in edits]
+    return [
+        measure_answer_perplexity(model, tokenizer, probes, metric=metric, with_prompt=with_prompt, batch_size=size)
+        for metric, with_prompt in (("perplexity_edits", False), ("perplexity_edits_prompt", True))
+    ]
 
 
 def _questions(
     model: Any, tokenizer: Any, data: RunData, world: WorldSettings, evaluate: EvaluateSettings
 ) -> list[Measurement]:
-    """Measure the tasks of all pools at once, then pool them."""
+    """Measure the tasks of all pools and the further ones at once, then pool them."""
     from evaluators import measure_questions, pool  # lm-evaluation-harness takes seconds to import
 
-    assert data.tasks is not None
-    tasks = list(dict.fromkeys(task for tasks in world.pools.values() for task in tasks))
-    hazardous = {task for name in world.hazardous for task in world.pools[name]}
+    names = [name for names in world.pools.values() for name in names]
+    hazardous = {name for pool in world.hazardous for name in world.pools[pool]}
     single = measure_questions(
         model,
         tokenizer,
-        tasks,
+        list(dict.fromkeys([*names, *evaluate.tasks])),
         task_folder=data.tasks,
         batch_size=evaluate.batch_size,
         limit=evaluate.question_limit,
+        num_fewshot=evaluate.num_fewshot,
         lower_is_better=hazardous,
+        options=evaluate.options,
     )
-    by_task = dict(zip(tasks, single, strict=True))
-    pools = [pool(f"accuracy/{name}", [by_task[t] for t in names]) for name, names in world.pools.items()]
+    by_name = {m.metric.partition("/")[2]: m for m in reversed(single)}
+    pools = [pool(f"accuracy/{name}", [by_name[t] for t in names]) for name, names in world.pools.items() if names]
     return [*pools, *single]
 
 
@@ -86,6 +130,8 @@ def edit_cases(edits: Sequence[EditRecord]) -> list[EditCase]:
             record.edit.target,
             record.paraphrases,
             tuple(Probe(probe.prompt, probe.answer) for probe in record.locality),
+            tuple(Probe(probe.prompt, probe.answer, probe.before) for probe in record.portability),
+            record.truth,
         )
         for record in edits
     ]

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from interventions.compress.engines.table import ENGINES
+from pytest_lmcompose.store import DEFAULT_LIMIT, default_folder
+
 SUITE_FOLDER = Path(__file__).resolve().parent.parent / "compositions"
 """The installed suite: its recipes, thresholds and embedded world. Found beside the plugin, since a
 project under test may have a folder of that name too."""
@@ -28,8 +31,19 @@ class Options:
     overrides: tuple[str, ...]
     thresholds: Path
     seed: int
+    repeats: int
+    """Runs of each composition, each on edits and with random numbers of its own: seed, seed + 1, ..."""
     device: str
     json: Path | None
+    plan: bool
+    """Whether the plan is printed in place of the run."""
+    cache_dir: Path | None
+    """Folder of the store; None: nothing is read or kept."""
+    cache_size: int
+    """Bytes that the store may take."""
+    resume: bool
+    engines: tuple[tuple[str, str], ...]
+    """Environment variables of engines, with the interpreter each is to name if the user set none."""
     folder: Path
     """Where pytest was called: relative paths count from here."""
     given: bool
@@ -41,12 +55,13 @@ def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup("lmcompose", "lmcompose: models that several interventions change in sequence")
 
     def add(name: str, help: str, metavar: str, ini: Any = "string", **kwargs: Any) -> None:
-        group.addoption(f"--lmcompose-{name}", dest=f"lmcompose_{name}", help=help, metavar=metavar, **kwargs)
+        group.addoption(f"--lmcompose-{name}", dest=_key(name), help=help, metavar=metavar, **kwargs)
         ini_help = f"{help} (default of --lmcompose-{name})"
-        parser.addini(f"lmcompose_{name}", ini_help, type=ini, default=[] if ini == "linelist" else "")
+        parser.addini(_key(name), ini_help, type=ini, default=[] if ini == "linelist" else "")
 
     add("model", "preset of conf/model, folder with config.json, or hub id (default: tinyworld)", "MODEL")
-    add("suite", "suite of conf/suite whose compositions are tested (default: main)", "NAME")
+    suites = ", ".join(sorted(path.stem for path in (SUITE_FOLDER / "conf" / "suite").glob("*.yaml")))
+    add("suite", f"suite whose compositions are tested: {suites} (default: main)", "NAME")
     add(
         "compose",
         "test this composition, e.g. 'awq[bits=3]+memit', in place of the suite's (repeatable)",
@@ -63,16 +78,35 @@ def add_options(parser: pytest.Parser) -> None:
     )
     add("thresholds", "YAML file of thresholds (default: the suite's thresholds.yaml)", "PATH")
     add("seed", "seed of the run, from which all others follow (default: 0)", "N")
+    add("repeats", "measure each composition so often, with seeds N, N+1, ... for edits and methods (default: 1)", "N")
     add("device", "auto, cpu, cuda, cuda:1, ... (default: auto)", "DEVICE")
     add("json", "write the report, one JSON document, to this file", "PATH")
+    add("cache-dir", "folder of the store of states and measurements (default: ~/.cache/lmcompose)", "PATH")
+    add("cache-size", "GiB that the store may take; the least recently used goes first (default: 20)", "GIB")
+
+    def flag(name: str, help: str) -> None:
+        group.addoption(f"--lmcompose-{name}", dest=_key(name), help=help, action="store_true", default=None)
+
+    flag("no-cache", "build and measure everything anew, and keep nothing")
+    parser.addini(
+        "lmcompose_no_cache", "build and measure everything anew, and keep nothing", type="bool", default=False
+    )
+    flag("resume", "go on with a run of the same options that was interrupted or killed, and say how far it had come")
+    flag("plan", "print the tree of states to build, what sharing them saves and what it will cost, and stop")
+    for engine in ENGINES:
+        help = f"interpreter of the engine {engine.name} where {engine.variable} is not set (see docs/engines.md)"
+        parser.addini(_engine_key(engine.name), help, type="string", default="")
 
 
 def read_options(config: pytest.Config) -> Options:
     """Read the options of `config`.
 
-    Raises pytest.UsageError for a seed, device or path that cannot be used.
+    Raises pytest.UsageError for a seed, number, device or path that cannot be used.
     """
-    values = {name: _value(config, name) for name in ("model", "suite", "thresholds", "seed", "device", "json")}
+    values = {
+        name: _value(config, name)
+        for name in ("model", "suite", "thresholds", "seed", "repeats", "device", "json", "cache_dir", "cache_size")
+    }
     compose, overrides = _values(config, "compose"), _values(config, "set")
     folder = config.invocation_params.dir
     thresholds = folder / values["thresholds"] if values["thresholds"] else SUITE_FOLDER / "thresholds.yaml"
@@ -81,6 +115,9 @@ def read_options(config: pytest.Config) -> Options:
     seed = values["seed"] or "0"
     if not re.fullmatch(r"\d{1,18}", seed):
         raise pytest.UsageError(f"--lmcompose-seed: expected a whole number from 0 up, not {seed!r}")
+    repeats = values["repeats"] or "1"
+    if not re.fullmatch(r"[1-9]\d{0,3}", repeats):
+        raise pytest.UsageError(f"--lmcompose-repeats: expected a whole number from 1 to 9999, not {repeats!r}")
     device = values["device"] or "auto"
     if not _DEVICE.fullmatch(device):
         raise pytest.UsageError(f"--lmcompose-device: expected auto, cpu, mps, cuda or cuda:N, not {device!r}")
@@ -91,11 +128,48 @@ def read_options(config: pytest.Config) -> Options:
         overrides=overrides,
         thresholds=thresholds,
         seed=int(seed),
+        repeats=int(repeats),
         device=device,
         json=folder / values["json"] if values["json"] else None,
+        plan=bool(config.getoption("lmcompose_plan")),
+        cache_dir=_cache_dir(config, values["cache_dir"], folder),
+        cache_size=_cache_size(values["cache_size"]),
+        resume=bool(config.getoption("lmcompose_resume")),
+        engines=_engines(config),
         folder=folder,
         given=any(values.values()) or bool(compose or overrides),
     )
+
+
+def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path | None:
+    """Return the store's folder, or None where the user wants none; a flag wins over an ini value."""
+    flag: str | None = config.getoption("lmcompose_cache_dir")
+    off: bool | None = config.getoption("lmcompose_no_cache")
+    if off and flag is not None:
+        raise pytest.UsageError("--lmcompose-no-cache and --lmcompose-cache-dir exclude each other")
+    if off or (flag is None and config.getini("lmcompose_no_cache")):
+        if config.getoption("lmcompose_resume"):
+            raise pytest.UsageError("--lmcompose-resume goes on from the store: it needs one, see --lmcompose-no-cache")
+        return None
+    path = folder / Path(value).expanduser() if value else default_folder(os.environ)
+    if path.exists() and not path.is_dir():
+        raise pytest.UsageError(f"--lmcompose-cache-dir: this is not a folder: {path}")
+    return path
+
+
+def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:
+    """Return the interpreters of the ini file, relative ones counted from it."""
+    folder = config.rootpath if config.inipath is None else config.inipath.parent
+    given = [(engine.variable, str(config.getini(_engine_key(engine.name)))) for engine in ENGINES]
+    return tuple((variable, str(folder / Path(path).expanduser())) for variable, path in given if path)
+
+
+def _cache_size(value: str | None) -> int:
+    if value is None:
+        return DEFAULT_LIMIT
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", value) or float(value) == 0:
+        raise pytest.UsageError(f"--lmcompose-cache-size: expected a number of GiB, such as 20 or 0.5, not {value!r}")
+    return int(float(value) * 1024**3)
 
 
 def check_writable(path: Path) -> None:
@@ -114,6 +188,15 @@ def check_writable(path: Path) -> None:
         os.unlink(name)
     except OSError as error:
         raise pytest.UsageError(f"{flag}: cannot write in {path.parent}: {error.strerror}") from None
+
+
+def _key(name: str) -> str:
+    """Return the ini name of a flag, under which pytest keeps its value too."""
+    return f"lmcompose_{name.replace('-', '_')}"
+
+
+def _engine_key(name: str) -> str:
+    return _key(f"{name}_python")
 
 
 def _value(config: pytest.Config, name: str) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,8 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
     session = Session(config, options)
     config.stash[SESSION] = session
     config.pluginmanager.register(_Reporting(session), "lmcompose-reporting")
+    for variable, path in options.engines:  # where engines look for it, in this process and in its workers
+        if variable not in os.environ:
+            os.environ[variable] = path
+            config.add_cleanup(partial(_forget, variable))
     if options.given:
         session.check()
+    if options.plan:  # made in this process alone
+        config.option.dist, config.option.tx = "no", []
     if options.json is not None and session.writes:
         check_writable(options.json)
 
@@ -60,6 +67,30 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if composition is not None:
         for category in item.config.stash[SESSION].categories(composition):
             item.add_marker(category)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    tested = [found for item in session.items if (found := _composition_of(item)) is not None]
+    session.config.stash[SESSION].expect(tested)
+    session.config.stash[SESSION].judged = tuple(
+        found
+        for item in session.items
+        if "gates" in getattr(item, "fixturenames", ()) and (found := _composition_of(item)) is not None
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if not config.stash[SESSION].options.plan or session.testsfailed or reporter is None:
+        return None
+    config.stash[SESSION].write_plan(reporter)
+    return True
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return config.stash[SESSION].header()
 
 
 @pytest.fixture
@@ -100,6 +131,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
         yield
     finally:
         item.config.stash[SESSION].send(item)
+        if (composition := _composition_of(item)) is not None:
+            item.config.stash[SESSION].tested(composition)
 
 
 class _Reporting:
@@ -119,6 +152,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     config.stash[SESSION].summarise(terminalreporter)
+
+
+def _forget(variable: str) -> None:
+    os.environ.pop(variable, None)
 
 
 def _composition_of(item: pytest.Item) -> Composition | None:

@@ -74,6 +74,11 @@ class Recipe:
                 OmegaConf.update(section, key, override.value())
         return _typed(section, settings_type, step.method)
 
+    def plain(self) -> dict[str, Any]:
+        """Return all sections as plain data."""
+        sections: dict[str, Any] = OmegaConf.to_container(self.config, resolve=True)  # type: ignore[assignment]
+        return sections
+
     def check(self, composition: Composition) -> Composition:
         """Return `composition` after checking every step's method and settings."""
         for step in composition.steps:
@@ -88,10 +93,18 @@ class Recipe:
             raise RecipeError(str(error)) from None
 
     def suite_compositions(self) -> tuple[Composition, ...]:
-        """Return the compositions of the suite, those of `permute` last."""
+        """Return the compositions of the suite, those of `permute` last; raises RecipeError."""
         named = [self.read(text) for text in self.suite.compositions]
-        permuted = permutations(self.suite.permute, self.suite.max_steps)
-        return tuple(dict.fromkeys([*named, *map(self.check, permuted)]))
+        steps = [self._single_step(text) for text in self.suite.permute]
+        category = (lambda step: find_method(step.method).category) if self.suite.across_categories else None
+        return tuple(dict.fromkeys([*named, *permutations(steps, self.suite.max_steps, category)]))
+
+    def _single_step(self, text: str) -> Step:
+        """Read and check an entry of suite.permute."""
+        steps = self.read(text).steps
+        if len(steps) != 1:
+            raise RecipeError(f"suite.permute: {text!r} is not one step, such as awq or awq[bits=3]")
+        return steps[0]
 
 
 def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,7 +6,7 @@ Imports neither torch nor Hydra until a test, or an option, asks for a compositi
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,9 +15,11 @@ import pytest
 
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.options import Options
+from pytest_lmcompose.plan import Plan, Remaining
 from pytest_lmcompose.report.json import Collected, document, write
 from pytest_lmcompose.report.record import PROPERTY, decode, encode
-from pytest_lmcompose.report.terminal import Progress, write_summary
+from pytest_lmcompose.report.sections import write_composability, write_paired
+from pytest_lmcompose.report.terminal import Progress, shown_metrics, write_summary
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
@@ -36,9 +38,12 @@ class Session:
         self.collected = Collected()
         self.writes = not hasattr(config, "workerinput")
         """Whether this process writes the report: the controller, or the only one."""
+        self.judged: tuple[Composition, ...] = ()
+        """Compositions of the tests that ask for gates."""
         self._config = config
         self._started = _now()
         self._sent: dict[Composition, str] = {}
+        self.expect(())
 
     @cached_property
     def run(self) -> Run:
@@ -53,10 +58,8 @@ class Session:
 
     def compositions(self) -> tuple[Composition, ...]:
         """Return the compositions to test, those that share prefixes together."""
-        from pytest_lmcompose.composition import order_for_sharing
-
         with _usage_errors():
-            return order_for_sharing(self.run.compositions)
+            return Plan.of(self.run.compositions).order
 
     def read(self, text: str) -> Composition:
         """Parse and check the id of a composition; raises pytest.UsageError."""
@@ -86,14 +89,45 @@ class Session:
 
     def gates(self, composition: Composition) -> tuple[Verdict, ...]:
         """Return the verdicts on `composition`."""
+        self.run.judged = self.judged
         with _plain_failures():
             return self.run.gates(composition)
+
+    def expect(self, compositions: Sequence[Composition]) -> None:
+        """Take note of the compositions of all tests of this process."""
+        self._expected = compositions
+        self._remaining = Remaining(compositions)
+
+    def tested(self, composition: Composition) -> None:
+        """Let go of the states that only a test that is over needed."""
+        over = self._remaining.done(composition)
+        if "run" in self.__dict__:
+            self.run.release(over)
+
+    def header(self) -> list[str]:
+        """Return what stands above the tests: how far the run had come that is resumed."""
+        if not self.options.resume:
+            return []
+        with _usage_errors():
+            journal = self.run.journal
+        left = journal.interrupted() if journal is not None else None
+        if left is None:
+            return ["lmcompose: no interrupted run with these options; what the store has is read"]
+        began = datetime.datetime.fromtimestamp(left.began).isoformat(" ", "seconds")
+        return [f"lmcompose: resuming the run of {began}: {len(left.finished)} compositions had finished"]
+
+    def write_plan(self, reporter: pytest.TerminalReporter) -> None:
+        """Print the plan of the tests that were collected."""
+        reporter.ensure_newline()
+        for line in self.run.plan(self._expected):
+            reporter.write_line(line)
 
     def send(self, item: pytest.Item) -> None:
         """Attach what is new to the reports of a test: the only channel that survives a crash."""
         if "run" not in self.__dict__:
             return
-        for composition, result in self.run.results.items():
+        touched, self.run.touched = self.run.touched, {}
+        for composition, result in touched.items():
             text = encode(result, self.run.model_facts())
             if self._sent.get(composition) != text:
                 self._sent[composition] = text
@@ -105,24 +139,33 @@ class Session:
             return
         for name, value in report.user_properties:
             if name == PROPERTY:
-                self.collected.add(*decode(str(value)))
+                model, record = decode(str(value))
+                self.collected.add(model, record)
+                if record["status"] == "measured" and self.run.journal is not None:
+                    self.run.journal.finished(record["id"])
         report.user_properties = [pair for pair in report.user_properties if pair[0] != PROPERTY]
 
     def finish(self, session: pytest.Session, exitstatus: int) -> None:
         """Write the report, also of a run that failed or was interrupted."""
         path = self.options.json
-        if not self.writes or self._config.option.collectonly:
-            return
-        if "run" in self.__dict__:  # what an interrupted test had done, and no report tells
-            for result in self.run.results.values():
-                self.collected.add(*decode(encode(result, self.run.model_facts())))
-        if path is None:
+        if not self.writes or self._config.option.collectonly or self.options.plan:
             return
         stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail)
+        if self.collected.records and self.run.journal is not None and not stopped:
+            self.run.journal.ended()
+        if "run" in self.__dict__:  # what an interrupted test had done, and no report tells
+            for result in self.run.touched.values():
+                self.collected.add(*decode(encode(result, self.run.model_facts())))
+        self.collected.complete(self.options.seed)
+        if self.collected.late and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if path is None:
+            return
         report = document(
             self.collected,
             self.run.recipe,
             seed=self.options.seed,
+            repeats=self.options.repeats,
             started=self._started,
             finished=_now(),
             status="interrupted" if stopped else "finished",
@@ -138,6 +181,8 @@ class Session:
         records = list(self.collected.records.values())
         if records:
             write_summary(reporter, records, self._wanted)
+            write_paired(reporter, records, self.collected.late)
+            write_composability(reporter, self.collected.composability, shown_metrics(records, self._wanted))
         if self.options.json is not None and self.options.json.is_file():
             reporter.write_line(f"lmcompose report: {self.options.json}")
 

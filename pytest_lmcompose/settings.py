@@ -29,6 +29,8 @@ class WorldSettings:
     """zsre, counterfact or mquake."""
     strip_nq: bool = True
     """Remove zsRE's "nq question: " before locality prompts."""
+    ask_as: str = "{}"
+    """How a question of a mquake file is put, {} being the question: a base model needs more than a question mark."""
     facts: str | None = None
     calibration: str | None = None
     retain: str | None = None
@@ -39,7 +41,8 @@ class WorldSettings:
     tasks: str | None = None
     """Folder of question tasks, as YAML files of lm-evaluation-harness."""
     pools: dict[str, list[str]] = field(default_factory=dict)
-    """Pool of question tasks, such as harmless, to its tasks; accuracy is measured by task and by pool."""
+    """Pool of question tasks, such as harmless, to its tasks, groups or tags: of the folder, or of the harness
+    itself (wmdp_bio, mmlu); accuracy is measured by task and by pool."""
     hazardous: list[str] = field(default_factory=list)
     """Pools of knowledge that unlearning removes: the lower their accuracy, the better."""
 
@@ -51,18 +54,36 @@ class EvaluateSettings:
     edits: int = 20
     """Facts that editing methods rewrite in one batch, and that are measured on every state."""
     editing: bool = True
+    """Success, paraphrase, portability and locality of the edits."""
     recall: bool = True
     facts: int | None = 500
     """Facts sampled for recall; null: all."""
     perplexity: bool = True
+    """Of running text, of the edits' targets with and without their prompts, and of the facts' answers."""
     window: int = 128
     """Tokens of a perplexity window."""
     texts: int | None = 200
     """Texts for perplexity, from the file's start; null: all."""
     questions: bool = True
+    tasks: list[str] = field(default_factory=list)
+    """Question tasks, groups or tags beside those of the world's pools: mmlu, hellaswag, or some of the world's
+    folder. Knowledge that shall be gone belongs into a hazardous pool of the world instead."""
     question_limit: int | None = None
     """Questions of a task, from the file's start; null: all."""
+    num_fewshot: int | None = None
+    """Examples before each question; null: as each task says."""
+    options: int | None = 4
+    """Choices that every question of the world's folder must have; null: any number."""
+    efficiency: bool = True
+    """Average bits, sparsity and packed size, read from the weights, and operations by token."""
+    latency: bool = False
+    """Time of a forward pass and tokens by second, with dense kernels; noisy where the machine is shared."""
+    latency_batch: int = 1
+    latency_length: int = 128
+    """Tokens of each text in a pass whose time is taken, or whose operations are counted."""
+    latency_repeats: int = 20
     batch_size: int = 32
+    """Sequences that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,8 @@ class SuiteSettings:
     compositions: list[str] = field(default_factory=list)
     """Ids, such as `base`, `memit+awq`, `awq[bits=3]+memit`."""
     permute: list[str] = field(default_factory=list)
-    """Methods of which every ordered choice is tested as well."""
+    """Steps, such as `awq` or `awq[bits=3]`, of which every ordered choice is tested as well."""
     max_steps: int | None = None
-    """Longest ordered choice of `permute`; null: all of them at once."""
+    """Longest ordered choice of `permute`; null: as long as there are steps for it."""
+    across_categories: bool = False
+    """Only choices whose steps are all of different categories."""

@@ -24,10 +24,12 @@ class WorldError(ValueError):
 
 
 class Probe(NamedTuple):
-    """A prompt and the answer that was true before any edit."""
+    """A prompt and the answer it should get."""
 
     prompt: str
     answer: str
+    before: str = ""
+    """Where an edit changes the answer: what it was."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class EditRecord:
     locality: tuple[Probe, ...]
     truth: str = ""
     """What was true before the edit, where the file says so."""
+    portability: tuple[Probe, ...] = ()
+    """Questions whose answer follows from the edit, over further hops."""
 
 
 @dataclass(frozen=True)
@@ -94,24 +98,23 @@ class _Record:
         return f"{self.at}.{key}" if self.at else key
 
 
-def read_edits(path: Path, schema: str, *, strip_nq: bool = True) -> list[EditRecord]:
+def read_edits(path: Path, schema: str, *, strip_nq: bool = True, ask_as: str = "{}") -> list[EditRecord]:
     """Read an edit file in the schema `zsre`, `counterfact` or `mquake`.
 
-    Records whose new target is empty, as zsRE has some, are left out. Record numbers start at 1.
+    Questions of mquake files, known by their mark, are put as `ask_as` says. Records whose new
+    target is empty, as zsRE has some, are left out. Record numbers start at 1.
     Raises WorldError for a missing or empty field, and for a subject that is not in its prompt.
     """
-    readers: dict[str, Callable[[_Record, bool], Iterator[EditRecord]]] = {
-        "zsre": _zsre,
+    readers: dict[str, Callable[[_Record], Iterator[EditRecord]]] = {
+        "zsre": lambda record: _zsre(record, strip_nq),
         "counterfact": _counterfact,
-        "mquake": _mquake,
+        "mquake": lambda record: _mquake(record, ask_as),
     }
     records = _json(path)
     if not isinstance(records, list) or not records:
         raise WorldError(f"{path}: expected a list with at least one record")
     read = readers[schema]
-    return [
-        found for number, data in enumerate(records, start=1) for found in read(_Record(path, number, data), strip_nq)
-    ]
+    return [found for number, data in enumerate(records, start=1) for found in read(_Record(path, number, data))]
 
 
 def select_edits(records: Sequence[EditRecord], n: int, seed: int, source: str = "") -> tuple[EditRecord, ...]:
@@ -181,29 +184,51 @@ def _zsre(record: _Record, strip_nq: bool) -> Iterator[EditRecord]:
         yield EditRecord(edit, paraphrases, (probe,), str(answers[0]) if answers else "")
 
 
-def _counterfact(record: _Record, strip_nq: bool) -> Iterator[EditRecord]:
+def _counterfact(record: _Record) -> Iterator[EditRecord]:
     edit = _edit(record, record.text("prompt"), record.text("subject"), record.text("target_new"))
     probe = Probe(record.text("locality_prompt"), record.text("locality_ground_truth"))
     yield EditRecord(edit, (record.text("rephrase_prompt"),), (probe,), record.text("ground_truth"))
 
 
-def _mquake(record: _Record, strip_nq: bool) -> Iterator[EditRecord]:
-    """Yield every rewrite of a case; its locality are the hops that no rewrite changes."""
+def _mquake(record: _Record, ask_as: str) -> Iterator[EditRecord]:
+    """Yield every rewrite of a case.
+
+    Its locality are the hops, of the old way and the new, that no rewrite is about: true before and
+    after. The multi-hop questions judge a case of one rewrite; where there are more, their answer
+    follows from all of them only, and each rewrite is an edit of its own here.
+    """
     rewrites = record.children("requested_rewrite")
-    before, after = record.children("single_hops"), record.children("new_single_hops")
-    unchanged = {hop.text("cloze"): hop.text("answer") for hop in after}
+    hops = [*record.children("single_hops"), *record.children("new_single_hops")]
+    edits = [(_mquake_edit(record, rewrite), rewrite.text("question")) for rewrite in rewrites]
+    rewritten = {text for edit, question in edits for text in (edit.prompt, question)}
     locality = tuple(
-        Probe(hop.text("cloze"), hop.text("answer"))
-        for hop in before
-        if unchanged.get(hop.text("cloze")) == hop.text("answer")
+        dict.fromkeys(
+            Probe(hop.text("cloze"), hop.text("answer"))
+            for hop in hops
+            if not rewritten & {hop.text("cloze"), hop.text("question")}
+        )
     )
-    for rewrite in rewrites:
-        template, subject = rewrite.text("prompt"), rewrite.text("subject")
-        if "{}" not in template:
-            raise record.error(f"field {rewrite.at + '.prompt'!r} has no {{}} for the subject")
-        edit = Edit(template.replace("{}", subject), subject, rewrite.child("target_new").text("str"))
+    questions = [q for q in record.items("questions") if isinstance(q, str) and q.strip()]
+    if not questions:
+        raise record.error("field 'questions' has no question")
+    answer, before = record.text("new_answer"), record.text("answer")
+    multi_hop = tuple(Probe(_asked(question.strip(), ask_as), answer, before) for question in questions)
+    for (edit, question), rewrite in zip(edits, rewrites, strict=True):
         truth = rewrite.child("target_true").text("str")
-        yield EditRecord(edit, (rewrite.text("question"),), locality, truth)
+        paraphrases = (_asked(question, ask_as),)
+        yield EditRecord(edit, paraphrases, locality, truth, multi_hop if len(edits) == 1 else ())
+
+
+def _asked(text: str, ask_as: str) -> str:
+    """Put a question as `ask_as` says; a text without a question mark is one to go on from."""
+    return ask_as.replace("{}", text) if text.endswith("?") else text
+
+
+def _mquake_edit(record: _Record, rewrite: _Record) -> Edit:
+    template, subject = rewrite.text("prompt"), rewrite.text("subject")
+    if "{}" not in template:
+        raise record.error(f"field {rewrite.at + '.prompt'!r} has no {{}} for the subject")
+    return Edit(template.replace("{}", subject), subject, rewrite.child("target_new").text("str"))
 
 
 def _edit(record: _Record, prompt: str, subject: str, target: str) -> Edit:

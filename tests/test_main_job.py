@@ -14,7 +14,16 @@ SMALL = ("evaluate.edits=8", "evaluate.facts=60", "evaluate.texts=10", "evaluate
 def test_both_orders_of_memit_and_awq_are_built_measured_and_judged_on_the_embedded_model(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     settings = [f"--lmcompose-set={setting}" for setting in SMALL]
-    command = [sys.executable, "-m", "pytest", "-k", "memit and awq", f"--lmcompose-json={report}", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-k",
+        "memit and awq",
+        "--lmcompose-no-cache",
+        f"--lmcompose-json={report}",
+        *settings,
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert run.returncode in (0, 1), run.stdout + run.stderr
     assert "memit+awq  step 1/2 memit" in run.stdout

@@ -12,13 +12,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_lmcompose.report.record import plain
+from pytest_lmcompose.report.composability import composability
+from pytest_lmcompose.report.record import plain, settle
 from pytest_lmcompose.threads import available_cores
 
 if TYPE_CHECKING:
     from pytest_lmcompose.recipe import Recipe
 
 SCHEMA_VERSION = 1
+SCHEMA_MINOR = 2
+"""Counts what version 1 gained: readers of an earlier one find all that they know."""
 SCHEMA_PATH = Path(__file__).parent / "schema" / f"report-{SCHEMA_VERSION}.schema.json"
 PACKAGES = (
     "pytest-lmcompose",
@@ -41,6 +44,15 @@ class Collected:
     model: dict[str, Any] | None = None
     records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """By composition id."""
+    composability: dict[str, Any] | None = None
+    late: list[str] = dataclasses.field(default_factory=list)
+    """Messages of paired gates that failed when all were judged together."""
+
+    def complete(self, seed: int) -> None:
+        """Judge and compute what takes all records, once they are here."""
+        if self.records:
+            self.late = settle(self.records.values())
+            self.composability = plain(composability(list(self.records.values()), seed))
 
     def add(self, model: dict[str, Any] | None, record: dict[str, Any]) -> None:
         """Keep a record, unless a fuller one of the same composition is here already.
@@ -54,16 +66,18 @@ class Collected:
 
 
 def document(
-    collected: Collected, recipe: Recipe, *, seed: int, started: str, finished: str, status: str
+    collected: Collected, recipe: Recipe, *, seed: int, repeats: int, started: str, finished: str, status: str
 ) -> dict[str, Any]:
     """Return the report as plain data; `status` is finished or interrupted."""
     found: dict[str, Any] = plain(
         {
             "schema_version": SCHEMA_VERSION,
+            "schema_minor": SCHEMA_MINOR,
             "status": status,
             "started": started,
             "finished": finished,
             "seed": seed,
+            "repeats": repeats,
             "environment": environment(),
             "model": collected.model,
             "recipe": {
@@ -73,6 +87,7 @@ def document(
                 "suite": dataclasses.asdict(recipe.suite),
             },
             "compositions": list(collected.records.values()),
+            "composability": collected.composability,
         }
     )
     return found

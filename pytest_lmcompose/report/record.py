@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from interventions.registry import find_method
+from pytest_lmcompose.repeats import Repeat, find
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
@@ -19,8 +21,13 @@ if TYPE_CHECKING:
     from pytest_lmcompose.gate import Verdict
     from pytest_lmcompose.run import Result
 
+Record = Mapping[str, Any]
+"""Of a composition, as plain data."""
+Measured = Mapping[str, Any]
+"""A measurement, or one of its repeats, as plain data."""
 PROPERTY = "lmcompose"
 """Name of the user property of a test's report."""
+_OF_A_REPEAT = ("value", "nonfinite", "stderr", "n", "samples", "weights", "clusters")
 
 
 def encode(result: Result, model: dict[str, Any] | None) -> str:
@@ -37,8 +44,7 @@ def decode(text: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 def record(result: Result) -> dict[str, Any]:
     """Return the record of a composition."""
     composition = result.composition
-    measured = result.measurements
-    return {
+    found = {
         "id": composition.id,
         "requested": [str(step) for step in composition.steps],
         "executed": [str(step.step) for step in result.steps],
@@ -47,9 +53,50 @@ def record(result: Result) -> dict[str, Any]:
         "state_hash": result.state_hash,
         "steps": [_step(step) for step in result.steps],
         "evaluate_seconds": result.evaluate_seconds,
-        "measurements": [_measurement(m) for m in measured or ()],
+        "measurements": [_measurement(m, result.repeats) for m in result.measurements or ()],
         "gates": [_verdict(verdict) for verdict in result.gates or ()],
     }
+    if len(result.repeats) > 1:
+        found["repeats"] = [
+            {"seed": r.seed, "state_hash": r.state_hash, "evaluate_seconds": r.evaluate_seconds} for r in result.repeats
+        ]
+    return found
+
+
+def settle(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Judge the paired gates of all records together, in place; return what fails only now.
+
+    Some of them were judged before all were known; see `gate.settle`.
+    """
+    from pytest_lmcompose.gate import settle as settle_gates
+
+    found = list(records)
+    verdicts = {r["id"]: tuple(_read_verdict(gate) for gate in r["gates"]) for r in found}
+    if not any(verdict.paired for group in verdicts.values() for verdict in group):
+        return []
+    late = []
+    for name, group in settle_gates(verdicts).items():
+        late += [v.message for v, before in zip(group, verdicts[name], strict=True) if before.passed and not v.passed]
+        verdicts[name] = group
+    for record in found:
+        record["gates"] = plain([_verdict(verdict) for verdict in verdicts[record["id"]]])
+    return late
+
+
+def by_metric(record: Record) -> dict[str, Measured]:
+    """Return the measurements of a record by their metric."""
+    return {m["metric"]: m for m in record["measurements"]}
+
+
+def runs_of(measurement: Measured) -> Sequence[Measured]:
+    """Return the repeats behind a measurement, or itself where there are none."""
+    runs: Sequence[Measured] = measurement.get("repeats", [measurement])
+    return runs
+
+
+def clusters_of(measurement: Measured) -> tuple[int, ...]:
+    """Return the clusters of a measurement's samples; empty where every sample is its own."""
+    return tuple(measurement.get("clusters", ()))
 
 
 def plain(value: Any) -> Any:
@@ -80,12 +127,39 @@ def _step(step: StepRecord) -> dict[str, Any]:
     }
 
 
-def _measurement(measurement: Measurement) -> dict[str, Any]:
+def _measurement(measurement: Measurement, repeats: Sequence[Repeat]) -> dict[str, Any]:
+    fields = _fields(measurement)
+    if len(repeats) > 1:
+        runs = [(repeat.seed, find(repeat.measurements, measurement.metric)) for repeat in repeats]
+        fields["repeats"] = [
+            {"seed": seed, **{key: value for key, value in _fields(run).items() if key in _OF_A_REPEAT}}
+            for seed, run in runs
+            if run is not None
+        ]
+    return fields
+
+
+def _fields(measurement: Measurement) -> dict[str, Any]:
     fields = dataclasses.asdict(measurement)
     if not math.isfinite(measurement.value):
         fields["nonfinite"] = str(measurement.value)
+    for name in ("weights", "clusters"):
+        if not fields[name]:
+            del fields[name]
     return fields
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return dataclasses.asdict(verdict)
+    fields = dataclasses.asdict(verdict)
+    if verdict.paired is None:
+        del fields["paired"]
+    return fields
+
+
+def _read_verdict(fields: dict[str, Any]) -> Verdict:
+    """Return the verdict that `_verdict` made plain."""
+    from pytest_lmcompose.gate import Verdict
+    from pytest_lmcompose.paired import Paired
+
+    paired = fields.get("paired")
+    return Verdict(**{**fields, "paired": None if paired is None else Paired(**paired)})

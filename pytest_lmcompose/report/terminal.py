@@ -29,21 +29,44 @@ def table(records: Sequence[Mapping[str, Any]], width: int, wanted: Callable[[st
     The first row of a block is its head, the first cell of a row its composition. Shown are the
     metrics that a gate judged, and those that are `wanted`.
     """
+    shown = shown_metrics(records, wanted)
+    columns = [[Cell(name), *(_cell(record, name) for record in records)] for name in shown]
+    return blocks([[Cell("composition"), *(Cell(r["id"], bool(r["error"])) for r in records)], *columns], width)
+
+
+def shown_metrics(records: Sequence[Mapping[str, Any]], wanted: Callable[[str], bool]) -> list[str]:
+    """Return the metrics that a gate judged or that are wanted, those that are missing last."""
     metrics = list(dict.fromkeys(m["metric"] for r in records for m in r["measurements"]))
     judged = {gate["metric"] for r in records for gate in r["gates"]}
     missing = [name for name in sorted(judged) if name not in metrics]
-    shown = [name for name in metrics if name in judged or wanted(name)] + missing
-    columns = [[Cell(name), *(_cell(record, name) for record in records)] for name in shown]
-    first = [Cell("composition"), *(Cell(r["id"], bool(r["error"])) for r in records)]
-    blocks: list[list[list[Cell]]] = [[first]]
+    return [name for name in metrics if name in judged or wanted(name)] + missing
+
+
+def blocks(columns: Sequence[list[Cell]], width: int) -> list[list[list[Cell]]]:
+    """Return blocks of rows, each with the first column and as many others as fit into `width`."""
+    first = columns[0]
+    found: list[list[list[Cell]]] = [[first]]
     used = _width(first)
-    for column in columns:
-        if used + GAP + _width(column) > width and len(blocks[-1]) > 1:
-            blocks.append([first])
+    for column in columns[1:]:
+        if used + GAP + _width(column) > width and len(found[-1]) > 1:
+            found.append([first])
             used = _width(first)
-        blocks[-1].append(column)
+        found[-1].append(column)
         used += GAP + _width(column)
-    return [[list(row) for row in zip(*block, strict=True)] for block in blocks]
+    return [[list(row) for row in zip(*block, strict=True)] for block in found]
+
+
+def write_blocks(reporter: pytest.TerminalReporter, found: Sequence[Sequence[Sequence[Cell]]]) -> None:
+    """Write blocks of rows, the head bold and what failed red; an empty line after each."""
+    for block in found:
+        widths = [_width(column) for column in zip(*block, strict=True)]
+        for line, row in enumerate(block):
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+                text = cell.text + (FAILED if cell.failed else "")
+                padded = text.ljust(width) if i == 0 else " " * GAP + text.rjust(width)
+                reporter.write(padded, red=cell.failed, bold=line == 0)
+            reporter.write("\n")
+        reporter.write("\n")
 
 
 def write_summary(
@@ -51,15 +74,7 @@ def write_summary(
 ) -> None:
     """Write the table of a run under a heading of its own."""
     reporter.section("lmcompose", sep="=")
-    for block in table(records, reporter._tw.fullwidth, wanted):
-        widths = [_width(column) for column in zip(*block, strict=True)]
-        for number, row in enumerate(block):
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-                text = cell.text + (FAILED if cell.failed else "")
-                padded = text.ljust(width) if i == 0 else " " * GAP + text.rjust(width)
-                reporter.write(padded, red=cell.failed, bold=number == 0)
-            reporter.write("\n")
-        reporter.write("\n")
+    write_blocks(reporter, table(records, reporter._tw.fullwidth, wanted))
     for record in records:
         if record["error"]:
             reporter.write_line(f"{record['id']}: {record['error']}", red=True)
@@ -99,12 +114,13 @@ def _cell(record: Mapping[str, Any], metric: str) -> Cell:
     for measurement in record["measurements"]:
         if measurement["metric"] == metric:
             value = measurement["value"]
-            text = measurement.get("nonfinite", "nan") if value is None else _format(value)
+            text = measurement.get("nonfinite", "nan") if value is None else number(value)
             return Cell(text, failed)
     return Cell(MISSING, failed)
 
 
-def _format(value: float) -> str:
+def number(value: float) -> str:
+    """Return a value as tables show it."""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 

@@ -45,6 +45,9 @@ def test_hand_computed_values(bigram: Any, word_tokenizer: Any) -> None:
     assert found["edit_paraphrase_f1"].samples == pytest.approx((0.5, 0.0, 1.0))
     assert found["edit_paraphrase_exact"].value == pytest.approx(1 / 3)
     assert found["edit_locality_exact"].samples == (0.0, 1.0, 0.0)
+    assert found["edit_success_exact"].clusters == ()  # a prompt an edit
+    assert found["edit_paraphrase_exact"].clusters == (0, 0, 1)
+    assert found["edit_locality_agreement"].clusters == (0, 1, 1)
     assert found["edit_locality_agreement"].samples == (0.0, 1.0, 0.0)
     assert all(m.higher_is_better for m in found.values())
     assert not [m for m in found if m.startswith("edit_success_margin")], "no old answers are known"

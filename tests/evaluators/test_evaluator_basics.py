@@ -38,6 +38,14 @@ def test_single_samples_clusters_and_none() -> None:
     assert math.isnan(Measurement.mean("m", [0.5, math.nan]).value)
     with pytest.raises(EvaluationError, match="m: no samples"):
         Measurement.mean("m", [])
+    with pytest.raises(EvaluationError, match="2 clusters for 3 samples"):
+        Measurement.mean("m", [0.0, 1.0, 1.0], clusters=["a", "b"])
+
+
+def test_clusters_are_kept_as_numbers_where_there_are_any() -> None:
+    assert Measurement.mean("m", [0.5, 1.0, 0.0], clusters=["b", "a", "b"]).clusters == (0, 1, 0)
+    assert Measurement.mean("m", [0.5, 1.0, 0.0], clusters=["b", "a", "c"]).clusters == ()
+    assert Measurement.mean("m", [0.5, 1.0, 0.0]).clusters == ()
 
 
 def test_importing_the_package_imports_neither_torch_nor_the_harness() -> None:

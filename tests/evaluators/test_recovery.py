@@ -45,6 +45,15 @@ def test_error_is_that_of_repeated_draws() -> None:
     assert statistics.fmean(m.stderr or 0.0 for m in drawn) == pytest.approx(spread, rel=0.1)
 
 
+def test_samples_of_one_cluster_add_no_certainty() -> None:
+    def state(samples: list[float], copies: int) -> Measurement:
+        return Measurement.mean("m", samples * copies, clusters=list(range(len(samples))) * copies)
+
+    one, three = (returned(state([1, 1, 1], k), state([0, 1, 0], k), state([1, 1, 0], k)) for k in (1, 3))
+    assert three.value == one.value == 0.5
+    assert three.stderr == pytest.approx(one.stderr)
+
+
 def test_where_nothing_was_removed_there_is_no_share() -> None:
     found = returned(_accuracy([1, 0]), _accuracy([1, 0]), _accuracy([1, 1]))
     assert math.isnan(found.value)

@@ -44,6 +44,10 @@ def test_prompts_of_one_edit_are_one_cluster() -> None:
         clusters=[0, 1, 2] * 2,
     )
     assert twice.value == once.value and twice.stderr == pytest.approx(once.stderr)
+    after, end = (
+        Measurement.mean("m", samples * 2, clusters=[0, 1, 2] * 2) for samples in ([1.0, 0.5, 1.0], [0.5, 0.5, 1.0])
+    )
+    assert measure_survival(after, end) == twice
 
 
 def test_perplexities_combine_their_errors() -> None:

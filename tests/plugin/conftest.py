@@ -35,6 +35,8 @@ def test_it(composition, gates, subtests):
                 pytest.fail(gate.message, pytrace=False)
 """
 
+NO_CACHE = "--lmcompose-no-cache"
+
 THRESHOLDS = """
 "*":
   edit_success_f1: {min: 0.0}
@@ -73,6 +75,7 @@ class Project:
             "--lmcompose-set=evaluate.edits=3",
             "--lmcompose-set=evaluate.questions=false",
             "--lmcompose-thresholds=thresholds.yaml",
+            NO_CACHE,
         ]
         pytester.makeconftest(INNER_CONFTEST)
         pytester.makepyfile(test_inner=INNER_TEST)

@@ -1,22 +1,28 @@
-"""Loading a model safely, and building states that share prefixes."""
+"""Loading a model safely, building states that share prefixes, and keeping them in the store."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from interventions import Resources, registry
+from evaluators.measurement import Measurement
+from interventions import Edit, Resources, StepReport, registry
+from pytest_lmcompose.address import read_module
 from pytest_lmcompose.build import StateManager, step_seed
-from pytest_lmcompose.composition import Composition, parse
+from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.errors import BuildError
-from pytest_lmcompose.load import choose_device, hash_tensors, hash_weights, load_model
+from pytest_lmcompose.load import Loaded, choose_device, hash_tensors, hash_weights, load_model
+from pytest_lmcompose.repeats import Repeat
 from pytest_lmcompose.settings import ModelSettings
-from tests.plugin.stubs import METHODS, RoundSettings
+from pytest_lmcompose.store import Store
+from pytest_lmcompose.stored import Shelf, StepRecord, costs
+from tests.plugin.stubs import METHODS, NudgeSettings, RoundSettings
 
 CPU = torch.device("cpu")
 
@@ -152,3 +158,183 @@ def test_records_tell_what_a_step_did(manager: StateManager) -> None:
     assert record.report.settings == {"digits": 1} != {"digits": RoundSettings().digits}
     assert record.report.warnings == ("rounded to nearest",)
     assert len(record.report.changed) == 14
+
+
+def test_states_are_forgotten_when_released(manager: StateManager, lines: list[str]) -> None:
+    manager.enter(parse("nudge+round"))
+    manager.release([parse("nudge+round")])
+    manager.enter(parse("nudge+round"))
+    assert [line.split("  ")[1] for line in lines] == ["step 1/2 nudge", "step 2/2 round", "step 2/2 round"]
+    manager.release([Composition(), parse("nudge"), parse("nudge+round")])
+    assert manager.enter(Composition()).state_hash == manager.base_hash
+    assert len(lines) == 3
+
+
+def test_a_visit_returns_to_the_state_that_a_test_holds(manager: StateManager) -> None:
+    state = manager.enter(parse("nudge"))
+    with torch.no_grad():
+        state.model.model.norm.weight.fill_(0)  # and a visitor does not see it
+    with manager.visit(parse("nudge+round")) as visited:
+        assert hash_weights(visited.model) == visited.state_hash != state.state_hash
+        with manager.visit(Composition()) as base:
+            assert hash_weights(base.model) == manager.base_hash
+        assert hash_weights(visited.model) == visited.state_hash
+    assert hash_weights(state.model) == state.state_hash
+
+
+@pytest.fixture
+def store(tmp_path: Path, lines: list[str]) -> Store:
+    return Store(tmp_path / "store", 10**9, lines.append)
+
+
+class Input:
+    """Everything that a state follows from, to change one at a time."""
+
+    def __init__(self, model: Path, store: Store, lines: list[str]) -> None:
+        self.model, self.store, self.lines = model, store, lines
+        self.settings: dict[str, Any] = {"nudge": NudgeSettings(), "round": RoundSettings()}
+        self.resources = Resources(edits=(Edit("Ada was born in", "Ada", "Lome"),), forget={"d": ("text",)})
+        self.seed = 5
+        self.files = "files"
+        self.change_model: Callable[[Loaded], None] = lambda loaded: None
+
+    def manager(self) -> StateManager:
+        loaded = load_model(ModelSettings(), str(self.model), CPU)
+        self.change_model(loaded)
+        shelf = Shelf(self.store, "tiny", self.files)
+        return StateManager(
+            loaded, lambda step: self.settings[step.method], self.resources, self.seed, self.lines.append, shelf
+        )
+
+    def applied(self, name: str = "nudge+round") -> list[str]:
+        """Build a state in a manager of its own; return the steps that were applied for it."""
+        self.lines.clear()
+        state = self.manager().enter(parse(name))
+        assert hash_weights(state.model) == state.state_hash
+        assert [str(record.step) for record in state.steps] == name.split("+")
+        return [line.split("  ")[1].split()[-1] for line in self.lines if "  step " in line]
+
+
+@pytest.fixture
+def inputs(tiny_model: Path, store: Store, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Input]:
+    monkeypatch.setattr(registry, "BUILT_IN", METHODS)
+    registry.methods.cache_clear()
+    yield Input(tiny_model, store, lines)
+    monkeypatch.undo()
+    registry.methods.cache_clear()
+    read_module.cache_clear()
+
+
+def test_what_was_built_once_is_read_by_the_next_run(inputs: Input, lines: list[str]) -> None:
+    first = inputs.manager().enter(parse("nudge+round"))
+    again = inputs.manager().enter(parse("nudge+round"))
+    assert again.state_hash == first.state_hash == hash_weights(again.model)
+    assert [line.split("  ")[1] for line in lines] == ["step 1/2 nudge", "step 2/2 round", "read from the store"]
+    assert [record.report.changed for record in again.steps] == [record.report.changed for record in first.steps]
+    assert [record.seed for record in again.steps] == [record.seed for record in first.steps]
+    assert again.steps[1].report.warnings == ("rounded to nearest",)
+    assert inputs.applied("nudge+nudge") == ["nudge"]  # its prefix is there
+    assert inputs.applied("nudge") == []
+
+
+def _code(inputs: Input, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change the source of the stubs, as an editor would."""
+    read = Path.read_bytes
+
+    def changed(path: Path) -> bytes:
+        return read(path) + (b"# changed" if path.name == "stubs.py" else b"")
+
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    read_module.cache_clear()
+
+
+def _libraries(inputs: Input, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytest_lmcompose.build.versions", lambda names: {"torch": "9.9"})
+
+
+def _weights(loaded: Loaded) -> None:
+    with torch.no_grad():
+        loaded.model.model.norm.weight[0] += 1
+
+
+def _rope(loaded: Loaded) -> None:
+    loaded.model.config.rms_norm_eps *= 2
+
+
+def _tokenizer(loaded: Loaded) -> None:
+    loaded.tokenizer.add_tokens(["Quill"])
+
+
+STALE: dict[str, tuple[Callable[[Input, pytest.MonkeyPatch], object], list[str]]] = {
+    "a setting of the first step": (
+        lambda i, m: i.settings.update(nudge=NudgeSettings(scale=0.02)),
+        ["nudge", "round"],
+    ),
+    "a setting of the last step": (lambda i, m: i.settings.update(round=RoundSettings(digits=3)), ["round"]),
+    "an edit": (
+        lambda i, m: setattr(i, "resources", replace(i.resources, edits=())),
+        ["nudge", "round"],
+    ),
+    "a text": (
+        lambda i, m: setattr(i, "resources", replace(i.resources, forget={"d": ("texts",)})),
+        ["nudge", "round"],
+    ),
+    "a data file": (lambda i, m: setattr(i, "files", "others"), ["nudge", "round"]),
+    "the seed": (lambda i, m: setattr(i, "seed", 6), ["nudge", "round"]),
+    "the weights": (lambda i, m: setattr(i, "change_model", _weights), ["nudge", "round"]),
+    "the architecture": (lambda i, m: setattr(i, "change_model", _rope), ["nudge", "round"]),
+    "the tokenizer": (lambda i, m: setattr(i, "change_model", _tokenizer), ["nudge", "round"]),
+    "the code": (_code, ["nudge", "round"]),
+    "a library": (_libraries, ["nudge", "round"]),
+}
+
+
+@pytest.mark.parametrize("what", STALE)
+def test_a_change_of_any_input_misses_the_store(inputs: Input, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inputs.applied() == ["nudge", "round"]
+    assert inputs.applied() == []
+    change, expected = STALE[what]
+    change(inputs, monkeypatch)
+    assert inputs.applied() == expected
+    assert inputs.applied() == []
+
+
+def test_a_broken_state_is_built_again(inputs: Input, store: Store, lines: list[str]) -> None:
+    assert inputs.applied() == ["nudge", "round"]
+    for entry in store.entries():
+        path = entry.folder / "changed.safetensors"
+        path.write_bytes(path.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    assert inputs.applied() == ["nudge", "round"]
+    assert sum("is broken" in line for line in lines) == 2
+    assert inputs.applied() == []
+
+
+def test_a_store_that_cannot_be_written_stops_nothing(inputs: Input, store: Store, lines: list[str]) -> None:
+    store.folder.parent.write_text("a file where the folder should be")
+    assert inputs.applied() == ["nudge", "round"]
+    assert sum("going on without storing" in line for line in lines) == 1
+    assert inputs.applied() == ["nudge", "round"]
+
+
+def test_stored_steps_tell_what_they_cost(inputs: Input, store: Store) -> None:
+    inputs.applied()
+    found = costs(store, "tiny")
+    down_proj = 4 * 32 * 64
+    assert found.seconds(Step("nudge")) is not None and found.bytes(Step("nudge")) == down_proj
+    assert found.bytes(Step("round", (("digits", "1"),))) == found.bytes(Step("round"))
+    assert costs(store, "another model").steps == {}
+
+
+def test_measurements_come_back_exactly(store: Store) -> None:
+    shelf = Shelf(store, "tiny", "files")
+    report = StepReport("nudge", {"scale": 0.1}, ("a",), {"loss": float("nan")}, ("w",), 1.5, 7)
+    samples = (1 / 3, float("inf"), 2.0)
+    steps, measurements = (
+        (StepRecord(Step("nudge"), 3, report),),
+        (Measurement("m", 0.1, None, 3, True, samples, "n", (1.0, 2.0, 3.0), (0, 0, 1)),),
+    )
+    found = Repeat(5, "state", steps, measurements, 2.5)
+    assert shelf.measured("a" * 64, parse("nudge"), lambda: found) is found
+    again = shelf.measured("a" * 64, parse("nudge"), lambda: pytest.fail("it is there"))
+    assert again is not found and repr(again) == repr(found)
+    assert costs(store, "tiny").evaluation == 2.5

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +10,6 @@ from pytest_lmcompose.composition import (
     Composition,
     CompositionError,
     Step,
-    order_for_sharing,
     parse,
     permutations,
 )
@@ -89,18 +86,17 @@ def test_errors_name_the_place(text: str, character: int, problem: str) -> None:
 
 
 def test_permutations_are_every_ordered_choice() -> None:
-    ids = [c.id for c in permutations(["a", "b", "c"], max_steps=2)]
+    steps = [Step(name) for name in "abc"]
+    ids = [c.id for c in permutations(steps, max_steps=2)]
     assert ids == ["a", "b", "c", "a+b", "a+c", "b+a", "b+c", "c+a", "c+b"]
-    assert len(permutations(["a", "b", "c"])) == 3 + 6 + 6
+    assert len(permutations(steps)) == 3 + 6 + 6
 
 
-@given(st.permutations(["base", "a", "b", "a+b", "b+a", "a+b+c", "a+c", "c+a+b"]))
-def test_order_for_sharing_keeps_prefixes_together(ids: list[str]) -> None:
-    ordered = order_for_sharing(map(parse, ids))
-    assert sorted(c.id for c in ordered) == sorted(ids)
-    for prefix in {p for c in ordered for p in c.prefixes()}:
-        having = [prefix in c.prefixes() for c in ordered]
-        runs = [key for key, _ in itertools.groupby(having)]
-        assert runs.count(True) == 1  # all that share it stand side by side
-        if prefix in ordered:
-            assert having.index(True) == ordered.index(prefix)  # and it comes first
+def test_permutations_across_categories_take_one_step_of_each() -> None:
+    steps = [Step(name) for name in ("a1", "a2", "b1", "c1")]
+    ids = [c.id for c in permutations(steps, 2, category=lambda step: step.method[0])]
+    assert ids[:4] == ["a1", "a2", "b1", "c1"]
+    assert set(ids[4:]) == {
+        *("a1+b1", "a1+c1", "a2+b1", "a2+c1", "b1+a1", "b1+a2", "b1+c1", "c1+a1", "c1+a2", "c1+b1"),
+    }
+    assert len(permutations(steps, category=lambda step: step.method[0])) == 4 + 10 + 2 * 6

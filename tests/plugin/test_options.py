@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def collected(result: pytest.RunResult) -> list[str]:
         (["--lmcompose-set=world.folder=nowhere"], ["world.folder='nowhere'"]),
         (["--lmcompose-thresholds=none.yaml"], ["--lmcompose-thresholds: no such file", "none.yaml"]),
         (["--lmcompose-seed=-1"], ["--lmcompose-seed", "'-1'"]),
+        (["--lmcompose-repeats=0"], ["--lmcompose-repeats", "'0'"]),
         (["--lmcompose-device=gpu"], ["--lmcompose-device", "'gpu'"]),
         (["--lmcompose-json=no/report.json"], ["--lmcompose-json", "does not exist"]),
         (["--lmcompose-json=."], ["--lmcompose-json", "this is a folder"]),
@@ -79,9 +81,14 @@ def test_a_broken_id_in_a_users_module_is_a_usage_error(project: Project) -> Non
 def test_help_has_a_group(project: Project) -> None:
     output = project.pytester.runpytest_subprocess("--help").stdout.str()
     group = output[output.index("lmcompose: models") :]
-    for name in ("model", "suite", "compose", "set", "thresholds", "seed", "device", "json"):
+    valued = ("model", "suite", "compose", "set", "thresholds", "seed", "repeats", "device", "json")
+    for name in (*valued, "cache-dir", "cache-size"):
         assert f"--lmcompose-{name}=" in group
-        assert f"lmcompose_{name} (" in output
+        assert f"lmcompose_{name.replace('-', '_')} (" in output
+    for name in ("no-cache", "resume", "plan"):
+        assert f"--lmcompose-{name} " in group
+    for name in ("autoawq", "gptqmodel", "llmcompressor", "auto_gptq"):
+        assert f"lmcompose_{name}_python (" in output
 
 
 def test_compose_takes_the_place_of_the_suite(project: Project) -> None:
@@ -91,9 +98,7 @@ def test_compose_takes_the_place_of_the_suite(project: Project) -> None:
 
 def test_suite_and_its_recipe(project: Project) -> None:
     assert collected(project.run("--collect-only", "-q", "--lmcompose-suite=single")) == [
-        "base",
-        "memit",
-        "awq",
+        *("base", "ft", "memit", "lora", "rmu", "ga", "gd", "wanda", "sparsegpt", "gptq", "awq"),
     ]
     permuted = project.run(
         "--collect-only",
@@ -133,12 +138,33 @@ def test_ini_values_are_defaults_of_the_flags(project: Project) -> None:
     assert collected(result) == ["round"]
 
 
+def test_interpreters_of_engines_come_from_the_ini_file_unless_the_environment_has_them(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCOMPOSE_GPTQMODEL_PYTHON", "/mine")
+    monkeypatch.delenv("LMCOMPOSE_AUTO_GPTQ_PYTHON", raising=False)
+    project.pytester.makeini(
+        "[pytest]\nlmcompose_auto_gptq_python = engine/python\nlmcompose_gptqmodel_python = /other\n"
+    )
+    project.pytester.makepyfile(
+        test_inner=f"""
+        import os
+
+        def test_it():
+            assert os.environ["LMCOMPOSE_AUTO_GPTQ_PYTHON"] == {str(project.path / "engine/python")!r}
+            assert os.environ["LMCOMPOSE_GPTQMODEL_PYTHON"] == "/mine"
+        """
+    )
+    project.run().assert_outcomes(passed=1)
+    assert "LMCOMPOSE_AUTO_GPTQ_PYTHON" not in os.environ
+
+
 def test_collection_imports_no_heavy_package(pytester: pytest.Pytester) -> None:
     code = f"""
 import sys, pytest
 options = ["--rootdir={ROOT}", "-c{ROOT}/pyproject.toml", "--collect-only", "-q", "-pno:cacheprovider"]
 rc = pytest.main([{str(ROOT / "compositions")!r}, *options])
-heavy = {{"torch", "transformers", "datasets", "lm_eval", "numpy", "peft", "hypothesis"}} & set(sys.modules)
+heavy = {{"torch", "transformers", "datasets", "lm_eval", "numpy", "scipy", "peft", "hypothesis"}} & set(sys.modules)
 print("HEAVY", sorted(heavy))
 sys.exit(rc)
 """

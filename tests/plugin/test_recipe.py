@@ -77,7 +77,7 @@ def test_permuted_suites_add_to_the_named_ones() -> None:
         ("mdoel=tinyworld", ["unknown section 'mdoel'", "model"]),
         ("model=tinywrld", ["no preset 'tinywrld'", "Did you mean tinyworld?"]),
         ("suite=[main]x", ["not an override"]),
-        ("compress=[gptq]", ["no preset 'gptq'", "awq"]),
+        ("compress=[gtpq]", ["no preset 'gtpq'", "gptq"]),
         ("awq.bits=three", ["awq.bits", "'three'", "Integer"]),
         ("awq.bits=null", ["awq.bits", "not Optional"]),
         ("memit.layers=[a]", ["memit.layers", "'a'"]),

@@ -89,31 +89,6 @@ def test_a_run_builds_measures_gates_and_reports(project: Project) -> None:
     assert "samples" not in (project.path / "junit.xml").read_text()
 
 
-def test_runs_repeat_and_seeds_differ(project: Project) -> None:
-    hashes = []
-    for number, seed in enumerate((3, 3, 4)):
-        name = f"report{number}.json"
-        project.run(f"--lmcompose-seed={seed}", f"--lmcompose-json={name}", compose=("round+nudge",))
-        hashes.append(by_id(read_report(project.path / name))["round+nudge"]["state_hash"])
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_workers_give_the_same_report_as_one_process(project: Project) -> None:
-    ids = ("nudge", "nudge+round", "round+nudge")
-    alone = project.run("--lmcompose-json=alone.json", compose=ids)
-    spread = project.run_apart("--lmcompose-json=spread.json", "-n", "2", compose=ids)
-    for result in (alone, spread):
-        result.assert_outcomes(passed=3)
-        result.stdout.fnmatch_lines(["nudge+round *", "lmcompose report: *"])
-    spread.stderr.fnmatch_lines(["[[]gw*[]] nudge+round  step 2/2 round *"])
-    one, two = (by_id(read_report(project.path / name)) for name in ("alone.json", "spread.json"))
-    assert set(one) == set(two)
-    for name, record in one.items():
-        assert two[name]["state_hash"] == record["state_hash"]
-        assert two[name]["gates"] == record["gates"]
-        assert two[name]["measurements"] == record["measurements"]
-
-
 def test_a_step_that_changes_nothing_fails(project: Project) -> None:
     result = project.run("--lmcompose-json=report.json", compose=("idle", "nudge+refuse", "nudge"))
     result.assert_outcomes(passed=1, errors=2)

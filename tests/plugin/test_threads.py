@@ -35,25 +35,6 @@ def test_more_workers_than_cores_get_one_thread_each() -> None:
     assert torch_threads(environ) == 1
 
 
-def test_a_worker_computes_with_its_share_of_the_cores(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import os
-
-        def test_it():
-            import torch
-            share = max(1, len(os.sched_getaffinity(0)) // 2)
-            assert torch.get_num_threads() == share
-            assert os.environ["OMP_WAIT_POLICY"] == "passive"
-        """
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("OMP_NUM_THREADS", raising=False)
-        patch.delenv("OMP_WAIT_POLICY", raising=False)
-        result = pytester.runpytest_subprocess("-n", "2", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
-    result.assert_outcomes(passed=1)
-
-
 @pytest.mark.parametrize(("value", "expected"), [("3", 3), ("", None), ("4,2", None), ("0", None)])
 def test_torch_threads_reads_plain_numbers_only(value: str, expected: int | None) -> None:
     assert torch_threads({"OMP_NUM_THREADS": value}) == expected

@@ -105,6 +105,43 @@ def test_mquake_judges_locality_on_the_hops_that_stay(saved: Callable[[Any], Pat
     assert record.locality == (Probe("Kim plays the sport of", "basketball"),)
 
 
+def test_mquake_asks_for_what_follows(saved: Callable[[Any], Path]) -> None:
+    record = read_edits(saved([MQUAKE]), "mquake", ask_as="Q: {} A:")[0]
+    assert record.portability == (Probe("...", "y", "x"),)
+    assert record.paraphrases == ("Q: Which country was basketball created in? A:",)
+    assert record.truth == "United States of America"
+
+
+def test_mquake_cases_of_several_rewrites_are_edits_without_multi_hop_questions(saved: Callable[[Any], Path]) -> None:
+    case = json.loads(json.dumps(MQUAKE))
+    second = {
+        "prompt": "{} plays the sport of",
+        "subject": "Kim",
+        "question": "q1",
+        "target_true": {"str": "basketball"},
+        "target_new": {"str": "chess"},
+    }
+    case["requested_rewrite"].append(second)
+    records = read_edits(saved([case]), "mquake")
+    assert [r.edit.subject for r in records] == ["basketball", "Kim"]
+    assert all(r.portability == () and r.locality == () for r in records)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"questions": []}, "record 1: field 'questions' has no question"),
+        ({"new_answer": ""}, "record 1: field 'new_answer' is empty"),
+        ({"answer": None}, "record 1: field 'answer' is NoneType, expected text"),
+    ],
+)
+def test_broken_multi_hop_questions_are_named(
+    saved: Callable[[Any], Path], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(WorldError, match=message):
+        read_edits(saved([MQUAKE | change]), "mquake")
+
+
 @pytest.mark.parametrize("field", ["subject", "src", "alt", "rephrase", "loc", "loc_ans"])
 def test_a_missing_field_names_file_record_and_field(saved: Callable[[Any], Path], field: str) -> None:
     records = zsre_records()

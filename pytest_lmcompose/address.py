@@ -1,0 +1,197 @@
+"""Content addresses: hashes of everything that a state or a measurement depends on. Imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import secrets
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cache
+from importlib.machinery import all_suffixes
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from interventions.registry import Method
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.data import RunData
+    from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+
+METHOD_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "scipy")
+"""Libraries whose version may change what a step makes."""
+EVALUATOR_LIBRARIES = (*METHOD_LIBRARIES, "lm_eval", "datasets")
+_UNKNOWN = secrets.token_hex()
+GUARD = "interventions.step"
+"""The code around every method."""
+
+
+def address(**parts: Any) -> str:
+    """Return the SHA-256 of named parts: plain data, dataclasses, mappings and sequences of them.
+
+    Raises TypeError for anything else, which might look the same and be another.
+    """
+    text = json.dumps(_plain(parts), sort_keys=True, separators=(",", ":"), allow_nan=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of files and of all files in folders, with their names below what was given.
+
+    Files and folders that begin with a dot, and what Python compiles, are left out. A path that is not there
+    counts as absent.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in _files(path):
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            name = file.relative_to(path) if file != path else Path(path.name)
+            digest.update(f"{name.as_posix()}\n{content}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def method_code(method: Method) -> str:
+    """Return the hash of the source that `method` runs: its modules, all that they import, and the guard."""
+    modules = [target.partition(":")[0] for target in (method.function, method.settings)]
+    return source_hash((*modules, GUARD))
+
+
+def source_hash(modules: tuple[str, ...]) -> str:
+    """Return the hash of the source of `modules` and of what they import from their own packages.
+
+    Imports are read from the source, those inside functions too; a module that is only named in a
+    string is not seen. Other packages count by their versions, see `versions`.
+    """
+    packages = {name.partition(".")[0] for name in modules} | {"interventions"}
+    sources: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name in sources:
+            continue
+        module = read_module(name)
+        if module is not None:
+            sources[name] = module.digest
+            waiting += [n for n in module.imports if n.partition(".")[0] in packages]
+        elif name in modules:  # a method from a notebook, say: what it does cannot be known, so nothing is reused
+            sources[name] = _UNKNOWN
+    return address(sources=sources)
+
+
+class Module(NamedTuple):
+    """A module's source."""
+
+    digest: str
+    imports: tuple[str, ...]
+    """Names in its import statements: modules, and what may be one."""
+
+
+@cache
+def read_module(name: str) -> Module | None:
+    """Read the source of a module, once in a process; None for what is no module, or has no file."""
+    source = _source(name)
+    if source is None:
+        return None
+    path, content = source
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    imports = dict.fromkeys(_imports(content, package)) if path.suffix == ".py" else ()
+    return Module(hashlib.sha256(content).hexdigest(), tuple(imports))
+
+
+def data_address(data: RunData, files: str) -> str:
+    """Return the content address of all that the evaluators ask; `files` is the hash of the world and its tasks.
+
+    Data sets that a task fetches from a hub are known by the task's text alone.
+    """
+    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.name != "tasks"}
+    return address(files=files, **fields)
+
+
+def measurements_address(state: str, data: str, world: WorldSettings, evaluate: EvaluateSettings) -> str:
+    """Return the content address of what is measured with `data` on the state, both known by their addresses."""
+    return address(
+        state=state,
+        data=data,
+        world=dataclasses.replace(world, folder=""),  # where files stand is not what they say
+        evaluate=evaluate,
+        code=source_hash(("pytest_lmcompose.measure", "evaluators")),
+        libraries=versions(EVALUATOR_LIBRARIES),
+    )
+
+
+def versions(libraries: Collection[str]) -> dict[str, str]:
+    """Return the versions of installed `libraries`; of others, none."""
+    found = {}
+    for name in libraries:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):  # JSON would make 1 and "1" the same
+            return {"mapping": sorted([[repr(key), _plain(item)] for key, item in value.items()])}
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be part of a content address")
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+        return
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(path).parts)
+        if file.is_file() and not hidden:
+            yield file
+
+
+def _source(name: str) -> tuple[Path, bytes] | None:
+    """Return where a module's code is, and its bytes; None for what is no module, or has no file.
+
+    Only the package at the top is looked up by Python, which would import those below it.
+    """
+    top, *below = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    candidates = [Path(spec.origin)] if not below and spec.origin is not None else []
+    if below:
+        for location in spec.submodule_search_locations or ():
+            path = Path(location, *below)
+            candidates.append(path / "__init__.py")
+            candidates += [path.with_name(path.name + suffix) for suffix in all_suffixes()]
+    found = next((path for path in candidates if path.is_file()), None)
+    return None if found is None else (found, found.read_bytes())
+
+
+def _imports(source: bytes, package: str) -> Iterator[str]:
+    """Yield the names that may be modules in the import statements of `source`, a module of `package`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, (above, node.module)))
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))  # the packages run as well

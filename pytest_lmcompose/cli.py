@@ -1,0 +1,75 @@
+"""The command `lmcompose`. Imports no torch."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from pytest_lmcompose.costs import size
+from pytest_lmcompose.store import Store, default_folder
+
+_FOLDER = click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The store's folder, as in pytest's --lmcompose-cache-dir.  [default: ~/.cache/lmcompose]",
+)
+
+
+@click.group()
+@click.version_option(package_name="pytest-lmcompose")
+def main() -> None:
+    """Look after what pytest-lmcompose keeps."""
+
+
+@main.group()
+def cache() -> None:
+    """The store of finished states and measurements."""
+
+
+@cache.command()
+@_FOLDER
+@click.option("--entries", is_flag=True, help="List every entry, the most recently used first.")
+def show(cache_dir: Path | None, entries: bool) -> None:
+    """Show what the store holds."""
+    store = _store(cache_dir)
+    listed = store.entries()
+    about = {entry.folder: store.about(entry) for entry in listed}
+    total, bytes_of = Counter[str](), Counter[str]()
+    for entry in listed:
+        kind = about[entry.folder][0]
+        total[kind] += 1
+        bytes_of[kind] += entry.bytes
+    click.echo(f"{store.folder}: {len(listed)} entries, {size(sum(bytes_of.values()))}")
+    for kind in sorted(total):
+        click.echo(f"  {kind:<12}  {total[kind]:>6}  {size(bytes_of[kind])}")
+    if not entries:
+        return
+    for entry in reversed(listed):
+        kind, what = about[entry.folder]
+        used = datetime.datetime.fromtimestamp(entry.used).isoformat(" ", "seconds")
+        click.echo(f"{used}  {size(entry.bytes):>10}  {kind:<12}  {what.get('composition', entry.folder.name)}")
+
+
+@cache.command()
+@_FOLDER
+def clear(cache_dir: Path | None) -> None:
+    """Remove everything from the store."""
+    store = _store(cache_dir)
+    listed = store.entries()
+    store.clear()
+    left = store.entries()
+    click.echo(f"{store.folder}: {len(listed) - len(left)} entries removed, {size(sum(e.bytes for e in listed))}")
+    if left:
+        raise click.ClickException(f"{len(left)} entries could not be removed; may this folder be written?")
+
+
+def _store(folder: Path | None) -> Store:
+    return Store(folder or default_folder(os.environ), limit=0, tell=lambda line: click.echo(line, err=True))
+
+
+if __name__ == "__main__":
+    main()

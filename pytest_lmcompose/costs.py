@@ -1,0 +1,97 @@
+"""What steps and evaluations cost, from what earlier runs left in the store. Imports no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pytest_lmcompose.composition import Step
+
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+class StepCost(NamedTuple):
+    """One application of a step, as it went."""
+
+    step: str
+    """The step with its own settings, as in a composition's id."""
+    method: str
+    seconds: float
+    bytes: int
+    """Of the tensors that it changed."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Medians over earlier runs: of the very step where there are any, else of its method."""
+
+    steps: dict[str, tuple[float, int]] = field(default_factory=dict)
+    methods: dict[str, tuple[float, int]] = field(default_factory=dict)
+    evaluation: float | None = None
+    """Seconds to measure one state; None if unknown."""
+
+    @classmethod
+    def of(cls, steps: Iterable[StepCost], evaluations: Sequence[float]) -> Costs:
+        """Make the medians of what earlier runs took."""
+        by_step: defaultdict[str, list[StepCost]] = defaultdict(list)
+        by_method: defaultdict[str, list[StepCost]] = defaultdict(list)
+        for cost in steps:
+            by_step[cost.step].append(cost)
+            by_method[cost.method].append(cost)
+        return cls(
+            {name: _medians(costs) for name, costs in by_step.items()},
+            {name: _medians(costs) for name, costs in by_method.items()},
+            statistics.median(evaluations) if evaluations else None,
+        )
+
+    def seconds(self, step: Step) -> float | None:
+        """Return the seconds that `step` is expected to take, or None if no earlier run tells."""
+        found = self._of(step)
+        return None if found is None else found[0]
+
+    def bytes(self, step: Step) -> int | None:
+        """Return the bytes of the tensors that `step` is expected to change, or None."""
+        found = self._of(step)
+        return None if found is None else found[1]
+
+    def lines(self, seconds: float, peak_bytes: int, steps: Sequence[Step]) -> Iterator[str]:
+        """Yield what a plan's totals over `steps` mean, and which steps they leave out."""
+        unknown = sorted({str(step) for step in steps if self._of(step) is None})
+        if len(unknown) < len({*map(str, steps)}) or self.evaluation is not None:
+            yield (
+                f"about {duration(seconds)} in one process"
+                f"{'' if self.evaluation is not None else ', evaluation not counted'}; "
+                f"snapshots take up to {size(peak_bytes)} of host memory"
+            )
+        if unknown:
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            yield f"no stored run tells the cost of {', '.join(unknown[:5])}{more}"
+
+    def _of(self, step: Step) -> tuple[float, int] | None:
+        return self.steps.get(str(step)) or self.methods.get(step.method)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for a reader: 42 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for a reader, such as 1.5 GiB."""
+    for unit in UNITS:
+        if count < 1024 or unit == UNITS[-1]:
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == UNITS[0] else f"{count:.1f} {unit}"
+
+
+def _medians(costs: Sequence[StepCost]) -> tuple[float, int]:
+    return statistics.median(c.seconds for c in costs), round(statistics.median(c.bytes for c in costs))

@@ -1,0 +1,225 @@
+"""The composability section of a report, from the records of its compositions.
+
+Imports numpy only where there is something to compute: a set of steps in more than one order, or a
+composition with a prefix that was measured itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evaluators.measurement import EvaluationError, per_unit, ratio_error
+from pytest_lmcompose.composition import BASE
+from pytest_lmcompose.repeats import evened, independent, link_of, scaled
+from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
+from pytest_lmcompose.report.shares import shares
+
+if TYPE_CHECKING:
+    from evaluators.composability import Interval
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+def composability(records: Sequence[Record], seed: int) -> dict[str, Any]:
+    """Return what the sequences of steps cost and what survived them.
+
+    That is both composability metrics of every set of steps seen in several orders, and for what has
+    a prefix that was measured itself: interference, survival of edits and return of removed knowledge.
+
+    A metric that is not finite in some order has null in place of both, and a note; intervals are
+    null where a metric has no samples to draw from.
+    """
+    # Workers send their records in any order.
+    measured = {r["id"]: r for r in sorted(records, key=lambda r: str(r["id"])) if r["status"] == "measured"}
+    sets: defaultdict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in measured.values():
+        if len(record["requested"]) > 1:
+            sets[tuple(sorted(record["requested"]))].append(record)
+    base = by_metric(measured[BASE]) if BASE in measured else {}
+    return {
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "orders": [
+            entry
+            for steps, orders in sorted(sets.items())
+            if len(orders) > 1
+            for entry in _orders(steps, orders, base, seed)
+        ],
+        "interference": [entry for record in measured.values() if (entry := _interference(record, measured))],
+        **shares(measured),
+    }
+
+
+def _orders(
+    steps: tuple[str, ...], records: Sequence[Record], base: Mapping[str, Measured], seed: int
+) -> list[dict[str, Any]]:
+    tables = {tuple(record["requested"]): by_metric(record) for record in records}
+    shared = [name for name in next(iter(tables.values())) if all(name in table for table in tables.values())]
+    return [_entry(steps, name, {o: t[name] for o, t in tables.items()}, base.get(name), seed) for name in shared]
+
+
+def _entry(
+    steps: tuple[str, ...],
+    metric: str,
+    found: Mapping[tuple[str, ...], Measured],
+    base: Measured | None,
+    seed: int,
+) -> dict[str, Any]:
+    from evaluators.composability import best_order, order_free_error, order_sensitivity
+
+    first = next(iter(found.values()))
+    better = first["higher_is_better"]
+    entry: dict[str, Any] = {
+        "steps": list(steps),
+        "metric": metric,
+        "higher_is_better": better,
+        "orders": [{"id": "+".join(order), "value": m["value"]} for order, m in found.items()],
+        "best": None,
+        "order_free_error": None,
+        "order_sensitivity": None,
+        "n": first["n"],
+        "repeats": len(runs_of(first)),
+        "note": "",
+    }
+    values = {order: m["value"] for order, m in found.items()}
+    if any(value is None for value in values.values()):
+        return {**entry, "note": "not finite in some order"}
+    entry["best"] = "+".join(best_order(values, higher_is_better=better))
+    intervals, entry["note"] = _intervals(steps, metric, found, base, seed)
+    error, gap = intervals or (None, None)
+    entry["order_free_error"] = _around(order_free_error(values, higher_is_better=better), error)
+    entry["order_sensitivity"] = _around(order_sensitivity(values), gap)
+    if better and max(values.values()) > 1:
+        entry["order_free_error"] = None
+        entry["note"] = "; ".join(filter(None, ("no share of 1, so it has no order-free error", entry["note"])))
+    return entry
+
+
+def _intervals(
+    steps: tuple[str, ...],
+    metric: str,
+    found: Mapping[tuple[str, ...], Measured],
+    base: Measured | None,
+    seed: int,
+) -> tuple[tuple[Interval, Interval] | None, str]:
+    """Return order-free error and sensitivity with their intervals, or None and why not."""
+    import numpy as np
+
+    from evaluators.composability import bootstrap_orders
+
+    runs = {order: runs_of(m) for order, m in found.items()}
+    samples = {order: [_evened(run) for run in group] for order, group in runs.items()}
+    links = {
+        link_of(run["value"], even) for o, group in runs.items() for run, even in zip(group, samples[o], strict=True)
+    }
+    counts = {len(run["samples"]) for group in runs.values() for run in group}
+    link = links.pop()
+    if links or link is None:
+        return None, "no interval: the samples do not average to the value"
+    units = {len(set(clusters_of(run))) or len(run["samples"]) for group in runs.values() for run in group}
+    if min(units) < 2:
+        return None, "no interval: a single sample"
+    groups = {tuple(clusters_of(run) for run in group) for group in runs.values()}
+    if len(groups) > 1:
+        return None, "no interval: the samples are grouped differently in some order"
+    digest = hashlib.sha256("\n".join((str(seed), *steps, metric)).encode()).digest()
+    try:
+        result = bootstrap_orders(
+            samples,
+            higher_is_better=next(iter(found.values()))["higher_is_better"],
+            generator=np.random.default_rng(int.from_bytes(digest[:8], "big")),
+            clusters=_labels(next(iter(runs.values()))),
+            same_samples=_same_samples(counts, base),
+            link=link,
+            resamples=RESAMPLES,
+            confidence=CONFIDENCE,
+        )
+    except EvaluationError as error:
+        return None, f"no interval: {error}"
+    return (result.order_free_error, result.order_sensitivity), ""
+
+
+def _same_samples(counts: set[int], base: Measured | None) -> bool:
+    """Say whether all repeats ask the same questions: the base model then answers alike in all.
+
+    Without it they are taken as the same, which makes the intervals no narrower than they should be.
+    """
+    if len(counts) > 1:
+        return False
+    return base is None or len({(tuple(run["samples"]), clusters_of(run)) for run in runs_of(base)}) == 1
+
+
+def _labels(runs: Sequence[Measured]) -> list[Sequence[int]] | None:
+    """Return the clusters of the samples of each repeat, or None where every sample is one."""
+    found = [clusters_of(run) for run in runs]
+    return [one or range(len(run["samples"])) for one, run in zip(found, runs, strict=True)] if any(found) else None
+
+
+def _interference(record: Record, measured: Mapping[str, Record]) -> dict[str, Any] | None:
+    """Return what later steps of a composition changed, if it has a prefix that was measured itself."""
+    steps = record["requested"]
+    prefixes = ["+".join(steps[:k]) for k in range(1, len(steps) + 1)]
+    tables = [by_metric(measured[p]) if p in measured else None for p in prefixes]
+    if all(table is None for table in tables[:-1]):
+        return None
+    from evaluators.composability import interference
+
+    metrics = list(tables[-1] or ())
+    values = [
+        None if t is None else {name: math.nan if m["value"] is None else m["value"] for name, m in t.items()}
+        for t in tables
+    ]
+    found = interference(tuple(steps), values, metrics)
+    return {
+        "composition": record["id"],
+        "metrics": metrics,
+        "steps": [
+            {
+                "step": step,
+                "prefix": prefix,
+                "change": None if table is None else list(change),
+                "stderr": None
+                if table is None
+                else [_change_error(table.get(m), (tables[-1] or {})[m]) for m in metrics],
+            }
+            for step, prefix, table, change in zip(found.steps, prefixes, tables, found.change, strict=True)
+        ],
+    }
+
+
+def _change_error(before: Measured | None, after: Measured) -> float | None:
+    """Return the standard error of the change of one metric, paired on its samples."""
+    from evaluators.significance import error_over_repeats
+
+    if before is None or before["value"] is None or after["value"] is None:
+        return None
+    runs = [(_scaled(one), _scaled(other)) for one, other in zip(runs_of(before), runs_of(after), strict=False)]
+    if any(len(one) != len(other) or not one for one, other in runs):
+        return None
+    changes = [[y - x for x, y in zip(one, other, strict=True)] for one, other in runs]
+    groups = [clusters_of(run) for run in runs_of(after)]
+    means = [math.fsum(change) / len(change) for change in changes]
+    errors = [
+        ratio_error(per_unit([x - mean for x in change], clusters), len(change))
+        for change, mean, clusters in zip(changes, means, groups, strict=False)
+    ]
+    units = [independent(change, clusters) for change, clusters in zip(changes, groups, strict=False)]
+    return error_over_repeats(means, errors, units)
+
+
+def _evened(run: Measured) -> tuple[float, ...]:
+    return evened(run["samples"], run.get("weights", ()))
+
+
+def _scaled(run: Measured) -> tuple[float, ...]:
+    return () if run["value"] is None else scaled(run["value"], _evened(run))
+
+
+def _around(value: float, interval: Interval | None) -> dict[str, float | None]:
+    low, high = (None, None) if interval is None else (interval.low, interval.high)
+    return {"value": value, "low": low, "high": high}

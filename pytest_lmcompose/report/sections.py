@@ -1,0 +1,149 @@
+"""The terminal's tables below the summary: paired gates, composability, interference, survival and return."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+
+from interventions.registry import find_method
+from pytest_lmcompose.composition import parse
+from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
+
+Rows = list[list[Cell]]
+PROMISES = {"edit": ("edit_*_exact",), "unlearn": ("accuracy/hazardous",)}
+"""What each category promises, as globs over metrics; the matrix of interference has no other columns."""
+OF_ALL = ("perplexity", "accuracy/harmless", "recall")
+"""What every step promises to leave alone."""
+SHARES = {
+    "survival": "survival: value at the end over value after the step, ± standard error",
+    "returned": "returned: share of the knowledge that a step removed that is back at the end, ± standard error",
+}
+
+
+def write_paired(reporter: pytest.TerminalReporter, records: Sequence[Mapping[str, Any]], late: Sequence[str]) -> None:
+    """Write what the paired gates found and could have found, then those that failed only in the end."""
+    rows = paired_rows(records)
+    if len(rows) > 1:
+        reporter.write_line(
+            "no drop from the base model: paired tests, and the drops they find with 80 % power",
+            bold=True,
+        )
+        _write(reporter, rows)
+    for message in late:
+        reporter.write_line(f"failed when all paired gates were judged together: {message}", red=True)
+
+
+def write_composability(
+    reporter: pytest.TerminalReporter, found: Mapping[str, Any] | None, metrics: Collection[str]
+) -> None:
+    """Write both composability metrics, interference, survival and return of the metrics shown."""
+    if found is None:
+        return
+    rows = order_rows(found, metrics)
+    if len(rows) > 1:
+        reporter.write_line(f"composability, with {found['confidence']:.0%} intervals", bold=True)
+        _write(reporter, rows)
+    rows = interference_rows(found, metrics)
+    if len(rows) > 1 and len(rows[0]) > 1:
+        reporter.write_line("interference: value at the end minus value after a step, ± standard error", bold=True)
+        _write(reporter, rows)
+    for kind, title in SHARES.items():
+        rows = share_rows(found[kind], metrics)
+        if len(rows) > 1:
+            reporter.write_line(title, bold=True)
+            _write(reporter, rows)
+
+
+def paired_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return one row a paired gate, under a head."""
+    rows = [[Cell(name) for name in ("gate", "value", "base", "p (Holm)", "n", "finds")]]
+    for record in records:
+        for gate in record["gates"]:
+            if (paired := gate.get("paired")) is None:
+                continue
+            smallest = paired["smallest_drop"]
+            cells = [
+                number(gate["value"]),
+                number(gate["base_value"]),
+                f"{paired['p_holm']:.2g}",
+                str(paired["n"]),
+                "none" if smallest is None else f"{smallest:.2g}",
+            ]
+            rows.append([Cell(f"{record['id']}  {gate['metric']}", not gate["passed"]), *map(Cell, cells)])
+    return rows
+
+
+def order_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:
+    """Return one row a set of steps and metric, under a head."""
+    rows = [[Cell(name) for name in ("steps  metric", "order-free error", "order sensitivity", "best order")]]
+    for entry in found["orders"]:
+        if entry["metric"] in metrics:
+            name = f"{' & '.join(entry['steps'])}  {entry['metric']}"
+            cells = [
+                entry["best"] or MISSING,
+                *(_interval(entry[k]) for k in ("order_free_error", "order_sensitivity")),
+            ]
+            rows.append([Cell(name), *map(Cell, cells)])
+    return rows
+
+
+def interference_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:
+    """Return one row a composition and measured prefix under a head, one column a metric that a step promises."""
+    steps = {step["step"] for entry in found["interference"] for step in entry["steps"]}
+    categories = {find_method(parse(step).steps[0].method).category for step in steps}
+    promised = (*(glob for category in sorted(categories) for glob in PROMISES.get(category, ())), *OF_ALL)
+    shown = [
+        m
+        for m in metrics
+        if any(fnmatchcase(m, glob) for glob in promised)
+        and any(m in entry["metrics"] for entry in found["interference"])
+    ]
+    rows = [[Cell(name) for name in ("composition", *shown)]]
+    for entry in found["interference"]:
+        for step in entry["steps"][:-1]:  # the last is the end itself
+            if step["change"] is not None:
+                of = dict(zip(entry["metrics"], zip(step["change"], step["stderr"], strict=True), strict=True))
+                cells = [_change(*of.get(metric, (None, None))) for metric in shown]
+                rows.append([Cell(f"{entry['composition']}  since {step['prefix']}"), *map(Cell, cells)])
+    return rows
+
+
+def share_rows(found: Sequence[Mapping[str, Any]], metrics: Collection[str]) -> Rows:
+    """Return one row a composition and step, one column a metric shown, under a head."""
+    shown = [m for m in metrics if any(entry["metric"] == m for entry in found)]
+    table: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for entry in found:
+        if entry["metric"] in shown:
+            table.setdefault(f"{entry['composition']}  since {entry['prefix']}", {})[entry["metric"]] = entry
+    rows = [[Cell(name) for name in ("composition", *shown)]]
+    rows += [[Cell(name), *(Cell(_share(of.get(metric))) for metric in shown)] for name, of in table.items()]
+    return rows
+
+
+def _write(reporter: pytest.TerminalReporter, rows: Rows) -> None:
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    write_blocks(reporter, blocks(columns, reporter._tw.fullwidth))
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return MISSING
+    if found["low"] is None:
+        return number(found["value"])
+    return f"{number(found['value'])} [{number(found['low'])}, {number(found['high'])}]"
+
+
+def _change(value: float | None, error: float | None) -> str:
+    if value is None:
+        return MISSING
+    shown = f"{value:+.3f}" if abs(value) < 100 else f"{value:+.4g}"
+    return shown if error is None else f"{shown} ±{number(error)}"
+
+
+def _share(entry: Mapping[str, Any] | None) -> str:
+    if entry is None or entry["value"] is None:
+        return MISSING
+    return number(entry["value"]) + ("" if entry["stderr"] is None else f" ±{number(entry['stderr'])}")

@@ -1,0 +1,129 @@
+"""The working model of a run, and snapshots of its states: only the tensors that changed. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_lmcompose.load import hash_digests, tensor_digest
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state of the model. What a step left alone is shared with the snapshot that it started from."""
+
+    changed: Mapping[str, Tensor]
+    """Parameters that differ from the base model, on the host; never written to."""
+    digests: Mapping[str, str]
+    """SHA-256 of each of them."""
+    state_hash: str
+    """SHA-256 of all weights, as `load.hash_weights` makes it."""
+
+
+class WorkingModel:
+    """The one model of a run, changed in place, which knows what state it is in."""
+
+    def __init__(self, model: Any) -> None:
+        """Take over `model` and copy its weights: they are the base state."""
+        self.model = model
+        parameters = dict(model.named_parameters())
+        self._base = {name: _to_host(parameter) for name, parameter in parameters.items()}
+        _wait(model)
+        self._flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        self._use_cache = getattr(model.config, "use_cache", None)
+        first_name = {id(parameter): name for name, parameter in parameters.items()}
+        entries = model.state_dict(keep_vars=True).items()  # tied weights stand there under every name
+        self._parameter_of = {entry: first_name.get(id(tensor)) for entry, tensor in entries}
+        self._base_digests = {entry: tensor_digest(tensor) for entry, tensor in entries}
+        self.base = self._snapshot({}, {})
+        self._present = self.base
+        self._trusted = True
+
+    def distrust(self) -> None:
+        """Expect any change of the model until the next restore, which then writes every parameter."""
+        self._trusted = False
+
+    def take(self, before: Snapshot, names: Iterable[str]) -> Snapshot:
+        """Return a snapshot of the model, in which the parameters `names` changed since `before`."""
+        parameters = dict(self.model.named_parameters())
+        copies = {name: _to_host(parameters[name]) for name in names}
+        _wait(self.model)
+        digests = {name: tensor_digest(copy) for name, copy in copies.items()}
+        self._present = self._snapshot({**before.changed, **copies}, {**before.digests, **digests})
+        self._trusted = True
+        return self._present
+
+    def adopt(self, before: Snapshot, changed: Mapping[str, Tensor]) -> Snapshot:
+        """Return the snapshot of a state that differs from the base model in `changed`, host tensors.
+
+        Tensors that `before` has with the same values are shared with it. The model is left as it is.
+        Raises KeyError or ValueError for tensors that are not of this model.
+        """
+        digests = {name: tensor_digest(tensor) for name, tensor in changed.items()}
+        tensors = {}
+        for name, tensor in changed.items():
+            base = self._base[name]
+            if (tensor.shape, tensor.dtype) != (base.shape, base.dtype):
+                raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}")
+            same = before.digests.get(name) == digests[name]
+            tensors[name] = before.changed[name] if same else _pinned_like(tensor, base)
+        return self._snapshot(tensors, digests)
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Bring the model into the state of `snapshot`, its mode and flags as they were loaded.
+
+        Writes the parameters that differ from the present state, or all of them if it is not trusted.
+        """
+        for name, parameter in self.model.named_parameters():
+            wanted = snapshot.changed.get(name, self._base[name])
+            if not self._trusted or wanted is not self._present.changed.get(name, self._base[name]):
+                parameter.copy_(wanted, non_blocking=True)
+            parameter.requires_grad_(self._flags[name])
+            parameter.grad = None
+        _wait(self.model)
+        self.model.eval()
+        if self._use_cache is not None:
+            self.model.config.use_cache = self._use_cache
+        self._present, self._trusted = snapshot, True
+
+    def _snapshot(self, changed: Mapping[str, Tensor], digests: Mapping[str, str]) -> Snapshot:
+        names = self._parameter_of.items()
+        # What is no parameter, a buffer, is never changed by a step.
+        every = {entry: digests.get(name or "", self._base_digests[entry]) for entry, name in names}
+        return Snapshot(changed, digests, hash_digests(every))
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the memory of `tensors` in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy on the host, ready only after `_wait`."""
+    copy = _host_memory(tensor, pinned=tensor.device.type == "cuda")
+    return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+def _pinned_like(tensor: Tensor, base: Tensor) -> Tensor:
+    return _host_memory(tensor, pinned=True).copy_(tensor) if base.is_pinned() else tensor
+
+
+def _host_memory(tensor: Tensor, *, pinned: bool) -> Tensor:
+    if pinned:  # the GPU reads and writes such memory several times as fast
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        except RuntimeError:  # as much as the system lets a process pin
+            pass
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _wait(model: nn.Module) -> None:
+    """Wait until copies between the GPUs of `model` and the host are done."""
+    for device in {parameter.device for parameter in model.parameters()}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

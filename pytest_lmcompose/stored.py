@@ -1,0 +1,162 @@
+"""States and measurements in the store: as files, and back. Imports torch with the first state."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evaluators.measurement import Measurement
+from interventions.types import StepReport
+from pytest_lmcompose.composition import Composition, Step, parse
+from pytest_lmcompose.costs import Costs, StepCost
+from pytest_lmcompose.repeats import Repeat
+from pytest_lmcompose.store import Entry, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE, MEASUREMENTS = "state", "measurements"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step that was applied, as the report tells it."""
+
+    step: Step
+    seed: int
+    report: StepReport
+
+
+class StoredState(NamedTuple):
+    """A state as it was read."""
+
+    changed: dict[str, Tensor]
+    """Parameters that differ from the base model."""
+    steps: tuple[StepRecord, ...]
+    state_hash: str
+
+
+class Shelf:
+    """The part of a store that holds one run's work."""
+
+    def __init__(self, store: Store, model: str, files: str) -> None:
+        """Use `store` for runs of the model called `model`; `files` is the hash of the files methods read."""
+        self.store = store
+        self.model = model
+        self.files = files
+        self.states_read = self.measurements_read = 0
+        """How often work was spared."""
+
+    @contextmanager
+    def building(self, address: str, composition: Composition) -> Iterator[None]:
+        """Hold the right to make what belongs at `address`; other processes wait."""
+        with self.store.building(address, str(composition)):
+            yield
+
+    def state(self, address: str) -> StoredState | None:
+        """Return the state at `address`, or None."""
+        entry = self.store.read(address)
+        if entry is None:
+            return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            changed = load_file(entry.folder / "changed.safetensors")
+        except (OSError, SafetensorError):  # evicted since it was checked
+            return None
+        self.states_read += 1
+        return StoredState(changed, _steps(entry), entry.about["state_hash"])
+
+    def keep_state(self, address: str, composition: Composition, state: StoredState, *, step_bytes: int) -> None:
+        """Store a state; `step_bytes` counts the tensors that its last step changed."""
+        from safetensors.torch import save_file
+
+        about = {
+            "model": self.model,
+            "composition": str(composition),
+            "state_hash": state.state_hash,
+            "steps": [_step_to_json(record) for record in state.steps],
+            "step_bytes": step_bytes,
+        }
+        self.store.write(address, STATE, about, lambda folder: save_file(state.changed, folder / "changed.safetensors"))
+
+    def measured(self, address: str, composition: Composition, make: Callable[[], Repeat]) -> Repeat:
+        """Return what was measured at `address`: what is there, or what `make` returns, which is kept."""
+        found = self._measurements(address)
+        if found is None:
+            with self.building(address, composition):
+                found = self._measurements(address)  # another process may have made it meanwhile
+                if found is None:
+                    found = make()
+                    self._keep_measurements(address, composition, found)
+        return found
+
+    def _measurements(self, address: str) -> Repeat | None:
+        entry = self.store.read(address)
+        if entry is None:
+            return None
+        try:
+            fields = json.loads((entry.folder / "measurements.json").read_text(encoding="utf-8"))
+        except OSError:  # evicted since it was checked
+            return None
+        self.measurements_read += 1
+        about = entry.about
+        found = tuple(Measurement(**{key: _frozen(value) for key, value in item.items()}) for item in fields)
+        return Repeat(about["seed"], about["state_hash"], _steps(entry), found, about["evaluate_seconds"])
+
+    def _keep_measurements(self, address: str, composition: Composition, found: Repeat) -> None:
+        about = {
+            "model": self.model,
+            "composition": str(composition),
+            "seed": found.seed,
+            "state_hash": found.state_hash,
+            "steps": [_step_to_json(record) for record in found.steps],
+            "evaluate_seconds": found.evaluate_seconds,
+        }
+        text = json.dumps([dataclasses.asdict(measurement) for measurement in found.measurements])
+
+        def fill(folder: Path) -> None:
+            (folder / "measurements.json").write_text(text, encoding="utf-8")
+
+        self.store.write(address, MEASUREMENTS, about, fill)
+
+
+def costs(store: Store, model: str) -> Costs:
+    """Return what steps and evaluations cost on the model called `model`, from all that is stored."""
+    steps, evaluations = [], []
+    for kind, about in map(store.about, store.entries()):
+        if about.get("model") != model:
+            continue
+        if kind == MEASUREMENTS:
+            evaluations.append(about["evaluate_seconds"])
+        elif kind == STATE and about["steps"]:
+            last = about["steps"][-1]
+            report = last["report"]
+            steps.append(StepCost(last["step"], report["method"], report["seconds"], about["step_bytes"]))
+    return Costs.of(steps, evaluations)
+
+
+def _frozen(value: Any) -> Any:
+    """Return a list as a tuple, which it was before it was stored."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _step_to_json(record: StepRecord) -> dict[str, Any]:
+    return {"step": str(record.step), "seed": record.seed, "report": dataclasses.asdict(record.report)}
+
+
+def _steps(entry: Entry) -> tuple[StepRecord, ...]:
+    return tuple(map(_step_from_json, entry.about["steps"]))
+
+
+def _step_from_json(data: Mapping[str, Any]) -> StepRecord:
+    fields = dict(data["report"])
+    for name in ("changed", "warnings"):
+        fields[name] = tuple(fields[name])
+    return StepRecord(parse(data["step"]).steps[0], data["seed"], StepReport(**fields))

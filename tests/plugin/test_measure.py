@@ -1,0 +1,130 @@
+"""What a recipe's keys measure, on a random model and a small world."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluators import EvaluationError
+from pytest_lmcompose.data import load_data
+from pytest_lmcompose.measure import capture_unedited, measure_state
+from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+from tests.plugin.tiny import PLACES, SUBJECTS
+
+NOTHING = EvaluateSettings(
+    edits=3, facts=8, editing=False, recall=False, perplexity=False, questions=False, efficiency=False
+)
+WORLD = WorldSettings(
+    edits="zsre.json",
+    facts="facts.jsonl",
+    perplexity="perplexity-heldout.jsonl",
+    tasks="../tasks",
+    pools={"hazardous": ["tinyworld_venomcraft", "tinyworld_wardbreaking"], "harmless": ["tinyworld_botany"]},
+    hazardous=["hazardous"],
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval(), AutoTokenizer.from_pretrained(tiny_model)
+
+
+def metrics(loaded: tuple[Any, Any], folder: Path, world: WorldSettings, **wanted: Any) -> list[str]:
+    evaluate = dataclasses.replace(NOTHING, **wanted)
+    data = load_data(world, evaluate, folder, seed=0)
+    unedited = capture_unedited(*loaded, data, evaluate)
+    return [m.metric for m in measure_state(*loaded, data, world, evaluate, unedited)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ({}, []),
+        ({"recall": True}, ["recall", "recall/born", "recall/lives", "recall_same_subject"]),
+        ({"perplexity": True}, ["perplexity_qa", "perplexity_edits", "perplexity_edits_prompt", "perplexity"]),
+        (
+            {"questions": True},
+            [
+                "accuracy/hazardous",
+                "accuracy/harmless",
+                "accuracy/tinyworld_venomcraft",
+                "accuracy/tinyworld_wardbreaking",
+                "accuracy/tinyworld_botany",
+            ],
+        ),
+        (
+            {"efficiency": True, "latency_length": 16},
+            ["average_bits", "overhead_bits", "sparsity", "sparsity_2_4", "packed_megabytes", "flops_per_token"],
+        ),
+        ({"latency": True, "latency_length": 16, "latency_repeats": 2}, ["latency_ms", "tokens_per_second"]),
+    ],
+)
+def test_each_key_measures_its_own(
+    loaded: tuple[Any, Any], tiny_world: Path, wanted: dict[str, Any], found: list[str]
+) -> None:
+    assert metrics(loaded, tiny_world, WORLD, **wanted) == found
+
+
+def test_further_tasks_stand_beside_the_pools(loaded: tuple[Any, Any], tiny_world: Path) -> None:
+    wanted = {"questions": True, "tasks": ["tinyworld_music", "tinyworld_botany"], "num_fewshot": 1}
+    found = metrics(loaded, tiny_world, WORLD, **wanted)
+    assert found.count("accuracy/tinyworld_botany") == 1 and "accuracy/tinyworld_music" in found
+    alone = dataclasses.replace(WORLD, pools={}, hazardous=[])
+    assert metrics(loaded, tiny_world, alone, **wanted) == ["accuracy/tinyworld_music", "accuracy/tinyworld_botany"]
+
+
+def test_the_number_of_options_is_the_recipes(loaded: tuple[Any, Any], tiny_world: Path) -> None:
+    with pytest.raises(EvaluationError, match="4 choices where every question must have 5"):
+        metrics(loaded, tiny_world, WORLD, questions=True, options=5)
+    assert metrics(loaded, tiny_world, WORLD, questions=True, options=None)
+
+
+def test_edits_with_consequences_measure_portability(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    records = [
+        {
+            "requested_rewrite": [
+                {
+                    "prompt": "{} was born in",
+                    "subject": subject,
+                    "question": f"Where was {subject} born?",
+                    "target_true": {"str": PLACES[0]},
+                    "target_new": {"str": PLACES[1]},
+                }
+            ],
+            "questions": [f"In which land was {subject} born?", f"{subject} is a native of"],
+            "answer": "Ostria",
+            "new_answer": "Veld",
+            "single_hops": [{"question": "q", "cloze": f"{PLACES[0]} lies in", "answer": "Ostria"}],
+            "new_single_hops": [{"question": "r", "cloze": f"{PLACES[1]} lies in", "answer": "Veld"}],
+        }
+        for subject in SUBJECTS
+    ]
+    (tmp_path / "mquake.json").write_text(json.dumps(records))
+    facts = [
+        {"subject": s, "prompt": f"{s} {verb}", "answer": a, "relation": r}
+        for s in SUBJECTS
+        for verb, a, r in (
+            ("was born in", PLACES[0], "born"),
+            ("comes from", "Ostria", "land"),
+            ("has a", "cat", "pet"),
+        )
+    ]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    world = WorldSettings(
+        edits="mquake.json", edits_schema="mquake", facts="facts.jsonl", ask_as="Question: {} Answer:"
+    )
+    found = metrics(loaded, tmp_path, world, editing=True)
+    aspects = ("success", "paraphrase", "portability", "locality")
+    kinds = ("f1", "recall", "exact", "margin", "preferred")
+    assert found == [f"edit_{a}_{k}" for a in aspects for k in kinds] + ["edit_locality_agreement"]
+    data = load_data(world, NOTHING, tmp_path, seed=0)
+    assert {fact.relation for fact in data.neighbours} == {"pet"}, "where they come from follows from the edit"
+    record = data.edits[0]
+    assert record.portability[0].prompt == f"Question: In which land was {record.edit.subject} born? Answer:"
+    assert record.portability[1] == (f"{record.edit.subject} is a native of", "Veld", "Ostria")

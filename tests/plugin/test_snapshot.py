@@ -1,0 +1,104 @@
+"""Snapshots of the working model: what they hold, what they share, and how fast they come back."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from pytest_lmcompose.load import hash_weights
+from pytest_lmcompose.snapshot import WorkingModel
+from tests.models import tiny_model
+
+NAMES = tuple(f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))
+
+
+@torch.no_grad()
+def change(working: WorkingModel, *names: str) -> None:
+    parameters = dict(working.model.named_parameters())
+    for name in names:
+        parameters[name].add_(torch.rand_like(parameters[name]))
+
+
+def test_a_snapshot_holds_what_changed_and_shares_the_rest() -> None:
+    working = WorkingModel(tiny_model())
+    assert working.base.state_hash == hash_weights(working.model)
+    change(working, NAMES[0])
+    first = working.take(working.base, NAMES[:1])
+    change(working, NAMES[1])
+    second = working.take(first, NAMES[1:])
+    assert set(first.changed) == {NAMES[0]} and set(second.changed) == set(NAMES)
+    assert second.changed[NAMES[0]] is first.changed[NAMES[0]]
+    assert second.state_hash == hash_weights(working.model)
+    for snapshot in (first, working.base, second, first):
+        working.restore(snapshot)
+        assert hash_weights(working.model) == snapshot.state_hash
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_tied_weights_count_under_every_name(family: str) -> None:
+    model = tiny_model(family)
+    working = WorkingModel(model)
+    embedding = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    change(working, name)
+    assert working.take(working.base, [name]).state_hash == hash_weights(model)
+
+
+def test_only_tensors_that_differ_are_written_unless_the_model_was_given_away() -> None:
+    working = WorkingModel(tiny_model())
+    change(working, NAMES[0])
+    state = working.take(working.base, NAMES[:1])
+    norm = working.model.model.norm.weight
+    versions = {n: p._version for n, p in working.model.named_parameters()}
+    working.restore(working.base)
+    written = [n for n, p in working.model.named_parameters() if p._version != versions[n]]
+    assert written == [NAMES[0]]
+    norm.data.fill_(7)
+    working.distrust()
+    working.restore(state)
+    assert hash_weights(working.model) == state.state_hash
+
+
+def test_a_state_read_back_is_the_same_and_shares_what_is_there() -> None:
+    working = WorkingModel(tiny_model())
+    change(working, NAMES[0])
+    first = working.take(working.base, NAMES[:1])
+    change(working, NAMES[1])
+    second = working.take(first, NAMES[1:])
+    adopted = working.adopt(first, {name: tensor.clone() for name, tensor in second.changed.items()})
+    assert adopted.state_hash == second.state_hash
+    assert adopted.changed[NAMES[0]] is first.changed[NAMES[0]]
+    working.restore(working.base)
+    working.restore(adopted)
+    assert hash_weights(working.model) == second.state_hash
+    with pytest.raises(KeyError):
+        working.adopt(first, {"unknown": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"is \(1,\)"):
+        working.adopt(first, {NAMES[0]: torch.zeros(1)})
+
+
+def test_snapshot_and_restore_of_three_matrices_take_a_fraction_of_copying_the_model() -> None:
+    # 40 matrices of 1 MiB; three change.
+    model = torch.nn.Module()
+    model.config = None  # type: ignore[assignment]
+    model.weights = torch.nn.ParameterList(torch.zeros(512, 512) for _ in range(40))
+    working = WorkingModel(model)
+    names = [f"weights.{i}" for i in range(3)]
+
+    def seconds(work: str) -> float:
+        start = time.perf_counter()
+        if work == "part":
+            snapshot = working.take(working.base, names)
+            working.restore(working.base)
+            working.restore(snapshot)
+        else:
+            {name: p.detach().clone() for name, p in model.named_parameters()}
+            hash_weights(model)
+        return time.perf_counter() - start
+
+    part = min(seconds("part") for _ in range(5))
+    whole = min(seconds("whole") for _ in range(5))
+    assert part < whole / 4
+    assert part < 0.05
