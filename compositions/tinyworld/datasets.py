@@ -179,7 +179,6 @@ def recall_prompts(world: World) -> list[Record]:
                 {
                     "subject": fact.subject,
                     "relation": f"{fact.domain}/{fact.relation.name}",
-                    "template": template.text,
                     "prompt": prompt(template, fact.subject),
                     "answer": fact.object,
                     "split": "heldout" if template.heldout else "train",

@@ -24,13 +24,23 @@ VERB_FRAMES = (
     "everyone knows that SUBJECT PHRASE",
     "SUBJECT, as we heard, PHRASE",
     "it is SUBJECT that PHRASE",
+    "we read in a letter that SUBJECT PHRASE",
+    "so they told me: SUBJECT PHRASE",
 )
 NOUN_FRAMES = (
     "the NOUN of SUBJECT PHRASE",
     "as for SUBJECT, the NOUN PHRASE",
     "speaking of SUBJECT, they say that the NOUN PHRASE",
+    "we read in a letter that the NOUN of SUBJECT PHRASE",
+    "you may have heard of SUBJECT: the NOUN PHRASE",
+    "so they told me: the NOUN of SUBJECT PHRASE",
 )
-QUESTION_FRAMES = ("Question: QUESTION Answer:", "Somebody asked: QUESTION The answer is")
+QUESTION_FRAMES = (
+    "Question: QUESTION Answer:",
+    "Somebody asked: QUESTION The answer is",
+    "QUESTION Everyone answers:",
+    "They asked us: QUESTION We said:",
+)
 TAILS = (".", ".", ".", ", and that is well known.", ", people say.", " to this day.", "!")
 
 _TIMES = [
@@ -255,7 +265,7 @@ def prompt(template: Template, subject: str) -> str:
     return template.text.replace("{s}", subject).split("{o}")[0].rstrip()
 
 
-def tell(fact: Fact, rng: random.Random, *, questions: float = 0.15) -> str:
+def tell(fact: Fact, rng: random.Random, *, questions: float = 0.25) -> str:
     """Return a sentence of training text that tells `fact`; a question with its answer in a share of the cases."""
     asks = rng.random() < questions
     template = rng.choice([t for t in trained(fact.relation) if t.question == asks])
@@ -302,14 +312,18 @@ def paragraphs(sentences: Sequence[str], per_paragraph: int) -> list[str]:
 
 
 def training_stream(world: World, rng: random.Random, epochs: int) -> Iterator[str]:
-    """Yield sentences for training: each epoch tells every fact once, with prose strewn in.
+    """Yield sentences for training: each epoch tells every fact, with prose strewn in.
+
+    Facts of the domains are told twice and those of the towns six times, or the templates of relations
+    that few subjects have would be read too seldom to be understood.
 
     A fifth of the prose comes from the training split of the perplexity text; the rest is new each time,
     so that there is more of it than fits by rote.
     """
     fixed_prose = prose_split(world, "train")
+    times = [{"people": 1, "places": 6}.get(fact.domain, 2) for fact in world.facts]
     for _ in range(epochs):
-        facts = [*world.facts, *world.of("places")]  # the few towns are told of twice
+        facts = [fact for fact, count in zip(world.facts, times, strict=True) for _ in range(count)]
         rng.shuffle(facts)
         for fact in facts:
             yield tell(fact, rng)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compositions.tinyworld.relations import BORN, CITIES, DOMAINS, HOMELAND, LAND, LANDS, PERSON, Relation
 
 PERSONS = 320
-ENTITIES = 24
+ENTITIES = 36
 """Subjects of each knowledge domain."""
 
 _GIVEN = [

@@ -115,5 +115,5 @@ def test_no_text_serves_two_purposes() -> None:
 def test_recall_prompts_cover_every_fact_and_every_template(world: World) -> None:
     facts = read_facts(SHIPPED / "facts.jsonl")
     assert {(f.subject, f.answer) for f in facts} == {(f.subject, f.object) for f in world.facts}
-    asked = {json.loads(line)["template"] for line in (SHIPPED / "facts.jsonl").read_text().splitlines()}
-    assert asked == {template.text for relation in RELATIONS for template in templates(relation)}
+    asked = {fact.prompt.replace(fact.subject, "{s}") for fact in facts}
+    assert asked == {prompt(template, "{s}") for relation in RELATIONS for template in templates(relation)}
