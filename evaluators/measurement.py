@@ -58,6 +58,14 @@ class Measurement:
         labels = _numbered(clusters or ())
         return cls(metric, value, error, n, higher_is_better, tuple(samples), note, clusters=labels)
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the value is the plain mean of the samples, which there are."""
+        if not self.samples:
+            return False
+        mean = math.fsum(self.samples) / len(self.samples)
+        return math.isclose(mean, self.value, rel_tol=1e-9, abs_tol=1e-12)
+
 
 def per_unit(values: Sequence[float], clusters: Sequence[Hashable] | None) -> list[float]:
     """Return the sum of `values` over each cluster, in order of appearance; without clusters, the values.

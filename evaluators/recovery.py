@@ -28,7 +28,7 @@ def returned(base: Measurement, after: Measurement, end: Measurement) -> Measure
     back = [last - later for last, later in zip(end.samples, after.samples, strict=True)]
     n = len(removed)
     for state in states:
-        if not math.isclose(math.fsum(state.samples) / n, state.value, rel_tol=1e-9, abs_tol=1e-12):
+        if not state.is_mean:
             raise EvaluationError(f"returned {base.metric}: its value is not the mean of its samples")
     total = math.fsum(removed)
     share = math.fsum(back) / total if total > 0 else math.nan

@@ -30,7 +30,7 @@ def measure_survival(
             "measure both states on the same data"
         )
     ratio = end.value / after.value if after.value else math.nan
-    if _is_mean(after) and _is_mean(end):
+    if after.is_mean and end.is_mean:
         deviations = [later - ratio * before for before, later in zip(after.samples, end.samples, strict=True)]
         units = per_unit(deviations, end.clusters if clusters is None else clusters)
         error = ratio_error(units, math.fsum(after.samples)) if math.isfinite(ratio) else None
@@ -41,13 +41,6 @@ def measure_survival(
     note = f"{_shown(end)} at the end over {_shown(after)} right after the step, {how}"
     error = None if error is None else abs(error)
     return Measurement(f"survival/{after.metric}", ratio, error, after.n, after.higher_is_better, end.samples, note)
-
-
-def _is_mean(measurement: Measurement) -> bool:
-    if not measurement.samples:
-        return False
-    mean = math.fsum(measurement.samples) / len(measurement.samples)
-    return math.isclose(mean, measurement.value, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _combined(after: Measurement, end: Measurement, ratio: float) -> float | None:

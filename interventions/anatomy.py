@@ -7,9 +7,10 @@ Methods ask here instead of naming modules. What a block looks like is declared 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -271,3 +272,22 @@ def _not_found(model: nn.Module, layouts: tuple[Layout, ...]) -> str:
 def module_device(module: nn.Module) -> torch.device:
     """Return the device of the module's first parameter, CPU if it has none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def within_context(model: nn.Module, max_tokens: int) -> int:
+    """Return `max_tokens`, or the model's own limit if that is lower: there may be no positions beyond it."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return max_tokens if limit is None else min(max_tokens, limit)
+
+
+def check_layers(setting: str, layers: Sequence[int], depth: int) -> list[int]:
+    """Return `layers` sorted; InterventionError, naming the setting, for one that the model lacks, or for none."""
+    chosen = sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise InterventionError(f"{setting}={list(layers)}: the model's blocks are 0 to {depth - 1}")
+    return chosen
+
+
+def first_output(output: Any) -> Tensor:
+    """Return a module's output, or the first of several: some architectures' blocks return a tuple."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

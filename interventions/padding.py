@@ -11,22 +11,22 @@ from torch import Tensor
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return `rows` as input ids and attention mask, both (rows, longest) int64, padded on the right."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    return ids.to(device), mask.to(device)
+    return _padded(rows, [0] * len(rows), max(len(row) for row in rows), pad, device)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, width: int) -> tuple[Tensor, Tensor]:
     """Return `rows` as input ids and attention mask, both (rows, width) int64, padded on the left."""
+    return _padded(rows, [width - len(row) for row in rows], width, pad, device)
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], width: int, pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     ids = torch.full((len(rows), width), pad, dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
-        mask[number, width - len(row) :] = 1
+    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[number, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[number, start : start + len(row)] = 1
     return ids.to(device), mask.to(device)
 
 

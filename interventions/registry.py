@@ -7,7 +7,6 @@ entries name a `Method`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from interventions.names import near_names
 from interventions.types import Category
 
 ENTRY_POINT_GROUP = "lmcompose.interventions"
@@ -97,9 +97,8 @@ def find_method(name: str) -> Method:
     table = methods()
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise UnknownMethod(f"unknown intervention {name!r}.{hint} Known: {', '.join(sorted(table))}.")
+    known = ", ".join(sorted(table))
+    raise UnknownMethod(f"unknown intervention {name!r}.{near_names(name, table)} Known: {known}.")
 
 
 def _resolve(target: str) -> Any:

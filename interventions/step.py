@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import resource
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy, module_device
-from interventions.compress.masks import zero_mask
 from interventions.modes import keep_modes
+from interventions.names import near_names
 from interventions.registry import Method, find_method
 from interventions.types import Edit, InterventionError, Resources, StepReport
+from interventions.zeros import zero_mask
 
 
 def _silent(message: str) -> None:
@@ -129,9 +129,9 @@ def _complete_settings(method: Method, settings: Any, overrides: dict[str, Any])
     known = [field.name for field in dataclasses.fields(kind)]
     for name in overrides:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise InterventionError(f"{method.name} has no setting {name!r}.{hint} Known: {', '.join(known)}.")
+            raise InterventionError(
+                f"{method.name} has no setting {name!r}.{near_names(name, known)} Known: {', '.join(known)}."
+            )
     return dataclasses.replace(settings, **overrides)
 
 

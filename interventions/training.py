@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from interventions.compress.masks import zero_mask
 from interventions.types import InterventionError
+from interventions.zeros import zero_mask
 
 
 @contextmanager

@@ -8,11 +8,10 @@ Importing this module imports Hydra, but no torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,12 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from interventions import names
 from interventions.registry import UnknownMethod, find_method, methods
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse, permutations
 from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSettings, WorldSettings
+
+near_names = partial(names.near_names, cutoff=0.5)
 
 GROUPS = ("model", "world", "edit", "unlearn", "compress", "evaluate", "suite")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -146,12 +148,6 @@ def quoted(value: str) -> str:
     # Backslashes are literal in this grammar except before a quote, where each is doubled.
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
-
-
-def near_names(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean a or b?", or nothing if no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _schema() -> type:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Block, LinearGroup, find_anatomy, module_device
+from interventions.anatomy import Block, Linear, LinearGroup, find_anatomy, module_device, within_context
 from interventions.compress.capture import Call, catch_block_calls, keep_calls
 from interventions.early_exit import SeenEnough
 from interventions.statistics import InputStatistics, token_batches
@@ -226,12 +226,6 @@ def affordable_tokens(block: Block) -> int:
     return max(1, budget // (2 * 4 * width))  # float32, and as much again for what lies between the linears
 
 
-def within_context(model: nn.Module, max_tokens: int) -> int:
-    """Return `max_tokens`, or the model's own limit if that is lower: there may be no positions beyond it."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return max_tokens if limit is None else min(max_tokens, limit)
-
-
 def check_weights(block: Block, method: str) -> None:
     """Raise InterventionError, naming the layer, if a weight of the block is NaN or infinite."""
     for linear in block.linears:
@@ -250,3 +244,16 @@ def check_enough(blocks: Sequence[Block], tokens: int, method: str) -> None:
                 f"{method}: {tokens} calibration tokens are too few for the {group.in_features} columns of "
                 f"{group.linears[0].name}: give more or longer texts, or raise samples or max_tokens"
             )
+
+
+def each_linear(model: nn.Module, context: Context, method: str) -> Iterator[Linear]:
+    """Give every linear of the decoder blocks, in order, once all their weights are known to be finite.
+
+    Raises InterventionError like `check_weights`.
+    """
+    blocks = find_anatomy(model).blocks
+    for block in blocks:
+        check_weights(block, method)
+    for block in blocks:
+        context.progress(f"{method}: block {block.index + 1} of {len(blocks)}")
+        yield from block.linears

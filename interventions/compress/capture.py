@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from interventions.anatomy import Block, module_device
+from interventions.anatomy import Block, first_output, module_device
 from interventions.statistics import Batch
 
 
@@ -45,8 +45,8 @@ class Call:
     def __call__(self, module: nn.Module) -> Tensor:
         """Run the module on these arguments and return its (first) output."""
         if self.in_keywords:
-            return first(module(*self.arguments, hidden_states=self.hidden, **self.keywords))
-        return first(module(self.hidden, *self.arguments, **self.keywords))
+            return first_output(module(*self.arguments, hidden_states=self.hidden, **self.keywords))
+        return first_output(module(self.hidden, *self.arguments, **self.keywords))
 
     def on(self, hidden: Tensor) -> Call:
         """Return the same call on other hidden states."""
@@ -64,11 +64,6 @@ class Call:
             {key: _each(value, move) for key, value in self.keywords.items()},
             self.in_keywords,
         )
-
-
-def first(output: Any) -> Tensor:
-    """Return a module's output, or the first of several."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def to_float(value: Any) -> Any:

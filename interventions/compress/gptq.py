@@ -18,11 +18,12 @@ from interventions.compress.engines.run import run_engine
 from interventions.compress.engines.table import OWN
 from interventions.compress.gptq_kernel import gptq_quantise
 from interventions.compress.grid import check_grid, fake_quantise
-from interventions.compress.masks import zero_masks
+from interventions.compress.rounding import replace_
 from interventions.compress.settings import GptqSettings
 from interventions.statistics import InputStatistics
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
+from interventions.zeros import zero_masks
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def gptq(
                 "damping of 1: give more or other calibration text (samples, max_tokens)"
             )
             rounded = [fake_quantise(w, settings.bits, settings.group_size, settings.symmetric) for w in weights]
-            return [_replace_(linear, new, None) for linear, new in zip(group.linears, rounded, strict=True)]
+            return [_outcome(linear, new, None) for linear, new in zip(group.linears, rounded, strict=True)]
         if result.damping > settings.damping:
             context.warn(
                 f"gptq: {names}: damping raised to {result.damping:g}; set damping to that, or give more "
@@ -70,7 +71,7 @@ def gptq(
         parts = [len(weight) for weight in weights]
         news, errors = torch.split(result.weight, parts), torch.split(result.errors, parts)
         return [
-            _replace_(linear, new, float(error.mean()) / statistics.count)
+            _outcome(linear, new, float(error.mean()) / statistics.count)
             for linear, new, error in zip(group.linears, news, errors, strict=True)
         ]
 
@@ -90,9 +91,6 @@ def gptq(
     return {"linears": linears}
 
 
-def _replace_(linear: Linear, weight: Tensor, loss: float | None) -> dict[str, Any]:
+def _outcome(linear: Linear, weight: Tensor, loss: float | None) -> dict[str, Any]:
     """Write the new weight of a linear and tell what it does."""
-    before = linear.weight
-    moved = float((weight - before).norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny))
-    linear.set_weight_(weight)
-    return {"linear": linear.name, "loss": loss, "moved": moved}
+    return {"linear": linear.name, "loss": loss, "moved": replace_(linear, weight)}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
-from interventions.compress.blockwise import check_weights
+from interventions.compress.blockwise import each_linear
 from interventions.compress.masks import Pattern, lowest, lowest_of_pattern
-from interventions.compress.pruning import check_sparsity, conclude, outcome
+from interventions.compress.pruning import check_sparsity, conclude, prune_
 from interventions.compress.settings import MagnitudeSettings
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
@@ -21,19 +21,13 @@ def magnitude(
     model: nn.Module, tokenizer: Any, settings: MagnitudeSettings, resources: Resources, context: Context
 ) -> dict[str, Any]:
     """Prune the linear layers of every decoder block, in place; no text is read."""
-    blocks = find_anatomy(model).blocks
-    pattern = check_sparsity(settings, "magnitude", blocks)
+    pattern = check_sparsity(settings, "magnitude", find_anatomy(model).blocks)
     if settings.among not in ("layer", "row"):
         raise InterventionError(f"magnitude: among must be layer or row, not {settings.among!r}")
-    for block in blocks:
-        check_weights(block, "magnitude")
-    outcomes = []
-    for block in blocks:
-        context.progress(f"magnitude: block {block.index + 1} of {len(blocks)}")
-        for linear in block.linears:
-            before = linear.weight.clone()
-            linear.set_weight_(before.masked_fill(magnitude_mask(before, settings, pattern), 0))
-            outcomes.append(outcome(linear, before, linear.weight))
+    outcomes = [
+        prune_(linear, magnitude_mask(linear.weight, settings, pattern))
+        for linear in each_linear(model, context, "magnitude")
+    ]
     return conclude(outcomes, settings, context)
 
 

@@ -58,6 +58,13 @@ def check_sparsity(settings: SparsitySettings, method: str, blocks: Sequence[Blo
     return pattern
 
 
+def prune_(linear: Linear, mask: Tensor) -> dict[str, Any]:
+    """Set the weights (out, in) of `mask` to zero in place, and tell what that did."""
+    before = linear.weight.clone()
+    linear.set_weight_(before.masked_fill(mask, 0))
+    return outcome(linear, before, linear.weight)
+
+
 def outcome(linear: Linear, before: Tensor, after: Tensor) -> dict[str, Any]:
     """Tell what pruning did to one weight."""
     was, zero = before == 0, after == 0

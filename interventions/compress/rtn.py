@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from interventions.anatomy import find_anatomy
-from interventions.compress.blockwise import check_weights
+from interventions.compress.blockwise import each_linear
 from interventions.compress.grid import check_grid, fake_quantise
+from interventions.compress.rounding import replace_
 from interventions.compress.settings import RtnSettings
 from interventions.step import Context
 from interventions.types import Resources
@@ -25,17 +25,9 @@ def rtn(
     far its weights moved, as a share of their norm.
     """
     check_grid(settings.bits, settings.group_size, "rtn")
-    blocks = find_anatomy(model).blocks
-    for block in blocks:
-        check_weights(block, "rtn")
     linears = []
-    for block in blocks:
-        context.progress(f"rtn: block {block.index + 1} of {len(blocks)}")
-        for linear in block.linears:
-            weight = linear.weight.float()
-            rounded = fake_quantise(weight, settings.bits, settings.group_size, settings.symmetric)
-            moved = float((rounded - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny))
-            linear.set_weight_(rounded)
-            linears.append({"linear": linear.name, "moved": moved})
+    for linear in each_linear(model, context, "rtn"):
+        rounded = fake_quantise(linear.weight, settings.bits, settings.group_size, settings.symmetric)
+        linears.append({"linear": linear.name, "moved": replace_(linear, rounded)})
     context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
     return {"linears": linears}

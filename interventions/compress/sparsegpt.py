@@ -16,13 +16,13 @@ from interventions.anatomy import LinearGroup, find_anatomy
 from interventions.compress.blockwise import walk_blocks
 from interventions.compress.engines.run import run_engine
 from interventions.compress.engines.table import OWN
-from interventions.compress.masks import zero_masks
 from interventions.compress.pruning import check_sparsity, conclude, outcome
 from interventions.compress.settings import SparseGptSettings
 from interventions.compress.sparsegpt_kernel import sparsegpt_prune
 from interventions.statistics import InputStatistics
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
+from interventions.zeros import zero_masks
 
 
 @torch.no_grad()

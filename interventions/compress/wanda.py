@@ -16,7 +16,7 @@ from interventions.compress.blockwise import walk_blocks
 from interventions.compress.engines.run import run_engine
 from interventions.compress.engines.table import OWN
 from interventions.compress.masks import Pattern, lowest, lowest_of_pattern
-from interventions.compress.pruning import check_sparsity, conclude, outcome
+from interventions.compress.pruning import check_sparsity, conclude, prune_
 from interventions.compress.settings import WandaSettings
 from interventions.statistics import InputStatistics
 from interventions.step import Context
@@ -34,13 +34,9 @@ def wanda(
 
     def work(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
         norms = statistics.gram.diagonal().sqrt()
-        outcomes = []
-        for linear in group.linears:
-            before = linear.weight.clone()
-            mask = wanda_mask(before, norms, settings.sparsity, pattern)
-            linear.set_weight_(before.masked_fill(mask, 0))
-            outcomes.append(outcome(linear, before, linear.weight))
-        return outcomes
+        return [
+            prune_(linear, wanda_mask(linear.weight, norms, settings.sparsity, pattern)) for linear in group.linears
+        ]
 
     outcomes = walk_blocks(
         model,

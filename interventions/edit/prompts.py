@@ -25,6 +25,11 @@ class TokenisedPrompt:
     subject_end: int
     target_length: int = 0
 
+    @property
+    def target_places(self) -> range:
+        """Places of the target's tokens."""
+        return range(len(self.ids) - self.target_length, len(self.ids))
+
 
 def check_edits(edits: Sequence[Edit]) -> None:
     """Raise InterventionError, naming the record, for edits that cannot be made."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Linear, find_anatomy
+from interventions.anatomy import Linear, check_layers, find_anatomy
 from interventions.edit.prompts import check_edits, sample_contexts
 from interventions.edit.settings import RewriteSettings
 from interventions.edit.subjects import keys_and_values
@@ -130,10 +130,7 @@ def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence
     Raises InterventionError, naming the setting, for a block that the model does not have.
     """
     if layers is not None:
-        chosen = sorted(set(layers))
-        if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-            raise InterventionError(f"{method}.layers={list(layers)}: the model's blocks are 0 to {depth - 1}")
-        return chosen
+        return check_layers(f"{method}.layers", layers, depth)
     if len(fractions) != 2 or not 0.0 <= fractions[0] <= fractions[1] < 1.0:
         raise InterventionError(f"{method}.layer_fractions={list(fractions)}: need 0 <= first <= last < 1")
     low, high = fractions

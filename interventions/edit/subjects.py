@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Anatomy, Block, module_device
+from interventions.anatomy import Anatomy, Block, first_output, module_device
 from interventions.early_exit import SeenEnough, run_until_seen
 from interventions.edit.prompts import TokenisedPrompt, tokenise
 from interventions.padding import pad_right, padding_id
@@ -67,7 +67,7 @@ def _read(
             raise SeenEnough
 
     def see_value(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen["value"] = output[0] if isinstance(output, tuple) else output
+        seen["value"] = first_output(output)
         raise SeenEnough
 
     device = module_device(model)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from interventions.anatomy import Anatomy, module_device
+from interventions.anatomy import Anatomy, first_output, module_device
 from interventions.padding import pad_left, pad_right
 
 
@@ -50,7 +50,7 @@ class Tail:
             self._arguments.append((args[1:], others))
 
         def keep_hidden(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            hidden.append(_first(output).detach())
+            hidden.append(first_output(output).detach())
 
         device = module_device(model)
         pairs = list(zip(rows, begins, strict=True))
@@ -83,7 +83,7 @@ class Tail:
         `hidden`, of the shape of `self.hidden`, stands for the output of block `layer`.
         """
         for block, (args, kwargs) in zip(self._blocks, self._arguments, strict=True):
-            hidden = _first(block(hidden, *args, **kwargs))
+            hidden = first_output(block(hidden, *args, **kwargs))
         logits: Tensor = self._head(self._norm(hidden[rows, places])).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
@@ -100,8 +100,3 @@ class _Fixed(Cache):
         layer: Any = self.layers[layer_idx]
         keys = torch.cat([layer.keys, key_states], dim=-2)
         return keys, torch.cat([layer.values, value_states], dim=-2)
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor

@@ -43,11 +43,7 @@ def target_batches(
         which = range(start, min(start + batch_size, len(edits)))
         texts = [tokenise(tokenizer, edits[n], with_target=True, chat_template=chat_template) for n in which]
         ids, mask = pad_right([text.ids for text in texts], padding_id(tokenizer), device)
-        wanted = [
-            (row, place)
-            for row, text in enumerate(texts)
-            for place in range(len(text.ids) - text.target_length, len(text.ids))
-        ]
+        wanted = [(row, place) for row, text in enumerate(texts) for place in text.target_places]
         rows, places = torch.tensor(wanted, device=device).t()
         batches.append(TargetBatch(which, ids, mask, rows, places - 1, ids[rows, places]))
     return batches

@@ -148,11 +148,7 @@ class _Batch:
         """Numbers of the edits that are in the batch."""
         self._owner = torch.tensor([n // per_edit for n in range(len(rows))] + list(range(count)), device=device)
         # Logits are needed before each target token, and at the subject of the essence prompts.
-        wanted = [
-            (n, place - row.subject_end)
-            for n, row in enumerate(rows)
-            for place in range(len(row.ids) - row.target_length, len(row.ids))
-        ]
+        wanted = [(n, place - row.subject_end) for n, row in enumerate(rows) for place in row.target_places]
         target_rows, target_places = torch.tensor(wanted, device=device).t()
         self._target_ids = self._tail.ids[target_rows, target_places]
         self._target_owner = self._owner[target_rows]

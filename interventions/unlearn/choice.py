@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from torch import nn
 
-from interventions.anatomy import Anatomy, Block
+from interventions.anatomy import Anatomy, Block, check_layers
 from interventions.layouts import ROLES
+from interventions.names import near_names
 from interventions.types import InterventionError
 from interventions.unlearn.settings import TrainingSettings
-
-
-def check_layers(setting: str, layers: Sequence[int], depth: int) -> list[int]:
-    """Return `layers` sorted; InterventionError, naming the setting, for one that the model lacks, or for none."""
-    chosen = sorted(set(layers))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise InterventionError(f"{setting}={list(layers)}: the model's blocks are 0 to {depth - 1}")
-    return chosen
 
 
 def last_layers(method: str, settings: TrainingSettings, depth: int) -> list[int]:
@@ -49,10 +41,10 @@ def named_in_blocks(
             elif name in inside:
                 found = [f"{block.name}.{name}"]
             else:
-                near = difflib.get_close_matches(name, [*ROLES, *inside], n=3, cutoff=0.4)
-                hint = f" Did you mean {' or '.join(near)}?" if near else ""
+                known = [*ROLES, *inside]
                 raise InterventionError(
-                    f"{method}.parameters: {block.name} has no {name!r}.{hint} Known: {', '.join([*ROLES, *inside])}."
+                    f"{method}.parameters: {block.name} has no {name!r}.{near_names(name, known)} "
+                    f"Known: {', '.join(known)}."
                 )
             chosen |= {full: every[full] for full in found}
     if not chosen:

@@ -7,17 +7,17 @@ a random vector, a control vector for each topic, and to leave it as it was on r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Block, find_anatomy, module_device
+from interventions.anatomy import Block, check_layers, find_anatomy, first_output, module_device
+from interventions.early_exit import SeenEnough, run_until_seen
 from interventions.step import Context
 from interventions.training import Trainer, workable_precision
 from interventions.types import InterventionError, Resources
-from interventions.unlearn.choice import check_layers, named_in_blocks
+from interventions.unlearn.choice import named_in_blocks
 from interventions.unlearn.settings import RmuSettings
 from interventions.unlearn.texts import TextBatch, choose_topics, endless, make_batches, shuffled, tokenise
 
@@ -120,13 +120,12 @@ def states(model: nn.Module, block: Block, batch: TextBatch) -> Tensor:
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-        raise _Seen
+        seen.append(first_output(output))
+        raise SeenEnough
 
     handle = block.module.register_forward_hook(see)
     try:
-        with suppress(_Seen):
-            model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        run_until_seen(model, {"input_ids": batch.ids, "attention_mask": batch.mask})
     finally:
         handle.remove()
     return seen[0][batch.mask.bool()]
@@ -148,7 +147,3 @@ def _check(settings: RmuSettings) -> None:
             raise InterventionError(f"rmu.{name}={getattr(settings, name)}: need at least 1")
     if not 0.0 <= settings.alpha < float("inf"):
         raise InterventionError(f"rmu.alpha={settings.alpha}: need a weight of 0 or more")
-
-
-class _Seen(Exception):
-    """Ends a forward pass at the steered block."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interventions.anatomy import within_context
+from interventions.names import near_names
 from interventions.padding import pad_right, padding_id
 from interventions.types import InterventionError
 
@@ -48,9 +49,9 @@ def choose_topics(
     chosen = {}
     for topic in topics if topics is not None else forget:
         if topic not in forget:
-            near = difflib.get_close_matches(topic, forget, n=3, cutoff=0.4)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise InterventionError(f"{method}.topics: no forget text of {topic!r}.{hint} Known: {', '.join(forget)}.")
+            raise InterventionError(
+                f"{method}.topics: no forget text of {topic!r}.{near_names(topic, forget)} Known: {', '.join(forget)}."
+            )
         if isinstance(forget[topic], str):
             raise InterventionError(
                 f"{method}: the forget texts of {topic!r} must be a sequence of texts, not one text"
@@ -73,13 +74,13 @@ def tokenise(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens:
         raise InterventionError(f"{source} must be a sequence of texts, not one text")
     if max_tokens < 2:
         raise InterventionError(f"max_tokens={max_tokens}: texts need at least two tokens")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or max_tokens
+    limit = within_context(model, max_tokens)
     rows = []
     for number, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"] if text.strip() else []
         if len(ids) < 2:
             raise InterventionError(f"{source}, text {number}: {text[:40]!r} has nothing to predict; remove it")
-        rows.append(ids[: min(max_tokens, limit)])
+        rows.append(ids[:limit])
     return rows
 
 

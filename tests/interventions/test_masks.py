@@ -12,7 +12,8 @@ from torch import Tensor
 
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress.masks import Pattern, kth_lowest, lowest, lowest_of_pattern, zero_mask
+from interventions.compress.masks import Pattern, kth_lowest, lowest, lowest_of_pattern
+from interventions.zeros import zero_mask
 from tests.models import SENTENCES, tiny_model, tiny_tokenizer
 
 TEXTS = [" ".join(SENTENCES[i : i + 2]) for i in range(len(SENTENCES))]

@@ -13,10 +13,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from interventions import InterventionError, Resources, apply
+from interventions import Resources, apply
 from interventions.anatomy import find_anatomy
 from interventions.unlearn.npo import npo_losses, simnpo_losses
-from tests.interventions.unlearning import RESOURCES, difference, mean_nll, nll_alone, weights
+from tests.interventions.unlearning import RESOURCES, check_refused, difference, mean_nll, nll_alone, weights
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
 
 FORGET = SENTENCES[:5]
@@ -156,8 +156,4 @@ def test_only_the_named_topic_is_read(tokenizer: Any) -> None:
 def test_bad_input_is_named_and_leaves_the_model_alone(
     method: str, resources: Resources, overrides: dict[str, Any], message: str, tokenizer: Any
 ) -> None:
-    model = tiny_model()
-    before = weights(model)
-    with pytest.raises(InterventionError, match=f"^{method}.*{message}"):
-        apply(model, tokenizer, method, resources=resources, **overrides)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    check_refused(tokenizer, method, resources, overrides, f"^{method}.*{message}")

@@ -7,13 +7,13 @@ An engine is a package of others that does a method of ours. `worker` names the 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 import sys
 from dataclasses import dataclass
 from typing import Any
 
+from interventions.names import near_names
 from interventions.types import InterventionError
 
 OWN = "own"
@@ -105,8 +105,7 @@ def find_engine(method: str, name: str) -> Engine:
     if name in table:
         return table[name]
     known = (OWN, *table)
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    hint = near_names(name, known, n=2)
     raise InterventionError(f"{method} has no engine {name!r}.{hint} Known: {', '.join(known)}.")
 
 
