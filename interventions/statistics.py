@@ -1,14 +1,14 @@
 """What the inputs of linear layers look like on some text: one pass, shared by all methods.
 
-GPTQ and SparseGPT read the Gram matrix as Hessian, Wanda its diagonal, AWQ the mean absolute
-value, MEMIT the second moment at the MLP output projection.
+GPTQ and SparseGPT read the Gram matrix as Hessian, Wanda the norms of the channels, AWQ the Gram
+matrix and the mean absolute value, MEMIT the second moment at the MLP output projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,33 @@ Batch = dict[str, Tensor]
 
 
 @dataclass
+class InputNorms:
+    """What Wanda reads of the tokens that reached a linear layer of input width d: no Gram matrix is made."""
+
+    square_sum: Tensor
+    """(d,) float32: the sum of x^2."""
+    count: int
+    """Tokens, padding left out."""
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | None = None) -> Self:
+        return cls(torch.zeros(width, device=device), 0)
+
+    def add_(self, x: Tensor) -> None:
+        """Add tokens `x` of shape (n, d), in float32."""
+        self.square_sum.add_(x.detach().float().square().sum(dim=0))
+        self.count += x.shape[0]
+
+    def to(self, device: torch.device) -> InputNorms:
+        """Return the same sums on a device; those that are there are shared."""
+        return InputNorms(self.square_sum.to(device), self.count)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.square_sum,)
+
+
+@dataclass
 class InputStatistics:
     """Sums over the tokens that reached a linear layer of input width d."""
 
@@ -30,19 +57,33 @@ class InputStatistics:
     """(d, d) float32: the sum of x x^T."""
     abs_sum: Tensor
     """(d,) float32: the sum of |x|."""
+    square_sum: Tensor
+    """(d,) float32: the sum of x^2, to the last bit that of InputNorms; the diagonal of `gram` to rounding."""
     count: int
     """Tokens, padding left out."""
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device | None = None) -> InputStatistics:
-        return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device), 0)
+    def zeros(cls, width: int, device: torch.device | None = None) -> Self:
+        def vector() -> Tensor:
+            return torch.zeros(width, device=device)
+
+        return cls(torch.zeros(width, width, device=device), vector(), vector(), 0)
 
     def add_(self, x: Tensor) -> None:
         """Add tokens `x` of shape (n, d), in float32."""
         x = x.detach().float()
         add_gram_(self.gram, x)
         self.abs_sum.add_(x.abs().sum(dim=0))
+        self.square_sum.add_(x.square().sum(dim=0))
         self.count += x.shape[0]
+
+    def to(self, device: torch.device) -> InputStatistics:
+        """Return the same sums on a device; those that are there are shared."""
+        return InputStatistics(self.gram.to(device), self.abs_sum.to(device), self.square_sum.to(device), self.count)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.gram, self.abs_sum, self.square_sum
 
     def second_moment(self) -> Tensor:
         """Return the mean of x x^T, (d, d) float32."""

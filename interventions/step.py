@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import find_anatomy, module_device
+from interventions.anatomy import find_anatomy
 from interventions.modes import keep_modes
 from interventions.names import near_names
+from interventions.offload import placement, streaming
 from interventions.registry import Method, find_method
+from interventions.shared_statistics import SharedStatistics
 from interventions.types import Edit, InterventionError, Resources, StepReport
 from interventions.zeros import zero_mask
 
@@ -40,6 +42,8 @@ class Context:
     already: Callable[[str], None] = _silent
     """Takes a sentence saying that the model already was what this step makes of it. Without it, a
     step that changes no weight fails; with it, the sentence is a warning."""
+    statistics: SharedStatistics | None = None
+    """What other steps from the same state of the model have collected, and where to keep more."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a new CPU generator whose seed depends on the run's seed and `purpose` alone."""
@@ -60,13 +64,15 @@ def apply(
     retain: Sequence[str] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    statistics: SharedStatistics | None = None,
     **overrides: Any,
 ) -> StepReport:
     """Apply the intervention named `method` to `model`, in place, and report what it did.
 
     `settings` is an instance of the method's settings dataclass (None: its defaults), of which
     `overrides` replace single values. `edits`, `calibration`, `forget` and `retain` take the place of
-    those in `resources`; forget texts are by topic, or those of a single one.
+    those in `resources`; forget texts are by topic, or those of a single one. Steps that are given the
+    `statistics` of one state, which the model must be in, collect what they have in common once.
 
     Only weights change: dtypes, shapes and names of the parameters, train mode, KV cache flag,
     requires_grad flags and the tokenizer are as before; gradients are dropped. If anything goes
@@ -83,15 +89,17 @@ def apply(
     given = _complete_resources(resources, edits, calibration, forget, retain)
     warnings: list[str] = []
     satisfied: list[str] = []
-    context = Context(seed, progress or _silent, warnings.append, satisfied.append)
+    context = Context(seed, progress or _silent, warnings.append, satisfied.append, statistics)
     function = chosen.load()
     before = _Weights(model)
-    device = module_device(model)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    devices = {placement(model).device, *(parameter.device for parameter in model.parameters())}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     try:
-        with keep_modes(model), _keep_tokenizer(tokenizer):
+        # Edits and unlearning mix what they read off the model with its weights: those stay where they are.
+        with keep_modes(model), _keep_tokenizer(tokenizer), streaming(model, on=chosen.category == "compress"):
             details = function(model, tokenizer, complete, given, context)
             if getattr(complete, "preserve_mask", False):
                 details = before.keep_zeros(model) | details
@@ -113,7 +121,7 @@ def apply(
         details=details,
         warnings=tuple(warnings),
         seconds=seconds,
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=_peak_memory(devices),
     )
 
 
@@ -165,6 +173,12 @@ class _Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
+        absent = [name for name, p in self.parameters.items() if p.is_meta]
+        if absent:
+            raise InterventionError(
+                f"{absent[0]} has no values: load the model without offloading to the host or to disk; "
+                "interventions.offload computes part by part one that is on the CPU"
+            )
         self.copies = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         # A method that swaps modules or parameters must be undone too.
         self.places = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
@@ -251,8 +265,9 @@ def _plain(details: dict[str, Any], method: str) -> dict[str, Any]:
     return details
 
 
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _peak_memory(devices: Collection[torch.device]) -> int:
+    accelerators = [device for device in devices if device.type == "cuda"]
+    if accelerators:
+        return max(torch.cuda.max_memory_allocated(device) for device in accelerators)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

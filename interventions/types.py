@@ -55,4 +55,4 @@ class StepReport:
     warnings: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int
-    """Peak resident memory of the process on CPU, peak allocated memory on CUDA."""
+    """Peak resident memory of the process on CPU; where GPUs compute, peak allocated memory, of the one with most."""

@@ -30,6 +30,7 @@ from interventions.compress.engines.table import OWN
 from interventions.compress.folding import fold_
 from interventions.compress.grid import check_grid, fake_quantise
 from interventions.compress.settings import AwqSettings
+from interventions.statistics import InputStatistics
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
 
@@ -66,7 +67,7 @@ def awq(
         batch_tokens=BATCH_TOKENS,
     ):
         scope_calls: dict[str, list[Call]] = {}
-        seen = Seen(block.collect(block.groups, scope_calls), scope_calls, block.masks)
+        seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
         tokens = seen.statistics["attention_in"].count
         groups += quantise_block_(block.groups, seen, settings)
     return {"calibration_tokens": tokens, "groups": groups}
@@ -84,18 +85,19 @@ def check_settings(settings: AwqSettings) -> None:
 def quantise_block_(groups: Sequence[LinearGroup], seen: Seen, settings: AwqSettings) -> list[dict[str, Any]]:
     """Scale, clip and round the linears of a float32 block in place; return what was chosen."""
     choices = [search_scales(group, seen, settings) for group in groups]
+    grams = {role: statistics.gram for role, statistics in seen.statistics.items()}
     for group, choice in zip(groups, choices, strict=True):
         if choice.scales is not None:
             fold_(group, choice.scales)
-            # The group now reads x / s.
-            seen.statistics[group.role].gram.div_(choice.scales).div_(choice.scales.unsqueeze(1))
+            # The group now reads x / s. (The statistics themselves may be others' as well.)
+            grams[group.role] = grams[group.role] / choice.scales / choice.scales.unsqueeze(1)
     report = []
     for group, choice in zip(groups, choices, strict=True):
         clipped = []
         for number, linear in enumerate(group.linears):
             weight = linear.weight
             if settings.clip and may_clip(group, number):
-                weight, share = clip_weight(weight, seen.statistics[group.role].gram, settings)
+                weight, share = clip_weight(weight, grams[group.role], settings)
                 clipped.append(share)
             linear.set_weight_(fake_quantise(weight, settings.bits, settings.group_size))
         report.append(

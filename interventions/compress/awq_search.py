@@ -122,15 +122,16 @@ class _ScopeLoss:
         self.scope = group.scope
         calls = seen.scope_calls[group.role]
         if group.role == "mlp_in":  # token by token, so that any tokens will do
-            tokens = torch.cat([call.hidden[mask] for call, mask in zip(calls, seen.masks, strict=True)])
-            tokens = tokens[spread(len(tokens), settings.search_tokens)].unsqueeze(0)
-            self.calls = [calls[0].on(tokens)]
+            real = [mask.to(call.hidden.device) for call, mask in zip(calls, seen.masks, strict=True)]
+            tokens = torch.cat([call.hidden[mask] for call, mask in zip(calls, real, strict=True)])
+            tokens = tokens[spread(len(tokens), settings.search_tokens)].unsqueeze(0).to(seen.masks[0].device)
+            self.calls = [calls[0].on(tokens).to(tokens.device)]
             self.masks = [torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)]
         else:
             total = sum(int(mask.sum()) for mask in seen.masks)
             share = None if settings.search_tokens is None else -(-settings.search_tokens * len(calls) // total)
             chosen = spread(len(calls), share)
-            self.calls = [calls[i] for i in chosen]
+            self.calls = [calls[i].to(seen.masks[i].device) for i in chosen]
             self.masks = [seen.masks[i] for i in chosen]
         self.wanted = [call(self.scope)[mask] for call, mask in zip(self.calls, self.masks, strict=True)]
 

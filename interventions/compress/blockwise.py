@@ -2,31 +2,32 @@
 
 GPTQ, SparseGPT, Wanda and AWQ do the same round: catch what reaches the first block, then block by
 block look at the inputs of the linears, change them, and hand on what the block puts out. Beside
-the model's weights there is one block in float32, its Gram matrices and one hidden state a token.
+the model's weights there is one block in float32, its Gram matrices and one hidden state a token;
+with a memory budget (see `interventions.offload`) hidden states wait on the host.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any
+from contextlib import ExitStack, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import Block, Linear, LinearGroup, find_anatomy, module_device, within_context
 from interventions.compress.capture import Call, catch_block_calls, keep_calls
+from interventions.compress.replay import Shapes, Tail, find_tails
+from interventions.compress.working_memory import WorkingMemory, working_memory
 from interventions.early_exit import SeenEnough
-from interventions.statistics import InputStatistics, token_batches
+from interventions.offload import placement
+from interventions.shared_statistics import BlockStatistics
+from interventions.statistics import InputNorms, InputStatistics, token_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
 
-CPU_BYTES = 64 << 20
-"""What the activations of a batch may take on a CPU; larger batches are slower there."""
-ACCELERATOR_BYTES = 2 << 30
-
-Work = Callable[[LinearGroup, InputStatistics], list[dict[str, Any]]]
+Sums = TypeVar("Sums", InputStatistics, InputNorms)
 
 
 @torch.no_grad()
@@ -41,18 +42,20 @@ def walk_blocks(
     max_tokens: int,
     sequential: bool,
     true_sequential: bool,
-    work: Work,
+    work: Callable[[LinearGroup, Sums], list[dict[str, Any]]],
+    sums: type[Sums],
 ) -> list[dict[str, Any]]:
     """Call `work` for every group of linears that share an input, in order; return all it returned.
 
     `work(group, statistics)` changes the weights of the group's linears in place, which are
     float32 copies that are written back, rounded once, when the block is done; it leaves the
-    statistics as they are and returns plain data, as a rule one dict for each linear.
+    statistics, which are of the kind `sums`, as they are and returns plain data, as a rule one dict
+    for each linear.
 
     With `sequential` a block is calibrated on what the changed blocks before it put out, otherwise
     on what they put out before they were changed. With `true_sequential` the same holds between
-    the groups of a block: at the price of more forward passes, a group sees the changed ones
-    before it. `method` names the step in messages; for the errors see `float_blocks`.
+    the groups of a block: a group sees the changed ones before it. `method` names the step in
+    messages; for the errors see `float_blocks`.
     """
     details: list[dict[str, Any]] = []
     for block in float_blocks(
@@ -64,12 +67,15 @@ def walk_blocks(
         samples=samples,
         max_tokens=max_tokens,
         sequential=sequential,
+        true_sequential=true_sequential,
+        reads=sums,
     ):
         if true_sequential:
             for group in block.groups:
-                details += work(group, block.collect([group])[group.role])
+                details += work(group, block.collect([group], sums=sums)[group.role])
+                block.finish(group)
         else:
-            statistics = block.collect(block.groups)
+            statistics = block.collect(block.groups, sums=sums)
             for group in block.groups:
                 details += work(group, statistics.pop(group.role))
     return details
@@ -86,16 +92,20 @@ def float_blocks(
     samples: int,
     max_tokens: int,
     sequential: bool,
+    true_sequential: bool = False,
+    reads: type | None = None,
     batch_tokens: int | None = None,
 ) -> Iterator[FloatBlock]:
     """Give each block of the model as a float32 copy, with the calls that reach it on the text.
 
     What the caller changes in the copy is written back when it asks for the next one. The first
-    `samples` texts are read, `max_tokens` of each, in batches of `batch_tokens` (None: as the
-    memory set aside for activations allows).
+    `samples` texts are read, `max_tokens` of each, in batches of as many tokens as the memory set
+    aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
+    all groups of a block, of that kind, and nothing else, need not wait for what is known already.
 
     Raises InterventionError, naming layer and setting, for no or empty text, for fewer tokens than
-    a linear has columns, and for NaN or infinite weights or inputs.
+    a linear has columns, for NaN or infinite weights or inputs, and for a memory budget that a
+    block does not fit in.
     """
     for name, value in (("samples", samples), ("max_tokens", max_tokens)):
         if value < 1:
@@ -105,71 +115,147 @@ def float_blocks(
     blocks = find_anatomy(model).blocks
     for block in blocks:
         check_weights(block, method)
+    where = placement(model)
+    memory = working_memory(blocks, where, method)
+    affordable = affordable_tokens(blocks[0], memory)
     batches = token_batches(
         tokenizer,
         resources.calibration,
         max_tokens=within_context(model, max_tokens),
-        batch_tokens=batch_tokens or affordable_tokens(blocks[0]),
+        batch_tokens=affordable if batch_tokens is None else min(batch_tokens, affordable),
         max_texts=samples,
     )
-    check_enough(blocks, sum(int(batch["attention_mask"].sum()) for batch in batches), method)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    check_enough(blocks, tokens, method)
+    known = BlockStatistics(context.statistics, batches, sequential=sequential)
+    all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
     masks = [batch["attention_mask"].bool() for batch in batches]
     calls = catch_block_calls(model, batches, blocks)
     hidden = [call.hidden for call in calls[0]]
+    shapes: Shapes = {}
     for block, block_calls in zip(blocks, calls, strict=True):
         context.progress(f"{method}: block {block.index + 1} of {len(blocks)}")
         given = [call.on(h) for call, h in zip(block_calls, hidden, strict=True)]
         block_calls.clear()
         hidden.clear()
-        work = FloatBlock(block, given, masks, method, keep_outputs=not sequential)
+        work = FloatBlock(
+            block,
+            given,
+            masks,
+            method,
+            device=where.device if where.streamed else module_device(block.module),
+            memory=memory,
+            known=known,
+            keep_outputs=not sequential and not all_known,
+        )
+        if true_sequential:
+            work.replay(shapes)
         yield work
         work.write_back()
         if block is not blocks[-1]:
-            hidden = work.hand_on()
+            hidden = [call.hidden for call in given] if all_known else work.hand_on()
 
 
 class FloatBlock:
     """A float32 copy of one decoder block, and the calls that reach it on the calibration text."""
 
     def __init__(
-        self, block: Block, calls: Sequence[Call], masks: Sequence[Tensor], method: str, *, keep_outputs: bool
+        self,
+        block: Block,
+        calls: Sequence[Call],
+        masks: Sequence[Tensor],
+        method: str,
+        *,
+        device: torch.device,
+        memory: WorkingMemory,
+        known: BlockStatistics,
+        keep_outputs: bool,
     ) -> None:
         self.stored = block
         self.block = copy.deepcopy(block)
-        self.block.module.float()
-        device = module_device(block.module)
-        self.calls = [call.to(device) for call in calls]
+        self.block.module.to(device).float()
+        self.device = device
+        self.memory = memory
+        tokens = sum(call.hidden.shape[0] * call.hidden.shape[1] for call in calls)
+        self.resting = memory.where_to_rest(tokens * calls[0].hidden.shape[-1] * 4, device)
+        """Where hidden states are while they are not computed with."""
+        self.tokens = tokens
+        self.calls = [call.to(self.resting) for call in calls]
         self.masks = [mask.to(device) for mask in masks]
         """(batch, tokens) bool each: true where there is no padding."""
+        self.rows = [None if bool(mask.all()) else mask.reshape(-1) for mask in self.masks]
         self.method = method
+        self.known = known
         self.keep_outputs = keep_outputs
         self.outputs: list[Tensor] = []
         """What the block put out before it was changed, if that is to be handed on."""
+        self.changed = False
+        self.tails: dict[str, Tail] = {}
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
         return self.block.linear_groups
 
+    def replay(self, shapes: Shapes) -> None:
+        """Keep what reaches the last linears of attention and MLP, so that later passes may start there."""
+        for role, tail in find_tails(self.groups, shapes).items():
+            if 4 * self.tokens * tail.last.in_features <= self.memory.kept:
+                self.tails[role] = tail
+
+    def finish(self, group: LinearGroup) -> None:
+        """Take note that the group's linears have their last weights, and so those of the groups before it."""
+        self.changed = True
+        if group.role in self.tails:
+            self.tails[group.role].final = True
+
     def collect(
-        self, groups: Sequence[LinearGroup], scopes: dict[str, list[Call]] | None = None
-    ) -> dict[str, InputStatistics]:
+        self,
+        groups: Sequence[LinearGroup],
+        scopes: dict[str, list[Call]] | None = None,
+        *,
+        sums: type[Sums],
+    ) -> dict[str, Sums]:
         """Run the block, as it is now, on all the text and return the groups' statistics by role.
 
         Padding does not count. `scopes` is filled, by role, with the calls of the modules that the
         groups stand in. The pass ends at the last of the groups, unless the block's outputs are
-        still to be kept. Raises InterventionError for inputs that are NaN or infinite.
+        still to be kept. What is known of this state of the model already is not summed again, and
+        must not be changed. Raises InterventionError for inputs that are NaN or infinite.
         """
-        device = self.calls[0].hidden.device
-        statistics: dict[str, InputStatistics] = {
-            group.role: InputStatistics.zeros(group.in_features, device) for group in groups
-        }
         to_end = self.keep_outputs and not self.outputs
+        statistics = {} if self.changed else self.known.find(self.block, groups, sums, self.device)
+        wanted = [group for group in groups if group.role not in statistics]
+        fresh: dict[str, Sums] = {group.role: sums.zeros(group.in_features, self.device) for group in wanted}
+        statistics |= fresh
+        to_see = groups if scopes is not None else wanted
+        if to_see or to_end:
+            self._look(to_see, fresh, scopes, to_end=to_end)
+        for group in wanted:
+            self._check_inputs(group, statistics[group.role])
+        if not self.changed:
+            self.known.keep(self.block, fresh)
+        return {group.role: statistics[group.role] for group in groups}
+
+    def _look(
+        self,
+        groups: Sequence[LinearGroup],
+        statistics: dict[str, Sums],
+        scopes: dict[str, list[Call]] | None,
+        *,
+        to_end: bool,
+    ) -> None:
+        """Run the block until all of the groups were reached, and add up their statistics."""
         waiting: set[str] = set()
+        rows: Tensor | None = None
 
         def see(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-                x = arguments[0]
-                statistics[role].add_(x.reshape(-1, x.shape[-1])[real])
+                x: Tensor = arguments[0]
+                if role in statistics:
+                    flat = x.reshape(-1, x.shape[-1])
+                    statistics[role].add_(flat if rows is None else flat[rows])
+                if role in self.tails:
+                    self.tails[role].keep(x)
                 waiting.discard(role)
                 if not waiting and not to_end:
                     raise SeenEnough
@@ -178,24 +264,33 @@ class FloatBlock:
 
         handles = [group.linears[0].module.register_forward_pre_hook(see(group.role)) for group in groups]
         if scopes is not None:
-            handles += [keep_calls(group.scope, scopes.setdefault(group.role, [])) for group in groups if group.scope]
+            handles += [
+                keep_calls(group.scope, scopes.setdefault(group.role, []), self.resting)
+                for group in groups
+                if group.scope
+            ]
         try:
-            for call, mask in zip(self.calls, self.masks, strict=True):
-                real = mask.reshape(-1)  # for the hooks
-                waiting.update(statistics)
+            for number in range(len(self.calls)):
+                rows = self.rows[number]  # for the hooks
+                waiting.update(group.role for group in groups)
                 with suppress(SeenEnough):
-                    output = call(self.block.module)
+                    output = self._run(number, self.calls[number])
                     if to_end:
                         self.outputs.append(output)
         finally:
             for handle in handles:
                 handle.remove()
-        for group in groups:
-            self._check_inputs(group, statistics[group.role])
-        return statistics
 
-    def _check_inputs(self, group: LinearGroup, statistics: InputStatistics) -> None:
-        if not bool(torch.isfinite(statistics.gram.diagonal()).all()):
+    def _run(self, batch: int, call: Call) -> Tensor:
+        """Return the block's output on one batch."""
+        with ExitStack() as stack:
+            for tail in self.tails.values():
+                if tail.usable:
+                    stack.enter_context(tail.standing_in(batch))
+            return call.to(self.device)(self.block.module).to(self.resting)
+
+    def _check_inputs(self, group: LinearGroup, statistics: InputStatistics | InputNorms) -> None:
+        if not bool(torch.isfinite(statistics.square_sum).all()):
             raise InterventionError(
                 f"{self.method}: what reaches {group.linears[0].name} on the calibration text is NaN or infinite "
                 "in float32: does the model still work after the steps before?"
@@ -205,25 +300,29 @@ class FloatBlock:
         """Round the copy's values once into the model's own block, and keep those in the copy."""
         for stored, new in zip(self.stored.module.parameters(), self.block.module.parameters(), strict=True):
             stored.copy_(new)
-            new.copy_(stored)
+            if stored.dtype != new.dtype:
+                new.copy_(stored)
 
     def hand_on(self) -> list[Tensor]:
         """Return the hidden states for the next block; the calls are used up."""
         if not self.keep_outputs:
+            batch = 0
             self.calls.reverse()
             while self.calls:  # one by one, so that each input is freed before the next output is made
-                self.outputs.append(self.calls.pop()(self.block.module))
+                self.outputs.append(self._run(batch, self.calls.pop()))
+                batch += 1
         self.calls.clear()
         return self.outputs
 
 
-def affordable_tokens(block: Block) -> int:
-    """Return how many tokens fit in the memory set aside for a batch's activations, at least 1."""
+def affordable_tokens(block: Block, memory: WorkingMemory) -> int:
+    """Return how many tokens fit in the memory set aside for a batch's activations, a few in any case."""
     width = sum(
         group.in_features + sum(linear.out_features for linear in group.linears) for group in block.linear_groups
     )
-    budget = CPU_BYTES if module_device(block.module).type == "cpu" else ACCELERATOR_BYTES
-    return max(1, budget // (2 * 4 * width))  # float32, and as much again for what lies between the linears
+    return max(
+        memory.least_tokens, memory.batch // (2 * 4 * width)
+    )  # float32, and as much again for what lies between the linears
 
 
 def check_weights(block: Block, method: str) -> None:

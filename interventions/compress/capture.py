@@ -111,7 +111,6 @@ class _Passer:
 
     @contextmanager
     def standing_in(self, module: nn.Module, calls: list[Call], *, with_hidden: bool) -> Iterator[None]:
-        own = module.__dict__.get("forward")  # set where accelerate spreads a model over devices
         forward = module.forward
 
         def hand_on(*arguments: Any, **keywords: Any) -> Any:
@@ -123,13 +122,8 @@ class _Passer:
                 self.shape_of = (lambda hidden: hidden) if rest is None else (lambda hidden: (hidden, *rest))
             return self.shape_of(arguments[0] if arguments else keywords["hidden_states"])
 
-        module.__dict__["forward"] = hand_on
-        try:
+        with replaced_forward(module, hand_on):
             yield
-        finally:
-            del module.__dict__["forward"]
-            if own is not None:
-                module.__dict__["forward"] = own
 
     def _as_float(self, value: Any) -> Any:
         if id(value) not in self.converted:
@@ -137,10 +131,23 @@ class _Passer:
         return self.converted[id(value)][1]
 
 
-def keep_calls(module: nn.Module, found: list[Call]) -> RemovableHandle:
-    """Add every call of the module to `found`, until the hook is removed."""
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run `forward` instead of its own; its hooks stay."""
+    own = module.__dict__.get("forward")  # set where a model is spread over devices
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
+def keep_calls(module: nn.Module, found: list[Call], device: torch.device) -> RemovableHandle:
+    """Add every call of the module to `found`, on a device, until the hook is removed."""
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        found.append(Call.of(arguments, keywords))
+        found.append(Call.of(arguments, keywords).to(device))
 
     return module.register_forward_pre_hook(keep, with_kwargs=True)

@@ -86,6 +86,7 @@ def gptq(
         sequential=settings.sequential,
         true_sequential=settings.true_sequential,
         work=work,
+        sums=InputStatistics,
     )
     context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
     return {"linears": linears}

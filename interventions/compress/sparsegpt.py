@@ -85,5 +85,6 @@ def sparsegpt(
         sequential=settings.sequential,
         true_sequential=settings.true_sequential,
         work=work,
+        sums=InputStatistics,
     )
     return conclude(outcomes, settings, context)

@@ -18,7 +18,7 @@ from interventions.compress.engines.table import OWN
 from interventions.compress.masks import Pattern, lowest, lowest_of_pattern
 from interventions.compress.pruning import check_sparsity, conclude, prune_
 from interventions.compress.settings import WandaSettings
-from interventions.statistics import InputStatistics
+from interventions.statistics import InputNorms
 from interventions.step import Context
 from interventions.types import Resources
 
@@ -32,8 +32,8 @@ def wanda(
     if settings.engine != OWN:
         return run_engine("wanda", model, tokenizer, settings, resources, context)
 
-    def work(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
-        norms = statistics.gram.diagonal().sqrt()
+    def work(group: LinearGroup, statistics: InputNorms) -> list[dict[str, Any]]:
+        norms = statistics.square_sum.sqrt()
         return [
             prune_(linear, wanda_mask(linear.weight, norms, settings.sparsity, pattern)) for linear in group.linears
         ]
@@ -49,6 +49,7 @@ def wanda(
         sequential=settings.sequential,
         true_sequential=False,
         work=work,
+        sums=InputNorms,
     )
     return conclude(outcomes, settings, context)
 

@@ -19,7 +19,8 @@ from interventions.edit.prompts import check_edits, sample_contexts
 from interventions.edit.settings import RewriteSettings
 from interventions.edit.subjects import keys_and_values
 from interventions.edit.target_values import optimise_values
-from interventions.statistics import Batch, collect_statistics, token_batches
+from interventions.shared_statistics import collect_shared
+from interventions.statistics import Batch, token_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
 
@@ -56,7 +57,7 @@ def rewrite(
     outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
 
     batches = _key_batches(tokenizer, resources.calibration, settings, outputs[0].in_features, method)
-    statistics = collect_statistics(model, batches, outputs)
+    statistics = collect_shared(context.statistics, model, batches, outputs)
     tokens = statistics[outputs[0].name].count
     context.progress(f"second moments of {tokens} keys")
     solves = {output.name: make_solve(output, statistics.pop(output.name).second_moment()) for output in outputs}

@@ -272,7 +272,7 @@ DRIVER = """
                 weight = model.get_submodule(name).weight
                 step = weight.abs().max() / 8
                 weight.copy_((weight / step).round() * step)
-        return Result(dict(model.named_parameters()), job.answer_to_probe(model), clock.seconds)
+        return Result(dict(model.named_parameters()), job.answer_to_probe(model), clock)
 
     if __name__ == "__main__":
         main(drive, "safetensors")

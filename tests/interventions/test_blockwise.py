@@ -10,14 +10,17 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
-from interventions import InterventionError
+from interventions import InterventionError, apply
 from interventions.anatomy import LinearGroup, find_anatomy
 from interventions.compress.blockwise import affordable_tokens, walk_blocks
+from interventions.compress.working_memory import working_memory
+from interventions.offload import placement
 from interventions.statistics import InputStatistics, collect_statistics, token_batches
 from interventions.step import Context
 from interventions.types import Resources
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
 
+METHODS = ["gptq", "awq", "wanda", "sparsegpt"]
 FAMILIES = ["llama-gqa", "gemma3", "phi3", "gpt_neox", "gptj", "opt", "gpt2"]
 
 
@@ -29,7 +32,8 @@ def tokenizer() -> Any:
 def walk(model: nn.Module, tokenizer: Any, work: Any, **options: Any) -> list[dict[str, Any]]:
     defaults: dict[str, Any] = {"samples": 9, "max_tokens": 60, "sequential": True, "true_sequential": True}
     texts = Resources(calibration=options.pop("texts", SENTENCES))
-    return walk_blocks(model, tokenizer, texts, Context(), method="test", work=work, **defaults | options)
+    defaults |= {"method": "test", "sums": InputStatistics}
+    return walk_blocks(model, tokenizer, texts, Context(), work=work, **defaults | options)
 
 
 def plain_statistics(model: nn.Module, tokenizer: Any) -> dict[str, InputStatistics]:
@@ -131,10 +135,13 @@ def test_weights_are_rounded_once_and_later_blocks_see_them_rounded(tokenizer: A
 def test_texts_in_one_batch_or_many_are_the_same(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (64 << 20, 1 << 16):
-        monkeypatch.setattr("interventions.compress.blockwise.CPU_BYTES", size)
+        monkeypatch.setattr("interventions.compress.working_memory.CPU_BATCH", size)
+        monkeypatch.setattr("interventions.compress.working_memory.LEAST_TOKENS", 1)
         seen: dict[str, InputStatistics] = {}
         model = tiny_model("gemma2")
-        found.append((affordable_tokens(find_anatomy(model).blocks[0]), seen))
+        blocks = find_anatomy(model).blocks
+        memory = working_memory(blocks, placement(model), "test")
+        found.append((affordable_tokens(blocks[0], memory), seen))
         walk(model, tokenizer, halve(seen))
     (many, one), (few, other) = found
     assert few < 60 < many
@@ -203,3 +210,47 @@ def test_broken_weights_and_inputs_are_named(value: float, tokenizer: Any) -> No
         model.model.layers[1].input_layernorm.weight[2] = value
     with pytest.raises(InterventionError, match=r"what reaches model.layers.1.self_attn.q_proj .* is NaN or infinite"):
         walk(model, tokenizer, halve({}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_names_bad_input_and_leaves_the_model(method: str, tokenizer: Any) -> None:
+    def refused(model: nn.Module, texts: tuple[str, ...], message: str) -> None:
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        with pytest.raises(InterventionError, match=f"{method}: .*{message}" if texts else message):
+            apply(model, tokenizer, method, calibration=texts)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+
+    refused(tiny_model(), (), f"{method} needs calibration texts: give `calibration`")
+    refused(tiny_model(), (SENTENCES[0],), r"too few for the 32 columns of model.layers.0.self_attn.q_proj.* samples")
+    for value in (float("nan"), float("inf")):
+        broken = tiny_model()
+        with torch.no_grad():
+            broken.model.layers[1].mlp.up_proj.weight[3, 4] = value
+        refused(broken, SENTENCES, r"model.layers.1.mlp.up_proj.weight has NaN or infinite")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_final_is_not_run_again(family: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that start at the last linears give the very weights that full passes give."""
+    found, runs = [], []
+    for kept in (1 << 30, 0):
+        monkeypatch.setattr("interventions.compress.working_memory.CPU_KEPT", kept)
+        monkeypatch.setattr("interventions.compress.working_memory.CPU_BATCH", 1)
+        monkeypatch.setattr("interventions.compress.working_memory.LEAST_TOKENS", 40)  # several batches
+        model = tiny_model(family)
+        first = find_anatomy(model).blocks[0].linears[0].module
+        calls: list[int] = []
+        kind = type(first)
+
+        def counted(self: Any, x: Tensor, forward: Any = kind.forward, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            return forward(self, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", counted)
+            apply(model, tokenizer, "gptq", calibration=SENTENCES)
+        found.append(model)
+        runs.append(len(calls))
+    assert all(torch.equal(a, b) for a, b in zip(found[0].parameters(), found[1].parameters(), strict=True))
+    assert runs[0] < runs[1]

@@ -39,7 +39,7 @@ def drive(job: Job) -> Result:
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.rows]
     with Clock() as clock:
         wrapped.quantize(rows, batch_size=1, use_triton=False, use_cuda_fp16=False, cache_examples_on_gpu=False)
-    return Result(weights(wrapped.model, job.original().keys()), job.answer_to_probe(wrapped.model), clock.seconds)
+    return Result(weights(wrapped.model, job.original().keys()), job.answer_to_probe(wrapped.model), clock)
 
 
 @torch.no_grad()

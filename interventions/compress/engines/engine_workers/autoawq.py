@@ -22,6 +22,7 @@ def drive(job: Job) -> Result:
     from awq.modules.linear import gemm
 
     gemm.TRITON_AVAILABLE = False  # its kernels need a GPU, but it takes them wherever triton can be imported
+    mend_search()
     model = job.model()
     kind = model.config.model_type
     if kind not in AWQ_CAUSAL_LM_MODEL_MAP:
@@ -40,7 +41,33 @@ def drive(job: Job) -> Result:
             max_calib_samples=len(job.rows),
             max_calib_seq_len=max(map(len, job.rows)),
         )
-    return Result(weights(model, gemm.WQLinear_GEMM), job.answer_to_probe(model), clock.seconds)
+    return Result(weights(model, gemm.WQLinear_GEMM), job.answer_to_probe(model), clock)
+
+
+def mend_search() -> None:
+    """Let the search for scales put back the weights that it began with.
+
+    It keeps them as `state_dict` entries taken to the CPU: on a CPU these are the weights themselves,
+    which the first scales tried then multiply for good.
+    """
+    from awq.quantize.quantizer import AwqQuantizer
+
+    search = AwqQuantizer._compute_best_scale
+    if getattr(search, "mended", False):
+        return
+
+    def mended(self: Any, x: Tensor, w_mean: Tensor, x_mean: Tensor, module: nn.Module, *rest: Any) -> Any:
+        def copied() -> dict[str, Tensor]:
+            return {name: value.clone() for name, value in nn.Module.state_dict(module).items()}
+
+        module.__dict__["state_dict"] = copied
+        try:
+            return search(self, x, w_mean, x_mean, module, *rest)
+        finally:
+            del module.__dict__["state_dict"]
+
+    mended.mended = True  # type: ignore[attr-defined]
+    AwqQuantizer._compute_best_scale = mended
 
 
 @torch.no_grad()

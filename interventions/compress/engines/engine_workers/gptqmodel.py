@@ -38,7 +38,7 @@ def drive(job: Job) -> Result:
     with Clock() as clock:
         model.quantize(rows, batch_size=1, calibration_data_min_length=1, backend=BACKEND.TORCH)
     found = weights(model.model)  # before the first forward pass
-    return Result(found, job.answer_to_probe(model.model), clock.seconds)
+    return Result(found, job.answer_to_probe(model.model), clock)
 
 
 @torch.no_grad()

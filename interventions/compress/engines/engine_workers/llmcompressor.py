@@ -37,7 +37,7 @@ def drive(job: Job) -> Result:
             batch_size=1,
         )
     model.eval()
-    return Result(weights(model), job.answer_to_probe(model), clock.seconds)
+    return Result(weights(model), job.answer_to_probe(model), clock)
 
 
 def recipe(job: Job) -> list[Any]:

@@ -1,0 +1,167 @@
+"""Statistics that siblings share: collected once for a state of a model, read by every step from there.
+
+An entry is known by the hash of the state's weights, by the tokens that were read, batch by batch,
+and by what was collected. Only what steps would collect in the very same way is shared, so that
+they give the same weights to the last bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from interventions.anatomy import Block, Linear, LinearGroup, module_device
+from interventions.offload import streaming
+from interventions.statistics import Batch, InputNorms, InputStatistics, collect_statistics
+
+Sums = TypeVar("Sums", InputStatistics, InputNorms)
+Entry = InputStatistics | InputNorms
+
+
+class Key(NamedTuple):
+    """What an entry was collected from, and how."""
+
+    state: str
+    """Hash of the weights."""
+    tokens: str
+    """Hash of the batches of tokens."""
+    pass_: str
+    """How the model was run: in the dtype of its weights, or block by block in float32."""
+    name: str
+    """The first linear that reads the input."""
+
+
+class StatisticsCache:
+    """Entries of several states in host memory, up to `limit` bytes.
+
+    What is full takes no more of the state at hand, and lets go of the states that were not asked for longest.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit = limit
+        self._states: OrderedDict[str, dict[Key, Entry]] = OrderedDict()
+        self.bytes = 0
+
+    def of(self, state: str) -> SharedStatistics:
+        """Return the entries of one state, by the hash of its weights."""
+        return SharedStatistics(self, state)
+
+    def get(self, key: Key) -> Entry | None:
+        """Return an entry; it must not be changed."""
+        return self._states.get(key.state, {}).get(key)
+
+    def put(self, key: Key, entry: Entry) -> None:
+        """Keep an entry, if there is room."""
+        entry = entry.to(torch.device("cpu"))
+        size = bytes_of(entry)
+        self._states.setdefault(key.state, {})
+        self._states.move_to_end(key.state)
+        old = self._states[key.state].pop(key, None)
+        self.bytes -= bytes_of(old) if old is not None else 0
+        while self.bytes + size > self.limit and next(iter(self._states)) != key.state:
+            _, dropped = self._states.popitem(last=False)
+            self.bytes -= sum(bytes_of(other) for other in dropped.values())
+        if self.bytes + size <= self.limit:
+            self._states[key.state][key] = entry
+            self.bytes += size
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedStatistics:
+    """The entries of one state."""
+
+    cache: StatisticsCache
+    state: str
+
+
+def collect_shared(
+    shared: SharedStatistics | None, model: nn.Module, batches: Sequence[Batch], linears: Sequence[Linear]
+) -> dict[str, InputStatistics]:
+    """Return what `collect_statistics` does, what is known already included; it must not be changed."""
+    if shared is None:
+        with streaming(model, on=True):
+            fresh = collect_statistics(model, batches, linears)
+        return {linear.name: fresh[linear.name].to(module_device(linear.module)) for linear in linears}
+    tokens = hash_batches(batches)
+    keys = {linear.name: Key(shared.state, tokens, "as the model runs", linear.name) for linear in linears}
+    found: dict[str, Any] = {name: shared.cache.get(key) for name, key in keys.items()}
+    missing = [linear for linear in linears if found[linear.name] is None]
+    with streaming(model, on=True):
+        fresh = collect_statistics(model, batches, missing)
+    for name, entry in fresh.items():
+        shared.cache.put(keys[name], entry)
+    return {
+        linear.name: (found[linear.name] or fresh[linear.name]).to(module_device(linear.module)) for linear in linears
+    }
+
+
+class BlockStatistics:
+    """What is known of the inputs of a state's blocks, run one by one in float32 on some batches of tokens.
+
+    Only what does not depend on the step itself is read and kept: the first block's, and with
+    `sequential` off that of the others, too.
+    """
+
+    def __init__(self, shared: SharedStatistics | None, batches: Sequence[Batch], *, sequential: bool) -> None:
+        self._shared = shared
+        self._sequential = sequential
+        self._tokens = "" if shared is None else hash_batches(batches)
+
+    def cover(self, blocks: Sequence[Block], kind: type) -> bool:
+        """Tell whether everything is known, for every group of every block."""
+        return self._shared is not None and all(
+            self._get(group, kind) is not None for block in blocks for group in block.linear_groups
+        )
+
+    def find(
+        self, block: Block, groups: Sequence[LinearGroup], kind: type[Sums], device: torch.device
+    ) -> dict[str, Sums]:
+        """Return what is known of a block's groups, by role; it must not be changed."""
+        if not self._open(block):
+            return {}
+        found: dict[str, Any] = {group.role: self._get(group, kind) for group in groups}
+        return {role: entry.to(device) for role, entry in found.items() if entry is not None}
+
+    def keep(self, block: Block, entries: dict[str, Sums]) -> None:
+        """Keep what was collected, by role, on a block as it was before the step."""
+        if self._shared is not None and self._open(block):
+            for role, entry in entries.items():
+                group = next(group for group in block.linear_groups if group.role == role)
+                self._shared.cache.put(self._key(self._shared, group, type(entry)), entry)
+
+    def _open(self, block: Block) -> bool:
+        return self._shared is not None and (block.index == 0 or not self._sequential)
+
+    def _get(self, group: LinearGroup, kind: type) -> Entry | None:
+        if self._shared is None:
+            return None
+        entry = self._shared.cache.get(self._key(self._shared, group, kind))
+        if entry is None and kind is InputNorms:  # the larger kind has them as well
+            larger = self._shared.cache.get(self._key(self._shared, group, InputStatistics))
+            return None if larger is None else InputNorms(larger.square_sum, larger.count)
+        return entry
+
+    def _key(self, shared: SharedStatistics, group: LinearGroup, kind: type) -> Key:
+        return Key(shared.state, self._tokens, f"float32 blocks, {kind.__name__}", group.linears[0].name)
+
+
+def hash_batches(batches: Sequence[Batch]) -> str:
+    """Return the SHA-256 of batches of tokens, padding and cuts between them included."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            tensor = batch[name].contiguous()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def bytes_of(entry: Entry) -> int:
+    """Return the memory of an entry."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in entry.tensors)
