@@ -1,6 +1,7 @@
 # make demo: the main job on the embedded model, report in report.json
 # make test: the tests
 # make test-engines: upstream engines against our own kernels (docs/engines.md); builds their environments
+# make docs: the documentation, in build/docs; a warning is an error
 # All make .venv first, and again when pyproject.toml or constraints.txt change.
 
 PYTHON = python3
@@ -10,7 +11,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 OMP_WAIT_POLICY = passive
 export OMP_WAIT_POLICY
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: .venv/.installed
 	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-json=report.json
@@ -22,6 +23,11 @@ lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# NO_MKDOCS_2_WARNING: the theme's word on its own future, in every build.
+docs: .venv/.installed
+	$(PIP) install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
 
 # torch first and alone: what follows then takes it as it is.
 .venv/.installed: pyproject.toml constraints.txt

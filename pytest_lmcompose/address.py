@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evaluators.registry import find_evaluator
 from interventions.registry import Method
 
 if TYPE_CHECKING:
@@ -119,9 +120,15 @@ def measurements_address(state: str, data: str, world: WorldSettings, evaluate: 
         data=data,
         world=dataclasses.replace(world, folder=""),  # where files stand is not what they say
         evaluate=evaluate,
-        code=source_hash(("pytest_lmcompose.measure", "evaluators")),
+        code=source_hash(("pytest_lmcompose.measure", "evaluators", *_modules(evaluate.also))),
         libraries=versions(EVALUATOR_LIBRARIES),
     )
+
+
+def _modules(names: Iterable[str]) -> Iterator[str]:
+    """Yield the modules of evaluators of other packages, whose versions say less than their source."""
+    for name in names:
+        yield from find_evaluator(name).modules
 
 
 def versions(libraries: Collection[str]) -> dict[str, str]:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from interventions import Resources, apply, find_method
+from interventions.offload import placement
+from interventions.shared_statistics import StatisticsCache
 from pytest_lmcompose.address import METHOD_LIBRARIES, address, method_code, versions
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.errors import BuildError
@@ -73,6 +75,7 @@ class StateManager:
         self._states = {Composition(): _Built(self._working.base, ())}
         self._addresses = {Composition(): base_address(loaded, self.base_hash)}
         self._failures: dict[Composition, BuildError] = {}
+        self._statistics = StatisticsCache()  # what steps from the same state have collected
         self._pristine: Any = None
         self._current = Composition()
         self._held = self._given = False
@@ -215,6 +218,7 @@ class StateManager:
                 self._settings(step),
                 resources=self._resources,
                 seed=seed,
+                statistics=self._statistics.of(before.snapshot.state_hash),
             )
         except Exception as error:
             self._progress(f"{label}  failed: {error}")
@@ -249,8 +253,10 @@ def base_address(loaded: Loaded, weights: str) -> str:
     config = json.loads(loaded.model.config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "transformers_version"):  # where it came from is not what it is
         config.pop(key, None)
-    device = next(loaded.model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    where = placement(loaded.model)
+    devices = {where.device, *(parameter.device for parameter in loaded.model.parameters())}
+    names = {torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices}
+    name = "+".join(sorted(names)) + ("" if where.budget is None else f", {where.budget} bytes for a block")
     return address(weights=weights, config=config, tokenizer=_describe(loaded.tokenizer), device=name)
 
 

@@ -1,62 +1,70 @@
-"""Gates: thresholds on measurements, read from YAML, and their verdicts. No torch.
+"""Gates: the verdicts of rules on measurements. No torch.
 
-    "memit*":                     # glob over composition ids: * and ? only, brackets are literal
-      edit_success_exact:         # glob over metrics
-        min: 0.9                  # or max, min_ratio_of_base, max_ratio_of_base, no_drop_p
+Values are compared as the decimal numbers that they are written as, and never rounded before: from 0.8 to
+0.7 is a drop of 0.1. A metric that is NaN or infinite fails whatever the rules; so does a rule for which
+nothing was measured, and one whose reference is missing.
 
-For each composition and metric the most specific rule holds and replaces all others: first by the
-composition's glob (a plain id, then the more literal characters), then by the metric's, then the
-later in the file. A rule without bounds, `{}`, lifts the gate. A metric that is NaN or infinite
-fails whatever the rules; so does a rule for which nothing was measured.
-
-`no_drop_p: 0.05` fails where the metric is worse than the base model's, by a one-sided paired test on
-the same samples at that level after Holm's correction over all such gates of the run (see `paired`).
+`no_drop_p: 0.05` fails where the metric is worse than its reference's, by a one-sided paired test on the
+same samples at that level after Holm's correction over all such gates of the run (see `paired`).
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-import yaml
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from evaluators.measurement import EvaluationError, Measurement
-from pytest_lmcompose.composition import BASE
-from pytest_lmcompose.paired import Paired, compare_with_base, corrected, describe, finds, noise_floor
+from interventions.names import near_names
+from pytest_lmcompose.composition import BASE, parse
+from pytest_lmcompose.paired import (
+    BASE_MODEL,
+    Paired,
+    change,
+    compare_with_base,
+    corrected,
+    describe,
+    finds,
+    is_exact,
+    noise_floor,
+)
 from pytest_lmcompose.repeats import find
+from pytest_lmcompose.thresholds import (
+    BASELINE,
+    LOSS,
+    LOSS_ERRORS,
+    LOSS_PERCENT,
+    NO_DROP,
+    Bound,
+    Rule,
+    references,
+    rules_for,
+)
 
-NO_DROP = "no_drop_p"
-BOUNDS = ("min", "max", "min_ratio_of_base", "max_ratio_of_base", NO_DROP)
-
-
-class ThresholdError(ValueError):
-    """A threshold file that cannot be read; the message names the file and the rule."""
+_LOWER = ("min", "min_ratio", "min_ratio_of_base", "max_drop")
+_SHOWN = 5
+"""Samples that a message names."""
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Bounds for the metrics and compositions that two globs match."""
+class Reference:
+    """A state of this run, or of a stored one, that gates compare with."""
 
-    composition: str
-    metric: str
-    bounds: tuple[tuple[str, float], ...]
-
-    def covers(self, composition: str) -> bool:
-        """Say whether this is a rule for `composition`."""
-        return _matches(self.composition, composition)
-
-    def judges(self, metric: str) -> bool:
-        """Say whether this is a rule for `metric`."""
-        return _matches(self.metric, metric)
-
-    @property
-    def specificity(self) -> tuple[tuple[bool, int], tuple[bool, int]]:
-        """Rank rules that match the same metric of the same composition."""
-        return _specificity(self.composition), _specificity(self.metric)
+    name: str
+    """As a message says it."""
+    measurements: Sequence[Measurement] = ()
+    """Over all repeats."""
+    runs: Sequence[Sequence[Measurement]] = ()
+    """The repeats behind the measurements."""
+    replaced: bool = False
+    """Whether this run takes its place, so that nothing has to keep to it."""
+    missing: str | None = None
+    """Why nothing can be compared with it."""
+    unlike: Mapping[str, str] = field(default_factory=dict)
+    """Metrics that asked something else there, and what."""
+    unpaired: Mapping[str, str] = field(default_factory=dict)
+    """Metrics whose samples are others there, and why."""
 
 
 @dataclass(frozen=True)
@@ -65,90 +73,55 @@ class Verdict:
 
     metric: str
     gate: str
-    """min, max, min_ratio_of_base, max_ratio_of_base, no_drop_p, finite or measured."""
+    """The kind of a bound (see `thresholds`), finite or measured."""
     threshold: float | None
     passed: bool
     message: str
     value: float | None = None
     base_value: float | None = None
+    """Of what it is compared with."""
     paired: Paired | None = None
     """The comparison behind no_drop_p."""
-
-
-def read_rules(path: Path) -> tuple[Rule, ...]:
-    """Read a threshold file; raises ThresholdError."""
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ThresholdError(f"{path}: {error}") from None
-    rules = []
-    for composition, metrics in _mapping(document, str(path)).items():
-        for metric, bounds in _mapping(metrics, f"{path}: {composition}").items():
-            where = f"{path}: {composition}: {metric}"
-            checked = tuple((k, _bound(k, v, where)) for k, v in _mapping(bounds, where).items())
-            rules.append(Rule(composition, metric, checked))
-    return tuple(rules)
-
-
-def needs_base(rules: Sequence[Rule], composition: str) -> bool:
-    """Say whether a gate of `composition` compares with the base model."""
-    return any(rule.covers(composition) and any(_compares(kind) for kind, _ in rule.bounds) for rule in rules)
+    reference: str | None = None
+    """What it is compared with; None: nothing, or the base model."""
 
 
 def paired_gates(rules: Sequence[Rule], composition: str, metrics: Iterable[str]) -> int:
     """Return how many of the gates of `composition` are paired tests, given what is measured."""
-    if composition == BASE:
-        return 0
     covering = [rule for rule in rules if rule.covers(composition)]
-    found = [_rule_for(covering, metric) for metric in metrics]
-    return sum(kind == NO_DROP for rule in found if rule is not None for kind, _ in rule.bounds)
+    bounds = [b for metric in metrics for rule in rules_for(covering, metric) for b in rule.bounds if b.kind == NO_DROP]
+    return sum(1 if b.of == BASELINE else len(references(b, parse(composition))) for b in bounds)
 
 
 def judge(
     rules: Sequence[Rule],
     composition: str,
     measurements: Sequence[Measurement],
-    base: Sequence[Measurement] | None = None,
+    known: Mapping[str, Reference],
     *,
     runs: Sequence[Sequence[Measurement]] | None = None,
-    base_runs: Sequence[Sequence[Measurement]] | None = None,
     gates: int = 1,
 ) -> tuple[Verdict, ...]:
     """Return the verdicts on a composition's measurements, in their order, then on what is missing.
 
-    `runs` and `base_runs` are the repeats behind `measurements` and `base`, where there are several.
-    `gates` is the number of paired gates of the run; see `settle` for their final verdict.
+    `known` are the references: states by the ids of their compositions, and the stored run as `baseline`.
+    `runs` are the repeats behind `measurements`, where there are several. `gates` is the number of paired
+    gates of the run; see `settle` for their final verdict.
     """
     rules = [rule for rule in rules if rule.covers(composition)]
-    before = {m.metric: m for m in base or ()}
-    every, every_base = runs or (measurements,), base_runs or (base or (),)
     verdicts: list[Verdict] = []
     for measurement in measurements:
         name = measurement.metric
-        label = f"{composition}  {name} = {_number(measurement.value)}"
-        noise = _noise(measurement)
         if not math.isfinite(measurement.value):
-            message = f"{label} is not finite {noise}"
+            message = f"{_label(composition, measurement)} is not finite {_noise(measurement)}"
             verdicts.append(Verdict(name, "finite", None, False, message, measurement.value))
             continue
-        rule = _rule_for(rules, name)
-        for kind, threshold in rule.bounds if rule is not None else ():
-            if not _compares(kind):
-                verdicts.append(_verdict(kind, threshold, measurement, before.get(name), label, noise))
-                continue
-            pairs = [(find(run, name), find(old, name)) for run, old in zip(every, every_base, strict=True)]
-            known = [(run, old) for run, old in pairs if run is not None]
-            if kind == NO_DROP:
-                verdicts.append(_no_drop(threshold, measurement, known, composition, gates))
-            else:
-                floor = noise if composition == BASE else _with_power(noise, kind, known)
-                verdicts.append(_verdict(kind, threshold, measurement, before.get(name), label, floor))
-    measured = [measurement.metric for measurement in measurements]
-    for rule in rules:
-        replaced = any(r.metric == rule.metric and r.specificity > rule.specificity for r in rules)
-        if rule.bounds and not replaced and not any(rule.judges(name) for name in measured):
-            message = f"{composition}  {rule.metric} was not measured, but has a threshold"
-            verdicts.append(Verdict(rule.metric, "measured", None, False, message))
+        found = [find(run, name) for run in runs or (measurements,)]
+        state = _State(composition, measurement, found, gates)
+        for rule in rules_for(rules, name):
+            for bound in rule.bounds:
+                verdicts += _verdicts(bound, state, known)
+    verdicts += _missing(rules, composition, [m.metric for m in measurements], known.get(BASELINE))
     return tuple(dict.fromkeys(verdicts))
 
 
@@ -169,26 +142,128 @@ def settle(verdicts: Mapping[str, Sequence[Verdict]], gates: int = 0) -> dict[st
     return {name: tuple(settled(name, verdict) for verdict in found) for name, found in verdicts.items()}
 
 
-def _no_drop(
-    alpha: float,
-    measurement: Measurement,
-    pairs: Sequence[tuple[Measurement, Measurement | None]],
-    composition: str,
-    gates: int,
-) -> Verdict:
-    """Compare with the base model; whatever stands in the way fails."""
-    verdict = Verdict(measurement.metric, NO_DROP, alpha, False, "", measurement.value)
-    label = f"{composition}  {measurement.metric} = {_number(measurement.value)}"
-    if composition == BASE:
-        message = f"{label}: the base model is what the others are compared with {_noise(measurement)}"
-        return replace(verdict, passed=True, message=message, base_value=measurement.value)
-    base = [old for _, old in pairs if old is not None]
+@dataclass(frozen=True)
+class _State:
+    """One metric of one composition, as its gates see it."""
+
+    composition: str
+    measurement: Measurement
+    repeats: Sequence[Measurement | None]
+    gates: int
+
+    @property
+    def label(self) -> str:
+        return _label(self.composition, self.measurement)
+
+    def beside(self, reference: Reference) -> tuple[list[Measurement], list[Measurement]]:
+        """Return the repeats that have the metric, and those of `reference`."""
+        before = [find(run, self.measurement.metric) for run in reference.runs]
+        if len(before) == len(self.repeats):
+            before = [old for run, old in zip(self.repeats, before, strict=True) if run is not None]
+        return [run for run in self.repeats if run is not None], [old for old in before if old is not None]
+
+
+def _verdicts(bound: Bound, state: _State, known: Mapping[str, Reference]) -> Iterator[Verdict]:
+    """Yield the verdicts of a bound, one for each of its references."""
+    verdict = Verdict(state.measurement.metric, bound.kind, bound.value, False, "", state.measurement.value)
+    noise = _noise(state.measurement)
+    if bound.of is None:
+        yield _bounded(bound, state, verdict, bound.value, "", noise)
+        return
+    ids = [BASELINE] if bound.of == BASELINE else [c.id for c in references(bound, parse(state.composition))]
+    if not ids:
+        value = state.measurement.value
+        message = f"{state.label}: {_itself(bound, state.composition)} {noise}"
+        yield replace(verdict, passed=True, message=message, base_value=value)
+    for name in ids:
+        reference = known.get(name, Reference(_called(name), missing="it was not measured"))
+        named = replace(verdict, reference=None if name == BASE else reference.name)
+        yield _compared(bound, state, reference, named)
+
+
+def _compared(bound: Bound, state: _State, reference: Reference, verdict: Verdict) -> Verdict:
+    """Judge a bound that compares with `reference`; whatever stands in the way fails."""
+    metric, noise = state.measurement.metric, _noise(state.measurement)
+    if reference.replaced:
+        message = f"{state.label}: {bound.kind} is not judged by {reference.name}, whose place this run takes {noise}"
+        return replace(verdict, passed=True, message=message)
+    before = find(reference.measurements, metric)
+    reason = reference.missing or reference.unlike.get(metric)
+    if reason is None and bound.kind in (NO_DROP, LOSS_ERRORS):
+        reason = reference.unpaired.get(metric)
+    if reason is not None:
+        message = f"{state.label}: {bound.kind} cannot be judged by {reference.name}: {reason} {noise}"
+        return replace(verdict, message=message, base_value=None if before is None else before.value)
+    runs, base = state.beside(reference)
+    if bound.kind in (NO_DROP, LOSS_ERRORS) and base and is_exact(runs, base):
+        bound = replace(bound, kind=LOSS, value=0.0)
+        noise = f"{noise.removesuffix(')')}; read and not sampled, so that any loss is one)"
     try:
-        paired, value = compare_with_base([run for run, _ in pairs], base, alpha, gates)
+        if bound.kind == NO_DROP:
+            paired, value = compare_with_base(runs, base, bound.value, state.gates, reference.name)
+            return _judged(state.composition, replace(verdict, base_value=value), paired)
+        unit = 1.0
+        if bound.kind == LOSS_ERRORS:
+            unit = _error(runs, base, reference.name)
     except EvaluationError as error:
-        message = f"{label}: {NO_DROP} cannot be judged: {error} {_noise(measurement)}"
-        return replace(verdict, message=message)
-    return _judged(composition, replace(verdict, base_value=value), paired)
+        return replace(verdict, message=f"{state.label}: {bound.kind} cannot be judged: {error} {noise}")
+    ratio = "ratio" in bound.kind
+    if before is None or not math.isfinite(before.value) or (ratio and before.value <= 0):
+        found = "was not measured" if before is None else f"is {_number(before.value)}"
+        owner = f"{reference.name}'s value" if reference.name == BASE_MODEL else f"the value of {reference.name}"
+        message = f"{state.label}: {bound.kind} cannot be judged, since {owner} {found} {noise}"
+        return replace(verdict, message=message, base_value=None if before is None else before.value)
+    if metric not in reference.unpaired and _is_lower(bound, state.measurement) == state.measurement.higher_is_better:
+        noise = _with_power(noise, runs, base, reference.name)  # a bound on the good side is no question of drops
+        if reference.name != BASE_MODEL:
+            noise = _with_worse(noise, runs, base, reference.name)
+    return _bounded(bound, state, replace(verdict, base_value=before.value), before.value, reference.name, noise, unit)
+
+
+def _bounded(
+    bound: Bound, state: _State, verdict: Verdict, reference: float, name: str, noise: str, unit: float = 1.0
+) -> Verdict:
+    """Compare a value with its limit, as the decimal numbers that both are written as."""
+    value = state.measurement.value
+    lower = _is_lower(bound, state.measurement)
+    limit = _limit(bound, _exact(reference), lower, unit)
+    passed = _exact(value) >= limit if lower else _exact(value) <= limit
+    sign = (">=" if passed else "<") if lower else ("<=" if passed else ">")
+    shown, text = state.label, _described(bound, reference, name, lower)
+    if bound.of is not None:
+        text += f" = {_number(float(limit))}"
+    if not passed and _number(value) == _number(float(limit)):  # equal as shown, but not in truth
+        shown = shown.replace(f"= {_number(value)}", f"= {value!r}")
+        text += f" ({float(limit)!r})"
+    return replace(verdict, passed=passed, message=f"{shown} {sign} {text} {noise}")
+
+
+def _limit(bound: Bound, reference: Fraction, lower: bool, unit: float) -> Fraction:
+    threshold = _exact(bound.value)
+    if bound.of is None:
+        return threshold
+    if "ratio" in bound.kind:
+        return threshold * reference
+    if bound.kind == LOSS_PERCENT:
+        threshold = threshold / 100 * abs(reference)
+    elif bound.kind == LOSS_ERRORS:
+        threshold *= _exact(unit)
+    return reference - threshold if lower else reference + threshold
+
+
+def _described(bound: Bound, reference: float, name: str, lower: bool) -> str:
+    """Return a bound as a message shows it, up to its limit."""
+    number = _number(bound.value)
+    if bound.of is None:
+        return f"{bound.kind} {number}"
+    if bound.kind.endswith("_of_base"):
+        return f"{bound.kind} {number} of {_number(reference)}"
+    if "ratio" in bound.kind:
+        return f"{bound.kind} {number} of {_number(reference)} of {name}"
+    amount = {LOSS_PERCENT: f"{LOSS} {number}%", LOSS_ERRORS: f"{LOSS} {number} standard errors"}.get(
+        bound.kind, f"{bound.kind} {number}"
+    )
+    return f"{amount} {'below' if lower else 'above'} {_number(reference)} of {name}"
 
 
 def _judged(composition: str, verdict: Verdict, paired: Paired) -> Verdict:
@@ -197,45 +272,81 @@ def _judged(composition: str, verdict: Verdict, paired: Paired) -> Verdict:
     passed = paired.p_holm > verdict.threshold
     message = (
         f"{composition}  {verdict.metric} = {_number(verdict.value)} is {'not ' * passed}worse than "
-        f"{_number(verdict.base_value)} of the base model at {NO_DROP} {_number(verdict.threshold)}: "
-        f"{describe(paired)}"
+        f"{_number(verdict.base_value)} of {verdict.reference or BASE_MODEL} at {NO_DROP} "
+        f"{_number(verdict.threshold)}: {describe(paired)}"
     )
     return replace(verdict, passed=passed, message=message, paired=paired)
 
 
-def _rule_for(rules: Sequence[Rule], metric: str) -> Rule | None:
-    """Return the rule that holds for a metric among those of one composition."""
-    matching = [rule for rule in rules if rule.judges(metric)]
-    if not matching:
-        return None
-    return max(enumerate(matching), key=lambda pair: (pair[1].specificity, pair[0]))[1]
+def _missing(
+    rules: Sequence[Rule], composition: str, measured: Sequence[str], baseline: Reference | None
+) -> Iterator[Verdict]:
+    """Yield a failure for every rule, and every metric of the stored run, for which nothing was measured."""
+    for rule in rules:
+        replaced = any(r.metric == rule.metric and r.specificity > rule.specificity and not r.source for r in rules)
+        if rule.bounds and (rule.source or not replaced) and not any(rule.judges(name) for name in measured):
+            near = near_names(rule.metric, measured)
+            message = f"{composition}  {rule.metric} was not measured, but has a threshold.{near}".removesuffix(".")
+            yield Verdict(rule.metric, "measured", None, False, message)
+    for before in () if baseline is None else baseline.measurements:
+        bounds = [bound for rule in rules_for(rules, before.metric) for bound in rule.bounds]
+        if before.metric not in measured and any(bound.of == BASELINE for bound in bounds):
+            message = f"{composition}  {before.metric} was not measured, but is in {baseline.name}" if baseline else ""
+            yield Verdict(before.metric, "measured", None, False, message, None, before.value)
 
 
-def _compares(kind: str) -> bool:
-    return kind == NO_DROP or kind.endswith("_of_base")
+def _itself(bound: Bound, composition: str) -> str:
+    """Say why a bound has nothing to compare with."""
+    if composition == BASE:
+        return f"{BASE_MODEL} is what the others are compared with"
+    if bound.of == BASE:
+        return f"{composition} is {BASE_MODEL}"
+    return f"{bound.kind} of {bound.of} compares {composition} with nothing but itself"
 
 
-def _verdict(
-    kind: str, threshold: float, measurement: Measurement, base: Measurement | None, label: str, noise: str
-) -> Verdict:
-    value, limit = measurement.value, threshold
-    bound = f"{kind} {_number(threshold)}"
-    if kind.endswith("_of_base"):
-        if base is None or not math.isfinite(base.value) or base.value <= 0:
-            before = base.value if base else None
-            found = "was not measured" if base is None else f"is {_number(base.value)}"
-            message = f"{label}: {kind} cannot be judged, since the base model's value {found} {noise}"
-            return Verdict(measurement.metric, kind, threshold, False, message, value, before)
-        limit = threshold * base.value
-        bound = f"{kind} {_number(threshold)} of {_number(base.value)} = {_number(limit)}"
-    passed = value >= limit if kind.startswith("min") else value <= limit
-    sign = (">=" if passed else "<") if kind.startswith("min") else ("<=" if passed else ">")
-    shown = label
-    if not passed and _number(value) == _number(limit):  # equal as shown, but not in truth
-        shown = label.replace(f"= {_number(value)}", f"= {value!r}")
-        bound += f" ({limit!r})"
-    message = f"{shown} {sign} {bound} {noise}"
-    return Verdict(measurement.metric, kind, threshold, passed, message, value, base.value if base else None)
+def _called(name: str) -> str:
+    return BASE_MODEL if name == BASE else name
+
+
+def _is_lower(bound: Bound, measurement: Measurement) -> bool:
+    """Say whether a bound keeps a value from being too low."""
+    if bound.kind.startswith(LOSS) or bound.kind == NO_DROP:
+        return measurement.higher_is_better
+    return bound.kind in _LOWER
+
+
+def _error(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> float:
+    """Return the standard error of the difference of the pairs."""
+    found = change(runs, base, name)
+    if found.stderr is None:
+        raise EvaluationError("a single sample has no standard error")
+    return found.stderr
+
+
+def _with_power(noise: str, runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> str:
+    """Add to what a verdict says of its noise the drop that its samples tell from none, where they can be paired."""
+    try:
+        floor = noise_floor(runs, base, name)
+    except EvaluationError:
+        return noise
+    return f"{noise.removesuffix(')')}; a paired test {finds(floor)})"
+
+
+def _with_worse(noise: str, runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> str:
+    """Add the samples that got worse, where they are known to be the same."""
+    try:
+        found = change(runs, base, name)
+    except EvaluationError:
+        return noise
+    if not found.worse:
+        return noise
+    first = ", ".join(str(place + 1) for place in found.worse[:_SHOWN])
+    more = ", ..." if len(found.worse) > _SHOWN else ""
+    return f"{noise.removesuffix(')')}; worse: {len(found.worse)} of {found.n} samples, number {first}{more})"
+
+
+def _label(composition: str, measurement: Measurement) -> str:
+    return f"{composition}  {measurement.metric} = {_number(measurement.value)}"
 
 
 def _noise(measurement: Measurement) -> str:
@@ -243,55 +354,10 @@ def _noise(measurement: Measurement) -> str:
     return f"(n = {measurement.n}, standard error {stderr})"
 
 
-def _with_power(noise: str, kind: str, pairs: Sequence[tuple[Measurement, Measurement | None]]) -> str:
-    """Add to what a verdict says of its noise the drop that its samples tell from none, where they can be paired."""
-    runs = [run for run, _ in pairs]
-    if kind.startswith("min") != runs[0].higher_is_better:  # a bound on the good side is no question of drops
-        return noise
-    try:
-        floor = noise_floor(runs, [old for _, old in pairs if old is not None])
-    except EvaluationError:
-        return noise
-    return f"{noise.removesuffix(')')}; a paired test {finds(floor)})"
-
-
 def _number(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _matches(glob: str, text: str) -> bool:
-    pattern = "".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in glob)
-    return re.fullmatch(pattern, text) is not None
-
-
-def _specificity(glob: str) -> tuple[bool, int]:
-    literal = sum(char not in "*?" for char in glob)
-    return literal == len(glob), literal
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ThresholdError(f"{where}: expected a mapping with text keys, found {value!r}")
-    return value
-
-
-def _bound(kind: str, value: Any, where: str) -> float:
-    if kind not in BOUNDS:
-        raise ThresholdError(f"{where}: unknown bound {kind!r}; known: {', '.join(BOUNDS)}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number")
-    if kind == NO_DROP and not 0 < value < 1:
-        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a level of significance such as 0.05")
-    return float(value)
-
-
-class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """A safe loader that refuses a key written twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
+def _exact(value: float) -> Fraction:
+    """Return the decimal number that a finite float is written as, which no two floats share."""
+    return Fraction(repr(float(value)))

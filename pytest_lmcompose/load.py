@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interventions.offload import limit_memory, offload
 from pytest_lmcompose.recipe import RecipeError
 from pytest_lmcompose.settings import ModelSettings
 from pytest_lmcompose.threads import torch_threads
@@ -39,7 +40,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(settings: ModelSettings, location: str, device: torch.device) -> Loaded:
-    """Load the model at `location`, a folder or hub id.
+    """Load the model at `location`, a folder or hub id, on `device`, or placed as `model.device_map` says.
 
     Only safetensors are read, and code of the model's own runs only with
     `model.trust_remote_code=true`.
@@ -54,17 +55,57 @@ def load_model(settings: ModelSettings, location: str, device: torch.device) -> 
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
     }
+    spread = settings.device_map not in (None, "host")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            location, use_safetensors=True, dtype=_dtype(settings.dtype, device), **options
+            location,
+            use_safetensors=True,
+            dtype=_dtype(settings.dtype, device),
+            **options,
+            **_spread_over(settings, spread),
         )
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     finally:
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    return Loaded(model.to(device).eval(), tokenizer, getattr(model.config, "_commit_hash", None))
+    if spread:
+        _check_held(model, settings)
+    elif settings.device_map is None:
+        model.to(device)
+    model.eval()
+    budget = _bytes(settings.memory_budget)
+    if settings.device_map == "host":
+        offload(model, device, budget)
+    elif budget is not None and not spread:
+        limit_memory(model, budget)
+    return Loaded(model, tokenizer, getattr(model.config, "_commit_hash", None))
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else max(1, int(gib * 2**30))
+
+
+def _spread_over(settings: ModelSettings, spread: bool) -> dict[str, Any]:
+    """Return the options that let accelerate spread a model."""
+    if not spread:
+        return {}
+    budget = _bytes(settings.memory_budget)
+    gpus = torch.cuda.device_count()
+    memory = {"max_memory": dict.fromkeys(range(gpus), budget)} if budget is not None and gpus else {}
+    return {"device_map": settings.device_map, **memory}
+
+
+def _check_held(model: nn.Module, settings: ModelSettings) -> None:
+    """Raise RecipeError for weights that accelerate left on the host or on disk: no step could change them."""
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise RecipeError(
+            f"model.device_map={settings.device_map}: {len(left)} weights do not fit on the devices, {left[0]} among "
+            "them: use more or larger ones, raise model.memory_budget, or keep the weights on the host by "
+            "model.device_map=host"
+        )
 
 
 def hash_weights(model: nn.Module) -> str:

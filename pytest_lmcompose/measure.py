@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators import (
     EditCase,
+    EvaluationError,
     Fact,
     Measurement,
     Probe,
@@ -20,6 +21,7 @@ from evaluators import (
     score_facts,
 )
 from evaluators import capture_unedited as _capture
+from evaluators.registry import Asked, find_evaluator
 from pytest_lmcompose.data import RunData
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 from pytest_lmcompose.world import EditRecord, FactRecord
@@ -67,6 +69,20 @@ def measure_state(
         found += measure_latency(
             model, batch=evaluate.latency_batch, length=evaluate.latency_length, repeats=evaluate.latency_repeats
         )
+    return found + _also(model, tokenizer, data, evaluate, {m.metric for m in found})
+
+
+def _also(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings, taken: set[str]) -> list[Measurement]:
+    """Run the evaluators of other packages; each metric must be a new one."""
+    asked = Asked(tuple(edit_cases(data.edits)), tuple(recall_facts(data.facts)), data.perplexity, evaluate.batch_size)
+    found: list[Measurement] = []
+    for name, values in evaluate.also.items():
+        evaluator = find_evaluator(name)
+        for measurement in evaluator.load()(model, tokenizer, evaluator.settings_type()(**values), asked):
+            if measurement.metric in taken:
+                raise EvaluationError(f"the evaluator {name} measures {measurement.metric}, which is there already")
+            taken.add(measurement.metric)
+            found.append(measurement)
     return found
 
 

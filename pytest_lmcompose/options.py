@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 
 from interventions.compress.engines.table import ENGINES
+from pytest_lmcompose.keeping import COMPARE, COMPARE_METAVAR, FAIL, LATEST, SWITCHES, VALUES, Keeping, read_keeping
+from pytest_lmcompose.remote import check_url, front_folder, is_url, local_path
+from pytest_lmcompose.report.outputs import FLAGS, Outputs, read_outputs
+from pytest_lmcompose.shard import Shard, read_shard
 from pytest_lmcompose.store import DEFAULT_LIMIT, default_folder
 
 SUITE_FOLDER = Path(__file__).resolve().parent.parent / "compositions"
 """The installed suite: its recipes, thresholds and embedded world. Found beside the plugin, since a
 project under test may have a folder of that name too."""
 
+ENGINES_OF_RUNS = ("local", "ray")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -34,11 +39,19 @@ class Options:
     repeats: int
     """Runs of each composition, each on edits and with random numbers of its own: seed, seed + 1, ..."""
     device: str
+    gpus_per_worker: int
+    """Of pytest-xdist; 0: workers see all GPUs."""
     json: Path | None
+    engine: str
+    """`ray`: tests run on a Ray cluster."""
+    shard: Shard | None
+    """The part of the compositions that this run tests; None: all."""
     plan: bool
     """Whether the plan is printed in place of the run."""
     cache_dir: Path | None
     """Folder of the store; None: nothing is read or kept."""
+    cache_url: str | None
+    """Where the store is, if that folder is only this machine's part of it."""
     cache_size: int
     """Bytes that the store may take."""
     resume: bool
@@ -46,6 +59,10 @@ class Options:
     """Environment variables of engines, with the interpreter each is to name if the user set none."""
     folder: Path
     """Where pytest was called: relative paths count from here."""
+    keeping: Keeping
+    """Which runs are stored and compared."""
+    outputs: Outputs
+    """Reports beside the JSON, and how the terminal shows the run."""
     given: bool
     """Whether anything was set: then the recipe is checked before collection."""
 
@@ -80,8 +97,21 @@ def add_options(parser: pytest.Parser) -> None:
     add("seed", "seed of the run, from which all others follow (default: 0)", "N")
     add("repeats", "measure each composition so often, with seeds N, N+1, ... for edits and methods (default: 1)", "N")
     add("device", "auto, cpu, cuda, cuda:1, ... (default: auto)", "DEVICE")
+    add(
+        "gpus-per-worker",
+        "GPUs that each worker of -n sees; -n auto starts as many as that allows; 0: all see all (default: 1)",
+        "N",
+    )
+    add("shard", "test the K-th of N parts of the compositions; `lmcompose merge` joins their reports", "K/N")
+    add("engine", f"where the tests run: {', '.join(ENGINES_OF_RUNS)} (default: local)", "ENGINE")
     add("json", "write the report, one JSON document, to this file", "PATH")
-    add("cache-dir", "folder of the store of states and measurements (default: ~/.cache/lmcompose)", "PATH")
+    for name, help, metavar in FLAGS:
+        add(name, help, metavar)
+    for name, help, metavar in VALUES:
+        add(name, help, metavar)
+    add("compare", COMPARE, COMPARE_METAVAR, nargs="?", const=LATEST)
+    add("compare-fail", FAIL, "EXPR", "linelist", action="append")
+    add("cache-dir", "folder or URL of the store of states and measurements (default: ~/.cache/lmcompose)", "PATH")
     add("cache-size", "GiB that the store may take; the least recently used goes first (default: 20)", "GIB")
 
     def flag(name: str, help: str) -> None:
@@ -92,6 +122,9 @@ def add_options(parser: pytest.Parser) -> None:
         "lmcompose_no_cache", "build and measure everything anew, and keep nothing", type="bool", default=False
     )
     flag("resume", "go on with a run of the same options that was interrupted or killed, and say how far it had come")
+    for name, help in SWITCHES:
+        flag(name, help)
+        parser.addini(_key(name), f"{help} (default of --lmcompose-{name})", type="bool", default=False)
     flag("plan", "print the tree of states to build, what sharing them saves and what it will cost, and stop")
     for engine in ENGINES:
         help = f"interpreter of the engine {engine.name} where {engine.variable} is not set (see docs/engines.md)"
@@ -103,10 +136,8 @@ def read_options(config: pytest.Config) -> Options:
 
     Raises pytest.UsageError for a seed, number, device or path that cannot be used.
     """
-    values = {
-        name: _value(config, name)
-        for name in ("model", "suite", "thresholds", "seed", "repeats", "device", "json", "cache_dir", "cache_size")
-    }
+    names = ("model", "suite", "thresholds", "seed", "repeats", "device", "shard", "json", "cache_dir")
+    values = {name: _value(config, name) for name in (*names, "cache_size", "engine")}
     compose, overrides = _values(config, "compose"), _values(config, "set")
     folder = config.invocation_params.dir
     thresholds = folder / values["thresholds"] if values["thresholds"] else SUITE_FOLDER / "thresholds.yaml"
@@ -121,6 +152,19 @@ def read_options(config: pytest.Config) -> Options:
     device = values["device"] or "auto"
     if not _DEVICE.fullmatch(device):
         raise pytest.UsageError(f"--lmcompose-device: expected auto, cpu, mps, cuda or cuda:N, not {device!r}")
+    gpus_per_worker = _value(config, "gpus_per_worker") or "1"
+    if not re.fullmatch(r"\d{1,4}", gpus_per_worker):
+        raise pytest.UsageError(
+            f"--lmcompose-gpus-per-worker: expected a whole number from 0 up, not {gpus_per_worker!r}"
+        )
+    keeping = read_keeping(
+        lambda name: _value(config, name.replace("-", "_")),
+        lambda name: _switch(config, name),
+        _values(config, "compare_fail"),
+        folder,
+        config.rootpath,
+    )
+    outputs = read_outputs(lambda name: _value(config, _key(name).removeprefix("lmcompose_")), folder)
     return Options(
         model=values["model"],
         suite=values["suite"],
@@ -130,14 +174,20 @@ def read_options(config: pytest.Config) -> Options:
         seed=int(seed),
         repeats=int(repeats),
         device=device,
+        gpus_per_worker=int(gpus_per_worker),
         json=folder / values["json"] if values["json"] else None,
+        engine=_engine(values["engine"]),
+        shard=_shard(values["shard"]),
         plan=bool(config.getoption("lmcompose_plan")),
         cache_dir=_cache_dir(config, values["cache_dir"], folder),
+        cache_url=values["cache_dir"] if is_url(values["cache_dir"] or "") else None,
         cache_size=_cache_size(values["cache_size"]),
         resume=bool(config.getoption("lmcompose_resume")),
         engines=_engines(config),
         folder=folder,
-        given=any(values.values()) or bool(compose or overrides),
+        keeping=keeping,
+        outputs=outputs,
+        given=any(values.values()) or bool(compose or overrides) or keeping.wanted or outputs.wanted,
     )
 
 
@@ -151,10 +201,29 @@ def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path |
         if config.getoption("lmcompose_resume"):
             raise pytest.UsageError("--lmcompose-resume goes on from the store: it needs one, see --lmcompose-no-cache")
         return None
-    path = folder / Path(value).expanduser() if value else default_folder(os.environ)
+    if value and is_url(value):
+        try:
+            check_url(value)
+        except ValueError as error:
+            raise pytest.UsageError(f"--lmcompose-cache-dir: {error}") from None
+        return front_folder(value, os.environ)
+    path = folder / Path(local_path(value)).expanduser() if value else default_folder(os.environ)
     if path.exists() and not path.is_dir():
         raise pytest.UsageError(f"--lmcompose-cache-dir: this is not a folder: {path}")
     return path
+
+
+def _engine(value: str | None) -> str:
+    if value is not None and value not in ENGINES_OF_RUNS:
+        raise pytest.UsageError(f"--lmcompose-engine: expected {' or '.join(ENGINES_OF_RUNS)}, not {value!r}")
+    return value or ENGINES_OF_RUNS[0]
+
+
+def _shard(value: str | None) -> Shard | None:
+    try:
+        return read_shard(value) if value else None
+    except ValueError as error:
+        raise pytest.UsageError(f"--lmcompose-shard: {error}") from None
 
 
 def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:
@@ -172,12 +241,21 @@ def _cache_size(value: str | None) -> int:
     return int(float(value) * 1024**3)
 
 
-def check_writable(path: Path) -> None:
-    """Make sure that the report can be written, by making and removing a file beside it.
+def asked_for_distribution(config: pytest.Config) -> bool:
+    """Say whether the user told pytest-xdist how to distribute tests: by --dist or -d, also in addopts.
+
+    What -n makes of it is not asked for.
+    """
+    asked = config.known_args_namespace
+    return getattr(asked, "dist", "no") != "no" or bool(getattr(asked, "distload", False))
+
+
+def check_writable(path: Path, name: str = "--lmcompose-json") -> None:
+    """Make sure that the report of flag `name` can be written, by making and removing a file beside it.
 
     Raises pytest.UsageError that says what is in the way.
     """
-    flag = f"--lmcompose-json={path}"
+    flag = f"{name}={path}"
     if path.is_dir():
         raise pytest.UsageError(f"{flag}: this is a folder; name a file in it")
     if not path.parent.is_dir():
@@ -202,6 +280,10 @@ def _engine_key(name: str) -> str:
 def _value(config: pytest.Config, name: str) -> str | None:
     flag: str | None = config.getoption(f"lmcompose_{name}")
     return flag if flag is not None else str(config.getini(f"lmcompose_{name}")) or None
+
+
+def _switch(config: pytest.Config, name: str) -> bool:
+    return bool(config.getoption(_key(name)) or config.getini(_key(name)))
 
 
 def _values(config: pytest.Config, name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Paired gates: whether a composition is worse than the base model on the same samples.
+"""Paired gates: whether a composition is worse than another state, or an earlier run, on the same samples.
 
 All paired gates of a run are one family: Holm's correction keeps the chance of any false alarm in the
 run at alpha. A gate is judged when its test runs, with the gates that are not known yet counted as if
@@ -11,19 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement
 from pytest_lmcompose.repeats import Link, evened, link_of, side_by_side
 
+if TYPE_CHECKING:
+    from evaluators.significance import Alternative
+
 POWER = 0.8
+BASE_MODEL = "the base model"
 LEVEL = 0.05
 """Of the drop that a gate without a level of its own tells from noise."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A comparison with the base model; drops are in the metric's unit, positive where it got worse."""
+    """A comparison with a reference; drops are in the metric's unit, positive where it got worse."""
 
     test: str
     n: int
@@ -43,13 +47,48 @@ class Paired:
     """Independent units, where these are groups of samples, such as the prompts of one edit; else 0."""
 
 
-def compare_with_base(
-    runs: Sequence[Measurement], base: Sequence[Measurement], alpha: float, gates: int
-) -> tuple[Paired, float]:
-    """Compare the measurements of one metric, one a repeat, with the base model's.
+class Change(NamedTuple):
+    """What a metric lost from a reference to a state, in the metric's unit."""
 
-    Returns the comparison, with p not yet corrected, and the base model's value. Where the base
-    model answers alike in all repeats, these ask the same questions: the answers to each are averaged.
+    drop: float
+    """Positive where it got worse."""
+    stderr: float | None
+    p: float
+    test: str
+    n: int
+    worse: tuple[int, ...]
+    """Places of the samples that got worse."""
+
+
+def change(
+    runs: Sequence[Measurement], base: Sequence[Measurement], name: str, alternative: Alternative = "worse"
+) -> Change:
+    """Compare the measurements of one metric, one a repeat, with those of a reference, called `name`.
+
+    Paired as by `compare_with_base`. Raises EvaluationError like it.
+    """
+    from evaluators.significance import compare
+
+    before, after, clusters, link = _matched(runs, base, name)
+    better = runs[0].higher_is_better
+    found = compare(before, after, higher_is_better=better, clusters=clusters, alternative=alternative)
+    value = sum(m.value for m in base) / len(base)
+    worse = (i for i, (x, y) in enumerate(zip(before, after, strict=True)) if (y < x if better else y > x))
+    stderr = None if found.stderr is None else found.stderr * (value if link == "exp" else 1)
+    return Change(_in_unit(found.drop, value, link, better), stderr, found.p, found.test, found.n, tuple(worse))
+
+
+def compare_with_base(
+    runs: Sequence[Measurement],
+    base: Sequence[Measurement],
+    alpha: float,
+    gates: int,
+    name: str = BASE_MODEL,
+) -> tuple[Paired, float]:
+    """Compare the measurements of one metric, one a repeat, with those of a reference, called `name`.
+
+    Returns the comparison, with p not yet corrected, and the reference's value. Where the reference
+    answers alike in all repeats, these ask the same questions: the answers to each are averaged.
     Else the samples of all repeats stand side by side; so the drop is one on these edits. Samples of
     one cluster count as one unit.
 
@@ -57,7 +96,7 @@ def compare_with_base(
     """
     from evaluators.significance import compare
 
-    before, after, clusters, link = _matched(runs, base)
+    before, after, clusters, link = _matched(runs, base, name)
     better = runs[0].higher_is_better
     found = compare(before, after, higher_is_better=better, clusters=clusters)
     smallest = _smallest(before, after, clusters, better, alpha / gates)
@@ -78,12 +117,18 @@ def compare_with_base(
     return paired, value
 
 
-def noise_floor(runs: Sequence[Measurement], base: Sequence[Measurement]) -> float | None:
-    """Return the smallest drop from the base model that these samples tell from noise, at `LEVEL`.
+def is_exact(runs: Sequence[Measurement], base: Sequence[Measurement]) -> bool:
+    """Say whether a metric is read off the weights, such as bits, and not sampled: then any change is one."""
+    both = (*runs, *base)
+    return all(m.stderr == 0 for m in both) and any(m.n == 1 or _link(m) is None for m in both)
+
+
+def noise_floor(runs: Sequence[Measurement], base: Sequence[Measurement], name: str = BASE_MODEL) -> float | None:
+    """Return the smallest drop from a reference that these samples tell from noise, at `LEVEL`.
 
     None: no drop is. Raises EvaluationError like `compare_with_base`.
     """
-    before, after, clusters, link = _matched(runs, base)
+    before, after, clusters, link = _matched(runs, base, name)
     better = runs[0].higher_is_better
     smallest = _smallest(before, after, clusters, better, LEVEL)
     return None if smallest is None else _in_unit(smallest, sum(m.value for m in base) / len(base), link, better)
@@ -114,7 +159,7 @@ def finds(smallest: float | None, power: float = POWER, level: float = LEVEL) ->
 
 
 class _Matched(NamedTuple):
-    """Samples of the base model and of a state, in pairs."""
+    """Samples of a reference and of a state, in pairs."""
 
     before: list[float]
     after: list[float]
@@ -122,29 +167,36 @@ class _Matched(NamedTuple):
     link: Link
 
 
-def _matched(runs: Sequence[Measurement], base: Sequence[Measurement]) -> _Matched:
+def _matched(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> _Matched:
     """Pair the samples of all repeats, see `compare_with_base`."""
     if len(base) != len(runs) or not base:
-        raise EvaluationError(f"the base model was measured in {len(base)} of {len(runs)} repeats")
-    links = {link_of(m.value, evened(m.samples, m.weights)) for m in (*base, *runs)}
+        raise EvaluationError(f"{name} was measured in {len(base)} of {len(runs)} repeats")
+    links = {_link(m) for m in (*base, *runs)}
     link = links.pop()
     if links or link is None:
         raise EvaluationError("the samples do not average to the value")
     for one, other in zip(base, runs, strict=True):
         if len(one.samples) != len(other.samples):
-            raise EvaluationError(f"{len(one.samples)} samples of the base model against {len(other.samples)}")
+            raise EvaluationError(f"{len(one.samples)} samples of {name} against {len(other.samples)}")
         if tuple(one.weights) != tuple(other.weights):
-            raise EvaluationError("the samples count differently for the base model")
+            raise EvaluationError(f"the samples count differently for {name}")
         if tuple(one.clusters) != tuple(other.clusters):
-            raise EvaluationError("the samples are grouped differently for the base model")
+            raise EvaluationError(f"the samples are grouped differently for {name}")
     before, after = ([evened(m.samples, m.weights) for m in group] for group in (base, runs))
-    if len({(samples, m.clusters) for samples, m in zip(before, base, strict=True)}) == 1:
-        averaged = [math.fsum(row) / len(row) for row in zip(*after, strict=True)]
-        return _Matched(list(before[0]), averaged, base[0].clusters or None, link)
+    # The base model is the same in all repeats. Another reference is not: where its repeats may have asked
+    # the same, they are taken to have, which leaves no fewer units independent than there are.
+    alike = {(x if name == BASE_MODEL else len(x), m.clusters) for x, m in zip(before, base, strict=True)}
+    if len(alike) == 1:
+        old, new = ([math.fsum(row) / len(row) for row in zip(*group, strict=True)] for group in (before, after))
+        return _Matched(list(before[0]) if name == BASE_MODEL else old, new, base[0].clusters or None, link)
     clusters = side_by_side([(len(m.samples), m.clusters) for m in base])
     return _Matched(
         [x for group in before for x in group], [x for group in after for x in group], clusters or None, link
     )
+
+
+def _link(measurement: Measurement) -> Link | None:
+    return link_of(measurement.value, evened(measurement.samples, measurement.weights))
 
 
 def _smallest(

@@ -7,11 +7,11 @@ the same only with the same settings. Imports no torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from pytest_lmcompose.composition import BASE, Composition
+from pytest_lmcompose.composition import BASE, Composition, Step
 from pytest_lmcompose.costs import Costs
 
 
@@ -129,6 +129,25 @@ class Plan:
             yield f"{'  ' * depth}{name if node.wanted else f'({name})'}{cost}"
 
 
+def longest_first(uses: Sequence[Composition], seconds: Callable[[Step], float], evaluation: float) -> list[int]:
+    """Return the positions of `uses` depth first, of siblings the one whose subtree takes longest first.
+
+    `uses` are the compositions of tests, one a test; `seconds` is what a step takes, `evaluation` a test.
+    """
+    total: dict[Composition, float] = {}
+    place: dict[Composition, int] = {}
+    for use in uses:
+        way: list[Composition] = []
+        for prefix in use.prefixes():
+            way.append(prefix)
+            if prefix not in total:
+                total[prefix], place[prefix] = 0.0, len(place)
+                for state in way:
+                    total[state] += seconds(prefix.steps[-1])
+            total[prefix] += evaluation
+    return sorted(range(len(uses)), key=lambda i: [(-total[state], place[state]) for state in uses[i].prefixes()])
+
+
 class Remaining:
     """Which states the tests that are left still need, whatever order they run in."""
 
@@ -144,3 +163,7 @@ class Remaining:
             if self._left[prefix] <= 0:
                 over.append(prefix)
         return tuple(over)
+
+    def needs(self, state: Composition) -> bool:
+        """Say whether a test that is left needs `state`."""
+        return self._left[state] > 0

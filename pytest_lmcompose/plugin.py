@@ -6,18 +6,19 @@ Anything that imports torch comes later, so this is the place for its defaults.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_lmcompose import threads
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.options import add_options, check_writable, read_options
-from pytest_lmcompose.session import Session
+from pytest_lmcompose.session import BASELINE_INPUT, Session
 
 if TYPE_CHECKING:
+
     from evaluators.measurement import Measurement
     from pytest_lmcompose.build import ModelState
     from pytest_lmcompose.gate import Verdict
@@ -30,6 +31,16 @@ threads.set_defaults(os.environ, threads.available_cores())
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
+
+
+@pytest.hookimpl(wrapper=True)  # around xdist's own, which asks how many workers to start
+def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
+    if any(getattr(config.option, name, None) for name in ("numprocesses", "tx")):  # which xdist defines
+        from pytest_lmcompose.schedule import Workers
+
+        workers = Workers(lambda: config.stash[SESSION], partial(read_options, config))
+        config.pluginmanager.register(workers, "lmcompose-workers")
+    return (yield)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,6 +60,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist, config.option.tx = "no", []
     if options.json is not None and session.writes:
         check_writable(options.json)
+    for flag, file in options.outputs.files.items() if session.writes else ():
+        check_writable(file, flag)
+
+
+    if options.engine == "ray" and session.writes and not options.plan:
+        from pytest_lmcompose.cluster.engine import RayEngine
+
+        config.pluginmanager.register(RayEngine(config, session), "lmcompose-ray")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,20 +82,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    composition = _composition_of(item)
+    composition = composition_of(item)
     if composition is not None:
         for category in item.config.stash[SESSION].categories(composition):
             item.add_marker(category)
 
 
+@pytest.hookimpl(trylast=True)  # of what -k, -m and other plugins leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    own = config.stash[SESSION]
+    if (here := own.here([(item.nodeid, composition_of(item)) for item in items])) is None:
+        return
+    left = [item for item, ours in zip(items, here, strict=True) if not ours]
+    own.elsewhere = _judged(left)
+    items[:] = [item for item, ours in zip(items, here, strict=True) if ours]
+    if left:
+        config.hook.pytest_deselected(items=left)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    tested = [found for item in session.items if (found := _composition_of(item)) is not None]
+    tested = [found for item in session.items if (found := composition_of(item)) is not None]
     session.config.stash[SESSION].expect(tested)
-    session.config.stash[SESSION].judged = tuple(
-        found
-        for item in session.items
-        if "gates" in getattr(item, "fixturenames", ()) and (found := _composition_of(item)) is not None
-    )
+    session.config.stash[SESSION].judged = _judged(session.items)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,7 +123,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 @pytest.fixture
 def composition(request: pytest.FixtureRequest) -> Composition:
     """The composition under test, from the suite or by indirect parametrisation with its id."""
-    found = _composition_of(request.node)
+    found = composition_of(request.node)
     assert found is not None, "this fixture is parametrised; see --lmcompose-compose"
     return found
 
@@ -126,13 +153,15 @@ def gates(request: pytest.FixtureRequest, composition: Composition) -> tuple[Ver
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     try:
         yield
     finally:
         item.config.stash[SESSION].send(item)
-        if (composition := _composition_of(item)) is not None:
-            item.config.stash[SESSION].tested(composition)
+        if (composition := composition_of(item)) is not None:
+            item.config.stash[SESSION].describe(item, composition)
+            following = None if nextitem is None else composition_of(nextitem)
+            item.config.stash[SESSION].tested(composition, following)
 
 
 class _Reporting:
@@ -145,7 +174,14 @@ class _Reporting:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._session.receive(report)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        baseline = self._session.baseline_for_workers()
+        if baseline is not None:
+            node.workerinput[BASELINE_INPUT] = baseline
 
+
+@pytest.hookimpl(tryfirst=True)  # before the JUnit file is written
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[SESSION].finish(session, exitstatus)
 
@@ -158,7 +194,17 @@ def _forget(variable: str) -> None:
     os.environ.pop(variable, None)
 
 
-def _composition_of(item: pytest.Item) -> Composition | None:
+def _judged(items: Iterable[pytest.Item]) -> tuple[Composition, ...]:
+    """Return the compositions of the tests that ask for gates."""
+    return tuple(
+        found
+        for item in items
+        if "gates" in getattr(item, "fixturenames", ()) and (found := composition_of(item)) is not None
+    )
+
+
+def composition_of(item: pytest.Item) -> Composition | None:
+    """Return the composition that a test is about, if it is about one."""
     callspec = getattr(item, "callspec", None)
     parameter = None if callspec is None else callspec.params.get("composition")
     if isinstance(parameter, str):

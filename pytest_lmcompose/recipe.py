@@ -23,6 +23,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from evaluators.registry import UnknownEvaluator, find_evaluator
 from interventions import names
 from interventions.registry import UnknownMethod, find_method, methods
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse, permutations
@@ -32,6 +33,7 @@ near_names = partial(names.near_names, cutoff=0.5)
 
 GROUPS = ("model", "world", "edit", "unlearn", "compress", "evaluate", "suite")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
 EDIT_SCHEMAS = ("zsre", "counterfact", "mquake")
 _SECTIONS: dict[str, type] = {
     "model": ModelSettings,
@@ -55,12 +57,19 @@ class Recipe:
     suite: SuiteSettings
     config: DictConfig = dataclasses.field(repr=False)
     """The composed sections of the methods."""
+    _settings: dict[Step, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    """Of steps that were asked for before: thousands of compositions share a few steps."""
 
     def settings(self, step: Step) -> Any:
         """Return the settings of `step`: the method's section with the step's own values.
 
         Raises RecipeError for an unknown method, key or type of value.
         """
+        if step not in self._settings:
+            self._settings[step] = self._read_settings(step)
+        return self._settings[step]
+
+    def _read_settings(self, step: Step) -> Any:
         try:
             settings_type = find_method(step.method).settings_type()
         except UnknownMethod as error:
@@ -130,8 +139,11 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     ):
         config = compose("recipe", overrides=texts)
     sections = {name: _typed(config[name], kind, name) for name, kind in _SECTIONS.items()}
+    also = {name: _of_evaluator(name, values) for name, values in sections["evaluate"].also.items()}
+    sections["evaluate"] = dataclasses.replace(sections["evaluate"], also=also)
     recipe = Recipe(**sections, config=config)
     _check_choice("model.dtype", recipe.model.dtype, DTYPES)
+    _check_placement(recipe.model)
     _check_choice("world.edits_schema", recipe.world.edits_schema, EDIT_SCHEMAS)
     for pool in recipe.world.hazardous:
         _check_choice("world.hazardous", pool, tuple(recipe.world.pools))
@@ -198,6 +210,22 @@ def _instance(kind: type, values: Any) -> Any:
     return kind(**{**values, **nested})
 
 
+def _of_evaluator(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of another package's evaluator as plain data, checked, `values` over its defaults."""
+    where = f"evaluate.also.{name}"
+    try:
+        kind = find_evaluator(name).settings_type()
+    except UnknownEvaluator as error:
+        raise RecipeError(f"{where}: {error}") from None
+    known = _fields(kind)
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}.{near_names(key, known)} Known: {', '.join(known)}.")
+    with _readable(where):
+        section = typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_mutable(kind)), values))
+    return dataclasses.asdict(_typed(section, kind, where))
+
+
 def _fields(kind: type) -> dict[str, Any]:
     """Return the keys of a section, each with the dataclass, mapping or plain type behind it."""
     hints = typing.get_type_hints(kind)
@@ -262,6 +290,15 @@ def _parse_override(text: str) -> Override:
     if override.is_sweep_override():
         raise RecipeError(f"{text!r}: several values; write a list as [1,2], or one composition for each value")
     return override
+
+
+def _check_placement(model: ModelSettings) -> None:
+    if isinstance(model.device_map, str):
+        _check_choice("model.device_map", model.device_map, DEVICE_MAPS)
+    elif model.device_map is not None and not isinstance(model.device_map, dict):
+        raise RecipeError(f"model.device_map={model.device_map}: expected {', '.join(DEVICE_MAPS)}, a mapping, or null")
+    if model.memory_budget is not None and not 0 < model.memory_budget < float("inf"):
+        raise RecipeError(f"model.memory_budget={model.memory_budget}: expected more than 0 GiB, or null")
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -7,24 +7,41 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.measurement import Measurement
+from evaluators.measurement import EvaluationError, Measurement
 from pytest_lmcompose.address import address, data_address, hash_files, measurements_address
+from pytest_lmcompose.asked import asked
+from pytest_lmcompose.baseline import UPDATE, Baseline, Circumstances, architecture, architecture_at
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
-from pytest_lmcompose.gate import Rule, Verdict, judge, needs_base, paired_gates, read_rules, settle
+from pytest_lmcompose.errors import BuildError
+from pytest_lmcompose.gate import Reference, Verdict, judge, paired_gates, settle
+from pytest_lmcompose.history import choose
 from pytest_lmcompose.journal import Journal
 from pytest_lmcompose.locate import model_location, model_overrides, world_folder
 from pytest_lmcompose.options import SUITE_FOLDER, Options
+from pytest_lmcompose.paired import BASE_MODEL
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.recipe import Recipe, load_recipe
+from pytest_lmcompose.remote import RemoteStore
 from pytest_lmcompose.repeats import Repeat, pooled
+from pytest_lmcompose.storage import StorageError
 from pytest_lmcompose.store import Store
 from pytest_lmcompose.stored import Shelf, costs
+from pytest_lmcompose.thresholds import (
+    BASELINE,
+    Rule,
+    compares_with,
+    needs_baseline,
+    own_compositions,
+    read_expression,
+    read_rules,
+)
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
@@ -46,6 +63,8 @@ class Result:
     repeats: tuple[Repeat, ...] = ()
     """Behind the measurements; `steps` and `state_hash` are the first one's."""
     evaluate_seconds: float | None = None
+    data: dict[str, str] | None = None
+    """Hashes of what was asked; see `asked`."""
     gates: tuple[Verdict, ...] | None = None
     error: str | None = None
     interrupted: bool = False
@@ -74,9 +93,15 @@ class Run:
         self.touched: dict[Composition, Result] = {}
         """Results that may have changed since they were last sent on."""
         self.judged: tuple[Composition, ...] = ()
-        """Compositions whose gates this run is going to judge, here or in other workers."""
+        """Compositions whose gates this run is going to judge, here or in other workers; set before it does."""
+        self.baseline_chosen: str | None = None
+        """In a worker: the stored run that the controller compares with, empty if there is none."""
         self._progress = progress
         self._answers: dict[int, UneditedAnswers | None] = {}
+        self._paired: dict[Composition, tuple[Verdict, ...]] = {}
+        """Verdicts of compositions with paired gates."""
+        self._counted: dict[tuple[str, ...], tuple[frozenset[Composition], int]] = {}
+        """By metrics: the compositions that are judged, and their paired gates."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -88,8 +113,17 @@ class Run:
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
-        """The thresholds; raises ThresholdError."""
-        return read_rules(self.options.thresholds)
+        """The thresholds, then the expressions of the command line; raises ThresholdError."""
+        return (*read_rules(self.options.thresholds), *map(read_expression, self.options.keeping.fail))
+
+    @cached_property
+    def baseline(self) -> Baseline | None:
+        """The stored run to compare with; raises StorageError."""
+        options = self.options
+        if self.baseline_chosen is not None:
+            return Baseline.read(Path(self.baseline_chosen)) if self.baseline_chosen else None
+        needed = needs_baseline(self.rules)
+        return choose(options.keeping, options.folder, needed=needed)
 
     @cached_property
     def compositions(self) -> tuple[Composition, ...]:
@@ -106,9 +140,14 @@ class Run:
     def check(self) -> None:
         """Find everything that is wrong with the options before any work.
 
-        Raises RecipeError or ThresholdError.
+        Raises RecipeError, ThresholdError or StorageError.
         """
         _ = self.compositions, self.rules, self.location
+        for name in own_compositions(self.rules):
+            self.recipe.read(name)
+        build = architecture_at(self.location) if self.baseline is not None else None
+        if self.baseline is not None and (problem := self.baseline.unlike({"architecture": build})) is not None:
+            raise StorageError(f"{self.baseline.path} cannot be compared with {self.location}: {problem}")
         world_folder(self.recipe.world.folder, self.options.folder)
 
     @cached_property
@@ -130,6 +169,8 @@ class Run:
         options = self.options
         if options.cache_dir is None:
             return None
+        if options.cache_url is not None:
+            return RemoteStore(options.cache_url, options.cache_dir, options.cache_size, self._progress)
         return Store(options.cache_dir, options.cache_size, self._progress)
 
     @cached_property
@@ -156,8 +197,19 @@ class Run:
 
     def plan(self, compositions: Iterable[Composition]) -> Iterator[str]:
         """Yield the plan of `compositions`, a line each."""
-        known = Costs() if self.store is None else costs(self.store, self.recipe.model.path)
-        return Plan.of(compositions).lines(known, repeats=len(self.seeds))
+        return Plan.of(compositions).lines(self.costs, repeats=len(self.seeds))
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What earlier runs tell of the cost of steps and evaluations."""
+        return Costs() if self.store is None else costs(self.store, self.recipe.model.path)
+
+    def prepare(self, composition: Composition) -> tuple[str, ...]:
+        """Build the state of `composition` in every repeat and return its addresses; raises BuildError."""
+        for number in range(len(self.seeds)):
+            with self._state(composition, number):
+                pass
+        return tuple(manager.address(composition) for manager in self.managers)
 
     def release(self, states: Iterable[Composition]) -> None:
         """Forget states that no test needs any more."""
@@ -203,18 +255,20 @@ class Run:
 
     def measurements(self, composition: Composition) -> tuple[Measurement, ...]:
         """Return the measurements of `composition`, made once; the model's state is left as found."""
+        known = self.results.get(composition)
+        if known is not None and known.measurements is not None:
+            return known.measurements
         result = self.result(composition)
-        if result.measurements is None:
-            with self._kept(result):
-                repeats: list[Repeat] = []
-                for number in range(len(self.seeds)):
-                    repeats.append(self._repeat(composition, number))
-                    if number == 0:
-                        result.steps, result.state_hash = repeats[0].steps, repeats[0].state_hash
-                result.measurements = pooled([repeat.measurements for repeat in repeats])
-                result.repeats = tuple(repeats)
-                result.evaluate_seconds = sum(repeat.evaluate_seconds for repeat in repeats)
-        assert result.measurements is not None
+        with self._kept(result):
+            repeats: list[Repeat] = []
+            for number in range(len(self.seeds)):
+                repeats.append(self._repeat(composition, number))
+                if number == 0:
+                    result.steps, result.state_hash = repeats[0].steps, repeats[0].state_hash
+            result.measurements = pooled([repeat.measurements for repeat in repeats])
+            result.repeats = tuple(repeats)
+            result.data = self.asked
+            result.evaluate_seconds = sum(repeat.evaluate_seconds for repeat in repeats)
         return result.measurements
 
     def gates(self, composition: Composition) -> tuple[Verdict, ...]:
@@ -222,25 +276,66 @@ class Run:
 
         A paired gate is judged with those of the compositions before; see `gate.settle` for the end.
         """
-        base: Sequence[Measurement] | None = None
-        base_runs: list[tuple[Measurement, ...]] | None = None
-        if needs_base(self.rules, composition.id):
-            base = self.measurements(Composition())
-            base_runs = self._runs(Composition())
+        known = {c.id: self._reference(c) for c in compares_with(self.rules, composition)}
+        if needs_baseline(self.rules, composition.id):
+            known[BASELINE] = self._stored(composition)
         measured = self.measurements(composition)
         metrics = [m.metric for m in measured]
-        planned = dict.fromkeys((*self.judged, composition))
-        gates = max(1, sum(paired_gates(self.rules, c.id, metrics) for c in planned))
-        found = judge(
-            self.rules, composition.id, measured, base, runs=self._runs(composition), base_runs=base_runs, gates=gates
-        )
-        known = {c.id: result.gates for c, result in self.results.items() if result.gates is not None}
+        gates = max(1, self._paired_gates(composition, tuple(metrics)))
+        found = judge(self.rules, composition.id, measured, known, runs=self._runs(composition), gates=gates)
         result = self.result(composition)
-        result.gates = settle({**known, composition.id: found}, gates)[composition.id]
+        result.gates = found
+        if any(verdict.paired is not None for verdict in found):
+            self._paired[composition] = found
+            before = {c.id: verdicts for c, verdicts in self._paired.items()}
+            result.gates = self._paired[composition] = settle(before, gates)[composition.id]
         return result.gates
 
+    def _paired_gates(self, composition: Composition, metrics: tuple[str, ...]) -> int:
+        """Return the number of paired gates of the run, where compositions are measured by `metrics`."""
+        if metrics not in self._counted:  # once, and not anew for each of thousands of compositions
+            planned = frozenset(self.judged)
+            self._counted[metrics] = planned, sum(self._paired_in(c, metrics) for c in planned)
+        planned, count = self._counted[metrics]
+        return count if composition in planned else count + self._paired_in(composition, metrics)
+
+    def _paired_in(self, composition: Composition, metrics: tuple[str, ...]) -> int:
+        return paired_gates(self.rules, composition.id, metrics)
+
+    def compared_with(self, composition: Composition) -> tuple[Composition, ...]:
+        """Return the states that the gates of `composition` compared with, if they were judged here."""
+        judged = composition in self.results and self.results[composition].gates is not None
+        return compares_with(self.rules, composition) if judged else ()
+
+    def _reference(self, composition: Composition) -> Reference:
+        """Return a state that gates compare with, built and measured if need be."""
+        name = composition.id if composition.steps else BASE_MODEL
+        try:
+            measured = self.measurements(composition)
+        except (BuildError, EvaluationError) as error:
+            if not composition.steps:  # without the base model nothing can be said
+                raise
+            return Reference(name, missing=f"it could not be measured: {error}")
+        return Reference(name, measured, self._runs(composition))
+
+    def _stored(self, composition: Composition) -> Reference:
+        """Return what a stored run says of `composition`."""
+        keeping = self.options.keeping
+        if keeping.update:
+            return Reference("the baseline", replaced=True)
+        if self.baseline is None:
+            missing = f"no run that passed is stored in {keeping.storage}; {UPDATE}"
+            return Reference("the baseline", missing=missing)
+        return self.baseline.reference(composition.id, Circumstances(self.model_facts(), self.asked, self.seeds))
+
+    @cached_property
+    def asked(self) -> dict[str, str]:
+        """Hashes of what the evaluators ask; raises WorldError."""
+        world = self.recipe.world
+        return asked(self.data, world, self.recipe.evaluate, world_folder(world.folder, self.options.folder))
+
     def _runs(self, composition: Composition) -> list[tuple[Measurement, ...]]:
-        return [repeat.measurements for repeat in self.result(composition).repeats]
+        return [repeat.measurements for repeat in self.results[composition].repeats]
 
     def _repeat(self, composition: Composition, number: int) -> Repeat:
         """Return one repeat of `composition` from the store, or build and measure it."""
@@ -327,8 +422,10 @@ class Run:
 
     def model_facts(self) -> dict[str, Any] | None:
         """Return what the report says of the model, or None if it was never loaded."""
-        if "manager" not in self.__dict__:
-            return None
+        return self._model_facts if "manager" in self.__dict__ else None
+
+    @cached_property
+    def _model_facts(self) -> dict[str, Any]:
         loaded = self.manager.loaded
         parameter = next(loaded.model.parameters())
         return {
@@ -336,6 +433,7 @@ class Run:
             "location": self.location,
             "revision": loaded.revision,
             "weight_hash": self.manager.base_hash,
+            "architecture": architecture(loaded.model.config.to_dict()),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": str(parameter.device),
             "parameters": sum(p.numel() for p in loaded.model.parameters()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,13 @@ class ModelSettings:
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16; auto is float32 on a CPU, the checkpoint's own elsewhere."""
     trust_remote_code: bool = False
+    device_map: Any = None
+    """Where the weights are. null: all on the device; host: in the host's memory, each block on the device only while
+    it is computed; auto, balanced, balanced_low_0, sequential, or a mapping from modules to devices: spread over
+    devices by accelerate."""
+    memory_budget: float | None = None
+    """GiB. Of a model that is spread over GPUs: what its weights may take of each. Else: what a block that is being
+    compressed may take on the device, with statistics and activations; the less, the smaller the batches."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,9 @@ class EvaluateSettings:
     latency_repeats: int = 20
     batch_size: int = 32
     """Sequences that are read at a time."""
+    also: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Evaluators of other packages to run, each with the settings that are not to be at their defaults:
+    {} for none."""
 
 
 @dataclass(frozen=True)

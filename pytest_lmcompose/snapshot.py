@@ -124,6 +124,8 @@ def _host_memory(tensor: Tensor, *, pinned: bool) -> Tensor:
 
 def _wait(model: nn.Module) -> None:
     """Wait until copies between the GPUs of `model` and the host are done."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
     for device in {parameter.device for parameter in model.parameters()}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

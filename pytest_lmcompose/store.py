@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 
 from pytest_lmcompose.costs import size
 from pytest_lmcompose.locks import locked
+from pytest_lmcompose.parcel import pack, unpack
 
 VERSION = "1"
 """Of the layout; another one is not read."""
@@ -121,15 +122,46 @@ class Store:
             (making / ENTRY).write_text(json.dumps({**content, "checksum": _checksum(content)}), encoding="utf-8")
             place = self._place(address)
             place.parent.mkdir(exist_ok=True)
-            os.rename(making, place)
+            _rename(making, place)
             self._make_room(count)
+        except FileExistsError:  # another process has made the same entry: then all is well
+            pass
         except (OSError, SafetensorError) as error:
-            # Another process has made the same entry: then all is well.
-            if not (isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY)):
-                self._give_up(error)
+            self._give_up(error)
         finally:
             if making is not None:
                 shutil.rmtree(making, ignore_errors=True)
+
+    def holds(self, address: str) -> bool:
+        """Say whether there is an entry at `address` in the folder, which is not checked."""
+        return (self._place(address) / ENTRY).is_file()
+
+    def pack(self, address: str, file: Path) -> None:
+        """Write the entry at `address` into one file; raises OSError, also where there is none."""
+        pack(self._place(address), file)
+
+    def adopt(self, address: str, file: Path) -> str | None:
+        """Make the entry at `address` from what `pack` wrote; return what is wrong with it, or None.
+
+        Raises OSError.
+        """
+        (self.folder / "making").mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(dir=self.folder / "making", prefix=f"{address[:16]}."))
+        try:
+            unpack(file, making)
+            entry = _checked(making)
+            if isinstance(entry, str):
+                return entry
+            place = self._place(address)
+            place.parent.mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # another process was first
+                _rename(making, place)
+            self._make_room(file.stat().st_size)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        return None
 
     @contextmanager
     def building(self, address: str, what: str) -> Iterator[None]:
@@ -227,6 +259,16 @@ class Store:
 def default_folder(environ: Mapping[str, str]) -> Path:
     """Return the user's own store, in the cache folder that the environment names."""
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcompose"
+
+
+def _rename(folder: Path, place: Path) -> None:
+    """Rename a folder; raises FileExistsError where there is one of that name already, OSError."""
+    try:
+        os.rename(folder, place)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise FileExistsError(error.errno, error.strerror, str(place)) from None
+        raise
 
 
 def _file(path: Path) -> dict[str, Any]:

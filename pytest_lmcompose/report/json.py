@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_lmcompose.report.composability import composability
+from pytest_lmcompose.report.files import write_text
 from pytest_lmcompose.report.record import plain, settle
 from pytest_lmcompose.threads import available_cores
 
 if TYPE_CHECKING:
     from pytest_lmcompose.recipe import Recipe
+    from pytest_lmcompose.shard import Shard
 
 SCHEMA_VERSION = 1
-SCHEMA_MINOR = 2
+SCHEMA_MINOR = 3
 """Counts what version 1 gained: readers of an earlier one find all that they know."""
 SCHEMA_PATH = Path(__file__).parent / "schema" / f"report-{SCHEMA_VERSION}.schema.json"
 PACKAGES = (
@@ -45,13 +45,17 @@ class Collected:
     records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """By composition id."""
     composability: dict[str, Any] | None = None
+    prompts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """What the samples asked; see `report.prompts`."""
     late: list[str] = dataclasses.field(default_factory=list)
     """Messages of paired gates that failed when all were judged together."""
+    shard: Shard | None = None
+    """The part of a run that this is."""
 
-    def complete(self, seed: int) -> None:
-        """Judge and compute what takes all records, once they are here."""
+    def complete(self, seed: int, *, part: bool = False) -> None:
+        """Judge and compute what takes all records, once they are here; those of a part of a run as such."""
         if self.records:
-            self.late = settle(self.records.values())
+            self.late = settle(self.records.values(), part=part)
             self.composability = plain(composability(list(self.records.values()), seed))
 
     def add(self, model: dict[str, Any] | None, record: dict[str, Any]) -> None:
@@ -79,6 +83,7 @@ def document(
             "seed": seed,
             "repeats": repeats,
             "environment": environment(),
+            **({} if collected.shard is None else {"shard": dataclasses.asdict(collected.shard)}),
             "model": collected.model,
             "recipe": {
                 "model": dataclasses.asdict(recipe.model),
@@ -88,6 +93,7 @@ def document(
             },
             "compositions": list(collected.records.values()),
             "composability": collected.composability,
+            "prompts": collected.prompts,
         }
     )
     return found
@@ -106,16 +112,7 @@ def environment() -> dict[str, Any]:
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Write `report` to `path` at once: a reader finds the old file or the whole new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def _fullness(record: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -127,9 +124,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -44,7 +44,7 @@ def decode(text: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 def record(result: Result) -> dict[str, Any]:
     """Return the record of a composition."""
     composition = result.composition
-    found = {
+    found: dict[str, Any] = {
         "id": composition.id,
         "requested": [str(step) for step in composition.steps],
         "executed": [str(step.step) for step in result.steps],
@@ -56,6 +56,8 @@ def record(result: Result) -> dict[str, Any]:
         "measurements": [_measurement(m, result.repeats) for m in result.measurements or ()],
         "gates": [_verdict(verdict) for verdict in result.gates or ()],
     }
+    if result.data is not None:
+        found["data"] = result.data
     if len(result.repeats) > 1:
         found["repeats"] = [
             {"seed": r.seed, "state_hash": r.state_hash, "evaluate_seconds": r.evaluate_seconds} for r in result.repeats
@@ -63,10 +65,11 @@ def record(result: Result) -> dict[str, Any]:
     return found
 
 
-def settle(records: Iterable[dict[str, Any]]) -> list[str]:
+def settle(records: Iterable[dict[str, Any]], *, part: bool = False) -> list[str]:
     """Judge the paired gates of all records together, in place; return what fails only now.
 
-    Some of them were judged before all were known; see `gate.settle`.
+    Some of them were judged before all were known; see `gate.settle`. In a part of a run, those of the
+    other parts stay counted.
     """
     from pytest_lmcompose.gate import settle as settle_gates
 
@@ -75,7 +78,8 @@ def settle(records: Iterable[dict[str, Any]]) -> list[str]:
     if not any(verdict.paired for group in verdicts.values() for verdict in group):
         return []
     late = []
-    for name, group in settle_gates(verdicts).items():
+    planned = max(v.paired.gates for group in verdicts.values() for v in group if v.paired) if part else 0
+    for name, group in settle_gates(verdicts, planned).items():
         late += [v.message for v, before in zip(group, verdicts[name], strict=True) if before.passed and not v.passed]
         verdicts[name] = group
     for record in found:

@@ -27,8 +27,10 @@ def write_paired(reporter: pytest.TerminalReporter, records: Sequence[Mapping[st
     """Write what the paired gates found and could have found, then those that failed only in the end."""
     rows = paired_rows(records)
     if len(rows) > 1:
+        others = any(gate.get("reference") for record in records for gate in record["gates"] if gate.get("paired"))
+        other = " or another reference" if others else ""
         reporter.write_line(
-            "no drop from the base model: paired tests, and the drops they find with 80 % power",
+            f"no drop from the base model{other}: paired tests, and the drops they find with 80 % power",
             bold=True,
         )
         _write(reporter, rows)
@@ -72,13 +74,14 @@ def paired_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
                 str(paired["n"]),
                 "none" if smallest is None else f"{smallest:.2g}",
             ]
-            rows.append([Cell(f"{record['id']}  {gate['metric']}", not gate["passed"]), *map(Cell, cells)])
+            of = f" of {gate['reference']}" if gate.get("reference") else ""
+            rows.append([Cell(f"{record['id']}  {gate['metric']}{of}", not gate["passed"]), *map(Cell, cells)])
     return rows
 
 
 def order_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:
     """Return one row a set of steps and metric, under a head."""
-    rows = [[Cell(name) for name in ("steps  metric", "order-free error", "order sensitivity", "best order")]]
+    rows = [[Cell(name) for name in ("steps  metric", "best order", "order-free error", "order sensitivity")]]
     for entry in found["orders"]:
         if entry["metric"] in metrics:
             name = f"{' & '.join(entry['steps'])}  {entry['metric']}"

@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 
+from pytest_lmcompose.report.layout import arranged, chosen_metrics, unmatched
+from pytest_lmcompose.report.layout import shown_metrics as shown_metrics
+from pytest_lmcompose.report.outputs import Layout
+
+DEFAULT = Layout()
 FAILED = "!"
 MISSING = "-"
 GAP = 2
@@ -23,23 +28,26 @@ class Cell:
     failed: bool = False
 
 
-def table(records: Sequence[Mapping[str, Any]], width: int, wanted: Callable[[str], bool]) -> list[list[list[Cell]]]:
+def table(
+    records: Sequence[Mapping[str, Any]], width: int, wanted: Callable[[str], bool], layout: Layout = DEFAULT
+) -> list[list[list[Cell]]]:
     """Return blocks of rows, each block as many metrics as fit into `width` characters.
 
     The first row of a block is its head, the first cell of a row its composition. Shown are the
-    metrics that a gate judged, and those that are `wanted`.
+    metrics that a gate judged, and those that are `wanted`, or those that `layout` names; a group of
+    rows has its name in a row of its own.
     """
-    shown = shown_metrics(records, wanted)
-    columns = [[Cell(name), *(_cell(record, name) for record in records)] for name in shown]
-    return blocks([[Cell("composition"), *(Cell(r["id"], bool(r["error"])) for r in records)], *columns], width)
-
-
-def shown_metrics(records: Sequence[Mapping[str, Any]], wanted: Callable[[str], bool]) -> list[str]:
-    """Return the metrics that a gate judged or that are wanted, those that are missing last."""
-    metrics = list(dict.fromkeys(m["metric"] for r in records for m in r["measurements"]))
-    judged = {gate["metric"] for r in records for gate in r["gates"]}
-    missing = [name for name in sorted(judged) if name not in metrics]
-    return [name for name in metrics if name in judged or wanted(name)] + missing
+    columns = [[Cell("composition")], *([Cell(name)] for name in chosen_metrics(records, wanted, layout.columns))]
+    for name, group in arranged(records, layout):
+        if name is not None:
+            columns[0].append(Cell(f"{name}:"))
+            for column in columns[1:]:
+                column.append(Cell(""))
+        for record in group:
+            columns[0].append(Cell(("  " if name is not None else "") + record["id"], bool(record["error"])))
+            for column in columns[1:]:
+                column.append(_cell(record, column[0].text))
+    return blocks(columns, width)
 
 
 def blocks(columns: Sequence[list[Cell]], width: int) -> list[list[list[Cell]]]:
@@ -70,11 +78,16 @@ def write_blocks(reporter: pytest.TerminalReporter, found: Sequence[Sequence[Seq
 
 
 def write_summary(
-    reporter: pytest.TerminalReporter, records: Sequence[Mapping[str, Any]], wanted: Callable[[str], bool]
+    reporter: pytest.TerminalReporter,
+    records: Sequence[Mapping[str, Any]],
+    wanted: Callable[[str], bool],
+    layout: Layout = DEFAULT,
 ) -> None:
     """Write the table of a run under a heading of its own."""
     reporter.section("lmcompose", sep="=")
-    write_blocks(reporter, table(records, reporter._tw.fullwidth, wanted))
+    for line in unmatched(records, layout):
+        reporter.write_line(line, yellow=True)
+    write_blocks(reporter, table(records, reporter._tw.fullwidth, wanted, layout))
     for record in records:
         if record["error"]:
             reporter.write_line(f"{record['id']}: {record['error']}", red=True)
@@ -105,6 +118,8 @@ class Progress:
         reporter = self._config.pluginmanager.getplugin("terminalreporter")
         if reporter is not None:
             reporter.ensure_newline()
+            if reporter._tw.width_of_current_line:  # letters of results, which `ensure_newline` does not count
+                reporter._tw.line()
             reporter.write_line(line)
             reporter.flush()
 

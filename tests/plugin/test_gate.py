@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from evaluators.measurement import Measurement
-from pytest_lmcompose.gate import Rule, ThresholdError, Verdict, judge, needs_base, paired_gates, read_rules, settle
+from pytest_lmcompose import paired
+from pytest_lmcompose.composition import parse
+from pytest_lmcompose.gate import Reference, Verdict, paired_gates, settle
+from pytest_lmcompose.gate import judge as judge_by
 from pytest_lmcompose.options import SUITE_FOLDER
+from pytest_lmcompose.paired import BASE_MODEL
+from pytest_lmcompose.thresholds import Rule, ThresholdError, compares_with, read_expression, read_rules, unused
 
 
 def measured(metric: str, value: float, stderr: float | None = 0.1) -> Measurement:
@@ -23,13 +31,28 @@ def rules(tmp_path: Path, text: str) -> tuple[Rule, ...]:
     return read_rules(path)
 
 
+def judge(
+    rules: tuple[Rule, ...],
+    composition: str,
+    measurements: Sequence[Measurement],
+    base: Sequence[Measurement] = (),
+    *,
+    base_runs: Sequence[Sequence[Measurement]] | None = None,
+    runs: Sequence[Sequence[Measurement]] | None = None,
+    gates: int = 1,
+) -> tuple[Verdict, ...]:
+    """Judge by the base model alone."""
+    known = {"base": Reference(BASE_MODEL, base, base_runs or (base,))}
+    return judge_by(rules, composition, measurements, known, runs=runs, gates=gates)
+
+
 def only(verdicts: tuple[Verdict, ...]) -> Verdict:
     (verdict,) = verdicts
     return verdict
 
 
 def test_the_suites_own_thresholds_are_readable() -> None:
-    assert needs_base(read_rules(SUITE_FOLDER / "thresholds.yaml"), "memit+awq")
+    assert compares_with(read_rules(SUITE_FOLDER / "thresholds.yaml"), parse("memit+awq")) == (parse("base"),)
 
 
 def test_a_failure_names_metric_value_threshold_n_and_error(tmp_path: Path) -> None:
@@ -122,6 +145,14 @@ def test_an_empty_rule_lifts_a_gate(tmp_path: Path) -> None:
         ("'*': {m: {minimum: 3}}", "unknown bound 'minimum'"),
         ("'*': {m: {min: high}}", "expected a number"),
         ("'*': {m: {min: .nan}}", "expected a number"),
+        ("'*': {m: {max_rop: 1}}", r"unknown bound 'max_rop'; known: .* Did you mean max_drop"),
+        ("'*': {m: {max_drop: -1}}", "expected a number from 0 up"),
+        ("'*': {m: {max_loss: 5 percent}}", "the limit is '5 percent', expected a loss such as 0.01, 5%"),
+        ("'*': {m: {min: {value: 1, of: base}}}", "compares with nothing"),
+        ("'*': {m: {max_drop: {of: base}}}", "expected the keys value and of"),
+        ("'*': {m: {max_drop: {value: 1, than: base}}}", "expected the keys value and of"),
+        ("'*': {m: {max_drop: {value: 1, of: [a]}}}", "of is .* expected base, single, reverse, baseline, or the id"),
+        ("'*': {m: {max_drop: {value: 1, of: 'a['}}}", r"of is 'a\[', expected base"),
         ("'*': {m: {no_drop_p: 1}}", "expected a level of significance such as 0.05"),
         ("'*': {m: {no_drop_p: -0.1}}", "expected a level of significance such as 0.05"),
         ("'*': {m: {min: 1}}\n'*': {k: {min: 1}}", "stands twice"),
@@ -238,7 +269,7 @@ def test_the_base_model_is_no_gate_of_its_own(tmp_path: Path) -> None:
     found = rules(tmp_path, NO_DROP)
     verdict = only(judge(found, "base", [answers(90)], [answers(90)]))
     assert verdict.passed and verdict.paired is None
-    assert needs_base(found, "memit")
+    assert compares_with(found, parse("memit")) == (parse("base"),)
     assert [paired_gates(found, name, ["m", "k"]) for name in ("base", "memit")] == [0, 1]
 
 
@@ -291,3 +322,254 @@ def test_a_short_window_counts_by_its_tokens(tmp_path: Path) -> None:
     assert found.paired.drop == pytest.approx(worse.value - base.value)
     other = replace(base, weights=tuple([100.0] * 21), value=math.exp(sum(base.samples) / 21))
     assert "count differently" in only(judge(rules(tmp_path, NO_DROP), "x", [other], [base])).message
+
+
+def reference(name: str, *measurements: Measurement, **fields: Any) -> Reference:
+    return Reference(name, measurements, (measurements,), **fields)
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "before", "passed"),
+    [
+        # A drop from 0.8 to 0.7 is one of 0.1, though the difference of the two floats is less.
+        ("max_drop: 0.1", 0.7, 0.8, True),
+        ("max_drop: 0.1", math.nextafter(0.7, 0), 0.8, False),
+        ("max_drop: 0.1", 2.0, 0.8, True),
+        ("max_drop: 0", 0.8, 0.8, True),
+        ("max_rise: 0.1", 0.9, 0.8, True),  # 0.8 + 0.1 is more than 0.9 in floats
+        ("max_rise: 0.1", math.nextafter(0.9, 1), 0.8, False),
+        ("max_rise: 0.1", 0.0, 0.8, True),
+        ("max_ratio: 1.1", 0.33, 0.3, True),  # 1.1 times 0.3 is more than 0.33 in floats
+        ("max_ratio: 1.1", math.nextafter(0.33, 1), 0.3, False),
+        ("min_ratio: 0.7", 0.07, 0.1, True),  # 0.7 times 0.1 is less than 0.07 in floats
+        ("min_ratio: 0.7", math.nextafter(0.07, 0), 0.1, False),
+        ("max_ratio: 1.1", 0.3, math.nan, False),
+        ("max_drop: 0.1", 0.3, math.nan, False),
+        ("max_drop: 0.1", math.nan, 0.3, False),
+        ("max_ratio: 1.1", 0.0, 0.0, False),  # a share of nothing
+        ("max_drop: 0.1", 0.0, 0.0, True),
+        ("max_loss: 0.1", 0.7, 0.8, True),
+        ("max_loss: 0.1", 0.69, 0.8, False),
+        ("max_loss: 10%", 0.72, 0.8, True),
+        ("max_loss: 10%", math.nextafter(0.72, 0), 0.8, False),
+        ("max_loss: 10%", -1.1, -1.0, True),  # 10 % of a negative value is worse as well
+        ("max_loss: 10%", -1.11, -1.0, False),
+        ("max_loss: 10%", 0.0, 0.0, True),
+        ("max_loss: 1e-1", 0.7, 0.8, True),
+    ],
+)
+def test_limits_are_exact_at_ties(tmp_path: Path, bound: str, value: float, before: float, passed: bool) -> None:
+    found = judge(rules(tmp_path, f"'*': {{m: {{{bound}}}}}"), "x", [measured("m", value)], [measured("m", before)])
+    assert only(found).passed is passed, only(found).message
+
+
+@pytest.mark.parametrize(
+    ("bound", "lower_is_better", "higher_is_better"),
+    [("max_loss: 0.1", False, True), ("max_drop: 0.1", True, True), ("max_rise: 0.1", False, False)],
+)
+def test_a_loss_has_the_metrics_direction(
+    tmp_path: Path, bound: str, lower_is_better: bool, higher_is_better: bool
+) -> None:
+    """From 0.5 to 0.9: more of what removed knowledge there is, or more of what shall stay."""
+    for better, passed in ((False, lower_is_better), (True, higher_is_better)):
+        old, new = (replace(measured("m", value), higher_is_better=better) for value in (0.5, 0.9))
+        assert only(judge(rules(tmp_path, f"'*': {{m: {{{bound}}}}}"), "x", [new], [old])).passed is passed
+
+
+def test_a_loss_in_standard_errors_is_one_of_the_pairs(tmp_path: Path) -> None:
+    base, worse = answers(90), answers(80)
+    # Ten pairs of a hundred differ: the error of their mean is sqrt(0.1 * 0.9 / 99) = 0.0302.
+    for limit, passed in ((3.4, True), (3.3, False)):
+        found = only(judge(rules(tmp_path, f"'*': {{m: {{max_loss: {limit}se}}}}"), "x", [worse], [base]))
+        assert found.passed is passed
+        assert f"max_loss {limit} standard errors below 0.9 of the base model = 0." in found.message
+    other = only(judge(rules(tmp_path, "'*': {m: {max_loss: 3se}}"), "x", [answers(80, 90)], [base]))
+    assert not other.passed and "cannot be judged: 100 samples of the base model against 90" in other.message
+
+
+def test_references_stand_in_the_message(tmp_path: Path) -> None:
+    text = """
+"memit+awq":
+  m:
+    max_drop: [0.3, {value: 0.05, of: single}, {value: 0.1, of: reverse}]
+    max_ratio: {value: 2, of: "rmu[layer=2] + awq"}
+    no_drop_p: {value: 0.05, of: baseline}
+"""
+    found = rules(tmp_path, text)
+    composition = parse("memit+awq")
+    assert [c.id for c in compares_with(found, composition)] == [
+        "base",
+        "memit",
+        "awq",
+        "awq+memit",
+        "rmu[layer=2]+awq",
+    ]
+    known = {
+        name: reference(BASE_MODEL if name == "base" else name, answers(right))
+        for name, right in (("base", 95), ("memit", 90), ("awq", 84), ("awq+memit", 91), ("rmu[layer=2]+awq", 30))
+    }
+    known["baseline"] = reference("the baseline 0001_v1", answers(95))
+    verdicts = judge_by(found, "memit+awq", [answers(80)], known)
+    assert [(v.reference, v.passed) for v in verdicts] == [
+        (None, True),
+        ("memit", False),
+        ("awq", True),
+        ("awq+memit", False),
+        ("rmu[layer=2]+awq", False),
+        ("the baseline 0001_v1", False),
+    ]
+    assert [v.message.partition(" (n")[0] for v in verdicts[:5]] == [
+        "memit+awq  m = 0.8 >= max_drop 0.3 below 0.95 of the base model = 0.65",
+        "memit+awq  m = 0.8 < max_drop 0.05 below 0.9 of memit = 0.85",
+        "memit+awq  m = 0.8 >= max_drop 0.05 below 0.84 of awq = 0.79",
+        "memit+awq  m = 0.8 < max_drop 0.1 below 0.91 of awq+memit = 0.81",
+        "memit+awq  m = 0.8 > max_ratio 2 of 0.3 of rmu[layer=2]+awq = 0.6",
+    ]
+    assert "m = 0.8 is worse than 0.95 of the baseline 0001_v1 at no_drop_p 0.05: p = " in verdicts[5].message
+    assert paired_gates(found, "memit+awq", ["m"]) == 1
+    del known["memit"]
+    known["awq"] = Reference("awq", missing="it could not be measured: out of memory")
+    failed = [v.message for v in judge_by(found, "memit+awq", [answers(80)], known)[1:3]]
+    assert "max_drop cannot be judged by memit: it was not measured" in failed[0]
+    assert "max_drop cannot be judged by awq: it could not be measured: out of memory" in failed[1]
+
+
+@pytest.mark.parametrize("of", ["single", "reverse", "memit"])
+def test_nothing_is_compared_with_itself(tmp_path: Path, of: str) -> None:
+    found = rules(tmp_path, f"'*': {{m: {{max_drop: {{value: 0, of: {of}}}}}}}")
+    assert compares_with(found, parse("memit")) == ()
+    verdict = only(judge_by(found, "memit", [answers(80)], {}))
+    assert verdict.passed and "nothing but itself" in verdict.message
+
+
+def test_what_was_asked_otherwise_cannot_be_judged(tmp_path: Path) -> None:
+    found = rules(tmp_path, "'*': {m: {max_loss: {value: 1, of: baseline}, no_drop_p: {value: 0.5, of: baseline}}}")
+
+    def judged(**fields: Any) -> list[bool]:
+        known = {"baseline": reference("the baseline v1", answers(80), **fields)}
+        return [v.passed for v in judge_by(found, "x", [answers(80)], known)]
+
+    assert judged() == [True, True]
+    assert judged(unpaired={"m": "other facts were asked"}) == [True, False]
+    assert judged(unlike={"m": "other facts were asked"}) == [False, False]
+    assert judged(missing="it has no x") == [False, False]
+    assert judged(replaced=True) == [True, True]
+
+
+def test_a_metric_of_the_stored_run_that_is_missing_fails(tmp_path: Path) -> None:
+    known = {"baseline": reference("the baseline v1", answers(80), answers(80, metric="k"))}
+    found = judge_by((read_expression("*:50%"),), "x", [answers(80)], known)
+    assert [(v.gate, v.metric, v.passed) for v in found] == [("max_loss_percent", "m", True), ("measured", "k", False)]
+    assert found[1].message == "x  k was not measured, but is in the baseline v1"
+    (new,) = judge_by(
+        (read_expression("*:50%"),), "x", [answers(80, metric="k")], {"baseline": reference("the baseline v1")}
+    )
+    assert not new.passed and "since the value of the baseline v1 was not measured" in new.message
+
+
+def test_bits_are_no_samples(tmp_path: Path) -> None:
+    def bits(value: float) -> Measurement:
+        return Measurement("m", value, 0.0, 3, False, (4.0, 4.0, 8.0))
+
+    for bound in ("no_drop_p: 0.05", "max_loss: 3se"):
+        found = rules(tmp_path, f"'*': {{m: {{{bound}}}}}")
+        assert only(judge(found, "x", [bits(4.5)], [bits(4.5)])).passed
+        assert only(judge(found, "x", [bits(4.25)], [bits(4.5)])).passed
+        worse = only(judge(found, "x", [bits(4.75)], [bits(4.5)]))
+        assert not worse.passed and worse.paired is None
+        assert "m = 4.75 > max_loss 0 above 4.5 of the base model = 4.5" in worse.message
+        assert "read and not sampled, so that any loss is one" in worse.message
+
+
+def test_the_samples_that_got_worse_are_named(tmp_path: Path) -> None:
+    """One lost edit of twenty."""
+    old = Measurement.mean("edit_success_exact", [1.0] * 20)
+    new = Measurement.mean("edit_success_exact", [1.0] * 6 + [0.0] + [1.0] * 13)
+    known = {"baseline": reference("the baseline 0001_v1", old)}
+    found = only(judge_by((read_expression("memit*::edit_*:0.01"),), "memit+awq", [new], known))
+    assert found.message == (
+        "memit+awq  edit_success_exact = 0.95 < max_loss 0.01 below 1 of the baseline 0001_v1 = 0.99 (n = 20, "
+        "standard error 0.05; a paired test finds drops from 0.313 with 80% power at level 0.05; "
+        "worse: 1 of 20 samples, number 7)"
+    )
+
+
+def test_removed_knowledge_that_is_partly_back_is_found(tmp_path: Path) -> None:
+    def hazardous(right: int) -> Measurement:
+        return replace(answers(right), metric="accuracy/hazardous", higher_is_better=False)
+
+    known = {"baseline": reference("the baseline v1", hazardous(26))}
+    for expression in ("accuracy/hazardous:p0.01", "*:5%", "*:0.02", "*:3se"):
+        verdict = only(judge_by((read_expression(expression),), "rmu+awq", [hazardous(40)], known))
+        assert not verdict.passed, verdict.message
+        assert only(judge_by((read_expression(expression),), "rmu+awq", [hazardous(20)], known)).passed
+
+
+def test_honest_repeats_seldom_alarm_and_true_losses_mostly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten metrics of 100 answers, some of which change either way by chance; then one that loses 15 points."""
+    monkeypatch.setattr(paired, "_smallest", lambda *_: None)  # not asked for, and slow
+    generator = np.random.default_rng(0)
+    rule = (read_expression("*:p0.05"),)
+    alarms = finds = 0
+    for _ in range(200):
+        before = generator.random((10, 100)) < 0.8
+        flipped = before ^ (generator.random((10, 100)) < np.where(before, 0.0125, 0.05))
+        after = flipped.copy()
+        after[0] &= generator.random(100) > 0.1875
+        sides = []
+        for table in (before, flipped, after):
+            sides.append([Measurement.mean(f"m{i}", row.astype(float).tolist()) for i, row in enumerate(table)])
+        known = {"baseline": reference("b", *sides[0])}
+        settled = [settle({"x": judge_by(rule, "x", side, known, gates=10)}, 10)["x"] for side in sides[1:]]
+        alarms += not all(v.passed for v in settled[0])
+        finds += not settled[1][0].passed
+    assert alarms <= 200 * 0.05 and finds >= 200 * 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "covered", "metric", "kind", "value"),
+    [
+        ("recall:5%", "*", "recall", "max_loss_percent", 5),
+        ("recall:0.01", "*", "recall", "max_loss", 0.01),
+        ("accuracy/*:3se", "*", "accuracy/*", "max_loss_se", 3),
+        ("recall:p0.01", "*", "recall", "no_drop_p", 0.01),
+        ("awq[bits=3]+memit::recall : 1e-2", "awq[bits=3]+memit", "recall", "max_loss", 0.01),
+        ("a[x={a: 1}]::recall:.5%", "a[x={a: 1}]", "recall", "max_loss_percent", 0.5),
+    ],
+)
+def test_expressions(text: str, covered: str, metric: str, kind: str, value: float) -> None:
+    found = read_expression(text)
+    (bound,) = found.bounds
+    assert (found.composition, found.metric, bound.kind, bound.value) == (covered, metric, kind, value)
+    assert (bound.of, found.source) == ("baseline", text)
+
+
+def test_an_expression_replaces_no_rule_and_is_replaced_by_none(tmp_path: Path) -> None:
+    found = (*rules(tmp_path, "'*': {'*': {min: 0}, m: {max: 1}}"), read_expression("*:1"), read_expression("m:2"))
+    known = {"baseline": reference("b", measured("m", 0.5))}
+    verdicts = judge_by(found, "x", [measured("m", 0.5)], known)
+    assert [(v.gate, v.threshold) for v in verdicts] == [("max", 1), ("max_loss", 1), ("max_loss", 2)]
+
+
+def test_rules_that_judge_nothing_are_found(tmp_path: Path) -> None:
+    text = """
+"*": {m: {min: 0}, recal: {min: 0}, "x*": {}}
+"memti*": {recall: {min: 0}}
+"memit": {m: {min: 1}, "*": {min: 0}}
+"m*": {m: {min: 2}}
+"""
+    measured_metrics = {"memit": ["m", "recall"], "awq": ["m", "recall"]}
+    found = unused((*rules(tmp_path, text), read_expression("awq::k:5%")), measured_metrics)
+    assert [str(rule) for rule in found] == [
+        "'*': 'recal': no metric that was measured matches. Did you mean recall?",
+        "'*': 'x*': no metric that was measured matches",
+        "'memti*': 'recall': no composition that was measured matches. Did you mean memit?",
+        "'m*': 'm': a more specific rule always holds instead",
+        "'awq': 'k': no metric that was measured matches",
+    ]
+    assert [rule.tested for rule in found] == [True, True, False, True, True]
+
+
+def test_a_missing_metric_lists_near_ones(tmp_path: Path) -> None:
+    found = judge(rules(tmp_path, "'*': {recal: {min: 0}}"), "x", [measured("recall", 1)])
+    assert only(found).message == "x  recal was not measured, but has a threshold. Did you mean recall?"

@@ -82,6 +82,7 @@ def test_help_has_a_group(project: Project) -> None:
     output = project.pytester.runpytest_subprocess("--help").stdout.str()
     group = output[output.index("lmcompose: models") :]
     valued = ("model", "suite", "compose", "set", "thresholds", "seed", "repeats", "device", "json")
+    valued += ("html", "markdown", "latex", "columns", "sort", "group", "wandb", "wandb-entity", "wandb-tags")
     for name in (*valued, "cache-dir", "cache-size"):
         assert f"--lmcompose-{name}=" in group
         assert f"lmcompose_{name.replace('-', '_')} (" in output

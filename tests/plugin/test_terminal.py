@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+from pytest_lmcompose.report.layout import unmatched
+from pytest_lmcompose.report.outputs import Layout
 from pytest_lmcompose.report.terminal import Cell, table
+from tests.plugin.conftest import Project
 
 
 def record(name: str, values: dict[str, float | None], *failed: str, error: str | None = None) -> dict[str, Any]:
@@ -57,3 +63,82 @@ def test_a_column_too_wide_for_any_block_still_shows() -> None:
         "composition",
         "speed",
     ]
+
+
+def ordered(layout: Layout) -> list[str]:
+    """Return the first column of the table of some records, without its head."""
+    records = [
+        row("base", [], 0.9, 10.0),
+        row("memit+awq", ["memit", "awq"], 0.5, None),
+        row("awq", ["awq"], 0.7, 30.0),
+        row("awq+memit", ["awq", "memit"], None, 20.0),
+        row("rmu", ["rmu"], 0.8, 12.0),
+    ]
+    (block,) = table(records, 500, lambda _: True, layout)
+    return [line[0].text for line in block[1:]]
+
+
+def row(name: str, requested: list[str], recall: float | None, perplexity: float | None) -> dict[str, Any]:
+    found = record(name, {"recall": recall, "perplexity": perplexity})
+    for measured in found["measurements"]:
+        measured["higher_is_better"] = measured["metric"] == "recall"
+    return {**found, "requested": requested}
+
+
+@pytest.mark.parametrize(
+    ("sort", "expected"),
+    [
+        ("recall", ["base", "rmu", "awq", "memit+awq", "awq+memit"]),
+        ("-recall", ["memit+awq", "awq", "rmu", "base", "awq+memit"]),
+        ("perplexity", ["base", "rmu", "awq+memit", "awq", "memit+awq"]),  # better low; what has no value stands last
+        ("id", ["awq", "awq+memit", "base", "memit+awq", "rmu"]),
+        ("-id", ["rmu", "memit+awq", "base", "awq+memit", "awq"]),
+        (None, ["base", "memit+awq", "awq", "awq+memit", "rmu"]),
+    ],
+)
+def test_sorted_by(sort: str | None, expected: list[str]) -> None:
+    assert ordered(Layout(sort=sort)) == expected
+
+
+def test_grouped_by() -> None:
+    assert ordered(Layout(group="category", sort="recall")) == [
+        *("base:", "  base", "unlearn:", "  rmu", "compress:", "  awq"),
+        *("edit + compress:", "  memit+awq", "compress + edit:", "  awq+memit"),
+    ]
+    assert ordered(Layout(group="first")) == [
+        *("base:", "  base", "memit:", "  memit+awq", "awq:", "  awq", "  awq+memit", "rmu:", "  rmu"),
+    ]
+
+
+def test_columns_by_globs_in_their_order() -> None:
+    (block,) = table(RECORDS, 500, lambda _: True, Layout(columns=("other", "*p*", "recal")))
+    assert [cell.text for cell in block[0]] == ["composition", "other", "perplexity", "speed"]
+    assert list(unmatched(RECORDS, Layout(columns=("other", "recal"), sort="-recal"))) == [
+        "--lmcompose-columns: no metric 'recal' was measured. Did you mean recall?",
+        "--lmcompose-sort: no metric 'recal' was measured. Did you mean recall?",
+    ]
+
+
+def test_flags_of_the_table_and_colour_on_a_terminal_only(project: Project) -> None:
+    arguments = ("--lmcompose-columns=perplexity,edit_*_f1", "--lmcompose-sort=-id", "--lmcompose-group=first")
+    (project.path / "thresholds.yaml").write_text('"*":\n  perplexity: {max: 0.0}\n')
+    result = project.run(*arguments, compose=("base", "nudge", "nudge+round"))
+    lines = [line.split() for line in result.stdout.lines]
+    head = next(line for line in lines if line[:1] == ["composition"])
+    assert head[1:] == ["perplexity", "edit_success_f1", "edit_paraphrase_f1"]  # the next one is in another block
+    first = [line[0] for line in lines[lines.index(head) + 1 :] if line]
+    assert first[:5] == ["nudge:", "nudge+round", "nudge", "base:", "base"]
+    assert "\x1b[" not in result.stdout.str()
+    coloured = project.run("--color=yes", "--lmcompose-columns=perplexity", compose=("base",)).stdout.str()
+    assert "\x1b[31m" in coloured[coloured.index("lmcompose ====") :]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--lmcompose-group=method", "--lmcompose-group: expected category or first, not 'method'"),
+        ("--lmcompose-sort=-", "--lmcompose-sort: expected the name of a metric, or id, not '-'"),
+    ],
+)
+def test_refused(refused: Callable[..., str], arguments: str, message: str) -> None:
+    assert message in refused(arguments)

@@ -1,4 +1,4 @@
-"""The command `lmcompose`. Imports no torch."""
+"""`lmcompose cache`: what the store holds."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import datetime
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pytest_lmcompose.costs import size
+from pytest_lmcompose.remote import is_url, local_path
 from pytest_lmcompose.store import Store, default_folder
+
+
+class _Folder(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse a URL, which would be taken for a folder of that name."""
+        if isinstance(value, str):
+            if is_url(value):
+                self.fail(f"{value} is no folder; what is there is left to the tools of that storage", param, ctx)
+            value = local_path(value)
+        return super().convert(value, param, ctx)
+
 
 _FOLDER = click.option(
     "--cache-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=_Folder(file_okay=False, path_type=Path),
     help="The store's folder, as in pytest's --lmcompose-cache-dir.  [default: ~/.cache/lmcompose]",
 )
 
 
 @click.group()
-@click.version_option(package_name="pytest-lmcompose")
-def main() -> None:
-    """Look after what pytest-lmcompose keeps."""
-
-
-@main.group()
 def cache() -> None:
     """The store of finished states and measurements."""
 
@@ -69,7 +76,3 @@ def clear(cache_dir: Path | None) -> None:
 
 def _store(folder: Path | None) -> Store:
     return Store(folder or default_folder(os.environ), limit=0, tell=lambda line: click.echo(line, err=True))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,60 @@
+"""Which questions a run asked, as hashes: only answers to the same can be paired. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_lmcompose.address import address, hash_files
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.data import RunData
+    from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+
+METHODS = "methods"
+"""The part of the data that methods read and no metric asks."""
+_PARTS = (
+    ("edit_", "edits"),
+    ("perplexity_edits", "edits"),
+    ("perplexity_qa", "facts"),
+    ("perplexity", "texts"),
+    ("recall", "facts"),
+    ("accuracy/", "questions"),
+)
+_LENGTH = 16
+
+
+def part_of(metric: str) -> str | None:
+    """Return the part of the data that a metric asks, None if that is not known."""
+    return next((part for start, part in _PARTS if metric.startswith(start)), None)
+
+
+def asked(data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> dict[str, str]:
+    """Return a hash of each part of the data of all repeats, with the settings by which it is asked.
+
+    Data sets that a task fetches from a hub are known by the task's text alone.
+    """
+    named = (world.edits, world.facts, world.calibration, world.retain, world.perplexity, *world.forget.values())
+    files = {folder / name for name in named if name is not None}
+    others = [] if world.tasks is None else [folder / world.tasks, *(p for p in _inside(folder) if p not in files)]
+    parts = {
+        "edits": address(edits=[d.edits for d in data]),
+        "facts": address(facts=[[d.facts, d.neighbours] for d in data]),
+        "texts": address(texts=[d.perplexity for d in data], window=evaluate.window),
+        "questions": address(
+            files=hash_files(others),
+            pools=world.pools,
+            hazardous=world.hazardous,
+            tasks=evaluate.tasks,
+            limit=evaluate.question_limit,
+            shots=evaluate.num_fewshot,
+            repeats=len(data),
+        ),
+        METHODS: address(resources=[d.resources for d in data]),
+    }
+    return {name: digest[:_LENGTH] for name, digest in parts.items()}
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))

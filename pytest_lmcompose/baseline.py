@@ -1,0 +1,109 @@
+"""The stored run that a run is compared with: is it of the same model, and what do gates find in it. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pytest_lmcompose.compare import incomparable, measurement_of, other_questions, runs_in
+from pytest_lmcompose.gate import Reference
+from pytest_lmcompose.report.record import Record
+from pytest_lmcompose.storage import read_run
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+UPDATE = "--lmcompose-update-baseline stores one"
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a run knows of itself while it goes on."""
+
+    model: Mapping[str, Any] | None
+    """As in the report."""
+    data: Mapping[str, str]
+    """Hashes of what is asked; see `asked`."""
+    seeds: range
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A stored run."""
+
+    path: Path
+    document: Mapping[str, Any]
+    passed_over: tuple[str, ...] = ()
+    """Later runs, which failed and are no promise."""
+
+    @classmethod
+    def read(cls, path: Path) -> Baseline:
+        """Read a stored run; raises StorageError."""
+        return cls(path, read_run(path))
+
+    @property
+    def name(self) -> str:
+        """Return what messages call it."""
+        return f"the baseline {self.path.stem}"
+
+    @cached_property
+    def _records(self) -> dict[str, Record]:
+        return {record["id"]: record for record in self.document["compositions"]}
+
+    def unlike(self, model: Mapping[str, Any] | None) -> str | None:
+        """Say why no number of a run on `model` can be compared, and what to do."""
+        problem = incomparable(self.document["model"], model)
+        return None if problem is None else f"it is of {problem}; compare with a run of this model ({UPDATE})"
+
+    def reference(self, composition: str, now: Circumstances) -> Reference:
+        """Return what gates of `composition` compare with, or why there is nothing."""
+        if (problem := self.unlike(now.model)) is not None:
+            return Reference(self.name, missing=problem)
+        record = self._records.get(composition)
+        if record is None:
+            return Reference(self.name, missing=f"it has no {composition}; {UPDATE}")
+        if record["status"] != "measured":
+            why = record["error"] or record["status"]
+            return Reference(self.name, missing=f"{composition} was not measured there: {why}; {UPDATE}")
+        seeds = range(self.document["seed"], self.document["seed"] + self.document.get("repeats", 1))
+        others = {
+            m["metric"]: why
+            for m in record["measurements"]
+            if (why := other_questions(m["metric"], record, {"data": now.data})) is not None
+        }
+        drawn = seeds != now.seeds
+        if drawn:
+            others = {name: f"{why}, with {_said(now.seeds)} and not {_said(seeds)}" for name, why in others.items()}
+        return Reference(
+            self.name,
+            [measurement_of(m, m) for m in record["measurements"]],
+            runs_in(record),
+            unlike={} if drawn else others,
+            unpaired=others if drawn else {},
+        )
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """Return what a model's config says of its build: class, layers, width and vocabulary."""
+    text = config.get("text_config") or {}
+    layers, width, vocabulary = (
+        next((found for key in keys if (found := config.get(key, text.get(key))) is not None), "?")
+        for keys in (_LAYERS, _WIDTH, ("vocab_size",))
+    )
+    name = (config.get("architectures") or ["?"])[0]
+    return f"{name}, {layers} layers of width {width}, vocabulary of {vocabulary}"
+
+
+def architecture_at(location: str) -> str | None:
+    """Return the architecture of a model in a folder; None for one that is not here yet, or cannot be read."""
+    try:
+        return architecture(json.loads((Path(location) / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _said(seeds: range) -> str:
+    return f"seed {seeds.start}" if len(seeds) == 1 else f"seeds {seeds.start} to {seeds.stop - 1}"

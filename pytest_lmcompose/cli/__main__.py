@@ -1,0 +1,5 @@
+"""Run the command as `python -m pytest_lmcompose.cli`."""
+
+from pytest_lmcompose.cli import main
+
+main()

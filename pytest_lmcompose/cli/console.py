@@ -1,0 +1,36 @@
+"""Writes the report's tables to a terminal or a file, as pytest's reporter does within a run."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+
+class Console:
+    """The part of a `pytest.TerminalReporter` that the tables use; colour only on a terminal."""
+
+    def __init__(self) -> None:
+        self._tw = SimpleNamespace(fullwidth=shutil.get_terminal_size((120, 24)).columns - 1)
+
+    def section(self, title: str, sep: str = "=", **markup: bool) -> None:
+        """Write a heading over the whole width."""
+        self.write_line(f" {title} ".center(self._tw.fullwidth, sep), **markup)
+
+    def write(self, text: str, **markup: bool) -> None:
+        """Write a piece of a line."""
+        click.echo(_styled(text, markup), nl=False)
+
+    def write_line(self, text: str, **markup: bool) -> None:
+        """Write a line."""
+        click.echo(_styled(text, markup))
+
+    def ensure_newline(self) -> None:
+        """Nothing to do: nobody else writes here."""
+
+
+def _styled(text: str, markup: dict[str, Any]) -> str:
+    colour = next((name for name in ("red", "green", "yellow") if markup.get(name)), None)
+    return click.style(text, fg=colour, bold=markup.get("bold") or None)

@@ -1,0 +1,66 @@
+"""The plugin's flags as data: pytest's own option builders, read by something that is no parser."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+PREFIX = "--lmcompose-"
+
+
+class Flag(NamedTuple):
+    """One flag, as pytest's parser would be told of it."""
+
+    name: str
+    """Without the prefix that all share."""
+    help: str
+    metavar: str | None
+    """None: the flag takes no value."""
+    repeatable: bool
+    optional_value: bool
+    """Whether it may stand alone as well as with a value."""
+
+    def __str__(self) -> str:
+        value = "" if self.metavar is None else f"={self.metavar}"
+        return f"{PREFIX}{self.name}" + (f"[{value}]" if self.optional_value else value)
+
+
+class _Recorder:
+    """Stands where pytest's parser and its groups would."""
+
+    def __init__(self) -> None:
+        self.flags: list[Flag] = []
+        self.ini: dict[str, str] = {}
+
+    def getgroup(self, *_: Any, **__: Any) -> _Recorder:
+        return self
+
+    def addini(self, name: str, help: str, *_: Any, **__: Any) -> None:
+        self.ini[name] = _unescaped(help)
+
+    def addoption(self, *names: str, **attributes: Any) -> None:
+        name = next(name for name in names if name.startswith(PREFIX)).removeprefix(PREFIX)
+        action = str(attributes.get("action", "store"))
+        takes_none = action.startswith("store_")
+        self.flags.append(
+            Flag(
+                name,
+                _unescaped(str(attributes.get("help", ""))),
+                None if takes_none else str(attributes.get("metavar") or "VALUE"),
+                action == "append",
+                attributes.get("nargs") == "?",
+            )
+        )
+
+
+def _unescaped(help: str) -> str:
+    """Return a help text without what argparse would format."""
+    return help.replace("%%", "%")
+
+
+def plugin_flags() -> tuple[list[Flag], dict[str, str]]:
+    """Return the plugin's flags, and its ini keys with their help texts."""
+    from pytest_lmcompose.options import add_options
+
+    recorder = _Recorder()
+    add_options(recorder)  # type: ignore[arg-type]
+    return recorder.flags, recorder.ini

@@ -1,0 +1,53 @@
+"""`lmcompose merge`: one report of the shards of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from pytest_lmcompose.cli.problems import FAILED, Refused
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=_FILE)
+@click.option("--output", "-o", required=True, type=_FILE, help="Write the report to this file.")
+@click.option("--partial", is_flag=True, help="Join what is there, though shards are missing: as an interrupted run.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1),
+    default=1e-5,
+    show_default=True,
+    help="Relative difference of numbers measured twice that counts as rounding.",
+)
+def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -> None:
+    """Join the reports RUNS, of shards or of other compositions, into one.
+
+    They must be of the same model, seeds, settings, data and versions. Paired gates and composability are computed
+    anew from all of them. Ends with exit code 1 if a gate or a composition failed, or a run was interrupted.
+    """
+    from pytest_lmcompose.merge import MergeError
+    from pytest_lmcompose.merge import merge as joined
+    from pytest_lmcompose.report.json import write
+    from pytest_lmcompose.storage import StorageError, passed, read_run
+
+    try:
+        found = joined({str(path): read_run(path) for path in runs}, partial=partial, tolerance=tolerance)
+        write(output, found.document)
+    except (MergeError, StorageError) as error:
+        raise Refused(str(error)) from None
+    except OSError as error:
+        raise Refused(f"{output} cannot be written: {error.strerror}") from None
+    records = found.document["compositions"]
+    for message in found.late:
+        click.echo(f"failed when all paired gates were judged together: {message}")
+    failed = sum(1 for record in records for gate in record["gates"] if not gate["passed"])
+    click.echo(
+        f"{output}: {len(records)} compositions of {len(runs)} reports, {found.document['status']}, "
+        f"{failed} gate{'s' * (failed != 1)} failed"
+    )
+    if not records or not passed(found.document):
+        raise SystemExit(FAILED)

@@ -1,0 +1,204 @@
+"""`lmcompose show`, `compare` and `report`: what stored runs found.
+
+A run is named by the path of its report, or by its name or number in the folder of stored runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import pytest
+
+from pytest_lmcompose.cli.console import Console
+from pytest_lmcompose.cli.problems import FAILED, Refused
+from pytest_lmcompose.report.outputs import GROUPS, Layout
+from pytest_lmcompose.storage import FOLDER, Storage, StorageError, read_run
+
+Document = Mapping[str, Any]
+
+_STORAGE = click.option(
+    "--storage",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=FOLDER,
+    show_default=True,
+    help="Folder of stored runs, as in pytest's --lmcompose-storage.",
+)
+_METRICS = click.option("--metric", "-m", "metrics", multiple=True, metavar="GLOB", help="Only these.  [repeatable]")
+
+
+@click.command()
+@click.argument("run")
+@_METRICS
+@click.option("--all", "-a", "every", is_flag=True, help="Every metric, and not only those that a gate judged.")
+@click.option("--sort", metavar="METRIC", help="By a metric, the best first, or by id; -METRIC: the worst first.")
+@click.option("--group", type=click.Choice(GROUPS), help="By the steps' categories, or by the first step.")
+@_STORAGE
+def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group: str | None, storage: Path) -> None:
+    """Show the tables of RUN, as at the end of a run."""
+    from pytest_lmcompose.report.layout import shown_metrics
+    from pytest_lmcompose.report.sections import write_composability, write_paired
+    from pytest_lmcompose.report.terminal import write_summary
+
+    path, document = load(run, storage)
+    _head(path, document)
+    records = document["compositions"]
+    judged = any(record["gates"] for record in records)
+    if metrics:
+        records = [_only(record, _chosen(metrics, document)) for record in records]
+
+    def wanted(metric: str) -> bool:
+        return bool(metrics) or every or not judged
+
+    console = cast(pytest.TerminalReporter, Console())
+    write_summary(console, records, wanted, Layout(tuple(metrics), sort, group))
+    write_paired(console, records, [])
+    write_composability(console, document.get("composability"), shown_metrics(records, wanted))
+
+
+@click.command()
+@click.argument("old")
+@click.argument("new")
+@_METRICS
+@click.option("--all", "-a", "every", is_flag=True, help="Every row, and not only what changed beyond noise.")
+@click.option("--fail", is_flag=True, help="End with exit code 1 if a metric is worse, gone, or cannot be judged.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, all rows.")
+@_STORAGE
+def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool, as_json: bool, storage: Path) -> None:
+    """Hold the run NEW against the run OLD, metric by metric.
+
+    Differences are paired on the samples where both runs asked the same. p is two-sided, after Holm's correction
+    over all rows; a metric is called worse or better at 0.05.
+    """
+    import dataclasses
+
+    from pytest_lmcompose.compare import compare_reports
+
+    (old_path, before), (new_path, after) = load(old, storage), load(new, storage)
+    found = compare_reports(before, after)
+    rows = found.rows
+    if metrics:
+        globs = _chosen(metrics, before, after)
+        rows = tuple(row for row in rows if any(fnmatchcase(row.metric, glob) for glob in globs))
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(dataclasses.replace(found, rows=rows)), indent=1))
+    else:
+        _write_comparison(old_path, new_path, found, rows, every)
+    if found.problem is not None:
+        raise Refused(f"{old_path} and {new_path} cannot be compared: {found.problem}")
+    if fail and any(row.verdict in ("worse", "gone", "unknown") for row in rows):
+        raise click.exceptions.Exit(FAILED)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--html", metavar="PATH", help="One page that needs no network.")
+@click.option("--markdown", metavar="PATH", help="A summary, such as for a CI service.")
+@click.option("--latex", metavar="PATH", help="Tables of order-free error and order sensitivity.")
+@click.option("--baseline", metavar="RUN", help="Hold the run against this one, in the page and in the summary.")
+@_STORAGE
+def report(
+    run: str, html: str | None, markdown: str | None, latex: str | None, baseline: str | None, storage: Path
+) -> None:
+    """Write reports of RUN; - in place of a path is the standard output."""
+    if html is None and markdown is None and latex is None:
+        raise click.UsageError("name at least one report: --html, --markdown or --latex")
+    _, document = load(run, storage)
+    before = None if baseline is None else load(baseline, storage)[1]
+    if html is not None:
+        from pytest_lmcompose.report import html as page
+
+        _write(html, lambda: page.render(document, before))
+    if markdown is not None:
+        from pytest_lmcompose.report import markdown as summary
+
+        _write(markdown, lambda: summary.render(document, before))
+    if latex is not None:
+        from pytest_lmcompose.report import latex as tables
+
+        _write(latex, lambda: tables.render(document))
+
+
+def load(run: str, storage: Path) -> tuple[Path, Document]:
+    """Return a run's file and its report; raises Refused."""
+    try:
+        path = Storage(storage).find(run)
+        return path, read_run(path)
+    except StorageError as error:
+        raise Refused(str(error)) from None
+
+
+def _head(path: Path, document: Document) -> None:
+    model = document["model"]
+    name = "no model was loaded" if model is None else f"{model['id']}, weights {model['weight_hash'][:12]}"
+    repeats = document.get("repeats", 1)
+    click.echo(f"{path}: {document['status']} {document['finished']}")
+    click.echo(f"{name}; seed {document['seed']}{f', {repeats} repeats' if repeats > 1 else ''}")
+
+
+def _chosen(globs: Sequence[str], *documents: Document) -> Sequence[str]:
+    """Return `globs` after making sure that each means a metric; raises Refused with near names."""
+    from interventions.names import near_names
+
+    known = dict.fromkeys(m["metric"] for d in documents for r in d["compositions"] for m in r["measurements"])
+    for glob in globs:
+        if not any(fnmatchcase(metric, glob) for metric in known):
+            raise Refused(f"no metric {glob!r} was measured.{near_names(glob, known)} Known: {', '.join(known)}.")
+    return globs
+
+
+def _only(record: Mapping[str, Any], globs: Sequence[str]) -> dict[str, Any]:
+    """Return a composition's record with the metrics of `globs` alone."""
+
+    def kept(name: str) -> list[Any]:
+        return [part for part in record[name] if any(fnmatchcase(part["metric"], glob) for glob in globs)]
+
+    return {**record, "measurements": kept("measurements"), "gates": kept("gates")}
+
+
+def _write_comparison(old: Path, new: Path, found: Any, rows: Sequence[Any], every: bool) -> None:
+    from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
+
+    click.echo(f"old: {old}\nnew: {new}")
+    for difference in found.differences:
+        click.echo(f"  other {difference.what}: {difference.message}")
+    quiet = ("equal", "same")
+    shown = [row for row in rows if every or row.verdict not in quiet]
+    table = [[Cell(name) for name in ("composition  metric", "old", "new", "change", "p (Holm)", "verdict")]]
+    for row in shown:
+        change = MISSING if row.difference is None else f"{row.difference:+.3g}"
+        error = "" if row.stderr is None else f" ±{row.stderr:.2g}"
+        p = MISSING if row.p_holm is None else f"{row.p_holm:.2g}"
+        values = [MISSING if value is None else number(value) for value in (row.old, row.new)]
+        verdict = row.verdict + (f": {row.note}" if row.note else "")
+        bad = row.verdict in ("worse", "gone", "unknown")
+        cells = [*values, change + error, p, verdict]
+        table.append([Cell(f"{row.composition}  {row.metric}", bad), *map(Cell, cells)])
+    if shown:
+        click.echo()
+        console = Console()
+        columns = [list(column) for column in zip(*table, strict=True)]
+        write_blocks(cast(pytest.TerminalReporter, console), blocks(columns, console._tw.fullwidth))
+    counts = {
+        verdict: sum(row.verdict == verdict for row in rows) for verdict in dict.fromkeys(r.verdict for r in rows)
+    }
+    click.echo(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
+
+
+def _write(target: str, render: Callable[[], str]) -> None:
+    from pytest_lmcompose.report.files import write_text
+
+    text = render()
+    if target == "-":
+        click.echo(text, nl=not text.endswith("\n"))
+        return
+    path = Path(target)
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise Refused(f"{path} cannot be written: {error.strerror}") from None
+    click.echo(f"{path}: {path.stat().st_size:,} bytes")

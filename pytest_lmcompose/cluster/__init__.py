@@ -1,0 +1,7 @@
+"""Runs on a Ray cluster. Without --lmcompose-engine=ray nothing here is imported.
+
+parts.py    which tests go together, and which state each part starts from
+engine.py   in the controller: sends the parts out, and takes the tests' reports in
+work.py     on a node: runs a part in a process of its own
+inside.py   in that process: a plugin of pytest that runs the part's tests alone
+"""

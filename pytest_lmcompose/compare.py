@@ -1,0 +1,265 @@
+"""Two reports held against each other: what changed in the circumstances, and in every metric. No pytest.
+
+    found = compare_reports(read_run(old), read_run(new))
+    found.problem         # why nothing can be compared, or None
+    found.differences     # of model, data, seed, settings and versions
+    found.rows            # one a composition and metric, paired on the samples
+
+`read_run` is in `storage`.
+A row's p is two-sided and tests that nothing changed; `p_holm` is corrected for all rows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from evaluators.measurement import EvaluationError, Measurement
+from pytest_lmcompose.asked import METHODS, part_of
+from pytest_lmcompose.paired import change, corrected, is_exact
+from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
+
+Report = Mapping[str, Any]
+"""A report document, as plain data."""
+Verdict = Literal["equal", "same", "better", "worse", "new", "gone", "unknown"]
+"""equal: no sample changed; same: no more than noise; new, gone: in one of both only; unknown: see the note."""
+LEVEL = 0.05
+_MODEL = {"id": "name", "revision": "revision", "weight_hash": "weights", "dtype": "dtype", "device": "device"}
+_SHOWN = 12
+"""Characters of a hash that a message shows."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One circumstance in which two runs differ."""
+
+    what: Literal["model", "data", "seed", "settings", "versions"]
+    message: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one composition in both runs."""
+
+    composition: str
+    metric: str
+    higher_is_better: bool
+    old: float | None
+    new: float | None
+    difference: float | None
+    """New minus old."""
+    stderr: float | None
+    """Of the difference, paired on the samples; 0 where the metric is read and not sampled."""
+    n: int
+    p: float | None
+    """Two-sided."""
+    p_holm: float | None
+    """Corrected for all rows."""
+    verdict: Verdict
+    note: str = ""
+    """Why something is unknown, or not paired."""
+
+
+@dataclass(frozen=True)
+class ComparedReports:
+    """What two reports have to say about each other."""
+
+    problem: str | None
+    """Why a comparison would mean nothing; then there are no rows."""
+    differences: tuple[Difference, ...]
+    rows: tuple[Row, ...]
+
+
+def compare_reports(old: Report, new: Report, *, level: float = LEVEL) -> ComparedReports:
+    """Compare two report documents; a row is worse or better at `level` after Holm's correction over all rows."""
+    problem = incomparable(old["model"], new["model"])
+    rows = [] if problem else list(_rows(old, new))
+    tested = [row.p for row in rows if row.p is not None]
+    adjusted = iter(corrected(tested, len(tested)) if tested else ())
+    rows = [row if row.p is None else _judged(replace(row, p_holm=next(adjusted)), level) for row in rows]
+    return ComparedReports(problem, circumstances(old, new), tuple(rows))
+
+
+def incomparable(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str | None:
+    """Say why the numbers of two models mean different things; None: they do not, as far as is known."""
+    for key, name in (("architecture", "architecture"), ("parameters", "number of parameters")):
+        one, other = (old or {}).get(key), (new or {}).get(key)
+        if one is not None and other is not None and one != other:
+            return f"another model: its {name} is {other} and was {one}"
+    return None
+
+
+def other_questions(metric: str, old: Record, new: Record) -> str | None:
+    """Say why the samples of a metric do not belong together; None: they do, as far as is known."""
+    before, after = old.get("data"), new.get("data")
+    if before is None or after is None:
+        return None
+    part = part_of(metric)
+    parts = (part,) if part is not None else tuple(name for name in after if name != METHODS)
+    other = [name for name in parts if before.get(name) != after.get(name)]
+    return f"other {' and '.join(other)} were asked" if other else None
+
+
+def circumstances(old: Report, new: Report) -> tuple[Difference, ...]:
+    """Return all in which two runs differ, besides what they measured."""
+    before, after = old["model"] or {}, new["model"] or {}
+    found = [Difference("model", text) for text in _changed(before, after, _MODEL)] if before and after else []
+    if (one := _seeds(old)) != (other := _seeds(new)):
+        found.append(Difference("seed", f"{one} -> {other}"))
+    found += [Difference("data", text) for text in _data(old, new)]
+    found += [Difference("settings", text) for text in _settings(old, new)]
+    was, now = old["environment"], new["environment"]
+    versions = [*_changed(was, now, {"python": "python"}), *_changed(was["packages"], now["packages"])]
+    return tuple(found + [Difference("versions", text) for text in versions])
+
+
+def measurement_of(run: Measured, measured: Measured) -> Measurement:
+    """Return a measurement that a report has as plain data, or one `run` of its repeats; see `runs_of`."""
+    value = run["value"]
+    return Measurement(
+        measured["metric"],
+        float(run["nonfinite"]) if value is None else float(value),
+        run["stderr"],
+        run["n"],
+        measured["higher_is_better"],
+        tuple(math.nan if x is None else float(x) for x in run["samples"]),
+        measured["note"],
+        tuple(float(x) for x in run.get("weights", ())),
+        clusters_of(run),
+    )
+
+
+def runs_in(record: Record) -> tuple[tuple[Measurement, ...], ...]:
+    """Return the measurements in a composition's record, one tuple a repeat."""
+    repeats = max((len(runs_of(m)) for m in record["measurements"]), default=0)
+    return tuple(
+        tuple(
+            measurement_of(runs[i], measured)
+            for measured in record["measurements"]
+            if i < len(runs := runs_of(measured))
+        )
+        for i in range(repeats)
+    )
+
+
+def _rows(old: Report, new: Report) -> Iterator[Row]:
+    before, after = ({r["id"]: r for r in report["compositions"]} for report in (old, new))
+    drawn = _seeds(old) != _seeds(new)
+    for name in dict.fromkeys((*after, *before)):
+        was, now = (by_metric(records[name]) if name in records else {} for records in (before, after))
+        for metric in dict.fromkeys((*now, *was)):
+            one, other = was.get(metric), now.get(metric)
+            if one is None or other is None:
+                yield _alone(name, one, other)
+            else:
+                yield _row(name, one, other, other_questions(metric, before[name], after[name]), drawn)
+
+
+def _alone(composition: str, old: Measured | None, new: Measured | None) -> Row:
+    found = old if new is None else new
+    assert found is not None
+    return Row(
+        composition,
+        found["metric"],
+        found["higher_is_better"],
+        None if old is None else old["value"],
+        None if new is None else new["value"],
+        None,
+        None,
+        found["n"],
+        None,
+        None,
+        "new" if old is None else "gone",
+    )
+
+
+def _row(composition: str, old: Measured, new: Measured, unpaired: str | None, drawn: bool) -> Row:
+    """Compare a metric; `unpaired` says why samples do not belong together, `drawn` that other seeds drew them."""
+    better = new["higher_is_better"]
+    row = Row(composition, new["metric"], better, old["value"], new["value"], None, None, new["n"], None, None, "same")
+    if row.old is None or row.new is None:
+        return replace(row, verdict="unknown", note="not finite")
+    row = replace(row, difference=row.new - row.old)
+    if better != old["higher_is_better"]:
+        return replace(row, verdict="unknown", note="the direction of the metric is another one")
+    before, after = ([measurement_of(run, measured) for run in runs_of(measured)] for measured in (old, new))
+    if is_exact(after, before):
+        verdict: Verdict = "equal" if not row.difference else "better" if (row.difference > 0) == better else "worse"
+        return replace(row, stderr=0.0, verdict=verdict)
+    if unpaired is not None:
+        return _apart(row, old, new, unpaired) if drawn else replace(row, verdict="unknown", note=unpaired)
+    if not row.difference and [m.samples for m in before] == [m.samples for m in after]:
+        return replace(row, verdict="equal")
+    try:
+        found = change(after, before, "the old run", "different")
+    except EvaluationError as error:
+        return replace(row, verdict="unknown", note=str(error))
+    return replace(row, stderr=found.stderr, n=found.n, p=found.p)
+
+
+def _apart(row: Row, old: Measured, new: Measured, why: str) -> Row:
+    """Judge a row by the standard errors of both runs, which drew samples of their own."""
+    if old["stderr"] is None or new["stderr"] is None or row.difference is None:
+        return replace(row, verdict="unknown", note=why)
+    error = math.hypot(old["stderr"], new["stderr"])
+    p = math.erfc(abs(row.difference) / error / math.sqrt(2)) if error else float(not row.difference)
+    return replace(row, stderr=error, p=p, note=f"unpaired: {why}")
+
+
+def _judged(row: Row, level: float) -> Row:
+    assert row.p_holm is not None and row.difference is not None
+    if row.p_holm > level:
+        return row
+    return replace(row, verdict="better" if (row.difference > 0) == row.higher_is_better else "worse")
+
+
+def _data(old: Report, new: Report) -> Iterator[str]:
+    """Say which parts of the data differ; parts that follow from the seed only where it is the same."""
+    before, after = map(_asked, (old, new))
+    for part in after:
+        if part in before and before[part] != after[part]:
+            yield f"other {part}" if part != METHODS else "methods read other texts or edits"
+
+
+def _asked(report: Report) -> Mapping[str, str]:
+    return next((record["data"] for record in report["compositions"] if "data" in record), {})
+
+
+def _settings(old: Report, new: Report) -> Iterator[str]:
+    for section in ("model", "world", "evaluate"):
+        was, now = old["recipe"][section], new["recipe"][section]
+        yield from _changed(was, now, {key: f"{section}.{key}" for key in now if key not in ("path", "folder")})
+    before = {r["id"]: r["steps"] for r in old["compositions"]}
+    told: set[str] = set()
+    for record in new["compositions"]:
+        for one, other in zip(before.get(record["id"], ()), record["steps"], strict=False):
+            for text in _changed(one["settings"], other["settings"]):
+                line = f"{other['id']}: {text}"
+                if line not in told:
+                    told.add(line)
+                    yield line
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Mapping[str, str] | None = None) -> list[str]:
+    """Return `name: old -> new` for each key of another value; keys of either without `names`."""
+    keys = {key: key for key in (*old, *new)} if names is None else names
+    return [
+        f"{name}: {_short(old.get(key))} -> {_short(new.get(key))}"
+        for key, name in keys.items()
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _seeds(report: Report) -> str:
+    repeats = report.get("repeats", 1)
+    return f"seed {report['seed']}" + (f", {repeats} repeats" if repeats > 1 else "")
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = str(value)
+    return text[:_SHOWN] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", text) else text

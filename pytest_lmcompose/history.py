@@ -1,0 +1,160 @@
+"""A run among stored ones: which it is compared with, what came of it, and whether it is stored itself. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pytest_lmcompose.baseline import Baseline
+from pytest_lmcompose.compare import ComparedReports, compare_reports
+from pytest_lmcompose.drift import LEVEL, WINDOW, Drift, drifts
+from pytest_lmcompose.git import changes, commit
+from pytest_lmcompose.keeping import LATEST, Keeping
+from pytest_lmcompose.storage import Storage, StorageError, passed, read_run
+
+_NEW_NAME = "baseline"
+_READ = 3 * WINDOW
+"""Stored runs that are looked through for those that passed."""
+_SHOWN = 5
+
+
+def choose(keeping: Keeping, folder: Path, *, needed: bool) -> Baseline | None:
+    """Return the stored run to compare with; None where none is wanted, or there is none.
+
+    `needed` says that a gate compares with one. Raises StorageError for one that is not there, broken, or
+    required.
+    """
+    if not (keeping.compares or needed or keeping.update):
+        return None
+    storage = Storage(keeping.storage)
+    if keeping.compare not in (None, LATEST):
+        assert keeping.compare is not None
+        if (folder / keeping.compare).is_dir():
+            raise StorageError(
+                f"--lmcompose-compare took the folder {keeping.compare!r} for a run; before a path write "
+                f"--lmcompose-compare={LATEST}"
+            )
+        return Baseline.read(storage.find(keeping.compare, folder))
+    path, failed = storage.latest()
+    if path is not None:
+        return replace(Baseline.read(path), passed_over=tuple(map(str, failed)))
+    if keeping.require:
+        raise StorageError(
+            f"--lmcompose-require-baseline: no run that passed is stored in {keeping.storage}; store one with "
+            "--lmcompose-save=NAME or --lmcompose-update-baseline"
+        )
+    return None
+
+
+def check_tree(keeping: Keeping, folder: Path) -> None:
+    """Refuse to make a baseline of files that are not committed; raises StorageError."""
+    if not keeping.update or keeping.force:
+        return
+    if dirty := changes(folder, keeping.storage):
+        named = ", ".join(dirty[:_SHOWN]) + (", ..." if len(dirty) > _SHOWN else "")
+        raise StorageError(
+            f"--lmcompose-update-baseline: {len(dirty)} file{'s are' if len(dirty) > 1 else ' is'} not committed, and "
+            f"the baseline could not be made again: {named}. Commit or ignore them, or add --lmcompose-force"
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run among the stored ones."""
+
+    baseline: Baseline | None = None
+    compared: ComparedReports | None = None
+    drift: tuple[Drift, ...] = ()
+    """Of all metrics whose course was judged."""
+    runs: int = 0
+    """Over which drift was judged, the present one too."""
+    problems: tuple[str, ...] = field(default_factory=tuple)
+
+    def sections(self) -> dict[str, Any]:
+        """Return what the report says of it, as plain data."""
+        found: dict[str, Any] = {}
+        if self.baseline is not None and self.compared is not None:
+            document = self.baseline.document
+            found["comparison"] = {
+                "baseline": self.baseline.path.name,
+                "started": document["started"],
+                "seed": document["seed"],
+                "commit": document.get("stored", {}).get("commit"),
+                **dataclasses.asdict(self.compared),
+            }
+        if self.drift:
+            found["drift"] = {
+                "runs": self.runs,
+                "level": LEVEL,
+                "judged": len(self.drift),
+                "rows": [dataclasses.asdict(row) for row in self.drift if row.drifts],
+            }
+        return found
+
+
+def outcome(
+    report: Mapping[str, Any], baseline: Baseline | None, keeping: Keeping, judged: Callable[[str, str], bool]
+) -> Outcome:
+    """Compare a finished run with its baseline, and look for drift over the stored runs.
+
+    `judged` says whether a metric of a composition has a gate: drift is judged for those.
+    """
+    compared = None if baseline is None else compare_reports(baseline.document, report)
+    if baseline is None and not keeping.wanted:
+        return Outcome()
+    before, problems = _history(Storage(keeping.storage))
+    found = drifts([*before, report], judged=judged)
+    return Outcome(baseline, compared, tuple(found), len(before) + 1, tuple(problems))
+
+
+def keep(report: Mapping[str, Any], keeping: Keeping, baseline: Baseline | None, root: Path, *, ok: bool) -> str | None:
+    """Store a run as its flags say; return what to tell, None if it is not to be stored. Raises OSError."""
+    if not keeping.stores:
+        return None
+    if report["status"] != "finished":
+        return "lmcompose: the run was interrupted, and is not stored"
+    if not any(record["status"] == "measured" for record in report["compositions"]):
+        return "lmcompose: nothing was measured, and the run is not stored"
+    if keeping.update and not ok and not keeping.force:
+        return "lmcompose: the baseline is not updated, since tests failed; mend them, or add --lmcompose-force"
+    head = commit(root)
+    if keeping.update:
+        name = _NEW_NAME if baseline is None else _name_of(baseline)
+    else:
+        name = keeping.save or f"auto-{head[:8]}" if head else keeping.save or "auto"
+    stored = {
+        "name": name,
+        "how": "update" if keeping.update else "save" if keeping.save else "autosave",
+        "passed": ok,
+        "commit": head,
+        "dirty": bool(head and changes(root, keeping.storage)),
+    }
+    document = {key: value for key, value in report.items() if key not in ("prompts", "comparison", "drift")}
+    path = Storage(keeping.storage).save({**document, "stored": stored}, name)
+    return f"lmcompose: the run is stored as {path}" + ("" if ok else ", as one that failed")
+
+
+def _history(storage: Storage) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the last stored runs that passed, the oldest first, and what is wrong with others."""
+    found: list[dict[str, Any]] = []
+    problems = []
+    for run in reversed(storage.runs()[-_READ:]):
+        try:
+            document = read_run(run.path)
+        except StorageError as error:
+            problems.append(f"lmcompose: left out of the history: {error}")
+            continue
+        if passed(document):
+            found.append(document)
+        if len(found) == WINDOW - 1:
+            break
+    return found[::-1], problems
+
+
+def _name_of(baseline: Baseline) -> str:
+    """Return the name of a baseline for the run that takes its place."""
+    stored = baseline.document.get("stored")
+    return _NEW_NAME if stored is None or stored["how"] == "autosave" else str(stored["name"])

@@ -1,0 +1,112 @@
+"""Which runs are stored and compared: flags and their values. Imports neither YAML nor JSON Schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+LATEST = "latest"
+"""The name by which the latest stored run that passed is meant."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What the user wants of stored runs."""
+
+    storage: Path
+    """Folder of stored runs."""
+    save: str | None = None
+    """Name under which this run is stored."""
+    autosave: bool = False
+    update: bool = False
+    """Whether this run becomes the baseline."""
+    force: bool = False
+    compare: str | None = None
+    """Name, number or path of the run to compare with, or `LATEST`; None: none, unless a gate needs one."""
+    fail: tuple[str, ...] = ()
+    """Expressions of `thresholds.read_expression`."""
+    require: bool = False
+
+    @property
+    def stores(self) -> bool:
+        """Whether this run is to be stored."""
+        return self.save is not None or self.autosave or self.update
+
+    @property
+    def compares(self) -> bool:
+        """Whether the user asks for a comparison, whatever the thresholds ask for."""
+        return self.compare is not None or bool(self.fail) or self.require
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is asked of stored runs."""
+        return self.stores or self.compares
+
+
+VALUES = (
+    ("save", "store the run under this name, as a numbered file", "NAME"),
+    ("storage", "folder of stored runs (default: .lmcompose in pytest's rootdir)", "PATH"),
+)
+"""Name, help and metavar of each flag with a value."""
+COMPARE = "compare with this stored run (default: the latest that passed); write it with ="
+COMPARE_METAVAR = "NAME|NUMBER|PATH"
+FAIL = (
+    "fail where a metric is worse than the stored run's by more than 0.01, 5%%, 3se (standard errors), or at level "
+    "p0.01 of a paired test: [COMPOSITION::]METRIC:LIMIT, globs allowed (repeatable)"
+)
+SWITCHES = (
+    ("autosave", "store every run, named after the commit"),
+    ("require-baseline", "stop before any work if there is no stored run to compare with"),
+    ("update-baseline", "store this run as the new baseline; gates against the old one do not fail"),
+    ("force", "update the baseline though files are not committed, or tests failed"),
+)
+"""Name and help of each flag without a value."""
+
+
+def read_keeping(
+    value: Callable[[str], str | None], switch: Callable[[str], bool], fail: tuple[str, ...], folder: Path, root: Path
+) -> Keeping:
+    """Read the flags; relative paths count from `folder`, the default storage from `root`.
+
+    Raises pytest.UsageError for a value that cannot be used.
+    """
+    from pytest_lmcompose.storage import FOLDER, NAME
+
+    storage = value("storage")
+    keeping = Keeping(
+        storage=folder / Path(storage).expanduser() if storage else root / FOLDER,
+        save=value("save"),
+        autosave=switch("autosave"),
+        update=switch("update-baseline"),
+        force=switch("force"),
+        compare=value("compare"),
+        fail=fail,
+        require=switch("require-baseline"),
+    )
+    if keeping.save is not None and (not NAME.fullmatch(keeping.save) or keeping.save == LATEST):
+        raise pytest.UsageError(
+            f"--lmcompose-save: expected letters, digits, dots, - and _, and not {LATEST}, found {keeping.save!r}"
+        )
+    if keeping.update and (keeping.save is not None or keeping.autosave):
+        raise pytest.UsageError("--lmcompose-update-baseline stores the run: leave --lmcompose-save and -autosave away")
+    if keeping.force and not keeping.update:
+        raise pytest.UsageError("--lmcompose-force goes with --lmcompose-update-baseline")
+    if keeping.storage.exists() and not keeping.storage.is_dir():
+        raise pytest.UsageError(f"--lmcompose-storage: this is not a folder: {keeping.storage}")
+    _check_expressions(fail)
+    return keeping
+
+
+def _check_expressions(fail: tuple[str, ...]) -> None:
+    if not fail:
+        return
+    from pytest_lmcompose.thresholds import ThresholdError, read_expression
+
+    for text in fail:
+        try:
+            read_expression(text)
+        except ThresholdError as error:
+            raise pytest.UsageError(f"--lmcompose-compare-fail: {error}") from None

@@ -1,0 +1,31 @@
+"""An entry of a store as one file, for places without folders. No torch."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+
+
+def pack(folder: Path, file: Path) -> None:
+    """Write the files in `folder` into one; raises OSError."""
+    with tarfile.open(file, "w") as parcel:
+        for path in sorted(folder.iterdir()):
+            parcel.add(path, path.name)
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """Write the files of a parcel into `folder`; nothing that it holds is written anywhere else.
+
+    Raises ValueError for what is no whole parcel, OSError for what cannot be read or written.
+    """
+    try:
+        with tarfile.open(file, "r:") as parcel:
+            for member in parcel:
+                source = parcel.extractfile(member)
+                if source is None or Path(member.name).name != member.name:
+                    raise ValueError(f"holds {member.name!r}, which is no file of an entry")
+                with source, (folder / member.name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+    except tarfile.TarError as error:
+        raise ValueError(str(error)) from None

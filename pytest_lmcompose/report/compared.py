@@ -1,0 +1,114 @@
+"""The terminal's part on stored runs and on rules: what changed since the baseline, drift, rules that match nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import pytest
+
+from pytest_lmcompose.compare import ComparedReports, Row
+from pytest_lmcompose.drift import LEVEL
+from pytest_lmcompose.history import Outcome
+from pytest_lmcompose.report.record import Record
+from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
+from pytest_lmcompose.thresholds import Unused
+
+BAD = ("worse", "gone", "unknown")
+QUIET = ("equal", "same")
+_HEAD = ("composition  metric", "old", "new", "change", "p (Holm)", "verdict")
+_VERSIONS = 6
+"""Other versions that are named, unless all are asked for."""
+
+
+def comparison_rows(rows: Iterable[Row], failed: Collection[tuple[str, str]] = ()) -> list[list[Cell]]:
+    """Return one row a metric of a composition, under a head; `failed` are those that a gate marks."""
+    table = [[Cell(name) for name in _HEAD]]
+    for row in rows:
+        change = MISSING if row.difference is None else f"{row.difference:+.3g}"
+        cells = [
+            *(MISSING if value is None else number(value) for value in (row.old, row.new)),
+            change + ("" if row.stderr is None else f" ±{row.stderr:.2g}"),
+            MISSING if row.p_holm is None else f"{row.p_holm:.2g}",
+            row.verdict + (f": {row.note}" if row.note else ""),
+        ]
+        bad = row.verdict in BAD or (row.composition, row.metric) in failed
+        table.append([Cell(f"{row.composition}  {row.metric}", bad), *map(Cell, cells)])
+    return table
+
+
+def write_outcome(
+    reporter: pytest.TerminalReporter,
+    found: Outcome,
+    records: Iterable[Record],
+    *,
+    every: bool,
+) -> None:
+    """Write what changed since the baseline, then what drifts over stored runs; with `every`, equal metrics too."""
+    if found.baseline is not None and found.compared is not None:
+        reporter.write_line(f"against {found.baseline.name}, on the same samples (p two-sided)", bold=True)
+        name = found.baseline.name
+        failed = {
+            (r["id"], g["metric"])
+            for r in records
+            for g in r["gates"]
+            if g.get("reference") == name and not g["passed"]
+        }
+        _write_comparison(reporter, found.compared, failed, every=every)
+    for row in found.drift:
+        if row.drifts:
+            course = " ".join(map(number, row.values))
+            reporter.write_line(
+                f"drift over {len(row.values)} runs: {row.composition}  {row.metric} {course}: {row.loss:.4g} worse "
+                f"(Mann-Kendall p = {row.p:.2g}, after Holm {row.p_holm:.2g}; alarm at {LEVEL:g})",
+                yellow=True,
+            )
+    for problem in found.problems:
+        reporter.write_line(problem, yellow=True)
+
+
+def write_unused(reporter: pytest.TerminalReporter, found: Sequence[Unused]) -> None:
+    """Write the rules that judged nothing: those without a composition in one line."""
+    for rule in found:
+        if rule.tested:
+            reporter.write_line(f"unused rule: {rule}", yellow=True)
+    untested = dict.fromkeys(repr(rule.composition) for rule in found if not rule.tested)
+    if untested:
+        reporter.write_line(f"rules for compositions that were not measured: {', '.join(untested)}")
+
+
+def _write_comparison(
+    reporter: pytest.TerminalReporter,
+    found: ComparedReports,
+    failed: Collection[tuple[str, str]],
+    *,
+    every: bool,
+) -> None:
+    versions = [d for d in found.differences if d.what == "versions"]
+    shown = [d for d in found.differences if d.what != "versions"] + versions[: None if every else _VERSIONS]
+    for difference in shown:
+        reporter.write_line(f"other {difference.what}: {difference.message}", yellow=True)
+    if len(versions) > _VERSIONS and not every:
+        reporter.write_line(f"and {len(versions) - _VERSIONS} other versions", yellow=True)
+    if found.problem is not None:
+        reporter.write_line(f"not compared: {found.problem}", red=True)
+        return
+    both = [row for row in found.rows if row.composition not in _alone(found.rows)]
+    rows = [row for row in both if every or row.verdict not in QUIET or (row.composition, row.metric) in failed]
+    if rows:
+        columns = [list(column) for column in zip(*comparison_rows(rows, failed), strict=True)]
+        write_blocks(reporter, blocks(columns, reporter._tw.fullwidth))
+    equal, same = (sum(row.verdict == verdict for row in both) for verdict in QUIET)
+    reporter.write_line(
+        f"of {len(both)} metrics {equal} have not changed in any sample, and {same} by no more than noise"
+        + ("" if every else "; -v shows them")
+    )
+    for composition, verdict in _alone(found.rows).items():
+        reporter.write_line(f"{composition}: only in {'this run' if verdict == 'new' else 'the baseline'}")
+
+
+def _alone(rows: Iterable[Row]) -> dict[str, str]:
+    """Return the compositions that only one of both runs has, with the verdict that says which."""
+    verdicts: dict[str, set[str]] = {}
+    for row in rows:
+        verdicts.setdefault(row.composition, set()).add(row.verdict)
+    return {name: found.pop() for name, found in verdicts.items() if found in ({"new"}, {"gone"})}

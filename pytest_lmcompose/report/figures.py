@@ -1,0 +1,358 @@
+"""The figures of a page, as Vega-Lite specifications, each with the table of its data.
+
+Names of models, methods and metrics stand in values only, never in names of fields, which Vega would parse.
+Colours of text and axes are the page's; see static/page.js.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pytest_lmcompose.composition import Composition, Step, parse
+from pytest_lmcompose.report.record import Record, by_metric
+from pytest_lmcompose.report.terminal import MISSING, number
+from pytest_lmcompose.report.view import interval, value_text, with_error
+
+Spec = dict[str, Any]
+Values = list[dict[str, Any]]
+VEGA_LITE = "6.4"
+CURVES = {"bits": "bits asked for", "sparsity": "share of weights asked to be zero"}
+"""Settings along which the curves go."""
+SHADES = "The stronger the shade, the larger it is beside the metric: beside 1 for shares, else its largest value."
+NORMAL = 1.96
+"""Standard errors on both sides of an interval of 95 %."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One drawing of a figure."""
+
+    title: str
+    spec: Spec
+    wide: int = 0
+    """Pixels that it needs; what a narrow screen lacks of them, it scrolls."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Drawings that show one table, and what they show in words."""
+
+    key: str
+    title: str
+    text: str
+    plots: tuple[Plot, ...]
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def sizes(records: Sequence[Record]) -> dict[str, float]:
+    """Return by metric what a shade is measured by: 1 for shares of 1, else the largest value of any composition."""
+    largest: defaultdict[str, float] = defaultdict(float)
+    for record in records:
+        for measured in record["measurements"]:
+            largest[measured["metric"]] = max(largest[measured["metric"]], 1.0, abs(measured["value"] or 0.0))
+    return largest
+
+
+def orders(
+    found: Mapping[str, Any], metrics: Sequence[str], size: Mapping[str, float], kind: str, title: str, text: str
+) -> Figure | None:
+    """Return the heatmap of order_free_error or order_sensitivity: sets of steps by metric."""
+    entries = [e for e in found["orders"] if e["metric"] in metrics and e[kind] is not None]
+    if not entries:
+        return None
+    shades = _shades([entry[kind]["value"] / size[entry["metric"]] for entry in entries])
+    values: Values = [
+        {
+            "row": " & ".join(entry["steps"]),
+            "column": entry["metric"],
+            "shade": shade,
+            "text": number(entry[kind]["value"]),
+            "full": interval(entry[kind]),
+            "best": entry["best"] or MISSING,
+        }
+        for entry, shade in zip(entries, shades, strict=True)
+    ]
+    told = (("row", "steps"), ("column", "metric"), ("full", title.lower()), ("best", "best order"))
+    plot = _heatmap(title, values, told, {"scheme": "blues"}, [0, 1], "datum.shade > 0.7")
+    rows = tuple((v["row"], v["column"], v["full"], v["best"]) for v in values)
+    return Figure(kind, title, text, (plot,), ("steps", "metric", title.lower(), "best order"), rows)
+
+
+def interference(
+    found: Mapping[str, Any], metrics: Sequence[str], size: Mapping[str, float], better: Mapping[str, bool]
+) -> Figure | None:
+    """Return the matrix of what later steps changed: a composition since a prefix, by metric."""
+    changes = [
+        (f"{entry['composition']} since {step['prefix']}", metric, change, error)
+        for entry in found["interference"]
+        for step in entry["steps"][:-1]  # the last is the end itself
+        if step["change"] is not None
+        for metric, change, error in zip(entry["metrics"], step["change"], step["stderr"], strict=True)
+        if metric in metrics and change is not None
+    ]
+    if not changes:
+        return None
+    gains = [change / size[metric] * (1 if better[metric] else -1) for _, metric, change, _ in changes]
+    values: Values = [
+        {
+            "row": row,
+            "column": metric,
+            "shade": shade,
+            "text": f"{'+' if change > 0 else ''}{number(change)}",
+            "full": with_error(change, error),
+        }
+        for (row, metric, change, error), shade in zip(changes, _shades(gains), strict=True)
+    ]
+    told = (("row", "composition"), ("column", "metric"), ("full", "change"))
+    plot = _heatmap("Interference", values, told, {"scheme": "redblue"}, [-1, 1], "abs(datum.shade) > 0.7")
+    text = (
+        "Value at the end minus value right after a step, with its standard error. Red: later steps made it worse, "
+        f"blue: better. {SHADES}"
+    )
+    rows = tuple((v["row"], v["column"], v["full"]) for v in values)
+    return Figure("interference", "Interference", text, (plot,), ("composition", "metric", "change"), rows)
+
+
+def curves(records: Sequence[Record], metrics: Sequence[str], setting: str) -> Figure | None:
+    """Return every metric against a setting, where a step was measured with several values of it."""
+    series: defaultdict[str, dict[float, Record]] = defaultdict(dict)
+    for record in records:
+        for name, value in _along(record, setting):
+            series[name][value] = record
+    series = defaultdict(dict, {name: points for name, points in series.items() if len(points) > 1})
+    if not series:
+        return None
+    base = next((by_metric(r) for r in records if not r["requested"]), {})
+    plots, table = [], []
+    for metric in metrics:
+        values: Values = []
+        for name, points in series.items():
+            for x, record in sorted(points.items()):
+                measured = by_metric(record).get(metric)
+                if measured is not None:
+                    table.append((name, f"{x:g}", metric, _measured_text(measured)))
+                if measured is not None and measured["value"] is not None:
+                    y, error = measured["value"], measured["stderr"] or 0.0
+                    full = with_error(y, measured["stderr"])
+                    values.append({"series": name, "x": x, "y": y, "low": y - error, "high": y + error, "full": full})
+        if values:
+            plots.append(Plot(metric, _curve(values, CURVES[setting], base.get(metric, {}).get("value")), 300))
+    text = (
+        f"Each metric by {CURVES[setting]}, everything else being equal; bars are standard errors, the dashed line is "
+        "the base model. The dot · stands for the setting in the name of a composition."
+    )
+    head = ("composition", setting, "metric", "value")
+    return Figure(f"curves-{setting}", f"Against {setting}", text, tuple(plots), head, tuple(table)) if plots else None
+
+
+def shares(
+    found: Sequence[Mapping[str, Any]], metrics: Sequence[str], kind: str, title: str, text: str, goal: float
+) -> Figure | None:
+    """Return shares with their intervals, `survival` or `returned`; `goal` is where a line is drawn.
+
+    Drawn are those of `metrics`, if there are any; the table has all.
+    """
+    drawn = [e for e in found if e["metric"] in metrics] or found
+    values: Values = [
+        {
+            "row": f"{e['composition']} since {e['prefix']}",
+            "series": e["metric"],
+            "x": e["value"],
+            "low": e["value"] - NORMAL * (e["stderr"] or 0.0),
+            "high": e["value"] + NORMAL * (e["stderr"] or 0.0),
+            "full": with_error(e["value"], e["stderr"]),
+        }
+        for e in drawn
+        if e["value"] is not None
+    ]
+    rows = tuple(
+        (f"{e['composition']} since {e['prefix']}", e["metric"], with_error(e["value"], e["stderr"]), e["note"])
+        for e in found
+    )
+    if not rows:
+        return None
+    plots = (Plot(title, _dots(values, goal), 420),) if values else ()
+    return Figure(kind, title, text, plots, ("composition", "metric", "share", "how"), rows)
+
+
+def costs(records: Sequence[Record]) -> Figure | None:
+    """Return the seconds and the peak memory of every step, and the seconds of evaluation."""
+    seconds: Values = []
+    memory: Values = []
+    rows = []
+    for record in records:
+        for place, step in enumerate(record["steps"]):
+            gib = step["peak_memory_bytes"] / 2**30
+            part = {"row": record["id"], "part": step["method"], "place": place}
+            seconds.append({**part, "x": step["seconds"], "full": f"{step['seconds']:.1f} s"})
+            memory.append({**part, "x": gib, "full": f"{gib:.2f} GiB"})
+            rows.append((record["id"], step["id"], f"{step['seconds']:.1f}", f"{gib:.2f}"))
+        if record["evaluate_seconds"] is not None:
+            spent = record["evaluate_seconds"]
+            seconds.append(
+                {"row": record["id"], "part": "evaluation", "place": 99, "x": spent, "full": f"{spent:.1f} s"}
+            )
+            rows.append((record["id"], "evaluation", f"{spent:.1f}", MISSING))
+    if not rows:
+        return None
+    plots = [Plot("Seconds", _bars(seconds, "seconds", stack=True), 420)]
+    if memory:
+        plots.append(Plot("Peak memory of a step", _bars(memory, "GiB", stack=False), 420))
+    text = (
+        "Seconds of every step and of evaluation, and the peak memory while a step ran. A state that compositions "
+        "share was built once; its time stands at each of them."
+    )
+    return Figure(
+        "costs", "Seconds and peak memory", text, tuple(plots), ("composition", "part", "seconds", "GiB"), tuple(rows)
+    )
+
+
+def _along(record: Record, setting: str) -> list[tuple[str, float]]:
+    """Return for each step with `setting` the composition's name without its value, and the value."""
+    if len(record["requested"]) != len(record["steps"]):
+        return []
+    found = []
+    steps = [parse(text).steps[0] for text in record["requested"]]
+    for i, (step, ran) in enumerate(zip(steps, record["steps"], strict=True)):
+        value = ran["settings"].get(setting)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            kept = tuple(pair for pair in step.settings if pair[0] != setting)
+            marked = Step(step.method, (*kept, (setting, "·")))
+            found.append((str(Composition((*steps[:i], marked, *steps[i + 1 :]))), float(value)))
+    return found
+
+
+def _measured_text(measured: Mapping[str, Any]) -> str:
+    if measured["value"] is None:
+        return value_text(measured)
+    return with_error(measured["value"], measured["stderr"])
+
+
+def _heatmap(
+    title: str,
+    values: Values,
+    told: Sequence[tuple[str, str]],
+    colours: Spec,
+    domain: list[float],
+    strong: str,
+) -> Plot:
+    columns = len({value["column"] for value in values})
+    x: Spec = {"field": "column", "type": "nominal", "sort": None, "title": None}
+    x["axis"] = {"orient": "top", "labelAngle": -30, "labelLimit": 170, "ticks": False, "domain": False}
+    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None}
+    y["axis"] = {"labelLimit": 260, "ticks": False, "domain": False}
+    shade: Spec = {"field": "shade", "type": "quantitative", "legend": None}
+    shade["scale"] = {**colours, "domain": domain}
+    text: Spec = {"field": "text", "type": "nominal"}
+    layers: list[Spec] = [
+        {"mark": {"type": "rect", "cornerRadius": 3}, "encoding": {"color": shade}},
+        {
+            "mark": {"type": "text", "fontSize": 12},
+            "encoding": {"text": text, "color": {"condition": {"test": strong, "value": "white"}, "value": "#111"}},
+        },
+    ]
+    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in told]
+    spec = _spec(values, 30 * _rows(values), layer=layers, encoding={"x": x, "y": y, "tooltip": tooltip})
+    return Plot(title, spec, 240 + 72 * columns)
+
+
+def _curve(values: Values, axis: str, base: float | None) -> Spec:
+    places = sorted({value["x"] for value in values})
+    x: Spec = {"field": "x", "type": "quantitative", "title": axis, "scale": {"zero": False, "nice": False}}
+    x["scale"]["padding"] = 12
+    x["axis"] = {"values": places, "grid": False}
+    y: Spec = {"field": "y", "type": "quantitative", "title": None, "scale": {"zero": False}}
+    series = _series(values)
+    told = [("series", "composition"), ("x", axis), ("full", "value")]
+    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in told]
+    layers: list[Spec] = [
+        {"mark": "rule", "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": series}},
+        {"mark": "line", "encoding": {"x": x, "y": y, "color": series, "strokeDash": series}},
+        {
+            "mark": {"type": "point", "filled": True, "size": 70},
+            "encoding": {"x": x, "y": y, "color": series, "shape": series, "tooltip": tooltip},
+        },
+    ]
+    if base is not None:
+        line: Spec = {"data": {"values": [{"y": base, "full": f"base {number(base)}"}]}}
+        line["mark"] = {"type": "rule", "strokeDash": [3, 4], "color": "#808080"}
+        line["encoding"] = {"y": {**y}, "tooltip": {"field": "full", "type": "nominal", "title": "value"}}
+        layers.insert(0, line)
+    return _spec(values, 210, layer=layers)
+
+
+def _dots(values: Values, goal: float) -> Spec:
+    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
+    x: Spec = {"field": "x", "type": "quantitative", "title": "share", "scale": {"zero": True}}
+    series = _series(values)
+    offset: Spec = {"field": "series", "type": "nominal", "sort": None}
+    told = [("row", "composition"), ("series", "metric"), ("full", "share")]
+    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in told]
+    several = len({value["series"] for value in values})
+    layers: list[Spec] = [
+        {
+            "data": {"values": [{"x": goal}]},
+            "mark": {"type": "rule", "strokeDash": [3, 4], "color": "#808080"},
+            "encoding": {"x": x},
+        },
+        {
+            "mark": "rule",
+            "encoding": {"y": y, "yOffset": offset, "x": {**x, "field": "low"}, "x2": {"field": "high"}}
+            | {"color": series},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 70},
+            "encoding": {"y": y, "yOffset": offset, "x": x, "color": series, "shape": series, "tooltip": tooltip},
+        },
+    ]
+    return _spec(values, max(26, 14 * several) * _rows(values), layer=layers)
+
+
+def _bars(values: Values, unit: str, *, stack: bool) -> Spec:
+    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
+    x: Spec = {"field": "x", "type": "quantitative", "title": unit}
+    if not stack:
+        x |= {"aggregate": "max"}
+    legend = {"orient": "bottom", "title": None, "columns": 4}
+    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in (("row", "composition"),)]
+    encoding: Spec = {"y": y, "x": x}
+    if stack:
+        encoding["color"] = {"field": "part", "type": "nominal", "sort": None, "legend": legend}
+        encoding["order"] = {"field": "place"}
+        tooltip += [{"field": "part", "type": "nominal", "title": "step"}, {"field": "full", "title": unit}]
+    else:
+        tooltip += [{"aggregate": "max", "field": "x", "type": "quantitative", "format": ".2f", "title": unit}]
+    encoding["tooltip"] = tooltip
+    return _spec(values, 22 * _rows(values), mark={"type": "bar", "cornerRadiusEnd": 2}, encoding=encoding)
+
+
+def _shades(strengths: Sequence[float]) -> list[float]:
+    """Return strengths as shares of the largest."""
+    largest = max(map(abs, strengths)) or 1.0
+    return [strength / largest for strength in strengths]
+
+
+def _series(values: Values) -> Spec:
+    """Return the encoding of a series, by colour and shape alike: with one domain they share a legend."""
+    legend = {"orient": "bottom", "columns": 1, "title": None, "labelLimit": 320}
+    domain = list(dict.fromkeys(value["series"] for value in values))
+    return {"field": "series", "type": "nominal", "scale": {"domain": domain}, "legend": legend}
+
+
+def _rows(values: Values) -> int:
+    return len({value["row"] for value in values})
+
+
+def _spec(values: Values, height: int, **parts: Any) -> Spec:
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "width": "container",
+        "height": height,  # a number: Vega-Lite warns of steps beside a width that follows the page
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "data": {"values": values},
+        **parts,
+    }

@@ -1,0 +1,60 @@
+"""What JUnit XML says beside the verdict of each test: properties of tests, and of the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.report.json import Collected
+    from pytest_lmcompose.run import Result
+
+PREFIX = "lmcompose."
+
+
+def properties_of(result: Result) -> Iterator[tuple[str, str]]:
+    """Yield the properties of a test of one composition: text alone, since they travel from workers."""
+    yield f"{PREFIX}composition", result.composition.id
+    if result.state_hash is not None:
+        yield f"{PREFIX}state", result.state_hash
+    for measured in result.measurements or ():
+        yield f"{PREFIX}metric.{measured.metric}", repr(measured.value)
+        if measured.stderr is not None:
+            yield f"{PREFIX}stderr.{measured.metric}", repr(measured.stderr)
+    for verdict in result.gates or ():
+        said = "passed" if verdict.passed else "failed"
+        yield f"{PREFIX}gate.{verdict.metric}.{verdict.gate}", f"{said}: {verdict.message}"
+
+
+def add_suite_properties(config: pytest.Config, collected: Collected, seed: int, status: str) -> None:
+    """Add the properties of the run to the JUnit file, if there is one; only the controller writes it."""
+    from _pytest.junitxml import xml_key
+
+    xml = config.stash.get(xml_key, None)
+    if xml is not None:
+        for name, value in _of_run(collected, seed, status):
+            xml.add_global_property(name, value)
+
+
+def _of_run(collected: Collected, seed: int, status: str) -> Iterator[tuple[str, str]]:
+    from pytest_lmcompose.report.view import headline_metrics  # with what compares runs, which collection does without
+
+    yield f"{PREFIX}status", status
+    yield f"{PREFIX}seed", str(seed)
+    model: Mapping[str, Any] = collected.model or {}
+    for key in ("id", "revision", "weight_hash", "dtype", "device"):
+        if model.get(key) is not None:
+            yield f"{PREFIX}model.{key}", str(model[key])
+    gates = [gate for record in collected.records.values() for gate in record["gates"]]
+    yield f"{PREFIX}compositions", str(len(collected.records))
+    yield f"{PREFIX}gates", str(len(gates))
+    yield f"{PREFIX}gates.failed", str(sum(not gate["passed"] for gate in gates))
+    for number, message in enumerate(collected.late, start=1):
+        yield f"{PREFIX}failed_in_the_end.{number}", message
+    metrics = headline_metrics(list(collected.records.values()))
+    for entry in (collected.composability or {}).get("orders", ()):
+        for kind in ("order_free_error", "order_sensitivity"):
+            if entry["metric"] in metrics and entry[kind] is not None:
+                yield f"{PREFIX}{kind}.{'&'.join(entry['steps'])}.{entry['metric']}", repr(entry[kind]["value"])

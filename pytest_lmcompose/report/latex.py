@@ -1,0 +1,83 @@
+"""The tables of composability as in the paper: order-free error and order sensitivity, steps by metric, in LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pytest_lmcompose.report.terminal import number
+from pytest_lmcompose.report.view import Document, headline_metrics
+
+TABLES = (("order_free_error", "Order-free error"), ("order_sensitivity", "Order sensitivity"))
+MISSING = "--"
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "→": r"$\rightarrow$",
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+}
+
+
+def render(document: Document) -> str:
+    """Return both tables of a report document; of a run with no steps in several orders, a comment that says so."""
+    composed = document.get("composability")
+    entries = [] if composed is None else composed["orders"]
+    metrics = [m for m in headline_metrics(document["compositions"]) if any(e["metric"] == m for e in entries)]
+    head = [
+        "% Made by pytest-lmcompose; needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}.",
+        f"% Run of {document['finished']}, {document['status']}.",
+    ]
+    if not metrics or composed is None:
+        return "\n".join([*head, "% No steps were measured in several orders: there is nothing to compare.", ""])
+    tables = [_table(kind, title, entries, metrics, _caption(document)) for kind, title in TABLES]
+    return "\n".join([*head, *tables, ""])
+
+
+def _caption(document: Document) -> str:
+    """Say what the numbers are of: model, samples, seed, intervals."""
+    composed = document["composability"]
+    model = document["model"]["id"] if document["model"] else "no model"
+    repeats = document.get("repeats", 1)
+    runs = f"seed {document['seed']}" + (f", {repeats} repeats" if repeats > 1 else "")
+    return f"{_text(model)}, {runs}; {composed['confidence'] * 100:.0f}\\,\\% bootstrap intervals in brackets"
+
+
+def _table(kind: str, title: str, entries: Sequence[Mapping[str, Any]], metrics: Sequence[str], caption: str) -> str:
+    by_steps: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for entry in entries:
+        by_steps.setdefault(_text(" & ".join(entry["steps"])), {})[entry["metric"]] = entry
+    samples = [f"{_text(m)}: n = {next(e['n'] for e in entries if e['metric'] == m)}" for m in metrics]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        f"\\caption{{{title}. {caption}; {', '.join(samples)}.}}",
+        f"\\label{{tab:{kind.replace('_', '-')}}}",
+        f"\\begin{{tabular}}{{l{'r' * len(metrics)}}}",
+        r"\toprule",
+        f"Steps & {' & '.join(map(_text, metrics))} \\\\",
+        r"\midrule",
+        *(f"{steps} & {' & '.join(_cell(of.get(m), kind) for m in metrics)} \\\\" for steps, of in by_steps.items()),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(entry: Mapping[str, Any] | None, kind: str) -> str:
+    found = None if entry is None else entry[kind]
+    if found is None:
+        return MISSING
+    value = number(found["value"])
+    return value if found["low"] is None else f"{value} [{number(found['low'])}, {number(found['high'])}]"
+
+
+def _text(text: str) -> str:
+    """Return text that LaTeX sets as it is, in one line."""
+    return re.sub(".", lambda match: _SPECIAL.get(match.group(), match.group()), " ".join(str(text).split()))

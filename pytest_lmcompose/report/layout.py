@@ -1,0 +1,83 @@
+"""Which metrics a table shows, and its rows in order and in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from interventions.names import near_names
+from interventions.registry import find_method
+from pytest_lmcompose.composition import BASE, parse
+from pytest_lmcompose.report.outputs import BY_ID, Layout
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def shown_metrics(records: Records, wanted: Callable[[str], bool]) -> list[str]:
+    """Return the metrics that a gate judged or that are wanted, those that are missing last."""
+    metrics = _measured(records)
+    judged = {gate["metric"] for r in records for gate in r["gates"]}
+    missing = [name for name in sorted(judged) if name not in metrics]
+    return [name for name in metrics if name in judged or wanted(name)] + missing
+
+
+def chosen_metrics(records: Records, wanted: Callable[[str], bool], columns: Sequence[str]) -> list[str]:
+    """Return the metrics that globs name, in their order; without any those that a gate judged or that are wanted."""
+    if not columns:
+        return shown_metrics(records, wanted)
+    known = shown_metrics(records, lambda _: True)
+    return list(dict.fromkeys(name for glob in columns for name in known if fnmatchcase(name, glob)))
+
+
+def arranged(records: Records, layout: Layout) -> Iterator[tuple[str | None, list[Mapping[str, Any]]]]:
+    """Yield groups of records in order, each with its name; one without a name, where nothing is grouped."""
+    found = _sorted(records, layout.sort)
+    if layout.group is None:
+        yield None, found
+        return
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in found:
+        groups.setdefault(_group(record["requested"], layout.group), []).append(record)
+    yield from groups.items()
+
+
+def unmatched(records: Records, layout: Layout) -> Iterator[str]:
+    """Yield a line for each name of a metric that matches none."""
+    known = shown_metrics(records, lambda _: True)
+    asked = [("columns", glob) for glob in layout.columns if not any(fnmatchcase(name, glob) for name in known)]
+    metric = (layout.sort or BY_ID).removeprefix("-")
+    if metric not in (BY_ID, *known):
+        asked.append(("sort", metric))
+    for flag, name in asked:
+        yield f"--lmcompose-{flag}: no metric {name!r} was measured.{near_names(name, known)}"
+
+
+def _measured(records: Records) -> list[str]:
+    return list(dict.fromkeys(m["metric"] for r in records for m in r["measurements"]))
+
+
+def _sorted(records: Records, sort: str | None) -> list[Mapping[str, Any]]:
+    """Return records by a metric, the best first, or by id; a leading `-` turns it round. What has none stands last."""
+    if sort is None:
+        return list(records)
+    name, turned = sort.removeprefix("-"), sort.startswith("-")
+    if name == BY_ID:
+        return sorted(records, key=lambda record: str(record["id"]), reverse=turned)
+
+    def rank(record: Mapping[str, Any]) -> tuple[bool, float]:
+        measured = next((m for m in record["measurements"] if m["metric"] == name), None)
+        if measured is None or measured["value"] is None:
+            return True, 0.0
+        return False, measured["value"] * (-1 if measured["higher_is_better"] != turned else 1)
+
+    return sorted(records, key=rank)
+
+
+def _group(requested: Sequence[str], how: str) -> str:
+    steps = [step for text in requested for step in parse(text).steps]
+    if not steps:
+        return BASE
+    if how == "first":
+        return str(steps[0])
+    return " + ".join(find_method(step.method).category for step in steps)

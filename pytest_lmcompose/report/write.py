@@ -1,0 +1,62 @@
+"""Writes the reports that are made of the document. Imports what makes them only where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pytest_lmcompose.report.files import append_text, write_text
+from pytest_lmcompose.report.outputs import Outputs
+
+Document = Mapping[str, Any]
+
+
+def write_reports(outputs: Outputs, document: Document, baseline: Document | None, tell: Callable[[str], None]) -> bool:
+    """Write every report that is wanted; say whether all files could be written.
+
+    One that cannot be written hinders no other. Tracking that fails is told, and no more: the run is
+    as good without it.
+    """
+    written = True
+
+    def attempt(path: Path, make: Callable[[], str], write: Callable[[Path, str], None]) -> None:
+        nonlocal written
+        try:
+            write(path, make())
+        except Exception as error:
+            written = False
+            tell(f"lmcompose: the report {path} could not be written: {type(error).__name__}: {error}")
+
+    if outputs.html is not None:
+        attempt(outputs.html, lambda: _html(document, baseline), write_text)
+    if outputs.markdown is not None:
+        attempt(outputs.markdown, lambda: _markdown(document, baseline), append_text)
+    if outputs.latex is not None:
+        attempt(outputs.latex, lambda: _latex(document), write_text)
+    if outputs.tracking is not None:
+        from pytest_lmcompose.report.wandb import track
+
+        try:
+            tell(f"lmcompose: {track(outputs.tracking, document, _html(document, baseline))}")
+        except Exception as error:
+            tell(f"lmcompose: the run could not be tracked on Weights & Biases: {type(error).__name__}: {error}")
+    return written
+
+
+def _html(document: Document, baseline: Document | None) -> str:
+    from pytest_lmcompose.report.html import render
+
+    return render(document, baseline)
+
+
+def _markdown(document: Document, baseline: Document | None) -> str:
+    from pytest_lmcompose.report.markdown import render
+
+    return render(document, baseline)
+
+
+def _latex(document: Document) -> str:
+    from pytest_lmcompose.report.latex import render
+
+    return render(document)

@@ -1,0 +1,276 @@
+"""The rules of gates, read from YAML and from `--lmcompose-compare-fail`. No torch.
+
+    "memit*":                     # glob over composition ids: * and ? only, brackets are literal
+      edit_success_exact:         # glob over metrics
+        min: 0.9                  # a number, a mapping with `value` and `of`, or a list of them
+        max_drop: {value: 0.05, of: single}
+
+For each composition and metric the most specific rule holds and replaces all others: first by the
+composition's glob (a plain id, then the more literal characters), then by the metric's, then the
+later in the file. A rule without bounds, `{}`, lifts the gate. Expressions of the command line stand
+beside the rules of the file, and replace none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from interventions.names import near_names
+from pytest_lmcompose.composition import BASE, Composition, CompositionError, parse
+
+SINGLE, REVERSE, BASELINE = "single", "reverse", "baseline"
+NO_DROP = "no_drop_p"
+LOSS, LOSS_PERCENT, LOSS_ERRORS = "max_loss", "max_loss_percent", "max_loss_se"
+ABSOLUTE = ("min", "max")
+RELATIVE = ("max_drop", "max_rise", "min_ratio", "max_ratio", LOSS, NO_DROP)
+"""Bounds that compare with a reference, the base model unless `of` names another."""
+OF_BASE = ("min_ratio_of_base", "max_ratio_of_base")
+BOUNDS = (*ABSOLUTE, *RELATIVE, *OF_BASE)
+_LIMIT = re.compile(r"(?P<level>p)?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?")
+_LIMITS = "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), or a level such as p0.01"
+
+
+class ThresholdError(ValueError):
+    """Thresholds that cannot be read; the message names the file and the rule, or the expression."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One limit of a metric."""
+
+    kind: str
+    """One of `BOUNDS`, or max_loss with its unit: max_loss_percent, max_loss_se."""
+    value: float
+    of: str | None = None
+    """What it is compared with: base, single, reverse, baseline or the id of a composition."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Bounds for the metrics and compositions that two globs match."""
+
+    composition: str
+    metric: str
+    bounds: tuple[Bound, ...]
+    source: str = ""
+    """The expression of the command line that it was, which no other rule replaces; else empty."""
+
+    def covers(self, composition: str) -> bool:
+        """Say whether this is a rule for `composition`."""
+        return _matches(self.composition, composition)
+
+    def judges(self, metric: str) -> bool:
+        """Say whether this is a rule for `metric`."""
+        return _matches(self.metric, metric)
+
+    @property
+    def specificity(self) -> tuple[tuple[bool, int], tuple[bool, int]]:
+        """Rank rules that match the same metric of the same composition."""
+        return _specificity(self.composition), _specificity(self.metric)
+
+
+def read_rules(path: Path) -> tuple[Rule, ...]:
+    """Read a threshold file; raises ThresholdError."""
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ThresholdError(f"{path}: {error}") from None
+    rules = []
+    for composition, metrics in _mapping(document, str(path)).items():
+        for metric, bounds in _mapping(metrics, f"{path}: {composition}").items():
+            where = f"{path}: {composition}: {metric}"
+            checked = [bound for k, v in _mapping(bounds, where).items() for bound in _bounds(k, v, where)]
+            rules.append(Rule(composition, metric, tuple(checked)))
+    return tuple(rules)
+
+
+def read_expression(text: str) -> Rule:
+    """Read `[COMPOSITION::]METRIC:LIMIT`, a rule that compares with the stored run; both may be globs.
+
+    LIMIT is how much worse the metric may be: `0.01`, `5%` of the stored value, `3se` standard errors of
+    the difference, or `p0.01`, not worse by a paired test at that level. Raises ThresholdError.
+    """
+    names, colon, limit = text.rpartition(":")
+    composition, separator, metric = names.rpartition("::")
+    if not colon or not metric.strip() or metric.endswith(":") or (separator and not composition.strip()):
+        raise ThresholdError(
+            f"{text!r}: expected [COMPOSITION::]METRIC:LIMIT, such as recall:5% or 'memit*::recall:p0.01'"
+        )
+    kind, value = _limit(limit, text)
+    return Rule(composition.strip() or "*", metric.strip(), (Bound(kind, value, BASELINE),), text)
+
+
+def rules_for(rules: Sequence[Rule], metric: str) -> list[Rule]:
+    """Return those that hold for a metric, among the rules of one composition: one of the file, all expressions."""
+    matching = [rule for rule in rules if rule.judges(metric)]
+    of_file = [rule for rule in matching if not rule.source]
+    best = max(enumerate(of_file), key=lambda pair: (pair[1].specificity, pair[0]))[1:] if of_file else ()
+    return [*best, *(rule for rule in matching if rule.source)]
+
+
+def references(bound: Bound, composition: Composition) -> tuple[Composition, ...]:
+    """Return the compositions that a bound of `composition` compares with; itself never, a stored run is none."""
+    steps = composition.steps
+    if bound.of is None or bound.of == BASELINE:
+        return ()
+    if bound.of == SINGLE:
+        found: Iterable[Composition] = (Composition((step,)) for step in steps)
+    elif bound.of == REVERSE:
+        found = (Composition(steps[::-1]),) if len(steps) > 1 else ()
+    else:
+        found = (parse(bound.of),)
+    return tuple(dict.fromkeys(c for c in found if c != composition))
+
+
+def compares_with(rules: Iterable[Rule], composition: Composition) -> tuple[Composition, ...]:
+    """Return all compositions that gates of `composition` compare with."""
+    covering = [rule for rule in rules if rule.covers(composition.id)]
+    return tuple(dict.fromkeys(c for rule in covering for b in rule.bounds for c in references(b, composition)))
+
+
+def needs_baseline(rules: Iterable[Rule], composition: str | None = None) -> bool:
+    """Say whether a gate compares with a stored run: one of `composition`, or any."""
+    return any(
+        bound.of == BASELINE
+        for rule in rules
+        if composition is None or rule.covers(composition)
+        for bound in rule.bounds
+    )
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A rule that judged nothing."""
+
+    composition: str
+    metric: str
+    tested: bool
+    """Whether its glob matches a composition that was measured."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.composition!r}: {self.metric!r}: {self.reason}"
+
+
+def unused(rules: Sequence[Rule], measured: Mapping[str, Sequence[str]]) -> list[Unused]:
+    """Return the rules that hold for no metric of any composition; `measured` are the metrics by composition."""
+    holding = {id(rule): False for rule in rules}
+    for composition, metrics in measured.items():
+        covering = [rule for rule in rules if rule.covers(composition)]
+        for metric in metrics:
+            for rule in rules_for(covering, metric):
+                holding[id(rule)] = True
+    found = []
+    for rule in rules:
+        if holding[id(rule)]:
+            continue
+        covered = [name for name in measured if rule.covers(name)]
+        known = dict.fromkeys(metric for name in covered for metric in measured[name])
+        if not covered:
+            reason = "no composition that was measured matches." + near_names(rule.composition, measured)
+        elif not any(rule.judges(metric) for metric in known):
+            reason = "no metric that was measured matches." + near_names(rule.metric, known)
+        else:
+            reason = "a more specific rule always holds instead."
+        found.append(Unused(rule.composition, rule.metric, bool(covered), reason.removesuffix(".")))
+    return found
+
+
+def own_compositions(rules: Iterable[Rule]) -> tuple[str, ...]:
+    """Return the ids that bounds name."""
+    words = (None, SINGLE, REVERSE, BASELINE, BASE)
+    return tuple(dict.fromkeys(b.of for rule in rules for b in rule.bounds if b.of not in words and b.of is not None))
+
+
+def _bounds(kind: str, value: Any, where: str) -> list[Bound]:
+    if kind not in BOUNDS:
+        raise ThresholdError(
+            f"{where}: unknown bound {kind!r}; known: {', '.join(BOUNDS)}.{near_names(kind, BOUNDS, cutoff=0.6)}"
+        )
+    return [_bound(kind, item, where) for item in (value if isinstance(value, list) else [value])]
+
+
+def _bound(kind: str, given: Any, where: str) -> Bound:
+    value, of = given, BASE if kind in RELATIVE or kind in OF_BASE else None
+    if isinstance(given, dict):
+        if kind not in RELATIVE:
+            raise ThresholdError(f"{where}: {kind} compares with nothing that could be chosen: give a number")
+        if "value" not in given or set(given) - {"value", "of"}:
+            raise ThresholdError(f"{where}: {kind} is {given!r}, expected the keys value and of")
+        value, of = given["value"], given.get("of", BASE)
+    if isinstance(value, str) and kind == LOSS:
+        kind, value = _limit(value, f"{where}: {LOSS}")
+    if isinstance(value, str):  # YAML takes 1e-6 for a text
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number")
+    if kind == NO_DROP and not 0 < value < 1:
+        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a level of significance such as 0.05")
+    if value < 0 and (kind in ("max_drop", "max_rise") or kind.startswith(LOSS)):
+        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number from 0 up")
+    return Bound(kind, float(value), _reference(of, where))
+
+
+def _reference(of: Any, where: str) -> str | None:
+    """Check the name of a reference and return it; ids in their canonical form."""
+    if of is None:
+        return None
+    if isinstance(of, str) and of in (BASE, SINGLE, REVERSE, BASELINE):
+        return of
+    known = f"{BASE}, {SINGLE}, {REVERSE}, {BASELINE}, or the id of a composition"
+    try:
+        return str(parse(of))
+    except (CompositionError, AttributeError, TypeError) as error:
+        raise ThresholdError(f"{where}: of is {of!r}, expected {known}: {error}") from None
+
+
+def _limit(text: str, where: str) -> tuple[str, float]:
+    """Read how much worse a metric may be: a kind of bound, and its value."""
+    match = _LIMIT.fullmatch(text.strip())
+    if match is None or (match["level"] and match["unit"]):
+        raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected {_LIMITS}")
+    value = float(match["number"])
+    if match["level"]:
+        if not 0 < value < 1:
+            raise ThresholdError(f"{where}: the level is {value:g}, expected one between 0 and 1, such as p0.01")
+        return NO_DROP, value
+    return {None: LOSS, "%": LOSS_PERCENT, "se": LOSS_ERRORS}[match["unit"]], value
+
+
+@lru_cache(maxsize=2**16)  # every gate asks for every composition and metric of the run
+def _matches(glob: str, text: str) -> bool:
+    pattern = "".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in glob)
+    return re.fullmatch(pattern, text) is not None
+
+
+def _specificity(glob: str) -> tuple[bool, int]:
+    literal = sum(char not in "*?" for char in glob)
+    return literal == len(glob), literal
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ThresholdError(f"{where}: expected a mapping with text keys, found {value!r}")
+    return value
+
+
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
+    """A safe loader that refuses a key written twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
