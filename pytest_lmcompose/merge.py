@@ -22,6 +22,8 @@ TOLERANCE = 1e-5
 """Relative difference between numbers measured twice that counts as rounding: shards run on different machines."""
 _WEIGHTS = ("weight_hash", "dtype", "device")
 """Of a model, what must be the same; a folder may have another name on another machine."""
+_NOT_OF_THE_WHOLE = ("shard", "stored", "comparison", "drift")
+"""Sections that say something of one report among others: `lmcompose compare` says it of the joined one."""
 _OF_A_PART = ("status", "started", "finished", "shard", "environment")
 
 
@@ -67,7 +69,7 @@ def merge(reports: Mapping[str, Report], *, partial: bool = False, tolerance: fl
     collected.complete(first["seed"], part=bool(missing))
     stopped = missing or any(report["status"] != "finished" for report in reports.values())
     document = {
-        **{key: value for key, value in copy.deepcopy(dict(first)).items() if key not in ("shard", "stored")},
+        **{key: value for key, value in copy.deepcopy(dict(first)).items() if key not in _NOT_OF_THE_WHOLE},
         "status": "interrupted" if stopped else "finished",
         "started": min(report["started"] for report in reports.values()),
         "finished": max(report["finished"] for report in reports.values()),
@@ -75,6 +77,7 @@ def merge(reports: Mapping[str, Report], *, partial: bool = False, tolerance: fl
         "compositions": list(collected.records.values()),
         "composability": collected.composability,
         "prompts": collected.prompts,
+        **_unused_rules(reports),
         "merged": [copy.deepcopy(part) for report in reports.values() for part in _parts(report)],
     }
     return Merged(document, tuple(collected.late))
@@ -173,6 +176,20 @@ def _prompts(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
     for entry in (entry for report in reports.values() for entry in report.get("prompts", ())):
         asked.setdefault((entry["seed"], tuple(entry["texts"])), {}).update(dict.fromkeys(entry["metrics"]))
     return [{"seed": seed, "metrics": list(m), "texts": list(texts)} for (seed, texts), m in asked.items()]
+
+
+def _unused_rules(reports: Mapping[str, Report]) -> dict[str, list[Any]]:
+    """Return the rules that judged nothing in any of the reports, as one that tested what they cover tells them."""
+    told = [report["unused_rules"] for report in reports.values() if "unused_rules" in report]
+    if not told:
+        return {}
+    names = [{(rule["composition"], rule["metric"]) for rule in rules} for rules in told]
+    unused: dict[tuple[str, str], dict[str, Any]] = {}
+    for rule in (rule for rules in told for rule in rules):
+        key = rule["composition"], rule["metric"]
+        if key in set.intersection(*names) and (key not in unused or rule["tested"] > unused[key]["tested"]):
+            unused[key] = rule
+    return {"unused_rules": copy.deepcopy(list(unused.values()))}
 
 
 def _refuse(one: str, other: str, what: str) -> None:

@@ -18,7 +18,6 @@ from pytest_lmcompose.options import add_options, check_writable, read_options
 from pytest_lmcompose.session import BASELINE_INPUT, Session
 
 if TYPE_CHECKING:
-
     from evaluators.measurement import Measurement
     from pytest_lmcompose.build import ModelState
     from pytest_lmcompose.gate import Verdict
@@ -62,7 +61,6 @@ def pytest_configure(config: pytest.Config) -> None:
         check_writable(options.json)
     for flag, file in options.outputs.files.items() if session.writes else ():
         check_writable(file, flag)
-
 
     if options.engine == "ray" and session.writes and not options.plan:
         from pytest_lmcompose.cluster.engine import RayEngine

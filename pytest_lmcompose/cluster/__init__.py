@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster. Without --lmcompose-engine=ray nothing here is imported.
+"""Runs on a Ray cluster. Imported only with --lmcompose-engine=ray.
 
 parts.py    which tests go together, and which state each part starts from
 engine.py   in the controller: sends the parts out, and takes the tests' reports in

@@ -24,7 +24,10 @@ Report = dict[str, Any]
 @pytest.fixture
 def reports(project: Project) -> dict[str, Report]:
     """The report of a run, and of both shards of it."""
-    (project.path / "thresholds.yaml").write_text("'*': {perplexity: {max_ratio_of_base: 100, no_drop_p: 0.02}}")
+    (project.path / "thresholds.yaml").write_text(
+        "'*': {perplexity: {max_ratio_of_base: 100, no_drop_p: 0.02}}\n"
+        "round*: {recall: {min: 0}}\nmemit: {perplexity: {min: 1}}"
+    )
     for name, arguments in (("whole", ()), ("one", ("--lmcompose-shard=1/2",)), ("two", ("--lmcompose-shard=2/2",))):
         project.run(f"--lmcompose-json={name}.json", "--lmcompose-repeats=2", *arguments, compose=IDS)
     return {name: read_report(project.path / f"{name}.json") for name in ("whole", "one", "two")}
