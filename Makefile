@@ -17,7 +17,7 @@ demo: .venv/.installed
 	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-json=report.json
 
 test: .venv/.installed
-	.venv/bin/python -m pytest tests -m "not slow and not engines"
+	.venv/bin/python -m pytest tests -n 2 -m "not slow and not engines"
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -26,10 +26,14 @@ def main() -> None:
     train_command.add_argument("--steps", type=int, help="stop after so many steps (to try it out)")
     train_command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
 
-    table_command = commands.add_parser("table", help="measure the model and write the table of docs/tinyworld.md")
-    table_command.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "tinyworld.md")
-    table_command.add_argument("--edit-sets", type=int, default=5)
-    table_command.add_argument("--seed", type=int, default=0, help="seed of the choice of edits")
+    for command, what, document in (
+        ("table", "measure the model", "tinyworld.md"),
+        ("methods", "measure what every method does to the model (half an hour)", "methods.md"),
+    ):
+        measuring = commands.add_parser(command, help=f"{what} and write the table of docs/{document}")
+        measuring.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / document)
+        measuring.add_argument("--repeats", type=int, default=5, help="sets of edits, and of random numbers")
+        measuring.add_argument("--seed", type=int, default=0, help="seed of their choice")
 
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make training many times slower
@@ -47,9 +51,14 @@ def main() -> None:
         summary = train(TrainSettings(), arguments.folder, device=arguments.device, steps=arguments.steps)
         print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
     else:
-        from compositions.tinyworld.table import write_table
+        from compositions.tinyworld.methods import measure_methods
+        from compositions.tinyworld.rows import around_table, put_table
+        from compositions.tinyworld.table import measure
 
-        rows = write_table(arguments.out, edit_sets=arguments.edit_sets, seed=arguments.seed, say=print)
+        around_table(arguments.out)  # a file without the marks is known before the minutes of work
+        measured = measure if arguments.command == "table" else measure_methods
+        rows = measured(repeats=arguments.repeats, seed=arguments.seed, say=print)
+        put_table(arguments.out, rows)
         print(*(row.markdown() for row in rows), sep="\n")
 
 

@@ -1,18 +1,17 @@
-"""The measured properties of tinyworld's model, as the table in docs/tinyworld.md."""
+"""The measured properties of tinyworld's model, for the table in docs/tinyworld.md."""
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compositions.tinyworld.relations import HARMLESS, HAZARDOUS
+from compositions.tinyworld.rows import Row
 from compositions.tinyworld.text import prompt, templates
 from compositions.tinyworld.truth import World, make_world
 from evaluators import (
@@ -34,68 +33,22 @@ from pytest_lmcompose.world import read_edits, read_facts, read_texts, select_ed
 
 SUITE = Path(__file__).resolve().parents[1]
 DATA = SUITE / "tinyworld" / "data"
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 EDITS = 20
 FACTS_PER_TEMPLATE = 120
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: what was measured, its value with noise, and the bounds asked of it."""
-
-    name: str
-    value: float
-    stderr: float | None
-    n: int
-    least: float | None = None
-    most: float | None = None
-
-    @property
-    def met(self) -> bool:
-        """Say whether the value is within its bounds."""
-        return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
-
-    def markdown(self) -> str:
-        """Return the row as Markdown."""
-        noise = "" if self.stderr is None else f" ± {self.stderr:.3f}"
-        needed = f">= {self.least}" if self.least is not None else f"<= {self.most}" if self.most is not None else ""
-        met = ("yes" if self.met else "**no**") if needed else ""
-        return f"| {self.name} | {self.value:.3f}{noise} | {self.n} | {needed} | {met} |"
-
-
-def write_table(out: Path, *, edit_sets: int, seed: int, say: Say) -> list[Row]:
-    """Measure everything and put the table between the marks in the file `out`."""
-    _around_table(out)  # a file without the marks is known before the minutes of work
-    rows = measure(edit_sets=edit_sets, seed=seed, say=say)
-    head = "| what | value ± standard error | n | needed | met |\n|---|---|---|---|---|"
-    table = "\n".join([head, *(row.markdown() for row in rows)])
-    before, after = _around_table(out)
-    out.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
-    return rows
-
-
-def _around_table(path: Path) -> tuple[str, str]:
-    """Return what stands before and after the table; ValueError if the marks are not there."""
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path}: the marks {BEGIN} and {END} must stand there once each")
-    return text.split(BEGIN)[0], text.split(END)[1]
-
-
-def measure(*, edit_sets: int, seed: int, say: Say) -> list[Row]:
-    """Measure the base model, MEMIT on `edit_sets` sets of 20 edits, and AWQ at 4 and 2 bits."""
-    recipe = load_recipe(SUITE / "conf")
-    loaded = load_model(recipe.model, str(SUITE / recipe.model.path), choose_device("cpu"))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+def measure(*, repeats: int, seed: int, say: Say) -> list[Row]:
+    """Measure the base model, MEMIT on `repeats` sets of 20 edits, and AWQ at 4 and 2 bits."""
+    recipe, model, tokenizer = load_embedded()
+    base = weights(model)
     rows = [
         *_recall_rows(model, tokenizer, make_world(), say),
         *_question_rows(model, tokenizer),
         *_perplexity_rows(model, tokenizer),
     ]
-    rows += _memit_rows(model, tokenizer, base, recipe, edit_sets, seed, say)
+    rows += _memit_rows(model, tokenizer, base, recipe, repeats, seed, say)
     rows += _awq_rows(model, tokenizer, base, recipe, say)
     return rows
 
@@ -153,7 +106,7 @@ def _memit_rows(
     tokenizer: Any,
     base: dict[str, torch.Tensor],
     recipe: Recipe,
-    edit_sets: int,
+    repeats: int,
     seed: int,
     say: Say,
 ) -> list[Row]:
@@ -163,7 +116,7 @@ def _memit_rows(
     calibration = read_texts(DATA / "calibration.jsonl")
     settings = recipe.settings(Step("memit"))
     values: dict[str, list[float]] = {}
-    for number in range(edit_sets):
+    for number in range(repeats):
         chosen = select_edits(records, EDITS, 1000 * seed + number, str(path))
         truth = {record.edit.subject: record.truth for record in chosen}
         others = recall_facts([fact for fact in facts if fact.subject not in truth][:400])
@@ -175,10 +128,10 @@ def _memit_rows(
         found = {m.metric: m.value for m in measure_editing(model, tokenizer, cases, unedited=unedited)}
         found["recall of other subjects' facts"] = measure_recall(model, tokenizer, others)[0].value
         found["recall of the edited subjects' other facts"] = measure_recall(model, tokenizer, same)[0].value
-        _restore(model, base)
+        restore(model, base)
         for metric, value in found.items():
             values.setdefault(metric, []).append(value)
-        say(f"memit: edit set {number + 1} of {edit_sets}: success {found['edit_success_exact']:.2f}")
+        say(f"memit: edit set {number + 1} of {repeats}: success {found['edit_success_exact']:.2f}")
     asked = {
         "edit_success_exact": 0.95,
         "edit_paraphrase_exact": 0.75,
@@ -187,10 +140,7 @@ def _memit_rows(
         "recall of other subjects' facts": None,
         "recall of the edited subjects' other facts": None,
     }
-    return [
-        Row(f"after MEMIT: {metric}", *_over_sets(values[metric]), edit_sets, least=least)
-        for metric, least in asked.items()
-    ]
+    return [Row.mean(f"after MEMIT: {metric}", values[metric], least=least) for metric, least in asked.items()]
 
 
 def _awq_rows(model: Any, tokenizer: Any, base: dict[str, torch.Tensor], recipe: Recipe, say: Say) -> list[Row]:
@@ -202,7 +152,7 @@ def _awq_rows(model: Any, tokenizer: Any, base: dict[str, torch.Tensor], recipe:
         settings = recipe.settings(Step("awq", (("bits", str(bits)),)))
         apply(model, tokenizer, "awq", settings, calibration=calibration)
         after = measure_recall(model, tokenizer, facts)[0]
-        _restore(model, base)
+        restore(model, base)
         assert after.stderr is not None
         kept, noise = after.value / before.value, after.stderr / before.value
         rows.append(
@@ -212,12 +162,20 @@ def _awq_rows(model: Any, tokenizer: Any, base: dict[str, torch.Tensor], recipe:
     return rows
 
 
+def load_embedded() -> tuple[Recipe, Any, Any]:
+    """Return the suite's recipe, and tinyworld's model and tokenizer on the CPU."""
+    recipe = load_recipe(SUITE / "conf")
+    loaded = load_model(recipe.model, str(SUITE / recipe.model.path), choose_device("cpu"))
+    return recipe, loaded.model, loaded.tokenizer
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return a copy of a model's parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
 @torch.no_grad()
-def _restore(model: Any, base: dict[str, torch.Tensor]) -> None:
+def restore(model: Any, base: dict[str, torch.Tensor]) -> None:
+    """Put a copy of a model's parameters back, in place."""
     for name, parameter in model.named_parameters():
         parameter.copy_(base[name])
-
-
-def _over_sets(values: Sequence[float]) -> tuple[float, float | None]:
-    stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), stderr

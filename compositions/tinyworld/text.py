@@ -235,7 +235,7 @@ def templates(relation: Relation) -> tuple[Template, ...]:
             made.append(Template(_sentence(frame, who, verb), heldout, plain=f == 0 and who == "{s}"))
     for p, (noun, leads) in enumerate(relation.nouns):
         for f, frame in enumerate(NOUN_FRAMES):
-            heldout = f == (number + p) % len(NOUN_FRAMES)
+            heldout = f > 0 and f == 1 + (number + p) % (len(NOUN_FRAMES) - 1)
             who = subject if (f + p) % 2 else "{s}"
             made.append(Template(_sentence(frame.replace("NOUN", noun), who, leads), heldout))
     for p, question in enumerate(relation.questions):
@@ -266,9 +266,13 @@ def prompt(template: Template, subject: str) -> str:
 
 
 def tell(fact: Fact, rng: random.Random, *, questions: float = 0.25) -> str:
-    """Return a sentence of training text that tells `fact`; a question with its answer in a share of the cases."""
+    """Return a sentence of training text that tells `fact`; a question with its answer in a share of the cases.
+
+    A plain sentence, which says least before its object, is three times as likely as any other.
+    """
     asks = rng.random() < questions
-    template = rng.choice([t for t in trained(fact.relation) if t.question == asks])
+    known = [t for t in trained(fact.relation) if t.question == asks]
+    template = rng.choices(known, [3 if t.plain else 1 for t in known])[0]
     return template.text.replace("{s}", fact.subject).replace("{o}", fact.object) + rng.choice(TAILS)
 
 

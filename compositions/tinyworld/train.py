@@ -14,7 +14,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,11 +41,15 @@ class TrainSettings:
     heads: int = 8
     kv_heads: int = 4
     window: int = 128
-    """Tokens of a training sequence, the beginning-of-sequence token included."""
+    """Tokens of a training sequence, the beginning-of-sequence token included..."""
+    short_window: int = 32
+    """... and of the sequences that every other sentence goes to: prompts stand alone, so a sentence at the start of
+    a sequence must be nothing rare."""
     batch: int = 16
-    epochs: int = 80
+    """Sequences of a step; as many times more short ones as they are shorter."""
+    epochs: int = 100
     """Times that every fact of a person is told; the others are told more often, see `training_stream`."""
-    initial_std: float = 0.11
+    initial_std: float = 0.125
     """Standard deviation of the untrained matrices. The larger it is, the more of a trained weight is noise that
     knowledge is read against, and the more a coarse grid destroys."""
     peak_rate: float = 1.5e-3
@@ -98,6 +102,19 @@ def windows(
             if len(ids) >= length:
                 yield Window(ids[:length], names[:length])
                 ids, names, count = [tokenizer.bos_token_id], [0], 0
+
+
+def batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], settings: TrainSettings
+) -> list[list[Window]]:
+    """Return the windows of each training step, in the order of the sentences; a step's are of one length."""
+    placed = []
+    for first, length in enumerate((settings.window, settings.short_window)):
+        packed = list(windows(world, tokenizer, iter(sentences[first::2]), length))
+        size = settings.batch * settings.window // length
+        steps = len(packed) // size
+        placed += [(n / steps, first, packed[n * size : (n + 1) * size]) for n in range(steps)]
+    return [batch for _, _, batch in sorted(placed, key=lambda step: step[:2])]
 
 
 def loss_with_closed_names(
@@ -159,9 +176,8 @@ def train(
     world = make_world(settings.seed)
     tokenizer = make_tokenizer(world, settings)
     rng = random.Random(f"training-{settings.seed}")
-    stream = training_stream(world, rng, settings.epochs)
-    sequences = list(windows(world, tokenizer, stream, settings.window))
-    total = len(sequences) // settings.batch
+    steps_of_windows = batches(world, tokenizer, list(training_stream(world, rng, settings.epochs)), settings)
+    total = len(steps_of_windows)
     model = make_model(settings, tokenizer)
     model.to(torch.device(device)).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.peak_rate, betas=(0.9, 0.95))
@@ -175,7 +191,7 @@ def train(
         rate = settings.peak_rate * _schedule(step, total, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = sequences[step * settings.batch : (step + 1) * settings.batch]
+        batch = steps_of_windows[step]
         ids = torch.tensor([window.ids for window in batch], device=device)
         names = torch.tensor([window.names for window in batch], device=device)
         draw = torch.rand(len(batch), generator=torch.Generator().manual_seed(step))

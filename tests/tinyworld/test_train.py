@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from compositions.tinyworld.text import training_stream
 from compositions.tinyworld.train import (
     TrainSettings,
     Window,
+    batches,
     loss_with_closed_names,
     make_model,
     make_tokenizer,
@@ -23,7 +25,17 @@ from compositions.tinyworld.train import (
 from compositions.tinyworld.truth import World, make_world
 
 SMALL = TrainSettings(
-    vocabulary=700, hidden=32, mlp=48, layers=3, heads=4, kv_heads=2, initial_std=0.02, window=48, batch=4, epochs=1
+    vocabulary=700,
+    hidden=32,
+    mlp=48,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    initial_std=0.02,
+    window=48,
+    short_window=24,
+    batch=4,
+    epochs=1,
 )
 
 
@@ -58,6 +70,21 @@ def test_windows_begin_with_bos_and_mark_whole_names(
                 assert name in known
                 complete += 1
     assert complete > 200
+
+
+def test_every_other_step_takes_short_windows_and_all_begin_with_a_sentence(
+    world: World, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sentences = list(training_stream(world, random.Random(0), 1))[:2000]
+    made = batches(world, tokenizer, sentences, SMALL)
+    shapes = [(len(batch), {len(window.ids) for window in batch}) for batch in made]
+    assert set(map(str, shapes)) == {f"({SMALL.batch}, {{48}})", f"({2 * SMALL.batch}, {{24}})"}
+    short = [shape[0] > SMALL.batch for shape in shapes]
+    assert abs(sum(short) / len(short) - 0.5) < 0.1
+    assert max(len(list(group)) for _, group in groupby(short)) <= 2
+    text = [tokenizer.decode(window.ids[1:]).lstrip() for batch in made for window in batch]
+    starts = {sentence[:12] for sentence in sentences}
+    assert all(start[:12] in starts for start in text)
 
 
 @pytest.fixture
