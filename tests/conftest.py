@@ -9,11 +9,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take what marks a worker of pytest-xdist out of the environment that started runs inherit.
-
-    They also go without Hypothesis's plugin, as this run does (see pyproject.toml): it would count anew, for this
-    process too, whether Hypothesis is being imported.
-    """
+    """Take what marks a worker of pytest-xdist out of the environment that started runs inherit."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")
