@@ -15,6 +15,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NoReturn
 
 BASE = "base"
@@ -44,6 +45,10 @@ class Step:
         object.__setattr__(self, "settings", ordered)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         if not self.settings:
             return self.method
         return f"{self.method}[{','.join(f'{key}={value}' for key, value in self.settings)}]"
@@ -56,18 +61,19 @@ class Composition:
     steps: tuple[Step, ...] = ()
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.steps)) or BASE
+        return self.id
 
-    @property
+    @cached_property
     def id(self) -> str:
-        """Return the canonical id, which `parse` reads back."""
-        return str(self)
+        """The canonical id, which `parse` reads back."""
+        return "+".join(map(str, self.steps)) or BASE
 
     def prefixes(self) -> tuple[Composition, ...]:
         """Return the compositions of the first 1, 2, ... steps; the last is this one."""
         return tuple(Composition(self.steps[:k]) for k in range(1, len(self.steps) + 1))
 
 
+@lru_cache(maxsize=2**14)  # gates and reports read again what was collected
 def parse(text: str) -> Composition:
     """Read a composition id.
 

@@ -19,7 +19,7 @@ from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.options import Options, asked_for_distribution
 from pytest_lmcompose.plan import Plan, Remaining
 from pytest_lmcompose.report.json import Collected, document, write
-from pytest_lmcompose.report.junit import add_suite_properties, properties_of
+from pytest_lmcompose.report.junit import add_suite_properties, junit_file, properties_of
 from pytest_lmcompose.report.layout import chosen_metrics
 from pytest_lmcompose.report.prompts import prompts
 from pytest_lmcompose.report.record import PROPERTY, decode, encode
@@ -246,7 +246,10 @@ class Session:
             for result in self.run.touched.values():
                 self.collected.add(*decode(encode(result, self.run.model_facts())))
         self.collected.shard = self.options.shard
-        self.collected.complete(self.options.seed, part=self.options.shard is not None)
+        reported = path is not None or self.options.outputs.wanted or self.options.keeping.wanted or self._has_baseline
+        # Intervals take long; without a report, nobody sees those of metrics that the terminal does not show.
+        metrics = None if reported or junit_file(self._config) is not None else self._shown()
+        self.collected.complete(self.options.seed, part=self.options.shard is not None, metrics=metrics)
         if self._nothing_here and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
             session.exitstatus = pytest.ExitCode.OK  # fewer compositions than shards
         if self.collected.late and session.exitstatus == pytest.ExitCode.OK:
@@ -254,7 +257,7 @@ class Session:
         status = "interrupted" if stopped else "finished"
         if self.collected.records:
             add_suite_properties(self._config, self.collected, self.options.seed, status)
-        if path is None and not (self.options.outputs.wanted or self.options.keeping.wanted or self._has_baseline):
+        if not reported:
             return
         self.collected.prompts = self._prompts()
         report = document(
@@ -302,11 +305,9 @@ class Session:
         """Write the table, if there is anything to tell."""
         records = list(self.collected.records.values())
         if records:
-            layout = self.options.outputs.layout
-            write_summary(reporter, records, self._wanted, layout)
+            write_summary(reporter, records, self._wanted, self.options.outputs.layout)
             write_paired(reporter, records, self.collected.late)
-            metrics = chosen_metrics(records, self._wanted, layout.columns)
-            write_composability(reporter, self.collected.composability, metrics)
+            write_composability(reporter, self.collected.composability, self._shown())
             self._write_compared(reporter)
         for path in (self.options.json, *self.options.outputs.files.values()):
             if path is not None and path.is_file():
@@ -348,6 +349,11 @@ class Session:
         measured = {r["id"]: [m["metric"] for m in r["measurements"]] for r in found if r["status"] == "measured"}
         return unused(self.run.rules, measured) if measured else []
 
+    def _shown(self) -> list[str]:
+        """Return the metrics of the terminal's tables."""
+        records = list(self.collected.records.values())
+        return chosen_metrics(records, self._wanted, self.options.outputs.layout.columns)
+
     def _wanted(self, metric: str) -> bool:
         """Say whether the table shows a metric: those with a threshold, or all with -v or without any."""
         rules = self.run.rules
@@ -369,6 +375,15 @@ def _usage_errors() -> Iterator[None]:
 @contextmanager
 def _plain_failures() -> Iterator[None]:
     """Show errors whose message says everything without a traceback."""
+    try:
+        yield
+    except Exception as error:
+        if _says_everything(error):
+            raise pytest.fail.Exception(str(error), pytrace=False) from error
+        raise
+
+
+def _says_everything(error: Exception) -> bool:
     from evaluators.measurement import EvaluationError
     from interventions.types import InterventionError
     from pytest_lmcompose.errors import BuildError
@@ -377,14 +392,9 @@ def _plain_failures() -> Iterator[None]:
     from pytest_lmcompose.thresholds import ThresholdError
     from pytest_lmcompose.world import WorldError
 
-    try:
-        yield
-    except (RecipeError, ThresholdError, StorageError, WorldError, EvaluationError) as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from error
-    except BuildError as error:
-        if isinstance(error.__cause__, InterventionError):
-            raise pytest.fail.Exception(str(error), pytrace=False) from error
-        raise
+    if isinstance(error, BuildError):
+        return isinstance(error.__cause__, InterventionError)
+    return isinstance(error, (RecipeError, ThresholdError, StorageError, WorldError, EvaluationError))
 
 
 def _now() -> str:

@@ -30,7 +30,7 @@ class WorkingModel:
     def __init__(self, model: Any) -> None:
         """Take over `model` and copy its weights: they are the base state."""
         self.model = model
-        parameters = dict(model.named_parameters())
+        parameters = self._parameters = dict(model.named_parameters())
         self._base = {name: _to_host(parameter) for name, parameter in parameters.items()}
         _wait(model)
         self._flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
@@ -49,8 +49,8 @@ class WorkingModel:
 
     def take(self, before: Snapshot, names: Iterable[str]) -> Snapshot:
         """Return a snapshot of the model, in which the parameters `names` changed since `before`."""
-        parameters = dict(self.model.named_parameters())
-        copies = {name: _to_host(parameters[name]) for name in names}
+        self._parameters = dict(self.model.named_parameters())  # a step may have put others in their place
+        copies = {name: _to_host(self._parameters[name]) for name in names}
         _wait(self.model)
         digests = {name: tensor_digest(copy) for name, copy in copies.items()}
         self._present = self._snapshot({**before.changed, **copies}, {**before.digests, **digests})
@@ -79,14 +79,17 @@ class WorkingModel:
 
         Writes the parameters that differ from the present state, or all of them if it is not trusted.
         """
-        for name, parameter in self.model.named_parameters():
+        if not self._trusted:
+            self._parameters = dict(self.model.named_parameters())
+        for name, parameter in self._parameters.items():
             wanted = snapshot.changed.get(name, self._base[name])
             if not self._trusted or wanted is not self._present.changed.get(name, self._base[name]):
                 parameter.copy_(wanted, non_blocking=True)
             parameter.requires_grad_(self._flags[name])
             parameter.grad = None
         _wait(self.model)
-        self.model.eval()
+        if self.model.training or not self._trusted:
+            self.model.eval()
         if self._use_cache is not None:
             self.model.config.use_cache = self._use_cache
         self._present, self._trusted = snapshot, True

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,9 @@ class Rule:
         """Say whether this is a rule for `metric`."""
         return _matches(self.metric, metric)
 
-    @property
+    @cached_property
     def specificity(self) -> tuple[tuple[bool, int], tuple[bool, int]]:
-        """Rank rules that match the same metric of the same composition."""
+        """The rank among rules that match the same metric of the same composition."""
         return _specificity(self.composition), _specificity(self.metric)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators.measurement import EvaluationError, per_unit, ratio_error
 from pytest_lmcompose.composition import BASE
@@ -25,15 +25,18 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 
-def composability(records: Sequence[Record], seed: int) -> dict[str, Any]:
+def composability(records: Sequence[Record], seed: int, metrics: Collection[str] | None = None) -> dict[str, Any]:
     """Return what the sequences of steps cost and what survived them.
 
     That is both composability metrics of every set of steps seen in several orders, and for what has
     a prefix that was measured itself: interference, survival of edits and return of removed knowledge.
 
     A metric that is not finite in some order has null in place of both, and a note; intervals are
-    null where a metric has no samples to draw from.
+    null where a metric has no samples to draw from. With `metrics`, it is made of these alone.
     """
+    if metrics is not None:
+        kept = [[m for m in record["measurements"] if m["metric"] in metrics] for record in records]
+        records = [{**record, "measurements": found} for record, found in zip(records, kept, strict=True)]
     # Workers send their records in any order.
     measured = {r["id"]: r for r in sorted(records, key=lambda r: str(r["id"])) if r["status"] == "measured"}
     sets: defaultdict[tuple[str, ...], list[Record]] = defaultdict(list)
@@ -50,7 +53,7 @@ def composability(records: Sequence[Record], seed: int) -> dict[str, Any]:
             if len(orders) > 1
             for entry in _orders(steps, orders, base, seed)
         ],
-        "interference": [entry for record in measured.values() if (entry := _interference(record, measured))],
+        "interference": list(_interferences(measured)),
         **shares(measured),
     }
 
@@ -160,55 +163,81 @@ def _labels(runs: Sequence[Measured]) -> list[Sequence[int]] | None:
     return [one or range(len(run["samples"])) for one, run in zip(found, runs, strict=True)] if any(found) else None
 
 
-def _interference(record: Record, measured: Mapping[str, Record]) -> dict[str, Any] | None:
-    """Return what later steps of a composition changed, if it has a prefix that was measured itself."""
-    steps = record["requested"]
-    prefixes = ["+".join(steps[:k]) for k in range(1, len(steps) + 1)]
-    tables = [by_metric(measured[p]) if p in measured else None for p in prefixes]
-    if all(table is None for table in tables[:-1]):
-        return None
+class _Outcomes(NamedTuple):
+    """One metric of a state, as changes of it are computed."""
+
+    value: float
+    """NaN where it is not finite."""
+    runs: tuple[tuple[float, ...], ...]
+    """Samples that count alike, in the unit of the value, by repeat."""
+    clusters: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, measured: Measured) -> _Outcomes:
+        runs = runs_of(measured)
+        value = math.nan if measured["value"] is None else measured["value"]
+        return cls(value, tuple(map(_scaled, runs)), tuple(map(clusters_of, runs)))
+
+
+def _interferences(measured: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
+    """Yield what later steps changed, of each composition that has a prefix that was measured itself."""
+    tables: dict[str, dict[str, _Outcomes]] = {}
+    for record in measured.values():
+        steps = record["requested"]
+        prefixes = ["+".join(steps[:k]) for k in range(1, len(steps) + 1)]
+        # Those of the composition before, which shares prefixes, are kept: all of them would be as large as the report.
+        tables = {p: tables.get(p) or _outcomes(measured[p]) for p in prefixes if p in measured}
+        if len(tables) > 1:
+            yield _interference(record["id"], steps, prefixes, tables)
+
+
+def _outcomes(record: Record) -> dict[str, _Outcomes]:
+    return {m["metric"]: _Outcomes.of(m) for m in record["measurements"]}
+
+
+def _interference(
+    composition: str, steps: Sequence[str], prefixes: Sequence[str], tables: Mapping[str, Mapping[str, _Outcomes]]
+) -> dict[str, Any]:
     from evaluators.composability import interference
 
-    metrics = list(tables[-1] or ())
-    values = [
-        None if t is None else {name: math.nan if m["value"] is None else m["value"] for name, m in t.items()}
-        for t in tables
-    ]
+    end = tables[prefixes[-1]]
+    metrics = list(end)
+    on_the_way = [tables.get(p) for p in prefixes]
+    values = [None if t is None else {name: found.value for name, found in t.items()} for t in on_the_way]
     found = interference(tuple(steps), values, metrics)
     return {
-        "composition": record["id"],
+        "composition": composition,
         "metrics": metrics,
         "steps": [
             {
                 "step": step,
                 "prefix": prefix,
                 "change": None if table is None else list(change),
-                "stderr": None
-                if table is None
-                else [_change_error(table.get(m), (tables[-1] or {})[m]) for m in metrics],
+                "stderr": None if table is None else [_change_error(table.get(m), end[m]) for m in metrics],
             }
-            for step, prefix, table, change in zip(found.steps, prefixes, tables, found.change, strict=True)
+            for step, prefix, table, change in zip(found.steps, prefixes, on_the_way, found.change, strict=True)
         ],
     }
 
 
-def _change_error(before: Measured | None, after: Measured) -> float | None:
+def _change_error(before: _Outcomes | None, after: _Outcomes) -> float | None:
     """Return the standard error of the change of one metric, paired on its samples."""
-    from evaluators.significance import error_over_repeats
-
-    if before is None or before["value"] is None or after["value"] is None:
+    if before is None or math.isnan(before.value) or math.isnan(after.value):
         return None
-    runs = [(_scaled(one), _scaled(other)) for one, other in zip(runs_of(before), runs_of(after), strict=False)]
+    runs = list(zip(before.runs, after.runs, strict=False))
     if any(len(one) != len(other) or not one for one, other in runs):
         return None
     changes = [[y - x for x, y in zip(one, other, strict=True)] for one, other in runs]
-    groups = [clusters_of(run) for run in runs_of(after)]
     means = [math.fsum(change) / len(change) for change in changes]
     errors = [
         ratio_error(per_unit([x - mean for x in change], clusters), len(change))
-        for change, mean, clusters in zip(changes, means, groups, strict=False)
+        for change, mean, clusters in zip(changes, means, after.clusters, strict=False)
     ]
-    units = [independent(change, clusters) for change, clusters in zip(changes, groups, strict=False)]
+    if len(errors) == 1:
+        return errors[0]
+    from evaluators.significance import error_over_repeats
+
+    units = [independent(change, clusters) for change, clusters in zip(changes, after.clusters, strict=False)]
     return error_over_repeats(means, errors, units)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +52,14 @@ class Collected:
     shard: Shard | None = None
     """The part of a run that this is."""
 
-    def complete(self, seed: int, *, part: bool = False) -> None:
-        """Judge and compute what takes all records, once they are here; those of a part of a run as such."""
+    def complete(self, seed: int, *, part: bool = False, metrics: Collection[str] | None = None) -> None:
+        """Judge and compute what takes all records, once they are here; those of a part of a run as such.
+
+        Composability is computed of `metrics`, where these are all that will be shown of it.
+        """
         if self.records:
             self.late = settle(self.records.values(), part=part)
-            self.composability = plain(composability(list(self.records.values()), seed))
+            self.composability = plain(composability(list(self.records.values()), seed, metrics))
 
     def add(self, model: dict[str, Any] | None, record: dict[str, Any]) -> None:
         """Keep a record, unless a fuller one of the same composition is here already.

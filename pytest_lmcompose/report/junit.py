@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from _pytest.junitxml import LogXML
+
     from pytest_lmcompose.report.json import Collected
     from pytest_lmcompose.run import Result
 
@@ -30,12 +32,17 @@ def properties_of(result: Result) -> Iterator[tuple[str, str]]:
 
 def add_suite_properties(config: pytest.Config, collected: Collected, seed: int, status: str) -> None:
     """Add the properties of the run to the JUnit file, if there is one; only the controller writes it."""
-    from _pytest.junitxml import xml_key
-
-    xml = config.stash.get(xml_key, None)
+    xml = junit_file(config)
     if xml is not None:
         for name, value in _of_run(collected, seed, status):
             xml.add_global_property(name, value)
+
+
+def junit_file(config: pytest.Config) -> LogXML | None:
+    """Return what writes the JUnit file, if there will be one."""
+    from _pytest.junitxml import xml_key
+
+    return config.stash.get(xml_key, None)
 
 
 def _of_run(collected: Collected, seed: int, status: str) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,6 @@ JSON has no NaN: a number that is not finite becomes null, and a measurement say
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +31,11 @@ _OF_A_REPEAT = ("value", "nonfinite", "stderr", "n", "samples", "weights", "clus
 
 def encode(result: Result, model: dict[str, Any] | None) -> str:
     """Return one JSON string, which survives the crash of the worker that sends it."""
-    return json.dumps({"model": model, "composition": plain(record(result))}, allow_nan=False)
+    found = {"model": model, "composition": record(result)}
+    try:
+        return json.dumps(found, allow_nan=False)
+    except ValueError:  # a number that is not finite: few results have one, and looking for it costs more than the rest
+        return json.dumps(plain(found), allow_nan=False)
 
 
 def decode(text: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -74,9 +77,9 @@ def settle(records: Iterable[dict[str, Any]], *, part: bool = False) -> list[str
     from pytest_lmcompose.gate import settle as settle_gates
 
     found = list(records)
-    verdicts = {r["id"]: tuple(_read_verdict(gate) for gate in r["gates"]) for r in found}
-    if not any(verdict.paired for group in verdicts.values() for verdict in group):
+    if not any(gate.get("paired") for record in found for gate in record["gates"]):
         return []
+    verdicts = {r["id"]: tuple(_read_verdict(gate) for gate in r["gates"]) for r in found}
     late = []
     planned = max(v.paired.gates for group in verdicts.values() for v in group if v.paired) if part else 0
     for name, group in settle_gates(verdicts, planned).items():
@@ -105,12 +108,12 @@ def clusters_of(measurement: Measured) -> tuple[int, ...]:
 
 def plain(value: Any) -> Any:
     """Return `value` with null for every number that is not finite."""
+    if isinstance(value, float):  # as most values of a report are
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     return value
 
 
@@ -144,7 +147,7 @@ def _measurement(measurement: Measurement, repeats: Sequence[Repeat]) -> dict[st
 
 
 def _fields(measurement: Measurement) -> dict[str, Any]:
-    fields = dataclasses.asdict(measurement)
+    fields = dict(vars(measurement))  # `asdict` would copy each of thousands of samples
     if not math.isfinite(measurement.value):
         fields["nonfinite"] = str(measurement.value)
     for name in ("weights", "clusters"):
@@ -154,9 +157,11 @@ def _fields(measurement: Measurement) -> dict[str, Any]:
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    fields = dataclasses.asdict(verdict)
+    fields = dict(vars(verdict))
     if verdict.paired is None:
         del fields["paired"]
+    else:
+        fields["paired"] = dict(vars(verdict.paired))
     return fields
 
 

@@ -88,7 +88,7 @@ def _joined(measured: Measured) -> Measurement:
     rows = [[float(x) for x in run["samples"]] for run in runs]
     groups = [clusters_of(run) for run in runs]
     if len({(len(row), clusters) for row, clusters in zip(rows, groups, strict=True)}) == 1:
-        samples = tuple(math.fsum(row) / len(row) for row in zip(*rows, strict=True))
+        samples = tuple(rows[0] if len(rows) == 1 else (math.fsum(row) / len(row) for row in zip(*rows, strict=True)))
         clusters = groups[0]
     else:
         samples = tuple(x for row in rows for x in row)

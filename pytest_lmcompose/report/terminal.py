@@ -69,12 +69,19 @@ def write_blocks(reporter: pytest.TerminalReporter, found: Sequence[Sequence[Seq
     for block in found:
         widths = [_width(column) for column in zip(*block, strict=True)]
         for line, row in enumerate(block):
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-                text = cell.text + (FAILED if cell.failed else "")
-                padded = text.ljust(width) if i == 0 else " " * GAP + text.rjust(width)
-                reporter.write(padded, red=cell.failed, bold=line == 0)
+            padded = list(map(_padded, row, widths, range(len(row))))
+            if any(cell.failed for cell in row):
+                for text, cell in zip(padded, row, strict=True):
+                    reporter.write(text, red=cell.failed, bold=line == 0)
+            else:  # at once, since there may be thousands
+                reporter.write("".join(padded), bold=line == 0)
             reporter.write("\n")
         reporter.write("\n")
+
+
+def _padded(cell: Cell, width: int, column: int) -> str:
+    text = cell.text + (FAILED if cell.failed else "")
+    return text.ljust(width) if column == 0 else " " * GAP + text.rjust(width)
 
 
 def write_summary(

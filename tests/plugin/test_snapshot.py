@@ -61,6 +61,36 @@ def test_only_tensors_that_differ_are_written_unless_the_model_was_given_away() 
     assert hash_weights(working.model) == state.state_hash
 
 
+def test_parameters_that_take_the_place_of_others_are_the_ones_restored() -> None:
+    working = WorkingModel(tiny_model())
+    projection = working.model.model.layers[0].mlp.down_proj
+
+    def replace() -> None:
+        working.distrust()
+        projection.weight = torch.nn.Parameter(torch.rand_like(projection.weight))
+
+    replace()
+    state = working.take(working.base, NAMES[:1])
+    for snapshot in (working.base, state):
+        working.restore(snapshot)
+        assert hash_weights(working.model) == snapshot.state_hash
+    replace()
+    working.restore(state)
+    assert hash_weights(working.model) == state.state_hash
+
+
+def test_a_restored_model_is_in_eval_mode_whoever_changed_that() -> None:
+    working = WorkingModel(tiny_model())
+    working.restore(working.base)
+    working.model.train()
+    working.restore(working.base)
+    assert not any(module.training for module in working.model.modules())
+    working.distrust()
+    working.model.model.layers[0].mlp.train()
+    working.restore(working.base)
+    assert not any(module.training for module in working.model.modules())
+
+
 def test_a_state_read_back_is_the_same_and_shares_what_is_there() -> None:
     working = WorkingModel(tiny_model())
     change(working, NAMES[0])
