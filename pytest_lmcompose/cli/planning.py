@@ -11,7 +11,7 @@ import pytest
 from pytest_lmcompose.cli.flags import PREFIX, Flag, plugin_flags
 from pytest_lmcompose.cli.problems import REFUSED
 
-SHOWN = ("model", "suite", "compose", "set", "repeats", "cache-dir", "no-cache")
+SHOWN = ("model", "suite", "compose", "set", "repeats", "shard", "cache-dir", "no-cache")
 """The flags that the plan depends on. The others are taken too, so that a command line can be used as it is."""
 
 
@@ -28,7 +28,9 @@ class _Plan:
 
         session = Session(config, read_options(config))
         session.check()
-        self.lines += session.run.plan(session.compositions())
+        compositions, shard = session.compositions(), session.options.shard
+        mine = frozenset(compositions) if shard is None else shard.of(compositions)
+        self.lines += session.run.plan(c for c in compositions if c in mine)
         return 0
 
 

@@ -111,6 +111,9 @@ def test_the_first_sentence_of_a_text() -> None:
     assert first_sentence('It is gone. "Really?" he said.\n\nMore.') == "It is gone"
 
 
+PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
 def test_plan_prints_what_pytest_would(apart: Apart, tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nlmcompose_compose = memit\n")
     from_ini = apart("plan")
@@ -120,11 +123,27 @@ def test_plan_prints_what_pytest_would(apart: Apart, tmp_path: Path) -> None:
     ours = apart("plan", "--compose=memit+awq", *chosen[1:], "--json=none/at/all.json")
     assert ours.returncode == 0, ours.stderr
     (tmp_path / "test_it.py").write_text("def test_it(gates): ...\n")
-    theirs = apart(
-        "-q", "--lmcompose-plan", *chosen, code="import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    ).stdout
+    theirs = apart("-q", "--lmcompose-plan", *chosen, code=PYTEST).stdout
     assert ours.stdout.strip() in theirs
     assert "3 steps to apply instead of 4 (1 saved by shared prefixes), 2 times" in ours.stdout
+
+
+def test_plan_is_that_of_the_shard(apart: Apart, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(gates): ...\n")
+    chosen = [f"--lmcompose-compose={name}" for name in ("rtn+memit", "base", "memit+rtn", "rtn", "memit")]
+    plans = []
+    for number in (1, 2):
+        ours = apart("plan", *chosen, f"--shard={number}/2")
+        assert ours.returncode == 0, ours.stderr
+        theirs = apart("-q", "--lmcompose-plan", *chosen, f"--lmcompose-shard={number}/2", code=PYTEST).stdout
+        assert ours.stdout.strip() in theirs
+        plans.append(ours.stdout.splitlines())
+    assert [plan[0].partition(":")[0] for plan in plans] == ["3 compositions", "2 compositions"]
+    assert plans[0][-3:] == ["base", "  memit", "    rtn"] and plans[1][-3:] == ["(base)", "  rtn", "    memit"]
+    (tmp_path / "pytest.ini").write_text("[pytest]\nlmcompose_shard = 2/2\n")
+    assert apart("plan", *chosen).stdout.splitlines() == plans[1]
+    refused = apart("plan", *chosen, "--shard=3/2")
+    assert (refused.returncode, refused.stdout) == (2, "") and "expected K/N" in refused.stderr
 
 
 @pytest.mark.parametrize(
