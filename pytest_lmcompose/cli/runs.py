@@ -77,6 +77,7 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
     import dataclasses
 
     from pytest_lmcompose.compare import compare_reports
+    from pytest_lmcompose.report.compared import BAD
 
     (old_path, before), (new_path, after) = load(old, storage), load(new, storage)
     found = compare_reports(before, after)
@@ -90,7 +91,7 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
         _write_comparison(old_path, new_path, found, rows, every)
     if found.problem is not None:
         raise Refused(f"{old_path} and {new_path} cannot be compared: {found.problem}")
-    if fail and any(row.verdict in ("worse", "gone", "unknown") for row in rows):
+    if fail and any(row.verdict in BAD for row in rows):
         raise click.exceptions.Exit(FAILED)
 
 
@@ -161,28 +162,15 @@ def _only(record: Mapping[str, Any], globs: Sequence[str]) -> dict[str, Any]:
 
 
 def _write_comparison(old: Path, new: Path, found: Any, rows: Sequence[Any], every: bool) -> None:
-    from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
+    from pytest_lmcompose.report.compared import QUIET, write_rows
 
     click.echo(f"old: {old}\nnew: {new}")
     for difference in found.differences:
         click.echo(f"  other {difference.what}: {difference.message}")
-    quiet = ("equal", "same")
-    shown = [row for row in rows if every or row.verdict not in quiet]
-    table = [[Cell(name) for name in ("composition  metric", "old", "new", "change", "p (Holm)", "verdict")]]
-    for row in shown:
-        change = MISSING if row.difference is None else f"{row.difference:+.3g}"
-        error = "" if row.stderr is None else f" ±{row.stderr:.2g}"
-        p = MISSING if row.p_holm is None else f"{row.p_holm:.2g}"
-        values = [MISSING if value is None else number(value) for value in (row.old, row.new)]
-        verdict = row.verdict + (f": {row.note}" if row.note else "")
-        bad = row.verdict in ("worse", "gone", "unknown")
-        cells = [*values, change + error, p, verdict]
-        table.append([Cell(f"{row.composition}  {row.metric}", bad), *map(Cell, cells)])
+    shown = [row for row in rows if every or row.verdict not in QUIET]
     if shown:
         click.echo()
-        console = Console()
-        columns = [list(column) for column in zip(*table, strict=True)]
-        write_blocks(cast(pytest.TerminalReporter, console), blocks(columns, console._tw.fullwidth))
+        write_rows(cast(pytest.TerminalReporter, Console()), shown)
     counts = {
         verdict: sum(row.verdict == verdict for row in rows) for verdict in dict.fromkeys(r.verdict for r in rows)
     }

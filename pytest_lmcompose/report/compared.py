@@ -1,4 +1,4 @@
-"""The terminal's part on stored runs and on rules: what changed since the baseline, drift, rules that match nothing."""
+"""The terminal's part on stored runs and on rules: what changed between two, drift, rules that match nothing."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def comparison_rows(rows: Iterable[Row], failed: Collection[tuple[str, str]] = (
         bad = row.verdict in BAD or (row.composition, row.metric) in failed
         table.append([Cell(f"{row.composition}  {row.metric}", bad), *map(Cell, cells)])
     return table
+
+
+def write_rows(
+    reporter: pytest.TerminalReporter, rows: Iterable[Row], failed: Collection[tuple[str, str]] = ()
+) -> None:
+    """Write `comparison_rows` as a table."""
+    columns = [list(column) for column in zip(*comparison_rows(rows, failed), strict=True)]
+    write_blocks(reporter, blocks(columns, reporter._tw.fullwidth))
 
 
 def write_outcome(
@@ -95,8 +103,7 @@ def _write_comparison(
     both = [row for row in found.rows if row.composition not in _alone(found.rows)]
     rows = [row for row in both if every or row.verdict not in QUIET or (row.composition, row.metric) in failed]
     if rows:
-        columns = [list(column) for column in zip(*comparison_rows(rows, failed), strict=True)]
-        write_blocks(reporter, blocks(columns, reporter._tw.fullwidth))
+        write_rows(reporter, rows, failed)
     equal, same = (sum(row.verdict == verdict for row in both) for verdict in QUIET)
     reporter.write_line(
         f"of {len(both)} metrics {equal} have not changed in any sample, and {same} by no more than noise"
