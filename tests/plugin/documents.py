@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluators.measurement import Measurement
+from pytest_lmcompose.report.json import SCHEMA_MINOR, SCHEMA_VERSION
 
 Samples = Mapping[str, Sequence[float]]
 """By metric; those of `accuracy/hazardous` and perplexities are better low."""
@@ -15,18 +16,31 @@ def measured(metric: str, samples: Sequence[float]) -> dict[str, Any]:
     """Return the mean of `samples` as a report has it."""
     lower = metric.startswith(("accuracy/hazardous", "perplexity"))
     found = Measurement.mean(metric, list(samples), higher_is_better=not lower)
+    return measurement(metric, found.value, found.stderr, samples, better=not lower)
+
+
+def measurement(
+    metric: str, value: float, error: float | None, samples: Sequence[float], *, better: bool, note: str = ""
+) -> dict[str, Any]:
+    """Return a measurement as a report has it, whether or not the samples make its value."""
     return {
         "metric": metric,
-        "value": found.value,
-        "stderr": found.stderr,
-        "n": found.n,
-        "higher_is_better": found.higher_is_better,
-        "samples": list(found.samples),
-        "note": "",
+        "value": value,
+        "stderr": error,
+        "n": len(samples),
+        "higher_is_better": better,
+        "samples": list(samples),
+        "note": note,
     }
 
 
 def composition(name: str, metrics: Samples, **fields: Any) -> dict[str, Any]:
+    """Return the record of a composition that was measured, with hashes of what was asked."""
+    data = {part: "a" for part in ("edits", "facts", "texts", "questions", "methods")}
+    return record(name, [measured(metric, samples) for metric, samples in metrics.items()], data=data) | fields
+
+
+def record(name: str, measurements: Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
     """Return the record of a composition that was measured."""
     steps = [] if name == "base" else name.split("+")
     return {
@@ -38,8 +52,7 @@ def composition(name: str, metrics: Samples, **fields: Any) -> dict[str, Any]:
         "state_hash": "0" * 64,
         "steps": [],
         "evaluate_seconds": 1.0,
-        "data": {part: "a" for part in ("edits", "facts", "texts", "questions", "methods")},
-        "measurements": [measured(metric, samples) for metric, samples in metrics.items()],
+        "measurements": list(measurements),
         "gates": [],
     } | fields
 
@@ -47,8 +60,8 @@ def composition(name: str, metrics: Samples, **fields: Any) -> dict[str, Any]:
 def report(compositions: Mapping[str, Samples], /, **fields: Any) -> dict[str, Any]:
     """Return a report in the schema."""
     return {
-        "schema_version": 1,
-        "schema_minor": 3,
+        "schema_version": SCHEMA_VERSION,
+        "schema_minor": SCHEMA_MINOR,
         "status": "finished",
         "started": "2026-01-01T00:00:00+00:00",
         "finished": "2026-01-01T01:00:00+00:00",

@@ -8,7 +8,7 @@ import random
 from typing import Any
 
 from pytest_lmcompose.report.composability import composability
-from pytest_lmcompose.report.json import SCHEMA_MINOR, SCHEMA_VERSION
+from tests.plugin.documents import measurement, record, report
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,27 +24,18 @@ COMPOSITIONS = (
     *("memit+awq", "awq+memit", "memit+wanda", "wanda+memit", "rmu+awq", "awq+rmu", "rmu+memit", "memit+rmu"),
     *("memit+awq[bits=2]", "memit+awq[bits=3]", "rmu+relearn"),
 )
+NOTE = "made up"
 RATES = {"edit_success_exact": 20, "edit_locality_agreement": 20, "recall": 120, "accuracy/harmless": 96}
 
 
 def rich(compositions: tuple[str, ...] = COMPOSITIONS, *, harm: float = 0.0, seed: int = 0) -> dict[str, Any]:
     """Return a report; `harm` makes every edited model worse by so much."""
-    records = [_record(name, harm) for name in compositions]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "schema_minor": SCHEMA_MINOR,
-        "status": "finished",
+    plain, records = report({}), [_record(name, harm) for name in compositions]
+    return plain | {
         "started": "2026-01-02T03:04:05+00:00",
         "finished": "2026-01-02T03:14:05+00:00",
         "seed": seed,
-        "repeats": 1,
-        "environment": {
-            "python": "3.11.7",
-            "platform": "Linux",
-            "machine": "x86_64",
-            "cores": 2,
-            "packages": {"torch": "2.13.0", "transformers": "5.17.0"},
-        },
+        "environment": {**plain["environment"], "packages": {"torch": "2.13.0", "transformers": "5.17.0"}},
         "model": {
             "id": f"tiny {HOSTILE}",
             "location": "/models/tiny",
@@ -119,24 +110,19 @@ def _record(name: str, harm: float) -> dict[str, Any]:
     found.append(_rate("accuracy/hazardous", 72, rates["accuracy/hazardous"], better=False))
     logs = [1.5 + 0.02 * (i % 9) + 2 * squeeze**2 for i in range(40)]
     mean = math.fsum(logs) / len(logs)
-    perplexity = _measured("perplexity", math.exp(mean), 0.1, logs, better=False)
+    perplexity = measurement("perplexity", math.exp(mean), 0.1, logs, better=False, note=NOTE)
     if name == "awq[bits=2]":
         perplexity |= {"value": None, "nonfinite": "inf", "stderr": None}
     bits = 32 * (1 - squeeze)
-    found += [perplexity, _measured("average_bits", bits, 0.0, [bits], better=False)]
-    found[-1]["note"] = "read, not sampled"
-    return {
-        "id": name,
-        "requested": steps,
-        "executed": steps,
-        "status": "measured",
-        "error": None,
-        "state_hash": "cd" * 32,
-        "steps": [_step(step, i) for i, step in enumerate(steps)],
-        "evaluate_seconds": 3.25,
-        "measurements": found,
-        "gates": [_gate(name, measured) for measured in found if measured["metric"] in ("recall", "perplexity")],
-    }
+    found += [perplexity, measurement("average_bits", bits, 0.0, [bits], better=False, note="read, not sampled")]
+    return record(
+        name,
+        found,
+        state_hash="cd" * 32,
+        steps=[_step(step, i) for i, step in enumerate(steps)],
+        evaluate_seconds=3.25,
+        gates=[_gate(name, measured) for measured in found if measured["metric"] in ("recall", "perplexity")],
+    )
 
 
 def _levels(steps: list[str]) -> tuple[dict[str, float], float]:
@@ -165,19 +151,7 @@ def _rate(metric: str, n: int, rate: float, *, better: bool = True) -> dict[str,
     random.Random(metric).shuffle(order)
     samples = [float(place < round(rate * n)) for place in order]
     value = math.fsum(samples) / n
-    return _measured(metric, value, math.sqrt(value * (1 - value) / (n - 1)), samples, better=better)
-
-
-def _measured(metric: str, value: float, error: float, samples: list[float], *, better: bool) -> dict[str, Any]:
-    return {
-        "metric": metric,
-        "value": value,
-        "stderr": error,
-        "n": len(samples),
-        "higher_is_better": better,
-        "samples": samples,
-        "note": "made up",
-    }
+    return measurement(metric, value, math.sqrt(value * (1 - value) / (n - 1)), samples, better=better, note=NOTE)
 
 
 def _step(step: str, place: int) -> dict[str, Any]:
