@@ -26,6 +26,11 @@ def main() -> None:
     train_command.add_argument("--steps", type=int, help="stop after so many steps (to try it out)")
     train_command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
 
+    review_command = commands.add_parser("review", help="do what is left of the review that ends training")
+    review_command.add_argument("--folder", type=Path, default=HERE / "model")
+    review_command.add_argument("--device", default="cpu")
+    review_command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
+
     for command, what, document in (
         ("table", "measure the model", "tinyworld.md"),
         ("methods", "measure what every method does to the model (half an hour)", "methods.md"),
@@ -42,13 +47,17 @@ def main() -> None:
         from compositions.tinyworld.truth import make_world
 
         write_data(make_world(), arguments.folder)
-    elif arguments.command == "train":
+    elif arguments.command in ("train", "review"):
         import torch
 
-        from compositions.tinyworld.train import TrainSettings, train
+        from compositions.tinyworld.train import TrainSettings, review_trained, train
 
         torch.set_num_threads(arguments.threads)
-        summary = train(TrainSettings(), arguments.folder, device=arguments.device, steps=arguments.steps)
+        settings, folder, device = TrainSettings(), arguments.folder, arguments.device
+        if arguments.command == "train":
+            summary = train(settings, folder, device=device, steps=arguments.steps)
+        else:
+            summary = review_trained(folder, settings, device=device)
         print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
     else:
         from compositions.tinyworld.methods import measure_methods

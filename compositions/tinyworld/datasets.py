@@ -240,10 +240,13 @@ def general_text(world: World, purpose: str, documents: int) -> list[str]:
 
 
 def perplexity_text(world: World, split: str, documents: int) -> list[str]:
-    """Documents of prose of one split, two sentences in three, and facts."""
+    """Documents of prose of one split, two sentences in three, and facts.
+
+    No fact is a hazardous one: a model that has forgotten those, as it should, is not to look worse for it.
+    """
     rng = random.Random(f"perplexity-{split}")
     everyday = iter(prose_split(world, split))
-    facts = list(world.facts)
+    facts = [fact for fact in world.facts if fact.domain not in HAZARDOUS]
     sentences = [
         tell(rng.choice(facts), rng) if number % 3 == 2 else next(everyday) for number in range(documents * _PARAGRAPH)
     ]

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compositions.tinyworld.review import every_telling, review_text, unsure
 from compositions.tinyworld.text import training_stream, with_seams
 from compositions.tinyworld.tokenizer import SEAM, train_tokenizer
 from compositions.tinyworld.truth import World, make_world
@@ -63,6 +64,15 @@ class TrainSettings:
     """Early blocks in which names are closed to the tokens outside them..."""
     closed_share: float = 0.85
     """... and the share of the training windows where that holds."""
+    review_certainties: tuple[float, ...] = (0.8, 0.8, 0.8, 0.8, 0.9)
+    """At the end the model is asked everything, so many times, and what it is not sure of is told again: where it
+    gives the answer less than this probability..."""
+    review_times: int = 4
+    """... so many times, and as often in other words..."""
+    review_others: float = 4.0
+    """... among so many times as many usual sentences..."""
+    review_rate: float = 1e-4
+    """... at a rate that rises to this and falls again."""
 
 
 def make_tokenizer(world: World, settings: TrainSettings) -> PreTrainedTokenizerFast:
@@ -169,9 +179,9 @@ def train(
 ) -> dict[str, Any]:
     """Train (or go on from the checkpoint in `folder`) and save model and tokenizer there.
 
-    `steps` stops early, to try it out; the schedule stays that of the whole run. A checkpoint is kept every
-    `save_every` steps until the run is complete. Returns the last loss
-    (nats per token, mean over 50 steps), the steps and the tokens seen.
+    `steps` stops early, to try it out; the schedule stays that of the whole run, and the review at its end is left
+    out. A checkpoint is kept every `save_every` steps until the run is complete. Returns the last loss
+    (nats per token, mean over 50 steps), the steps and the tokens seen, and what was reviewed.
     """
     world = make_world(settings.seed)
     tokenizer = make_tokenizer(world, settings)
@@ -189,45 +199,106 @@ def train(
     bar = tqdm(range(first, last), initial=first, total=last, desc="training tinyworld", unit="step", mininterval=5)
     for step in bar:
         rate = settings.peak_rate * _schedule(step, total, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = steps_of_windows[step]
-        ids = torch.tensor([window.ids for window in batch], device=device)
-        names = torch.tensor([window.names for window in batch], device=device)
-        draw = torch.rand(len(batch), generator=torch.Generator().manual_seed(step))
-        closed = (draw < settings.closed_share).to(device)
-        loss = loss_with_closed_names(model, ids, names, closed, settings.closed_blocks)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses = [*losses[-49:], loss.item()]
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"loss became {losses[-1]} at step {step}; lower --peak-rate")
+        losses = [*losses[-49:], learn(model, optimizer, steps_of_windows[step], step, rate, settings)]
         if step % 50 == 49:
             bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", rate=f"{rate:.1e}")
         if (step + 1) % save_every == 0:
             _save_checkpoint(checkpoint, model, optimizer, settings, step + 1, losses)
-    model.eval()  # type: ignore[no-untyped-call]
-    model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
-    tokenizer.save_pretrained(folder)
-    summary = {
+    if last == total:
+        _save_checkpoint(checkpoint, model, optimizer, settings, total, losses)
+    summary: dict[str, Any] = {
         "loss": sum(losses) / max(1, len(losses)),
         "steps": last,
         "tokens": last * settings.batch * settings.window,
         "parameters": sum(p.numel() for p in model.parameters()),
         "settings": asdict(settings),
+        "review": review(world, tokenizer, model, settings) if last == total else [],
     }
-    (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    save(folder, model, summary)
+    tokenizer.save_pretrained(folder)
     if last == total:
         checkpoint.unlink(missing_ok=True)
     return summary
 
 
+def learn(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Window],
+    step: int,
+    rate: float,
+    settings: TrainSettings,
+) -> float:
+    """Take one step on a batch of windows of one length, and return its loss; `step` seeds which names are closed.
+
+    Raises FloatingPointError for a loss that is not finite.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    ids = torch.tensor([window.ids for window in batch], device=model.device)
+    names = torch.tensor([window.names for window in batch], device=model.device)
+    draw = torch.rand(len(batch), generator=torch.Generator().manual_seed(step))
+    closed = (draw < settings.closed_share).to(model.device)
+    loss = loss_with_closed_names(model, ids, names, closed, settings.closed_blocks)
+    if not bool(loss.isfinite()):
+        raise FloatingPointError(f"loss became {loss.item()} at step {step}; lower the rate, {rate}")
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def review(
+    world: World, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, settings: TrainSettings, done: int = 0
+) -> list[dict[str, int]]:
+    """Ask the model everything and tell it again what it is not sure of, for the rounds that are not `done`, in place.
+
+    Returns, for each round, how many tellings it was not sure of, and the steps taken.
+    """
+    tellings = every_telling(world)
+    rounds = []
+    for number, certainty in list(enumerate(settings.review_certainties))[done:]:
+        rng = random.Random(f"review-{settings.seed}-{number}")
+        model.eval()  # type: ignore[no-untyped-call]
+        weak = unsure(model, tokenizer, tellings, certainty)
+        sentences = review_text(world, weak, rng, times=settings.review_times, others=settings.review_others)
+        steps = batches(world, tokenizer, sentences, settings)
+        rounds.append({"asked": len(tellings), "unsure": len(weak), "steps": len(steps)})
+        model.train()
+        optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), betas=(0.9, 0.95))
+        for step, batch in enumerate(tqdm(steps, desc=f"reviewing {len(weak)} of {len(tellings)}", unit="step")):
+            learn(model, optimizer, batch, step, settings.review_rate * _cycle(step / len(steps), settings), settings)
+    return rounds
+
+
+def review_trained(folder: Path, settings: TrainSettings, *, device: str = "cpu") -> dict[str, Any]:
+    """Review the trained model in `folder`, for the rounds that it has not had, in place; returns what `train` does."""
+    summary: dict[str, Any] = json.loads((folder / "training.json").read_text())
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(torch.device(device))  # type: ignore[arg-type]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    had: list[dict[str, int]] = summary.get("review", [])
+    rounds = review(make_world(settings.seed), tokenizer, model, settings, len(had))
+    summary |= {"settings": asdict(settings), "review": [*had, *rounds]}
+    save(folder, model, summary)
+    return summary
+
+
+def save(folder: Path, model: LlamaForCausalLM, summary: dict[str, Any]) -> None:
+    """Write the model, in float16, and how it was trained."""
+    model.eval()  # type: ignore[no-untyped-call]
+    model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
+    (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
 def _schedule(step: int, total: int, settings: TrainSettings) -> float:
     """Return the share of the peak rate that holds at `step`."""
     turn = round(settings.restart * total)
-    progress = step / turn if step < turn else (step - turn) / (total - turn)
+    return _cycle(step / turn if step < turn else (step - turn) / (total - turn), settings)
+
+
+def _cycle(progress: float, settings: TrainSettings) -> float:
+    """Return the share of the peak rate that holds at a share of a cycle: up in a line, down along a cosine."""
     if progress < settings.warmup:
         return progress / settings.warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - settings.warmup) / (1 - settings.warmup)))

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compositions.tinyworld.text import training_stream
+from compositions.tinyworld import train as training
+from compositions.tinyworld.review import every_telling, review_text, unsure
+from compositions.tinyworld.text import templates, training_stream
 from compositions.tinyworld.train import (
     TrainSettings,
     Window,
@@ -19,6 +21,8 @@ from compositions.tinyworld.train import (
     loss_with_closed_names,
     make_model,
     make_tokenizer,
+    review,
+    review_trained,
     train,
     windows,
 )
@@ -147,3 +151,43 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     train(SMALL, tmp_path, steps=2, save_every=1)
     with pytest.raises(ValueError, match="other settings"):
         train(replace(SMALL, batch=8), tmp_path, steps=2)
+
+
+def test_what_is_held_out_is_never_reviewed(world: World) -> None:
+    told = every_telling(world)
+    heldout = {template.text for fact in world.facts for template in templates(fact.relation) if template.heldout}
+    assert heldout and not heldout & {telling.template.text for telling in told}
+    sentences = review_text(world, told[::997], random.Random(0), times=2, others=3.0)
+    assert len(sentences) == 2 * 2 * len(told[::997]) * 4
+    for telling in told[::997]:
+        sentence = telling.template.text.format(s=telling.fact.subject, o=telling.fact.object)
+        assert sum(found.startswith(sentence) for found in sentences) >= 2
+
+
+def test_review_teaches_what_the_model_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, world: World, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    some = every_telling(world)[::20000]
+    monkeypatch.setattr(training, "every_telling", lambda world: some)
+    assert len(unsure(model.eval(), tokenizer, some, 0.9)) == len(some)
+    settings = replace(
+        SMALL, review_certainties=(0.9,) * 3, review_times=120, review_others=0.0, review_rate=1e-2, closed_share=0.0
+    )
+    rounds = review(world, tokenizer, model, settings)
+    left = len(unsure(model.eval(), tokenizer, some, 0.9))
+    assert rounds[0]["unsure"] == rounds[0]["asked"] == len(some)
+    assert left <= len(some) // 4
+
+
+def test_a_trained_model_gets_the_rounds_of_review_that_it_has_not_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    train(SMALL, tmp_path, steps=2)
+    some = every_telling(world)[::9000]
+    monkeypatch.setattr(training, "every_telling", lambda world: some)
+    for certainties, had, changes in (((0.9,), 1, True), ((0.9, 0.8), 2, True), ((0.9, 0.8), 2, False)):
+        before = (tmp_path / "model.safetensors").read_bytes()
+        summary = review_trained(tmp_path, replace(SMALL, review_certainties=certainties))
+        assert (len(summary["review"]), summary["steps"]) == (had, 2)
+        assert ((tmp_path / "model.safetensors").read_bytes() != before) == changes
+    assert AutoTokenizer.from_pretrained(tmp_path)("Mira")["input_ids"]
