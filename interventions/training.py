@@ -76,6 +76,11 @@ class Trainer:
         """The names of the trained parameters."""
         return list(self._parameters)
 
+    def set_rate(self, lr: float) -> None:
+        """Take the updates to come at another rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
     def backward(self, loss: Tensor) -> float:
         """Add the loss's gradients and return its value; InterventionError if that is not finite."""
         value = float(loss.detach())

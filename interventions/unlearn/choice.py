@@ -52,14 +52,20 @@ def named_in_blocks(
     return chosen
 
 
-def whole_blocks(model: nn.Module, anatomy: Anatomy, layers: Sequence[int], *, head: bool) -> dict[str, nn.Parameter]:
-    """Return all parameters of the blocks `layers`, and of the final norm and the output head.
+def trained_parameters(
+    method: str, model: nn.Module, anatomy: Anatomy, layers: Sequence[int], settings: TrainingSettings
+) -> dict[str, nn.Parameter]:
+    """Return what `settings` trains: in the blocks `layers` all or what it names, and the final norm and output head.
 
     A head whose weight is used elsewhere, as by tied embeddings, is left out.
     """
-    modules = [anatomy.blocks[layer].module for layer in layers]
-    wanted = {id(p) for module in modules for p in module.parameters()}
-    if head:
+    blocks = [anatomy.blocks[layer] for layer in layers]
+    if settings.parameters is None:
+        chosen = [p for block in blocks for p in block.module.parameters()]
+    else:
+        chosen = list(named_in_blocks(method, model, blocks, settings.parameters).values())
+    wanted = {id(p) for p in chosen}
+    if settings.train_head:
         embedded = {id(p) for p in anatomy.embeddings.parameters()}
         ends = [*anatomy.final_norm.parameters(), *anatomy.head.parameters()]
         wanted |= {id(p) for p in ends} - embedded

@@ -14,7 +14,7 @@ from interventions.anatomy import find_anatomy, module_device
 from interventions.step import Context
 from interventions.training import Trainer, workable_precision
 from interventions.types import InterventionError, Resources
-from interventions.unlearn.choice import last_layers, whole_blocks
+from interventions.unlearn.choice import last_layers, trained_parameters
 from interventions.unlearn.settings import TrainingSettings
 from interventions.unlearn.texts import TextBatch, choose_topics, endless, make_batches, shuffled, tokenise
 
@@ -74,7 +74,7 @@ def train_on_likelihood(
         )
     anatomy = find_anatomy(model)
     layers = last_layers(method, settings, len(anatomy.blocks))
-    parameters = whole_blocks(model, anatomy, layers, head=settings.train_head)
+    parameters = trained_parameters(method, model, anatomy, layers, settings)
     device = module_device(model)
 
     def rows(texts: Sequence[str], source: str) -> list[list[int]]:
@@ -85,7 +85,8 @@ def train_on_likelihood(
     ]
     forget = make_batches(chosen, settings.batch_size, tokenizer, device)
     kept = rows(resources.retain, "retain texts") if terms.retain_weight else []
-    retain = endless(make_batches(kept, settings.batch_size, tokenizer, device), context.generator(f"{method} retain"))
+    beside = settings.retain_batch_size or settings.batch_size
+    retain = endless(make_batches(kept, beside, tokenizer, device), context.generator(f"{method} retain"))
     losses: dict[str, list[float]] = {"forget": [], "retain": []}
     with workable_precision(model):
         trainer = Trainer(
@@ -98,7 +99,10 @@ def train_on_likelihood(
             preserve_mask=settings.preserve_mask,
         )
         text_losses = terms.forget(model, forget)
-        for batches in _updates(forget, settings, context.generator(f"{method} order")):
+        updates = list(_updates(forget, settings, context.generator(f"{method} order")))
+        for number, batches in enumerate(updates):
+            if settings.decay:
+                trainer.set_rate(settings.lr * (1 - number / len(updates)))
             losses["forget"].append(
                 add_gradients(trainer, model, batches, text_losses, terms.by_token, terms.forget_weight)
             )
@@ -153,7 +157,7 @@ def add_gradients(
 
 
 def _check(method: str, settings: TrainingSettings, terms: Terms) -> None:
-    for name in ("samples", "epochs", "batch_size", "accumulation", "max_updates"):
+    for name in ("samples", "epochs", "batch_size", "retain_batch_size", "accumulation", "max_updates"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise InterventionError(f"{method}.{name}={value}: need at least 1")

@@ -46,13 +46,20 @@ class TrainingSettings:
     layers: list[int] | None = None
     """Blocks that are trained; None: the last `layer_fraction` of them."""
     layer_fraction: float = 0.5
+    parameters: list[str] | None = None
+    """What is trained in those blocks: attention_in, attention_out, mlp_in or mlp_out for the weights of such linear
+    layers, or names of parameters as they are inside a block; None: all."""
     train_head: bool = True
     """Train the final norm and the output head too; a head that shares its weights with the embeddings is not."""
     lr: float = 5e-5
+    decay: bool = False
+    """Let the rate fall in a line, to nothing after the last update."""
     epochs: int = 1
     """Passes over the forget text."""
     batch_size: int = 4
     """Texts that run through the model together."""
+    retain_batch_size: int | None = None
+    """Retain texts beside each batch of forget text; None: as many."""
     accumulation: int = 1
     """Batches of an update; the last update takes what is left."""
     max_updates: int | None = None

@@ -15,8 +15,9 @@ from torch import nn
 from interventions import InterventionError, Resources, apply
 from interventions.anatomy import find_anatomy
 from interventions.training import Trainer
-from interventions.unlearn.choice import whole_blocks
+from interventions.unlearn.choice import trained_parameters
 from interventions.unlearn.likelihood import add_gradients, nll_by_token, text_nll
+from interventions.unlearn.settings import GdSettings
 from interventions.unlearn.texts import make_batches, tokenise
 from tests.interventions.unlearning import (
     RESOURCES,
@@ -61,7 +62,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_without_padding(
     family: str, batch_size: int, tokenizer: Any
 ) -> None:
     model, plain = tiny_model(family), tiny_model(family)
-    parameters = whole_blocks(model, find_anatomy(model), [1], head=True)
+    parameters = trained_parameters("gd", model, find_anatomy(model), [1], GdSettings())
     trainer = Trainer("gd", model, parameters, lr=1e-3)
     forget, retain = (
         make_batches(tokenise(model, tokenizer, texts, 512, "texts"), batch_size, tokenizer, CPU)
@@ -80,8 +81,9 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_without_padding(
             assert parameter.grad is None
 
 
+@pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
-def test_a_run_takes_the_very_steps_of_a_plain_loop(max_grad_norm: float | None, tokenizer: Any) -> None:
+def test_a_run_takes_the_very_steps_of_a_plain_loop(max_grad_norm: float | None, decay: bool, tokenizer: Any) -> None:
     start, ours, theirs = (tiny_model() for _ in range(3))
     report = apply(
         ours,
@@ -93,12 +95,14 @@ def test_a_run_takes_the_very_steps_of_a_plain_loop(max_grad_norm: float | None,
         lr=1e-3,
         retain_weight=3.0,
         max_grad_norm=max_grad_norm,
+        decay=decay,
         weight_decay=0.1,
     )
-    trained = list(whole_blocks(theirs, find_anatomy(theirs), [1], head=True).values())
+    trained = list(trained_parameters("gd", theirs, find_anatomy(theirs), [1], GdSettings()).values())
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
     losses = []
-    for _ in range(4):
+    for share in (1.0, 0.75, 0.5, 0.25) if decay else (1.0,) * 4:
+        optimizer.param_groups[0]["lr"] = 1e-3 * share
         loss = 3.0 * mean_nll(theirs, tokenizer, RESOURCES.retain) - mean_nll(theirs, tokenizer, FORGET)
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -132,6 +136,33 @@ def test_named_layers_alone_change(tokenizer: Any) -> None:
     report = apply(model, tokenizer, "gd", resources=RESOURCES, layers=[0], train_head=False, lr=1e-3)
     assert report.changed
     assert all(name.startswith("model.layers.0.") for name in report.changed)
+
+
+@pytest.mark.parametrize("method", ["ga", "gd", "npo", "simnpo", "relearn"])
+def test_named_parameters_of_the_layers_alone_change(method: str, tokenizer: Any) -> None:
+    model = tiny_model()
+    settings = {"layers": [1], "parameters": ["attention_in", "mlp.down_proj.weight"], "train_head": False}
+    report = apply(model, tokenizer, method, resources=RESOURCES, lr=1e-3, **settings)
+    (attention,) = [g for g in find_anatomy(model).blocks[1].linear_groups if g.role == "attention_in"]
+    expected = {linear.parameter_name for linear in attention.linears} | {"model.layers.1.mlp.down_proj.weight"}
+    assert set(report.details["trained"]) == set(report.changed) == expected
+    check_refused(tokenizer, method, RESOURCES, {"parameters": ["mlp_uot"]}, rf"{method}.parameters: .* mean .*mlp_out")
+
+
+def test_retain_texts_beside_a_batch_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    from interventions.unlearn import likelihood
+
+    made: list[tuple[int, int]] = []
+
+    def make(rows: list[list[int]], size: int, *rest: Any) -> Any:
+        made.append((len(rows), size))
+        return make_batches(rows, size, *rest)
+
+    monkeypatch.setattr(likelihood, "make_batches", make)
+    forget, retain = 5, len(RESOURCES.retain)
+    for asked, found in ((None, 2), (3, 3)):
+        apply(tiny_model(), tokenizer, "gd", resources=RESOURCES, batch_size=2, retain_batch_size=asked, lr=1e-3)
+        assert made[-2:] == [(forget, 2), (retain, found)]
 
 
 def test_the_last_update_takes_what_is_left(tokenizer: Any) -> None:
