@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,14 @@ from interventions.anatomy import Block, LinearGroup, find_anatomy
 from interventions.compress.awq_search import clip_weight, mean_relative_magnitude, scales_of
 from interventions.compress.folding import fold_, gain_offset
 from interventions.compress.settings import AwqSettings
+from tests.engines.states import TEXTS as LONG_TEXTS
+from tests.engines.states import TOKENS, packable_model
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
 CUT = 24
+REFERENCE = json.loads(Path(__file__).with_name("awq_reference.json").read_text())
+"""What AutoAWQ left: by block, the last with the final norm, the squared error of its output over that output."""
 
 
 @pytest.fixture(scope="module")
@@ -397,3 +403,16 @@ def test_dead_channels_do_no_harm() -> None:
             assert bool(torch.isfinite(scales).all()) and bool((scales > 0).all())
             assert float(scales.max() * scales.min()) == pytest.approx(1, rel=1e-4)
     assert torch.equal(mean_relative_magnitude([torch.zeros(3, 5)], 2), torch.zeros(5))
+
+
+@pytest.mark.parametrize("recorded", REFERENCE, ids=lambda recorded: f"seed {recorded['seed']}")
+def test_blocks_err_no_more_than_those_of_autoawq(recorded: dict[str, Any], tokenizer: Any) -> None:
+    before, after = packable_model(recorded["seed"]), packable_model(recorded["seed"])
+    settings = {key: recorded[key] for key in ("bits", "group_size")}
+    apply(after, tokenizer, "awq", calibration=LONG_TEXTS, max_tokens=TOKENS, **settings)
+    ids = torch.tensor([tokenizer(text)["input_ids"][:TOKENS] for text in LONG_TEXTS])
+    with torch.no_grad():
+        says, said = (model(ids, output_hidden_states=True).hidden_states[1:] for model in (after, before))
+    for block, theirs in enumerate(recorded["errors"]):
+        error = float((says[block] - said[block]).square().sum() / said[block].square().sum())
+        assert 0 < error <= 1.01 * theirs
