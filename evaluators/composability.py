@@ -119,11 +119,12 @@ def bootstrap_orders(
         [
             _resampled(units, min(batch, resamples - start), generator, same_samples, link)
             for start in range(0, resamples, batch)
-        ]
+        ],
+        axis=1,
     )
-    error = drawn - centre  # (resamples, orders)
-    off = float(np.quantile(np.abs(error).max(1), confidence))
-    apart = float(np.quantile(error.max(1) - error.min(1), confidence))
+    error = drawn - centre[:, None]  # (orders, resamples)
+    highest, lowest = error.max(0), error.min(0)
+    off, apart = np.quantile([np.maximum(highest, -lowest), highest - lowest], confidence, axis=1).tolist()
     means = {order: float(v) for order, v in zip(orders, centre, strict=True)}
     best = best_order(means, higher_is_better=higher_is_better)
     gap = order_sensitivity(means)
@@ -211,16 +212,16 @@ def _per_unit(run: Floats, labels: Sequence[Hashable] | None) -> tuple[Floats, F
 def _resampled(
     units: Sequence[tuple[Floats, Floats]], count: int, generator: np.random.Generator, same: bool, link: Link
 ) -> Floats:
-    """Return the value of each order in `count` resamples, (count, orders)."""
+    """Return the value of each order in `count` resamples, (orders, count)."""
     repeats = len(units)
-    total = np.zeros((count, units[0][0].shape[0]))
+    total = np.zeros((units[0][0].shape[0], count))
     picked = generator.integers(repeats, size=(count, repeats))
     shared = _draw(generator, len(units[0][1]), count) if same else None
     for slot in range(repeats):
         for repeat, (sums, sizes) in enumerate(units):
             rows = np.flatnonzero(picked[:, slot] == repeat)
             draws = shared[rows] if shared is not None else _draw(generator, len(sizes), len(rows))
-            total[rows] += _linked(draws @ sums.T / (draws @ sizes)[:, None], link)
+            total[:, rows] += _linked(sums @ draws.T / (draws @ sizes), link)
     return total / repeats
 
 
