@@ -21,15 +21,12 @@ def main() -> None:
     data_command.add_argument("--folder", type=Path, default=HERE / "data")
 
     train_command = commands.add_parser("train", help="train tokenizer and model; an interrupted run goes on")
-    train_command.add_argument("--folder", type=Path, default=HERE / "model")
-    train_command.add_argument("--device", default="cpu")
     train_command.add_argument("--steps", type=int, help="stop after so many steps (to try it out)")
-    train_command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
-
     review_command = commands.add_parser("review", help="do what is left of the review that ends training")
-    review_command.add_argument("--folder", type=Path, default=HERE / "model")
-    review_command.add_argument("--device", default="cpu")
-    review_command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
+    for training in (train_command, review_command):
+        training.add_argument("--folder", type=Path, default=HERE / "model")
+        training.add_argument("--device", default="cpu")
+        training.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
 
     for command, what, document in (
         ("table", "measure the model", "tinyworld.md"),

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from compositions.tinyworld.relations import HARMLESS, HAZARDOUS
 from compositions.tinyworld.rows import Row
 from compositions.tinyworld.table import DATA, EDITS, SUITE, Say, load_embedded, restore, weights
-from evaluators import capture_unedited, measure_editing, measure_perplexity, measure_questions, pool
+from evaluators import Measurement, capture_unedited, measure_editing, measure_perplexity, measure_questions, pool
+from evaluators.significance import compare
 from interventions import Resources, StepReport, apply
 from interventions.zeros import zero_mask
 from pytest_lmcompose.composition import parse
@@ -68,9 +69,9 @@ class Bench:
             for step in parse(composition).steps
         ]
 
-    def perplexity(self) -> float:
-        """Return the perplexity of the held-out text."""
-        return measure_perplexity(self.model, self.tokenizer, self.heldout, window=127).value
+    def perplexity(self) -> Measurement:
+        """Measure the perplexity of the held-out text."""
+        return measure_perplexity(self.model, self.tokenizer, self.heldout, window=127)
 
     def knowledge(self) -> Knowledge:
         """Ask all questions of all domains."""
@@ -78,7 +79,7 @@ class Bench:
         tasks = [f"tinyworld_{domain}" for domain in domains]
         found = measure_questions(self.model, self.tokenizer, tasks, task_folder=SUITE / "tinyworld" / "tasks")
         accuracy = {domain: pool(domain, [m]).value for domain, m in zip(domains, found, strict=True)}
-        return Knowledge(accuracy, self.perplexity())
+        return Knowledge(accuracy, self.perplexity().value)
 
 
 def measure_methods(*, repeats: int, seed: int, say: Say) -> list[Row]:
@@ -135,27 +136,34 @@ def _unlearn_rows(bench: Bench, seeds: Sequence[int], say: Say) -> Iterator[Row]
 
 def _compress_rows(bench: Bench, say: Say) -> Iterator[Row]:
     restore(bench.model, bench.base)
-    base, found = bench.perplexity(), {}
+    found = {"base": bench.perplexity()}
+
+    def over(name: str, one: str, other: str, least: float | None = None, most: float | None = None) -> Row:
+        """Return the ratio of two perplexities, with the error of the difference on the same windows."""
+        first, second = found[one], found[other]
+        assert first.samples is not None and second.samples is not None
+        noise = compare(second.samples, first.samples, higher_is_better=False).stderr
+        ratio = first.value / second.value
+        return Row(name, ratio, None if noise is None else ratio * noise, first.n, least, most)
+
     quantised = [f"{method}[bits={bits}]" for bits in (2, 3, 4, 8) for method in QUANTISERS]
-    pruned = [f"{method}[{rate}]" for rate in ("sparsity=0.5", "pattern='2:4'") for method in PRUNERS]
+    rates = ("sparsity=0.5", "sparsity=0.7", "pattern='2:4'")
+    pruned = [f"{method}[{rate}]" for rate in rates for method in PRUNERS]
     for composition in (*quantised, *pruned):
         bench.apply(composition, 0)
         found[composition] = bench.perplexity()
-        rise = found[composition] / base
         most = 1.005 if "bits=8" in composition else None
-        yield Row(f"{composition}: perplexity, over the base model's", rise, None, 1, most=most)
-        say(f"{composition}: perplexity {found[composition]:.2f}")
-
-    def over(one: str, other: str, least: float | None = None, most: float | None = None) -> Row:
-        return Row(f"perplexity of {one} over {other}", found[one] / found[other], None, 1, least, most)
-
-    yield over("gptq[bits=3]", "rtn[bits=3]", most=1.0)
-    yield over("awq[bits=3]", "rtn[bits=3]", most=1.0)
-    yield over("gptq[bits=4]", "awq[bits=4]", least=0.98, most=1.02)
-    yield over("sparsegpt[sparsity=0.5]", "wanda[sparsity=0.5]", most=1.0)
-    yield over("wanda[sparsity=0.5]", "magnitude[sparsity=0.5]", most=1.0)
-    for method in PRUNERS:
-        yield over(f"{method}[pattern='2:4']", f"{method}[sparsity=0.5]", least=1.0)
+        yield over(f"{composition}: perplexity, over the base model's", composition, "base", most=most)
+        say(f"{composition}: perplexity {found[composition].value:.2f}")
+    for one, other, least, most in (
+        ("gptq[bits=3]", "rtn[bits=3]", None, 1.0),
+        ("awq[bits=3]", "rtn[bits=3]", None, 1.0),
+        ("gptq[bits=4]", "awq[bits=4]", 0.98, 1.02),
+        ("sparsegpt[sparsity=0.5]", "wanda[sparsity=0.5]", None, 1.0),
+        ("wanda[sparsity=0.5]", "magnitude[sparsity=0.5]", None, 1.0),
+        *((f"{method}[pattern='2:4']", f"{method}[sparsity=0.5]", 1.0, None) for method in PRUNERS),
+    ):
+        yield over(f"perplexity of {one} over {other}", one, other, least, most)
     bench.apply("sparsegpt", 0)
     masks = {name: mask for name, p in bench.model.named_parameters() if (mask := zero_mask(p)) is not None}
     bench.apply("sparsegpt+gptq", 0)
