@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 MOST_DAMPING = 1.0
+FEWEST_ULPS = 4
+"""Units of rounding of its diagonal element that a pivot must be worth: a smaller one is rounding alone."""
 
 
 class GramFactor(NamedTuple):
@@ -27,7 +29,7 @@ def gram_factor(H: Tensor, damping: float) -> GramFactor | None:
     A dead column has 1 on the diagonal, and counts in the mean: as in the reference implementations,
     so that nothing differs from them, though it would be better left out where H is small.
 
-    The damping grows tenfold until the sum is positive definite. Returns None where even
+    The damping grows tenfold until the sum is positive definite, by more than rounding. Returns None where even
     MOST_DAMPING is not enough: H is then no Gram matrix, or has NaN in it.
     """
     dead = H.diagonal() == 0
@@ -36,10 +38,11 @@ def gram_factor(H: Tensor, damping: float) -> GramFactor | None:
     diagonal[dead.flip(0)] = 1
     mean = diagonal.mean()
     bare = diagonal.clone()
+    rounding = FEWEST_ULPS * torch.finfo(work.dtype).eps
     while True:
         torch.add(bare, damping * mean, out=diagonal)
         L, info = torch.linalg.cholesky_ex(work)
-        if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
+        if int(info) == 0 and bool((L.diagonal().square() > rounding * diagonal).all()):  # false for NaN
             return GramFactor(L.flip(0, 1), dead, damping)
         if damping >= MOST_DAMPING:
             return None

@@ -170,6 +170,7 @@ def test_scales_clipping_and_grids_reach_the_weights(clip: bool, tokenizer: Any)
         weights = [linear.weight for linear in group.linears]
         scales[group.role] = dense_scales(ratio, inputs[group.role], weights, 16, True)
     rows = {"v_proj": scales["attention_out"], "up_proj": scales["mlp_out"]}
+    close: list[Tensor] = []
     for group, new_group in zip(old.linear_groups, new.linear_groups, strict=True):
         for linear, new_linear in zip(group.linears, new_group.linears, strict=True):
             leaf = linear.name.rpartition(".")[2]
@@ -181,11 +182,11 @@ def test_scales_clipping_and_grids_reach_the_weights(clip: bool, tokenizer: Any)
             expected = dense_round(clipped, 3, 16)
             if clipped is W:
                 torch.testing.assert_close(new_linear.weight, expected, rtol=1e-3, atol=1e-4)
-            # A group clipped on both sides has its zero point half-way between two levels, where
-            # the last bit of a weight decides: a rare group may leave another error.
             left, least = (errors_by_group(w - W, x) for w in (new_linear.weight, expected))
-            close = torch.isclose(left, least, rtol=1e-3, atol=1e-6)
-            assert float(close.float().mean()) > 0.97
+            close.append(torch.isclose(left, least, rtol=1e-3, atol=1e-6).flatten())
+    # A group clipped on both sides has its zero point half-way between two levels, where the last bit of a
+    # weight decides: a rare group may leave another error.
+    assert float(torch.cat(close).float().mean()) > 0.97
     norm = before.model.layers[0].input_layernorm.weight / scales["attention_in"]
     torch.testing.assert_close(after.model.layers[0].input_layernorm.weight, norm)
 
@@ -253,22 +254,27 @@ def test_fewer_bits_do_more_harm(tokenizer: Any) -> None:
 
 
 def test_scales_and_clipping_help_where_a_channel_stands_out(tokenizer: Any) -> None:
-    def skewed() -> Any:
-        model = tiny_model("llama")
+    """On every one of several models by a tenth at least: how much by on one of them, the last bit of a level decides."""
+
+    def skewed(seed: int) -> Any:
+        model = tiny_model("llama", seed=seed)
         with torch.no_grad():
             for block in model.model.layers:
                 block.input_layernorm.weight[::7] *= 20
                 block.post_attention_layernorm.weight[::7] *= 20
         return model
 
-    wanted = logits(skewed(), tokenizer)
-    awq, plain = skewed(), skewed()
-    run(awq, tokenizer, bits=3)
-    with torch.no_grad():
-        for block in find_anatomy(plain).blocks:
-            for linear in block.linears:
-                linear.set_weight_(dense_round(linear.weight, 3, 16))
-    assert relative_error(logits(awq, tokenizer), wanted) < 0.7 * relative_error(logits(plain, tokenizer), wanted)
+    ratios = []
+    for seed in range(4):
+        wanted = logits(skewed(seed), tokenizer)
+        awq, plain = skewed(seed), skewed(seed)
+        run(awq, tokenizer, bits=3)
+        with torch.no_grad():
+            for block in find_anatomy(plain).blocks:
+                for linear in block.linears:
+                    linear.set_weight_(dense_round(linear.weight, 3, 16))
+        ratios.append(relative_error(logits(awq, tokenizer), wanted) / relative_error(logits(plain, tokenizer), wanted))
+    assert max(ratios) < 0.9, ratios
 
 
 def test_levels_and_dtype_hold_in_half_precision(tokenizer: Any) -> None:
