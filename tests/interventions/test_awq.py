@@ -254,7 +254,7 @@ def test_fewer_bits_do_more_harm(tokenizer: Any) -> None:
 
 
 def test_scales_and_clipping_help_where_a_channel_stands_out(tokenizer: Any) -> None:
-    """On every one of several models by a tenth at least: how much by on one of them, the last bit of a level decides."""
+    """By a tenth at least on each of several models; how much on one of them, the last bit of a level decides."""
 
     def skewed(seed: int) -> Any:
         model = tiny_model("llama", seed=seed)
