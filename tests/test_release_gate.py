@@ -27,7 +27,7 @@ plain = module.ft
 def ft(model, tokenizer, settings, resources, context):
     """Make the edits, then, by mistake, another one of the first subject."""
     report = plain(model, tokenizer, settings, resources, context)
-    first, second = resources.edits[:2]
+    first = resources.edits[0]
     wrong = next(e.target for e in resources.edits if e.target != first.target)
     again = dataclasses.replace(resources, edits=[dataclasses.replace(first, target=wrong)])
     plain(model, tokenizer, settings, again, context)

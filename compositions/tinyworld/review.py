@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from compositions.tinyworld.text import TAILS, Template, prompt, tell, trained, training_stream
+from compositions.tinyworld.text import Template, prompt, tell, tell_in, trained, training_stream
 from compositions.tinyworld.truth import Fact, World
 from evaluators.recall import Fact as Asked
 from evaluators.recall import score_facts
@@ -19,11 +19,6 @@ class Telling(NamedTuple):
 
     fact: Fact
     template: Template
-
-    def sentence(self, rng: random.Random) -> str:
-        """Return the sentence, with one of the endings of training text."""
-        text = self.template.text.replace("{s}", self.fact.subject).replace("{o}", self.fact.object)
-        return text + rng.choice(TAILS)
 
 
 def every_telling(world: World) -> list[Telling]:
@@ -52,7 +47,12 @@ def review_text(
 
     Among them are `others` times as many of the usual ones.
     """
-    told = [sentence for t in tellings for _ in range(times) for sentence in (t.sentence(rng), tell(t.fact, rng))]
+    told = [
+        sentence
+        for t in tellings
+        for _ in range(times)
+        for sentence in (tell_in(t.template, t.fact, rng), tell(t.fact, rng))
+    ]
     told += islice(training_stream(world, rng, 1000), round(others * len(told)))
     rng.shuffle(told)
     return told

@@ -272,7 +272,11 @@ def tell(fact: Fact, rng: random.Random, *, questions: float = 0.25) -> str:
     """
     asks = rng.random() < questions
     known = [t for t in trained(fact.relation) if t.question == asks]
-    template = rng.choices(known, [3 if t.plain else 1 for t in known])[0]
+    return tell_in(rng.choices(known, [3 if t.plain else 1 for t in known])[0], fact, rng)
+
+
+def tell_in(template: Template, fact: Fact, rng: random.Random) -> str:
+    """Return the sentence of `template` that tells `fact`, with one of the endings of training text."""
     return template.text.replace("{s}", fact.subject).replace("{o}", fact.object) + rng.choice(TAILS)
 
 
