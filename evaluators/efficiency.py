@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from evaluators.encoding import check_length
@@ -181,18 +182,11 @@ def measure_flops(model: Any, *, length: int = 128) -> Measurement:
     """
     check_length(model, length, f"flops: a text of {length} tokens")
     ids = torch.zeros((1, length), dtype=torch.long, device=model.device)
-    # On a CPU fused attention is an operation of its own, which the counter does not know.
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
-    with borrowed(model, None), counter:
+    # Fused kernels of attention differ by device, and the counter knows some of them, and some shapes: plain products.
+    with borrowed(model, None), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False)
     value = counter.get_total_flops() / length
     if not value:
         raise EvaluationError(f"flops: {type(model).__name__} ran no matrix product that torch counts")
     note = f"dense kernels, one text of {length} tokens, torch.utils.flop_counter; counted, not sampled"
     return Measurement("flops_per_token", value, 0.0, 1, False, (value,), note)
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count attention from the shapes that the counter gives in place of tensors."""
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]

@@ -103,6 +103,9 @@ def apply(
             details = function(model, tokenizer, complete, given, context)
             if getattr(complete, "preserve_mask", False):
                 details = before.keep_zeros(model) | details
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
         changed = before.changed(model, method, may_be_none=bool(satisfied))
         if not changed:

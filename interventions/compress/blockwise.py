@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from interventions.anatomy import Block, Linear, LinearGroup, find_anatomy, module_device, within_context
 from interventions.compress.capture import Call, catch_block_calls, keep_calls
+from interventions.compress.precision import pass_precision
 from interventions.compress.replay import Shapes, Tail, find_tails
 from interventions.compress.working_memory import WorkingMemory, working_memory
 from interventions.early_exit import SeenEnough
@@ -175,6 +176,7 @@ class FloatBlock:
         self.block = copy.deepcopy(block)
         self.block.module.to(device).float()
         self.device = device
+        self.stored_dtype = block.linears[0].weight.dtype
         self.memory = memory
         tokens = sum(call.hidden.shape[0] * call.hidden.shape[1] for call in calls)
         self.resting = memory.where_to_rest(tokens * calls[0].hidden.shape[-1] * 4, device)
@@ -229,7 +231,8 @@ class FloatBlock:
         statistics |= fresh
         to_see = groups if scopes is not None else wanted
         if to_see or to_end:
-            self._look(to_see, fresh, scopes, to_end=to_end)
+            with pass_precision(self.device, self.stored_dtype):
+                self._look(to_see, fresh, scopes, to_end=to_end)
         for group in wanted:
             self._check_inputs(group, statistics[group.role])
         if not self.changed:
@@ -306,11 +309,10 @@ class FloatBlock:
     def hand_on(self) -> list[Tensor]:
         """Return the hidden states for the next block; the calls are used up."""
         if not self.keep_outputs:
-            batch = 0
             self.calls.reverse()
-            while self.calls:  # one by one, so that each input is freed before the next output is made
-                self.outputs.append(self._run(batch, self.calls.pop()))
-                batch += 1
+            with pass_precision(self.device, self.stored_dtype):
+                while self.calls:  # one by one, so that each input is freed before the next output is made
+                    self.outputs.append(self._run(len(self.outputs), self.calls.pop()))
         self.calls.clear()
         return self.outputs
 
