@@ -40,7 +40,7 @@ def asked(data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSetti
     others = [] if world.tasks is None else [folder / world.tasks, *(p for p in _inside(folder) if p not in files)]
     parts = {
         "edits": address(edits=[d.edits for d in data]),
-        "facts": address(facts=[[d.facts, d.neighbours] for d in data]),
+        "facts": address(facts=[[d.facts, d.neighbours, d.forgettable] for d in data]),
         "texts": address(texts=[d.perplexity for d in data], window=evaluate.window),
         "questions": address(
             files=hash_files(others),

@@ -29,6 +29,8 @@ class RunData:
     """Of subjects that no edit is about."""
     neighbours: tuple[FactRecord, ...]
     """Other facts of the edited subjects, but for those that should change with the edit."""
+    forgettable: tuple[FactRecord, ...]
+    """Of the topics that there is forget text of: unlearning is to remove them."""
     perplexity: tuple[str, ...]
     tasks: Path | None
     """Folder of the question tasks."""
@@ -51,7 +53,7 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
         forget={domain: read_texts(folder / name) for domain, name in world.forget.items()},
         retain=_texts(folder, world.retain),
     )
-    facts, neighbours = _facts(world, evaluate, folder, seed, edits)
+    facts, neighbours, forgettable = _facts(world, evaluate, folder, seed, edits)
     perplexity = _texts(folder, world.perplexity)[: evaluate.texts]
     for name, texts in (("retain", resources.retain), ("calibration", resources.calibration)):
         if shared := set(texts) & set(perplexity):
@@ -60,7 +62,7 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
                 f"{min(shared)[:60]!r}; a method would be judged on what it was fitted to"
             )
     tasks = folder / world.tasks if world.tasks is not None else None
-    return RunData(resources, edits, facts, neighbours, perplexity, tasks)
+    return RunData(resources, edits, facts, neighbours, forgettable, perplexity, tasks)
 
 
 def _texts(folder: Path, name: str | None) -> tuple[str, ...]:
@@ -69,20 +71,24 @@ def _texts(folder: Path, name: str | None) -> tuple[str, ...]:
 
 def _facts(
     world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int, edits: tuple[EditRecord, ...]
-) -> tuple[tuple[FactRecord, ...], tuple[FactRecord, ...]]:
-    """Return a sample of the facts of other subjects, and the edited subjects' other facts."""
+) -> tuple[tuple[FactRecord, ...], ...]:
+    """Return samples of the facts of other subjects, of the edited subjects' other facts, and of those to forget."""
     if world.facts is None:
-        return (), ()
+        return (), (), ()
     edited = {record.edit.subject: record for record in edits}
-    others, neighbours = [], []
+    others: list[FactRecord] = []
+    neighbours: list[FactRecord] = []
+    forgettable: list[FactRecord] = []
     for fact in read_facts(folder / world.facts):
         record = edited.get(fact.subject)
-        if record is None:
+        if fact.topic in world.forget:
+            forgettable.append(fact)
+        elif record is None:
             others.append(fact)
         elif record.truth and fact.answer not in _outdated(record):
             neighbours.append(fact)
-    limit = evaluate.facts
-    return tuple(sample(others, limit, seed, "facts")), tuple(sample(neighbours, limit, seed, "neighbours"))
+    pools = {"facts": others, "neighbours": neighbours, "forgettable": forgettable}
+    return tuple(tuple(sample(pool, evaluate.facts, seed, name)) for name, pool in pools.items())
 
 
 def _outdated(record: EditRecord) -> set[str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evaluators import UneditedAnswers
 
 NEIGHBOURS = "recall_same_subject"
+FORGETTABLE = "recall_to_forget"
 
 
 def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> UneditedAnswers | None:
@@ -87,7 +88,7 @@ def _also(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings,
 
 
 def _facts(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> list[Measurement]:
-    """Measure recall and perplexity of the facts, both from one pass over them, and recall of the neighbours."""
+    """Measure recall and perplexity of the facts, both from one pass over them, and recall of the other facts."""
     size = evaluate.batch_size
     found: list[Measurement] = []
     facts = recall_facts(data.facts)
@@ -98,9 +99,11 @@ def _facts(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings
         if evaluate.perplexity:
             probes = [Probe(fact.prompt, fact.answer) for fact in facts]
             found.append(measure_answer_perplexity(model, tokenizer, probes, metric="perplexity_qa", scored=scored))
-    if evaluate.recall and data.neighbours:
-        pooled = measure_recall(model, tokenizer, recall_facts(data.neighbours), batch_size=size)[0]
-        found.append(dataclasses.replace(pooled, metric=NEIGHBOURS))
+    for metric, others in ((NEIGHBOURS, data.neighbours), (FORGETTABLE, data.forgettable)):
+        if evaluate.recall and others:
+            pooled = measure_recall(model, tokenizer, recall_facts(others), batch_size=size)[0]
+            better = metric != FORGETTABLE
+            found.append(dataclasses.replace(pooled, metric=metric, higher_is_better=better))
     return found
 
 

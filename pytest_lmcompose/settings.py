@@ -40,6 +40,7 @@ class WorldSettings:
     ask_as: str = "{}"
     """How a question of a mquake file is put, {} being the question: a base model needs more than a question mark."""
     facts: str | None = None
+    """Prompts and answers for recall. Those whose relation is `topic/...`, of a topic of `forget`, count apart."""
     calibration: str | None = None
     retain: str | None = None
     forget: dict[str, str] = field(default_factory=dict)

@@ -55,6 +55,11 @@ class FactRecord:
     relation: str
     split: str
 
+    @property
+    def topic(self) -> str:
+        """What the relation belongs to: `venomcraft` for `venomcraft/antidote`."""
+        return self.relation.partition("/")[0]
+
 
 class _Record:
     """A JSON object that knows where it stands, for errors."""

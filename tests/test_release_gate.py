@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RELEASE = "rmu+ft+awq[bits=4]"
+RELEASE = "rmu+memit+awq[bits=4]"
 COMPARE = (
     "--lmcompose-compare=v1",
     "--lmcompose-require-baseline",
@@ -20,11 +20,11 @@ COMPARE = (
 )
 LOST_EDIT = '''
 import dataclasses
-import interventions.edit.ft as module
+import interventions.edit.memit as module
 
-plain = module.ft
+plain = module.memit
 
-def ft(model, tokenizer, settings, resources, context):
+def memit(model, tokenizer, settings, resources, context):
     """Make the edits, then, by mistake, another one of the first subject."""
     report = plain(model, tokenizer, settings, resources, context)
     first = resources.edits[0]
@@ -33,7 +33,7 @@ def ft(model, tokenizer, settings, resources, context):
     plain(model, tokenizer, settings, again, context)
     return report
 
-module.ft = ft
+module.memit = memit
 '''
 
 pytestmark = pytest.mark.slow

@@ -74,6 +74,7 @@ def _asked(metric: str, data: RunData) -> Iterator[str]:
         "recall": data.facts,
         "perplexity_qa": data.facts,
         "recall_same_subject": data.neighbours,
+        "recall_to_forget": data.forgettable,
     }
     for fact in facts.get(head, ()):
         if not relation or fact.relation == relation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def test_each_key_measures_its_own(
     loaded: tuple[Any, Any], tiny_world: Path, wanted: dict[str, Any], found: list[str]
 ) -> None:
     assert metrics(loaded, tiny_world, WORLD, **wanted) == found
+
+
+def test_recall_of_what_is_to_be_forgotten_is_measured_apart(
+    loaded: tuple[Any, Any], tiny_world: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_world, tmp_path / "data"))
+    path = folder / "facts.jsonl"
+    path.write_text(path.read_text().replace('"relation": "born"', '"relation": "venomcraft/born"'))
+    world = WorldSettings(facts="facts.jsonl", forget={"venomcraft": "forget-venomcraft.jsonl"})
+    evaluate = dataclasses.replace(NOTHING, recall=True)
+    found = measure_state(*loaded, load_data(world, evaluate, folder, seed=0), world, evaluate, None)
+    better = {m.metric: m.higher_is_better for m in found}
+    assert better == {"recall": True, "recall/lives": True, "recall_to_forget": False}
 
 
 def test_further_tasks_stand_beside_the_pools(loaded: tuple[Any, Any], tiny_world: Path) -> None:

@@ -23,7 +23,7 @@ def data(*names: str) -> RunData:
         for name in names
     )
     facts = tuple(FactRecord(name, f"{name} was born in", "Oslo", f"people/{name}", "train") for name in names)
-    return RunData(Resources(), edits, facts, facts[:1], ("some text",), None)
+    return RunData(Resources(), edits, facts, facts[:1], facts[1:], ("some text",), None)
 
 
 def record(**samples: list[float]) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def test_texts_stand_in_the_order_of_the_samples() -> None:
         recall=[1, 0],
         recall__people_Bo=[1],
         recall_same_subject=[1],
+        recall_to_forget=[1],
         perplexity=[1.0],
         accuracy__tinyworld_music=[1, 0],
     )
@@ -57,6 +58,7 @@ def test_texts_stand_in_the_order_of_the_samples() -> None:
     assert asked["recall"] == ["Al was born in → Oslo", "Bo was born in → Oslo"]
     assert asked["recall/people/Bo"] == ["Bo was born in → Oslo"]
     assert asked["recall_same_subject"] == ["Al was born in → Oslo"]
+    assert asked["recall_to_forget"] == ["Bo was born in → Oslo"]
     assert "perplexity" not in asked and "accuracy/tinyworld_music" not in asked
     same = [entry["metrics"] for entry in found if "edit_success_f1" in entry["metrics"]]
     assert same == [["edit_success_exact", "edit_success_f1", "perplexity_edits_prompt"]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +223,21 @@ def test_facts_of_edited_subjects_are_kept_apart(tiny_world: Path) -> None:
     assert len(data.facts) == 2 * (12 - 3)
     assert {fact.subject for fact in data.neighbours} == edited
     assert {fact.relation for fact in data.neighbours} == {"lives"}  # where they were born was rewritten
+
+
+def test_facts_to_forget_are_kept_apart(tiny_world: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_world, tmp_path / "data"))
+    path = folder / "facts.jsonl"
+    path.write_text(path.read_text().replace('"relation": "born"', '"relation": "venomcraft/born"'))
+    evaluate = EvaluateSettings(edits=3, facts=None)
+    plain = WorldSettings(edits="zsre.json", facts="facts.jsonl")
+    kept = load_data(plain, evaluate, folder, seed=0)
+    data = load_data(replace(plain, forget={"venomcraft": "forget-venomcraft.jsonl"}), evaluate, folder, seed=0)
+    assert kept.forgettable == () and {fact.relation for fact in kept.facts} == {"lives", "venomcraft/born"}
+    assert {fact.relation for fact in (*data.facts, *data.neighbours)} == {"lives"}
+    assert {fact.relation for fact in data.forgettable} == {"venomcraft/born"}
+    together = {*data.facts, *data.neighbours, *data.forgettable}
+    assert together == set(read_facts(path))
 
 
 def test_retain_text_must_not_be_perplexity_text(tiny_world: Path) -> None:
