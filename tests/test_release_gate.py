@@ -14,7 +14,8 @@ RELEASE = "rmu+memit+awq[bits=4]"
 COMPARE = (
     "--lmcompose-compare=v1",
     "--lmcompose-require-baseline",
-    "--lmcompose-compare-fail=accuracy/*:p0.01",
+    "--lmcompose-compare-fail=accuracy/hazardous:p0.01",
+    "--lmcompose-compare-fail=accuracy/harmless:p0.01",
     "--lmcompose-compare-fail=edit_success_exact:0.01",
     "--lmcompose-compare-fail=perplexity:5%",
 )
