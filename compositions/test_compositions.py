@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.gate import Verdict
+from pytest_lmcompose.gates.gate import Verdict
 
 
 def test_composition(composition: Composition, gates: tuple[Verdict, ...], subtests: pytest.Subtests) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_lmcompose.compare import circumstances
+from pytest_lmcompose.baseline.compare import circumstances
 from pytest_lmcompose.report.json import Collected
 from pytest_lmcompose.report.record import Measured, Record, by_metric, runs_of
 

@@ -12,11 +12,20 @@ from typing import Any
 import pytest
 
 from interventions.compress.engines.table import ENGINES
-from pytest_lmcompose.keeping import COMPARE, COMPARE_METAVAR, FAIL, LATEST, SWITCHES, VALUES, Keeping, read_keeping
-from pytest_lmcompose.remote import check_url, front_folder, is_url, local_path
+from pytest_lmcompose.baseline.keeping import (
+    COMPARE,
+    COMPARE_METAVAR,
+    FAIL,
+    LATEST,
+    SWITCHES,
+    VALUES,
+    Keeping,
+    read_keeping,
+)
+from pytest_lmcompose.parallel.shard import Shard, read_shard
 from pytest_lmcompose.report.outputs import FLAGS, Outputs, read_outputs
-from pytest_lmcompose.shard import Shard, read_shard
-from pytest_lmcompose.store import DEFAULT_LIMIT, default_folder
+from pytest_lmcompose.store.folder import DEFAULT_LIMIT, default_folder
+from pytest_lmcompose.store.remote import check_url, front_folder, is_url, local_path
 
 SUITE_FOLDER = Path(__file__).resolve().parent.parent / "compositions"
 """The installed suite: its recipes, thresholds and embedded world. Found beside the plugin, since a

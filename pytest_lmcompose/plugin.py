@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lmcompose import threads
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.options import add_options, check_writable, read_options
+from pytest_lmcompose.parallel import threads
 from pytest_lmcompose.session import BASELINE_INPUT, Session
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
-    from pytest_lmcompose.build import ModelState
-    from pytest_lmcompose.gate import Verdict
+    from pytest_lmcompose.gates.gate import Verdict
+    from pytest_lmcompose.states.build import ModelState
 
 CATEGORIES = ("edit", "unlearn", "compress")
 SESSION = pytest.StashKey[Session]()
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)  # around xdist's own, which asks how many workers to start
 def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
     if any(getattr(config.option, name, None) for name in ("numprocesses", "tx")):  # which xdist defines
-        from pytest_lmcompose.schedule import Workers
+        from pytest_lmcompose.parallel.schedule import Workers
 
         workers = Workers(lambda: config.stash[SESSION], partial(read_options, config))
         config.pluginmanager.register(workers, "lmcompose-workers")
@@ -181,11 +181,11 @@ class _Reporting:
 
 @pytest.hookimpl(tryfirst=True)  # before the JUnit file is written
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    session.config.stash[SESSION].finish(session, exitstatus)
+    session.config.stash[SESSION].closing.finish(session, exitstatus)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    config.stash[SESSION].summarise(terminalreporter)
+    config.stash[SESSION].closing.summarise(terminalreporter)
 
 
 def _forget(variable: str) -> None:

@@ -5,7 +5,6 @@ Everything heavy is made when first asked for, so that a run that collects only 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,75 +12,38 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.measurement import EvaluationError, Measurement
-from pytest_lmcompose.address import address, data_address, hash_files, measurements_address
-from pytest_lmcompose.asked import asked
-from pytest_lmcompose.baseline import UPDATE, Baseline, Circumstances, architecture, architecture_at
+from evaluators.measurement import Measurement
+from pytest_lmcompose.baseline.history import choose
+from pytest_lmcompose.baseline.reference import Baseline, architecture, architecture_at
+from pytest_lmcompose.baseline.storage import StorageError
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
-from pytest_lmcompose.errors import BuildError
-from pytest_lmcompose.gate import Reference, Verdict, judge, paired_gates, settle
-from pytest_lmcompose.history import choose
-from pytest_lmcompose.journal import Journal
-from pytest_lmcompose.locate import model_location, model_overrides, world_folder
-from pytest_lmcompose.options import SUITE_FOLDER, Options
-from pytest_lmcompose.paired import BASE_MODEL
-from pytest_lmcompose.plan import Plan
-from pytest_lmcompose.recipe import Recipe, load_recipe
-from pytest_lmcompose.remote import RemoteStore
-from pytest_lmcompose.repeats import Repeat, pooled
-from pytest_lmcompose.storage import StorageError
-from pytest_lmcompose.store import Store
-from pytest_lmcompose.stored import Shelf, costs
-from pytest_lmcompose.thresholds import (
-    BASELINE,
+from pytest_lmcompose.gates.repeats import Repeat, pooled
+from pytest_lmcompose.gates.thresholds import (
     Rule,
-    compares_with,
     needs_baseline,
     own_compositions,
     read_expression,
     read_rules,
 )
+from pytest_lmcompose.locate import model_location, model_overrides, world_folder
+from pytest_lmcompose.options import SUITE_FOLDER, Options
+from pytest_lmcompose.plan import Plan
+from pytest_lmcompose.recipe import Recipe, load_recipe
+from pytest_lmcompose.result import Result
+from pytest_lmcompose.store.address import address, data_address, hash_files, measurements_address
+from pytest_lmcompose.store.entries import Shelf, costs
+from pytest_lmcompose.store.folder import Store
+from pytest_lmcompose.store.journal import Journal
+from pytest_lmcompose.store.remote import RemoteStore
+from pytest_lmcompose.world.asked import asked
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
-    from pytest_lmcompose.build import ModelState, StateManager, StepRecord
-    from pytest_lmcompose.data import RunData
+    from pytest_lmcompose.states.build import ModelState, StateManager
+    from pytest_lmcompose.world.data import RunData
 
 CONF = SUITE_FOLDER / "conf"
-
-
-@dataclasses.dataclass
-class Result:
-    """What is known so far about one composition."""
-
-    composition: Composition
-    steps: tuple[StepRecord, ...] = ()
-    state_hash: str | None = None
-    measurements: tuple[Measurement, ...] | None = None
-    """Over all repeats."""
-    repeats: tuple[Repeat, ...] = ()
-    """Behind the measurements; `steps` and `state_hash` are the first one's."""
-    evaluate_seconds: float | None = None
-    data: dict[str, str] | None = None
-    """Hashes of what was asked; see `asked`."""
-    gates: tuple[Verdict, ...] | None = None
-    error: str | None = None
-    interrupted: bool = False
-
-    @property
-    def status(self) -> str:
-        """Say how far it came: failed, interrupted, measured, built or begun."""
-        if self.error is not None:
-            return "interrupted" if self.interrupted else "failed"
-        if self.measurements is not None:
-            return "measured"
-        return "built" if self.state_hash is not None else "begun"
-
-    def fail(self, error: BaseException) -> None:
-        """Keep what went wrong."""
-        self.error = f"{type(error).__name__}: {error}".removesuffix(": ")
-        self.interrupted = isinstance(error, KeyboardInterrupt)
 
 
 class Run:
@@ -92,16 +54,10 @@ class Run:
         self.results: dict[Composition, Result] = {}
         self.touched: dict[Composition, Result] = {}
         """Results that may have changed since they were last sent on."""
-        self.judged: tuple[Composition, ...] = ()
-        """Compositions whose gates this run is going to judge, here or in other workers; set before it does."""
         self.baseline_chosen: str | None = None
         """In a worker: the stored run that the controller compares with, empty if there is none."""
         self._progress = progress
         self._answers: dict[int, UneditedAnswers | None] = {}
-        self._paired: dict[Composition, tuple[Verdict, ...]] = {}
-        """Verdicts of compositions with paired gates."""
-        self._counted: dict[tuple[str, ...], tuple[frozenset[Composition], int]] = {}
-        """By metrics: the compositions that are judged, and their paired gates."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -153,7 +109,7 @@ class Run:
     @cached_property
     def data(self) -> tuple[RunData, ...]:
         """The edits, facts and texts of each repeat; raises WorldError."""
-        from pytest_lmcompose.data import load_data
+        from pytest_lmcompose.world.data import load_data
 
         folder = world_folder(self.recipe.world.folder, self.options.folder)
         return tuple(load_data(self.recipe.world, self.recipe.evaluate, folder, seed) for seed in self.seeds)
@@ -221,8 +177,8 @@ class Run:
     def manager(self) -> StateManager:
         """The states of the model, which is loaded here; the first repeat's, and the only one's."""
         data = self.data  # broken data are known before the model is loaded
-        from pytest_lmcompose.build import StateManager
-        from pytest_lmcompose.load import choose_device, load_model
+        from pytest_lmcompose.states.build import StateManager
+        from pytest_lmcompose.states.load import choose_device, load_model
 
         loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
         return StateManager(loaded, self.recipe.settings, data[0].resources, self.seeds[0], self._progress, self.shelf)
@@ -271,71 +227,11 @@ class Run:
             result.evaluate_seconds = sum(repeat.evaluate_seconds for repeat in repeats)
         return result.measurements
 
-    def gates(self, composition: Composition) -> tuple[Verdict, ...]:
-        """Judge the measurements of `composition` by the thresholds.
-
-        A paired gate is judged with those of the compositions before; see `gate.settle` for the end.
-        """
-        known = {c.id: self._reference(c) for c in compares_with(self.rules, composition)}
-        if needs_baseline(self.rules, composition.id):
-            known[BASELINE] = self._stored(composition)
-        measured = self.measurements(composition)
-        metrics = [m.metric for m in measured]
-        gates = max(1, self._paired_gates(composition, tuple(metrics)))
-        found = judge(self.rules, composition.id, measured, known, runs=self._runs(composition), gates=gates)
-        result = self.result(composition)
-        result.gates = found
-        if any(verdict.paired is not None for verdict in found):
-            self._paired[composition] = found
-            before = {c.id: verdicts for c, verdicts in self._paired.items()}
-            result.gates = self._paired[composition] = settle(before, gates)[composition.id]
-        return result.gates
-
-    def _paired_gates(self, composition: Composition, metrics: tuple[str, ...]) -> int:
-        """Return the number of paired gates of the run, where compositions are measured by `metrics`."""
-        if metrics not in self._counted:  # once, and not anew for each of thousands of compositions
-            planned = frozenset(self.judged)
-            self._counted[metrics] = planned, sum(self._paired_in(c, metrics) for c in planned)
-        planned, count = self._counted[metrics]
-        return count if composition in planned else count + self._paired_in(composition, metrics)
-
-    def _paired_in(self, composition: Composition, metrics: tuple[str, ...]) -> int:
-        return paired_gates(self.rules, composition.id, metrics)
-
-    def compared_with(self, composition: Composition) -> tuple[Composition, ...]:
-        """Return the states that the gates of `composition` compared with, if they were judged here."""
-        judged = composition in self.results and self.results[composition].gates is not None
-        return compares_with(self.rules, composition) if judged else ()
-
-    def _reference(self, composition: Composition) -> Reference:
-        """Return a state that gates compare with, built and measured if need be."""
-        name = composition.id if composition.steps else BASE_MODEL
-        try:
-            measured = self.measurements(composition)
-        except (BuildError, EvaluationError) as error:
-            if not composition.steps:  # without the base model nothing can be said
-                raise
-            return Reference(name, missing=f"it could not be measured: {error}")
-        return Reference(name, measured, self._runs(composition))
-
-    def _stored(self, composition: Composition) -> Reference:
-        """Return what a stored run says of `composition`."""
-        keeping = self.options.keeping
-        if keeping.update:
-            return Reference("the baseline", replaced=True)
-        if self.baseline is None:
-            missing = f"no run that passed is stored in {keeping.storage}; {UPDATE}"
-            return Reference("the baseline", missing=missing)
-        return self.baseline.reference(composition.id, Circumstances(self.model_facts(), self.asked, self.seeds))
-
     @cached_property
     def asked(self) -> dict[str, str]:
         """Hashes of what the evaluators ask; raises WorldError."""
         world = self.recipe.world
         return asked(self.data, world, self.recipe.evaluate, world_folder(world.folder, self.options.folder))
-
-    def _runs(self, composition: Composition) -> list[tuple[Measurement, ...]]:
-        return [repeat.measurements for repeat in self.results[composition].repeats]
 
     def _repeat(self, composition: Composition, number: int) -> Repeat:
         """Return one repeat of `composition` from the store, or build and measure it."""

@@ -20,8 +20,8 @@ from interventions.compress import blockwise
 from interventions.compress.working_memory import bytes_for
 from interventions.edit.settings import ValueSettings
 from interventions.offload import offload
-from pytest_lmcompose.load import hash_weights
-from pytest_lmcompose.snapshot import WorkingModel
+from pytest_lmcompose.states.load import hash_weights
+from pytest_lmcompose.states.snapshot import WorkingModel
 from tests.models import SENTENCES, tiny_model, tiny_tokenizer
 
 GPU = torch.device("cuda", 0)

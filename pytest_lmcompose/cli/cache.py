@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from pytest_lmcompose.costs import size
-from pytest_lmcompose.remote import is_url, local_path
-from pytest_lmcompose.store import Store, default_folder
+from pytest_lmcompose.store.folder import Store, default_folder
+from pytest_lmcompose.store.remote import is_url, local_path
 
 
 class _Folder(click.Path):

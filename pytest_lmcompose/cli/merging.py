@@ -29,10 +29,10 @@ def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -
     They must be of the same model, seeds, settings, data and versions. Paired gates and composability are computed
     anew from all of them. Ends with exit code 1 if a gate or a composition failed, or a run was interrupted.
     """
+    from pytest_lmcompose.baseline.storage import StorageError, passed, read_run
     from pytest_lmcompose.merge import MergeError
     from pytest_lmcompose.merge import merge as joined
     from pytest_lmcompose.report.json import write
-    from pytest_lmcompose.storage import StorageError, passed, read_run
 
     try:
         found = joined({str(path): read_run(path) for path in runs}, partial=partial, tolerance=tolerance)

@@ -14,10 +14,10 @@ from typing import Any, cast
 import click
 import pytest
 
+from pytest_lmcompose.baseline.storage import FOLDER, Storage, StorageError, read_run
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, Refused
 from pytest_lmcompose.report.outputs import GROUPS, Layout
-from pytest_lmcompose.storage import FOLDER, Storage, StorageError, read_run
 
 Document = Mapping[str, Any]
 
@@ -76,7 +76,7 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
     """
     import dataclasses
 
-    from pytest_lmcompose.compare import compare_reports
+    from pytest_lmcompose.baseline.compare import compare_reports
     from pytest_lmcompose.report.compared import BAD
 
     (old_path, before), (new_path, after) = load(old, storage), load(new, storage)

@@ -20,10 +20,10 @@ from pytest_lmcompose.cluster.parts import Part, parts
 from pytest_lmcompose.cluster.work import Job, Outcome, run_part
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.options import Options
+from pytest_lmcompose.parallel.shard import Cost
 from pytest_lmcompose.report.terminal import Progress
 from pytest_lmcompose.session import BASELINE_INPUT, Session
-from pytest_lmcompose.shard import Cost
-from pytest_lmcompose.stored import costs
+from pytest_lmcompose.store.entries import costs
 
 RETRIES = 3
 """How often a task is run again on another node when its own dies."""

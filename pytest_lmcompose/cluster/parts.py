@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.parallel.shard import Cost
 from pytest_lmcompose.plan import Node, Plan
-from pytest_lmcompose.shard import Cost
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable, Sequence
 
 import pytest
 
-from pytest_lmcompose.compare import ComparedReports, Row
-from pytest_lmcompose.drift import LEVEL
-from pytest_lmcompose.history import Outcome
+from pytest_lmcompose.baseline.compare import ComparedReports, Row
+from pytest_lmcompose.baseline.drift import LEVEL
+from pytest_lmcompose.baseline.history import Outcome
+from pytest_lmcompose.gates.thresholds import Unused
 from pytest_lmcompose.report.record import Record
 from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
-from pytest_lmcompose.thresholds import Unused
 
 BAD = ("worse", "gone", "unknown")
 QUIET = ("equal", "same")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators.measurement import EvaluationError, per_unit, ratio_error
 from pytest_lmcompose.composition import BASE
-from pytest_lmcompose.repeats import evened, independent, link_of, scaled
+from pytest_lmcompose.gates.repeats import evened, independent, link_of, scaled
 from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
 from pytest_lmcompose.report.shares import shares
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import platform
 from collections.abc import Collection, Mapping
@@ -10,14 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_lmcompose.parallel.threads import available_cores
 from pytest_lmcompose.report.composability import composability
 from pytest_lmcompose.report.files import write_text
 from pytest_lmcompose.report.record import plain, settle
-from pytest_lmcompose.threads import available_cores
 
 if TYPE_CHECKING:
+    from pytest_lmcompose.parallel.shard import Shard
     from pytest_lmcompose.recipe import Recipe
-    from pytest_lmcompose.shard import Shard
 
 SCHEMA_VERSION = 1
 SCHEMA_MINOR = 3
@@ -127,3 +128,8 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def now() -> str:
+    """Return the time as reports give it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from _pytest.junitxml import LogXML
 
     from pytest_lmcompose.report.json import Collected
-    from pytest_lmcompose.run import Result
+    from pytest_lmcompose.result import Result
 
 PREFIX = "lmcompose."
 

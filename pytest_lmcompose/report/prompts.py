@@ -11,8 +11,8 @@ from pytest_lmcompose.report.record import Record, runs_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_lmcompose.data import RunData
-    from pytest_lmcompose.world import FactRecord
+    from pytest_lmcompose.world.data import RunData
+    from pytest_lmcompose.world.records import FactRecord
 
 LONGEST = 200
 """Characters of a text; longer ones are cut."""

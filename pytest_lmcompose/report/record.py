@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from interventions.registry import find_method
-from pytest_lmcompose.repeats import Repeat, find
+from pytest_lmcompose.gates.repeats import Repeat, find
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
-    from pytest_lmcompose.build import StepRecord
-    from pytest_lmcompose.gate import Verdict
-    from pytest_lmcompose.run import Result
+    from pytest_lmcompose.gates.gate import Verdict
+    from pytest_lmcompose.result import Result
+    from pytest_lmcompose.states.build import StepRecord
 
 Record = Mapping[str, Any]
 """Of a composition, as plain data."""
@@ -74,7 +74,7 @@ def settle(records: Iterable[dict[str, Any]], *, part: bool = False) -> list[str
     Some of them were judged before all were known; see `gate.settle`. In a part of a run, those of the
     other parts stay counted.
     """
-    from pytest_lmcompose.gate import settle as settle_gates
+    from pytest_lmcompose.gates.gate import settle as settle_gates
 
     found = list(records)
     if not any(gate.get("paired") for record in found for gate in record["gates"]):
@@ -167,8 +167,8 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 def _read_verdict(fields: dict[str, Any]) -> Verdict:
     """Return the verdict that `_verdict` made plain."""
-    from pytest_lmcompose.gate import Verdict
-    from pytest_lmcompose.paired import Paired
+    from pytest_lmcompose.gates.gate import Verdict
+    from pytest_lmcompose.gates.paired import Paired
 
     paired = fields.get("paired")
     return Verdict(**{**fields, "paired": None if paired is None else Paired(**paired)})

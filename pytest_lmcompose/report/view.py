@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pytest_lmcompose.compare import ComparedReports, Difference, Row, compare_reports
+from pytest_lmcompose.baseline.compare import ComparedReports, Difference, Row, compare_reports
 from pytest_lmcompose.report.layout import shown_metrics
 from pytest_lmcompose.report.record import Measured, Record, by_metric, runs_of
 from pytest_lmcompose.report.sections import OF_ALL, PROMISES

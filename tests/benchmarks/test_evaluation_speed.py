@@ -15,7 +15,7 @@ from evaluators import EditCase, measure_editing
 from evaluators.answers import score_tokens
 from evaluators.encoding import encode_pairs, meaningless_ids
 from pytest_lmcompose.measure import edit_cases
-from pytest_lmcompose.world import read_edits, select_edits
+from pytest_lmcompose.world.records import read_edits, select_edits
 
 TINYWORLD = Path(__file__).parents[2] / "compositions" / "tinyworld"
 PUBLISHED_LENGTH = 30

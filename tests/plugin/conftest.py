@@ -47,7 +47,7 @@ THRESHOLDS = """
 @pytest.fixture(scope="session")
 def heavy_modules() -> None:
     """Import what must not be imported twice, before pytester notes what to forget after a run."""
-    for name in ("pytest_lmcompose.build", "pytest_lmcompose.measure", "evaluators.questions"):
+    for name in ("pytest_lmcompose.states.build", "pytest_lmcompose.measure", "evaluators.questions"):
         importlib.import_module(name)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.storage import Storage, read_run
+from pytest_lmcompose.baseline.storage import Storage, read_run
 from tests.plugin.conftest import Project
 from tests.plugin.test_run import by_id, read_report
 from tests.plugin.tiny import write_model

@@ -13,15 +13,15 @@ import torch
 
 from evaluators.measurement import Measurement
 from interventions import Edit, Resources, StepReport, registry
-from pytest_lmcompose.address import read_module
-from pytest_lmcompose.build import StateManager, step_seed
 from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.errors import BuildError
-from pytest_lmcompose.load import Loaded, choose_device, hash_tensors, hash_weights, load_model
-from pytest_lmcompose.repeats import Repeat
+from pytest_lmcompose.gates.repeats import Repeat
 from pytest_lmcompose.settings import ModelSettings
-from pytest_lmcompose.store import Store
-from pytest_lmcompose.stored import Shelf, StepRecord, costs
+from pytest_lmcompose.states.build import StateManager, step_seed
+from pytest_lmcompose.states.load import Loaded, choose_device, hash_tensors, hash_weights, load_model
+from pytest_lmcompose.store.address import read_module
+from pytest_lmcompose.store.entries import Shelf, StepRecord, costs
+from pytest_lmcompose.store.folder import Store
 from tests.plugin.stubs import METHODS, NudgeSettings, RoundSettings
 
 CPU = torch.device("cpu")
@@ -249,7 +249,7 @@ def _code(inputs: Input, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _libraries(inputs: Input, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_lmcompose.build.versions", lambda names: {"torch": "9.9"})
+    monkeypatch.setattr("pytest_lmcompose.states.build.versions", lambda names: {"torch": "9.9"})
 
 
 def _weights(loaded: Loaded) -> None:

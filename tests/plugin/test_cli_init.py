@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from pytest_lmcompose.cli import main
-from pytest_lmcompose.thresholds import read_expression, read_rules
+from pytest_lmcompose.gates.thresholds import read_expression, read_rules
 
 WRITTEN = {
     "test_release.py",

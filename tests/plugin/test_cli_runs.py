@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from pytest_lmcompose.baseline.storage import Storage
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.report.sections import order_rows
-from pytest_lmcompose.storage import Storage
 from tests.plugin.documents import report
 
 GOOD = [1.0] * 19 + [0.0]

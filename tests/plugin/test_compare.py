@@ -14,8 +14,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from pytest_lmcompose.compare import Row, compare_reports
-from pytest_lmcompose.drift import LEVEL, drifts, trend_p
+from pytest_lmcompose.baseline.compare import Row, compare_reports
+from pytest_lmcompose.baseline.drift import LEVEL, drifts, trend_p
 from pytest_lmcompose.report.json import SCHEMA_PATH
 from tests.plugin.documents import composition, measured, report
 
@@ -137,7 +137,7 @@ def test_circumstances_are_told() -> None:
 
 def test_the_comparison_needs_no_torch_and_no_pytest() -> None:
     code = (
-        "import sys; from pytest_lmcompose.compare import compare_reports; import tests.plugin.documents as d;"
+        "import sys; from pytest_lmcompose.baseline.compare import compare_reports; import tests.plugin.documents as d;"
         "compare_reports(d.report({'a': {'m': [1., 0.]}}), d.report({'a': {'m': [0., 1.]}}));"
         "assert not {'torch', 'transformers', 'hydra', 'pytest'} & set(sys.modules), sorted(sys.modules)"
     )

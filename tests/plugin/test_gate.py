@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from evaluators.measurement import Measurement
-from pytest_lmcompose import paired
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.gate import Reference, Verdict, paired_gates, settle
-from pytest_lmcompose.gate import judge as judge_by
+from pytest_lmcompose.gates import paired
+from pytest_lmcompose.gates.gate import Reference, Verdict, paired_gates, settle
+from pytest_lmcompose.gates.gate import judge as judge_by
+from pytest_lmcompose.gates.paired import BASE_MODEL
+from pytest_lmcompose.gates.thresholds import Rule, ThresholdError, compares_with, read_expression, read_rules, unused
 from pytest_lmcompose.options import SUITE_FOLDER
-from pytest_lmcompose.paired import BASE_MODEL
-from pytest_lmcompose.thresholds import Rule, ThresholdError, compares_with, read_expression, read_rules, unused
 
 
 def measured(metric: str, value: float, stderr: float | None = 0.1) -> Measurement:

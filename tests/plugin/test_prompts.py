@@ -7,9 +7,9 @@ from typing import Any
 from evaluators import Probe
 from interventions import Edit
 from interventions.types import Resources
-from pytest_lmcompose.data import RunData
 from pytest_lmcompose.report.prompts import LONGEST, prompts
-from pytest_lmcompose.world import EditRecord, FactRecord
+from pytest_lmcompose.world.data import RunData
+from pytest_lmcompose.world.records import EditRecord, FactRecord
 
 
 def data(*names: str) -> RunData:

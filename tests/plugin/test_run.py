@@ -130,7 +130,7 @@ def test_fixtures_in_a_users_own_module(project: Project) -> None:
         @pytest.mark.parametrize("composition", ["nudge+round", "base"], indirect=True)
         def test_own(composition, intervened_model, base_model, measurements, gates):
             import torch
-            from pytest_lmcompose.load import hash_weights
+            from pytest_lmcompose.states.load import hash_weights
             assert gates  # they compare with the base model, and yet:
             assert hash_weights(intervened_model.model) == intervened_model.state_hash
             steps = [str(record.step) for record in intervened_model.steps]
@@ -147,7 +147,7 @@ def test_fixtures_in_a_users_own_module(project: Project) -> None:
 
         @pytest.mark.parametrize("composition", ["nudge"], indirect=True)
         def test_state(intervened_model):
-            from pytest_lmcompose.load import hash_weights
+            from pytest_lmcompose.states.load import hash_weights
             assert hash_weights(intervened_model.model) == intervened_model.state_hash
         """
     )

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pytest_lmcompose.composition import Composition, parse
 from pytest_lmcompose.options import SUITE_FOLDER
+from pytest_lmcompose.parallel.shard import read_shard, split, work
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.recipe import load_recipe
-from pytest_lmcompose.shard import read_shard, split, work
 from tests.plugin.conftest import Project
 from tests.plugin.test_plan import plans, unhurried
 from tests.plugin.test_run import by_id, read_report

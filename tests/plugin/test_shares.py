@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from evaluators.measurement import Measurement
-from pytest_lmcompose.repeats import pooled
+from pytest_lmcompose.gates.repeats import pooled
 from pytest_lmcompose.report.composability import composability
 from pytest_lmcompose.report.json import SCHEMA_PATH
 from pytest_lmcompose.report.record import plain

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from pytest_lmcompose.load import hash_weights
-from pytest_lmcompose.snapshot import WorkingModel
+from pytest_lmcompose.states.load import hash_weights
+from pytest_lmcompose.states.snapshot import WorkingModel
 from tests.models import tiny_model
 
 NAMES = tuple(f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.git import changes, commit
-from pytest_lmcompose.storage import Storage, StorageError, passed, read_run
+from pytest_lmcompose.baseline.git import changes, commit
+from pytest_lmcompose.baseline.storage import Storage, StorageError, passed, read_run
 from tests.plugin.documents import report
 
 RUN = {"a": {"recall": [1.0, 0.0, 0.5]}}

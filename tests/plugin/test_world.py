@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from interventions.types import Edit
-from pytest_lmcompose.data import load_data
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-from pytest_lmcompose.world import (
+from pytest_lmcompose.world.data import load_data
+from pytest_lmcompose.world.records import (
     Probe,
     WorldError,
     mentions,

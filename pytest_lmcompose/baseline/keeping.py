@@ -73,7 +73,7 @@ def read_keeping(
 
     Raises pytest.UsageError for a value that cannot be used.
     """
-    from pytest_lmcompose.storage import FOLDER, NAME
+    from pytest_lmcompose.baseline.storage import FOLDER, NAME
 
     storage = value("storage")
     keeping = Keeping(
@@ -103,7 +103,7 @@ def read_keeping(
 def _check_expressions(fail: tuple[str, ...]) -> None:
     if not fail:
         return
-    from pytest_lmcompose.thresholds import ThresholdError, read_expression
+    from pytest_lmcompose.gates.thresholds import ThresholdError, read_expression
 
     for text in fail:
         try:

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pytest_lmcompose.compare import incomparable, measurement_of, other_questions, runs_in
-from pytest_lmcompose.gate import Reference
+from pytest_lmcompose.baseline.compare import incomparable, measurement_of, other_questions, runs_in
+from pytest_lmcompose.baseline.storage import read_run
+from pytest_lmcompose.gates.gate import Reference
 from pytest_lmcompose.report.record import Record
-from pytest_lmcompose.storage import read_run
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTH = ("hidden_size", "n_embd", "d_model")

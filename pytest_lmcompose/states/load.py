@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from interventions.offload import limit_memory, offload
+from pytest_lmcompose.parallel.threads import torch_threads
 from pytest_lmcompose.recipe import RecipeError
 from pytest_lmcompose.settings import ModelSettings
-from pytest_lmcompose.threads import torch_threads
 
 
 @dataclass(frozen=True)

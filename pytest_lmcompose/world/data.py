@@ -7,7 +7,7 @@ from pathlib import Path
 
 from interventions.types import Resources
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-from pytest_lmcompose.world import (
+from pytest_lmcompose.world.records import (
     EditRecord,
     FactRecord,
     WorldError,

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pytest_lmcompose.compare import incomparable, other_questions
-from pytest_lmcompose.paired import corrected
+from pytest_lmcompose.baseline.compare import incomparable, other_questions
+from pytest_lmcompose.gates.paired import corrected
 from pytest_lmcompose.report.record import by_metric
 
 WINDOW = 10

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from evaluators.measurement import EvaluationError, Measurement
-from pytest_lmcompose.asked import METHODS, part_of
-from pytest_lmcompose.paired import change, corrected, is_exact
+from pytest_lmcompose.gates.paired import change, corrected, is_exact
 from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
+from pytest_lmcompose.world.asked import METHODS, part_of
 
 Report = Mapping[str, Any]
 """A report document, as plain data."""

@@ -20,13 +20,13 @@ import torch
 from interventions import Resources, apply, find_method
 from interventions.offload import placement
 from interventions.shared_statistics import StatisticsCache
-from pytest_lmcompose.address import METHOD_LIBRARIES, address, method_code, versions
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.errors import BuildError
-from pytest_lmcompose.load import Loaded
-from pytest_lmcompose.snapshot import Snapshot, WorkingModel, bytes_of
-from pytest_lmcompose.stored import Shelf, StoredState
-from pytest_lmcompose.stored import StepRecord as StepRecord
+from pytest_lmcompose.states.load import Loaded
+from pytest_lmcompose.states.snapshot import Snapshot, WorkingModel, bytes_of
+from pytest_lmcompose.store.address import METHOD_LIBRARIES, address, method_code, versions
+from pytest_lmcompose.store.entries import Shelf, StoredState
+from pytest_lmcompose.store.entries import StepRecord as StepRecord
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pytest_lmcompose.baseline import Baseline
-from pytest_lmcompose.compare import ComparedReports, compare_reports
-from pytest_lmcompose.drift import LEVEL, WINDOW, Drift, drifts
-from pytest_lmcompose.git import changes, commit
-from pytest_lmcompose.keeping import LATEST, Keeping
-from pytest_lmcompose.storage import Storage, StorageError, passed, read_run
+from pytest_lmcompose.baseline.compare import ComparedReports, compare_reports
+from pytest_lmcompose.baseline.drift import LEVEL, WINDOW, Drift, drifts
+from pytest_lmcompose.baseline.git import changes, commit
+from pytest_lmcompose.baseline.keeping import LATEST, Keeping
+from pytest_lmcompose.baseline.reference import Baseline
+from pytest_lmcompose.baseline.storage import Storage, StorageError, passed, read_run
 
 _NEW_NAME = "baseline"
 _READ = 3 * WINDOW

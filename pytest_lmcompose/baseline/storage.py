@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from interventions.names import near_names
-from pytest_lmcompose.locks import locked
 from pytest_lmcompose.report.files import write_text
 from pytest_lmcompose.report.json import SCHEMA_VERSION
+from pytest_lmcompose.store.locks import locked
 
 FOLDER = ".lmcompose"
 """Where runs are stored unless the user says otherwise, under pytest's rootdir."""

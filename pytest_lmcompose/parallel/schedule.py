@@ -24,8 +24,8 @@ from xdist.scheduler import LoadScheduling, LoadScopeScheduling
 from interventions.registry import methods
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse
 from pytest_lmcompose.costs import Costs
-from pytest_lmcompose.gpus import VISIBLE, share_of, visible_gpus
 from pytest_lmcompose.options import Options, asked_for_distribution
+from pytest_lmcompose.parallel.gpus import VISIBLE, share_of, visible_gpus
 from pytest_lmcompose.plan import longest_first
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement
-from pytest_lmcompose.repeats import Link, evened, link_of, side_by_side
+from pytest_lmcompose.gates.repeats import Link, evened, link_of, side_by_side
 
 if TYPE_CHECKING:
     from evaluators.significance import Alternative

@@ -19,7 +19,7 @@ from fractions import Fraction
 from evaluators.measurement import EvaluationError, Measurement
 from interventions.names import near_names
 from pytest_lmcompose.composition import BASE, parse
-from pytest_lmcompose.paired import (
+from pytest_lmcompose.gates.paired import (
     BASE_MODEL,
     Paired,
     change,
@@ -30,8 +30,8 @@ from pytest_lmcompose.paired import (
     is_exact,
     noise_floor,
 )
-from pytest_lmcompose.repeats import find
-from pytest_lmcompose.thresholds import (
+from pytest_lmcompose.gates.repeats import find
+from pytest_lmcompose.gates.thresholds import (
     BASELINE,
     LOSS,
     LOSS_ERRORS,

@@ -14,8 +14,8 @@ from evaluators.measurement import Measurement
 from interventions.types import StepReport
 from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.costs import Costs, StepCost
-from pytest_lmcompose.repeats import Repeat
-from pytest_lmcompose.store import Entry, Store
+from pytest_lmcompose.gates.repeats import Repeat
+from pytest_lmcompose.store.folder import Entry, Store
 
 if TYPE_CHECKING:
     from torch import Tensor

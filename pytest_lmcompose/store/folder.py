@@ -27,8 +27,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pytest_lmcompose.costs import size
-from pytest_lmcompose.locks import locked
-from pytest_lmcompose.parcel import pack, unpack
+from pytest_lmcompose.store.locks import locked
+from pytest_lmcompose.store.parcel import pack, unpack
 
 VERSION = "1"
 """Of the layout; another one is not read."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lmcompose.load import hash_digests, tensor_digest
+from pytest_lmcompose.states.load import hash_digests, tensor_digest
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,166 @@
+"""The end of a session: the report, what becomes of the run among stored ones, and what the terminal shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_lmcompose.report.json import document, now, write
+from pytest_lmcompose.report.junit import add_suite_properties, junit_file
+from pytest_lmcompose.report.layout import chosen_metrics
+from pytest_lmcompose.report.prompts import prompts
+from pytest_lmcompose.report.record import decode, encode
+from pytest_lmcompose.report.sections import write_composability, write_paired
+from pytest_lmcompose.report.terminal import Progress, write_summary
+from pytest_lmcompose.report.write import write_reports
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.baseline.history import Outcome
+    from pytest_lmcompose.gates.thresholds import Unused
+    from pytest_lmcompose.session import Session
+
+_STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
+
+
+class Closing:
+    """Ends a session whose tests are over."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._config = session.config
+        self._options = session.options
+        self._collected = session.collected
+        self._outcome: Outcome | None = None
+        """What came of the run among stored ones."""
+        self._kept: str | None = None
+        """Whether and where the run was stored, as it is told."""
+
+    def finish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write the report, also of a run that failed or was interrupted."""
+        path = self._options.json
+        if not self._session.writes or self._config.option.collectonly or self._options.plan:
+            return
+        stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail)
+        if self._collected.records and self._session.run.journal is not None and not stopped:
+            self._session.run.journal.ended()
+        if "run" in self._session.__dict__:  # what an interrupted test had done, and no report tells
+            for result in self._session.run.touched.values():
+                self._collected.add(*decode(encode(result, self._session.run.model_facts())))
+        self._collected.shard = self._options.shard
+        reported = (
+            path is not None or self._options.outputs.wanted or self._options.keeping.wanted or self._has_baseline
+        )
+        # Intervals take long; without a report, nobody sees those of metrics that the terminal does not show.
+        metrics = None if reported or junit_file(self._config) is not None else self._shown()
+        self._collected.complete(self._options.seed, part=self._options.shard is not None, metrics=metrics)
+        if self._session.nothing_here and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            session.exitstatus = pytest.ExitCode.OK  # fewer compositions than shards
+        if self._collected.late and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        status = "interrupted" if stopped else "finished"
+        if self._collected.records:
+            add_suite_properties(self._config, self._collected, self._options.seed, status)
+        if not reported:
+            return
+        self._collected.prompts = self._prompts()
+        report = document(
+            self._collected,
+            self._session.run.recipe,
+            seed=self._options.seed,
+            repeats=self._options.repeats,
+            started=self._session.started,
+            finished=now(),
+            status=status,
+        )
+        tell = Progress(self._config)
+        report |= self._among_stored(session, report)
+        if path is not None:
+            try:
+                write(path, report)
+            except OSError as error:
+                tell(f"lmcompose: the report {path} could not be written: {error}")
+                session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        baseline = self._session.run.baseline if self._has_baseline else None
+        compared = None if baseline is None else baseline.document
+        if not write_reports(self._options.outputs, report, compared, tell):
+            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+
+    @property
+    def _has_baseline(self) -> bool:
+        return "run" in self._session.__dict__ and self._session.run.__dict__.get("baseline") is not None
+
+    def _among_stored(self, session: pytest.Session, report: dict[str, Any]) -> dict[str, Any]:
+        """Compare a finished run with stored ones, and store it; return what its report says of it."""
+        if not self._collected.records:
+            return {}
+        from pytest_lmcompose.baseline.history import keep, outcome
+
+        keeping, baseline = self._options.keeping, self._session.run.baseline
+        self._outcome = outcome(report, baseline, keeping, self._judged)
+        try:
+            ok = session.exitstatus == pytest.ExitCode.OK
+            self._kept = keep(report, keeping, baseline, self._config.rootpath, ok=ok)
+        except OSError as error:
+            self._kept = f"lmcompose: the run could not be stored in {keeping.storage}: {error}"
+            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        return self._outcome.sections() | {"unused_rules": [dataclasses.asdict(rule) for rule in self._unused()]}
+
+    def summarise(self, reporter: pytest.TerminalReporter) -> None:
+        """Write the table, if there is anything to tell."""
+        records = list(self._collected.records.values())
+        if records:
+            write_summary(reporter, records, self._wanted, self._options.outputs.layout)
+            write_paired(reporter, records, self._collected.late)
+            write_composability(reporter, self._collected.composability, self._shown())
+            self._write_compared(reporter)
+        for path in (self._options.json, *self._options.outputs.files.values()):
+            if path is not None and path.is_file():
+                reporter.write_line(f"lmcompose report: {path}")
+
+    def _prompts(self) -> list[dict[str, Any]]:
+        """Return what the samples asked; none where the data cannot be read, which the tests have told."""
+        from pytest_lmcompose.world.records import WorldError
+
+        if not self._collected.records:
+            return []
+        try:
+            data = dict(zip(self._session.run.seeds, self._session.run.data, strict=True))
+        except (WorldError, OSError):
+            return []
+        recipe = self._session.run.recipe
+        records = list(self._collected.records.values())
+        return prompts(data, records, recipe.world.pools, recipe.evaluate.question_limit)
+
+    def _write_compared(self, reporter: pytest.TerminalReporter) -> None:
+        from pytest_lmcompose.report.compared import write_outcome, write_unused
+
+        records = list(self._collected.records.values())
+        if self._outcome is not None:
+            write_outcome(reporter, self._outcome, records, every=self._config.option.verbose > 0)
+        write_unused(reporter, self._unused())
+        if self._kept is not None:
+            reporter.write_line(self._kept)
+
+    def _judged(self, composition: str, metric: str) -> bool:
+        """Say whether a gate judges a metric of a composition."""
+        return any(rule.covers(composition) and rule.judges(metric) and rule.bounds for rule in self._session.run.rules)
+
+    def _unused(self) -> list[Unused]:
+        """Return the rules that judged nothing."""
+        from pytest_lmcompose.gates.thresholds import unused
+
+        found = self._collected.records.values()
+        measured = {r["id"]: [m["metric"] for m in r["measurements"]] for r in found if r["status"] == "measured"}
+        return unused(self._session.run.rules, measured) if measured else []
+
+    def _shown(self) -> list[str]:
+        """Return the metrics of the terminal's tables."""
+        records = list(self._collected.records.values())
+        return chosen_metrics(records, self._wanted, self._options.outputs.layout.columns)
+
+    def _wanted(self, metric: str) -> bool:
+        """Say whether the table shows a metric: those with a threshold, or all with -v or without any."""
+        rules = self._session.run.rules
+        return self._config.option.verbose > 0 or not rules or any(rule.judges(metric) for rule in rules)

@@ -1,0 +1,46 @@
+"""Errors as pytest shows them: of the user's options as usage errors, of a step without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn errors in what the user asked for into pytest's own kind."""
+    from pytest_lmcompose.baseline.storage import StorageError
+    from pytest_lmcompose.gates.thresholds import ThresholdError
+    from pytest_lmcompose.recipe import RecipeError
+
+    try:
+        yield
+    except (RecipeError, ThresholdError, StorageError) as error:
+        raise pytest.UsageError(f"lmcompose: {error}") from None
+
+
+@contextmanager
+def plain_failures() -> Iterator[None]:
+    """Show errors whose message says everything without a traceback."""
+    try:
+        yield
+    except Exception as error:
+        if _says_everything(error):
+            raise pytest.fail.Exception(str(error), pytrace=False) from error
+        raise
+
+
+def _says_everything(error: Exception) -> bool:
+    from evaluators.measurement import EvaluationError
+    from interventions.types import InterventionError
+    from pytest_lmcompose.baseline.storage import StorageError
+    from pytest_lmcompose.errors import BuildError
+    from pytest_lmcompose.gates.thresholds import ThresholdError
+    from pytest_lmcompose.recipe import RecipeError
+    from pytest_lmcompose.world.records import WorldError
+
+    if isinstance(error, BuildError):
+        return isinstance(error.__cause__, InterventionError)
+    return isinstance(error, (RecipeError, ThresholdError, StorageError, WorldError, EvaluationError))

@@ -1,0 +1,1 @@
+"""Rules on measurements, and their verdicts."""

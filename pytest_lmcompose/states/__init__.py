@@ -1,0 +1,1 @@
+"""The model: loaded, changed step by step, and brought back."""

@@ -1,0 +1,1 @@
+"""Finished work under content addresses: what is never computed twice."""
