@@ -1,0 +1,49 @@
+"""Every ordered pair of methods on the embedded model, with few updates each: all of them run, and report."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from interventions.registry import BUILT_IN
+
+ROOT = Path(__file__).parents[1]
+SHORT = (
+    "evaluate=quick",
+    *(f"{method}.z.steps=3" for method in ("memit", "rome", "alphaedit")),
+    *(f"{method}.steps=3" for method in ("ft", "lora")),
+    *(f"{method}.max_updates=3" for method in ("ga", "gd", "npo", "simnpo")),
+    "rmu.max_num_batches=4",
+    *(f"{method}.samples=16" for method in ("gptq", "awq", "wanda", "sparsegpt")),
+)
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_ordered_pair_runs_and_reports(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    thresholds = tmp_path / "thresholds.yaml"
+    thresholds.write_text("{}\n")  # what so few updates achieve is not the question here
+    command = [sys.executable, "-m", "pytest", "compositions", "-n2", "-pno:cacheprovider", "--lmcompose-no-cache"]
+    options = ["--lmcompose-suite=every_pair", f"--lmcompose-json={report}", f"--lmcompose-thresholds={thresholds}"]
+    options += [f"--lmcompose-set={setting}" for setting in SHORT]
+    done = subprocess.run([*command, *options], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
+    records: dict[str, dict[str, Any]] = {r["id"]: r for r in json.loads(report.read_text())["compositions"]}
+    names = [
+        method.name for method in BUILT_IN if method.name != "relearn"
+    ]  # which is an attack, and has its own suite
+    pairs = {f"{first}+{second}" for first in names for second in names if first != second}
+    assert set(records) == {"base", *names, *pairs}
+    for name, record in records.items():
+        assert record["status"] == "measured", name
+        assert record["executed"] == ([] if name == "base" else name.split("+")), name
+        metrics = {m["metric"]: m["value"] for m in record["measurements"]}
+        assert {"edit_success_exact", "recall", "average_bits", "sparsity"} <= set(metrics), name
+        assert all(math.isfinite(value) for value in metrics.values()), name
