@@ -1,10 +1,15 @@
-"""What holds for all tests: the runs that they start know nothing of the run they are part of."""
+"""What holds for all tests: no haste, and runs that they start know nothing of the run they are part of."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# On a busy machine examples take long now and then, which says nothing of what is tested.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

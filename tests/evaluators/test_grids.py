@@ -84,7 +84,7 @@ def test_a_pruned_weight_is_on_no_grid(share: float) -> None:
         assert find_grid(weight.to(dtype)) is None
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     bits=st.integers(2, 8),
     scale=st.floats(1e-4, 1e4),

@@ -81,7 +81,7 @@ def test_the_t_test_is_scipys(better: bool) -> None:
     assert two.p == pytest.approx(stats.ttest_rel(before, after).pvalue)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=9))
 def test_mcnemar_counts_all_sign_changes(outcomes: list[tuple[bool, bool]]) -> None:
     before, after = zip(*outcomes, strict=True)

@@ -20,7 +20,7 @@ def _problem(d_k: int, d_out: int, n: int, seed: int) -> tuple[torch.Tensor, tor
     return keys, residuals, text.t() @ text / len(text)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     d_k=st.integers(2, 40),
     d_out=st.integers(1, 12),
@@ -84,7 +84,7 @@ def test_an_empty_or_broken_second_moment_is_refused(value: float) -> None:
             use(torch.full((4, 4), value))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(d_k=st.integers(2, 30), d_out=st.integers(1, 8), n=st.integers(1, 6), seed=st.integers(0, 10_000))
 def test_rome_solves_a_constrained_least_squares_problem_for_each_edit(d_k: int, d_out: int, n: int, seed: int) -> None:
     keys, residuals, second_moment = _problem(d_k, d_out, n, seed)
@@ -117,7 +117,7 @@ def test_a_space_without_a_null_space_names_its_eigenvalues_and_the_setting() ->
         null_space(torch.eye(5), 0.02)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     d_k=st.integers(3, 30),
     n=st.integers(1, 12),

@@ -176,7 +176,7 @@ def test_the_error_is_that_of_its_authors_code(case: dict[str, Any]) -> None:
     assert float(((delta @ H.double()) * delta).sum()) <= 1.01 * case["error"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 9),
     st.integers(1, 40),

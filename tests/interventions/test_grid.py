@@ -34,7 +34,7 @@ def expand(per_group: Tensor, W: Tensor, group_size: int) -> Tensor:
     return per_group.repeat_interleave(width, dim=1)[:, : W.shape[1]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(matrices(), BITS, GROUPS, st.booleans())
 def test_no_weight_moves_by_more_than_half_a_step(W: Tensor, bits: int, group_size: int, symmetric: bool) -> None:
     quantised = quantise(W, bits, group_size, symmetric)
@@ -43,7 +43,7 @@ def test_no_weight_moves_by_more_than_half_a_step(W: Tensor, bits: int, group_si
     assert bool((error <= 0.5 * step * (1 + 1e-4) + 1e-30).all())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(matrices(), BITS, GROUPS, st.booleans())
 @example(torch.tensor([[-0.5, 2.5, 1.0]]), 2, -1, False)  # the zero point is half-way between two levels
 def test_a_matrix_on_its_grid_stays_there(W: Tensor, bits: int, group_size: int, symmetric: bool) -> None:
@@ -52,7 +52,7 @@ def test_a_matrix_on_its_grid_stays_there(W: Tensor, bits: int, group_size: int,
     torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-5 * float(W.abs().max()))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(matrices(), BITS, GROUPS, st.booleans())
 def test_values_are_integers_of_that_many_bits_and_zero_stays_zero(
     W: Tensor, bits: int, group_size: int, symmetric: bool
@@ -68,7 +68,7 @@ def test_values_are_integers_of_that_many_bits_and_zero_stays_zero(
     torch.testing.assert_close(dequantise(quantised), fake_quantise(W, bits, group_size, symmetric))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(matrices(), GROUPS)
 def test_groups_fall_apart_and_together_again(W: Tensor, group_size: int) -> None:
     groups = split_groups(W, group_size)

@@ -33,7 +33,7 @@ def scores(draw: st.DrawFn, *, multiple: int = 1) -> Tensor:
     return (drawn * levels).floor() if levels < 1000 else drawn
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(scores(), st.integers(0, 80))
 def test_lowest_are_the_first_places_of_a_stable_sort(S: Tensor, count: int) -> None:
     count = min(count, S.shape[1])
@@ -43,7 +43,7 @@ def test_lowest_are_the_first_places_of_a_stable_sort(S: Tensor, count: int) -> 
     assert mask.sum(dim=1).tolist() == [count] * len(S)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.sampled_from([Pattern(1, 2), Pattern(2, 4), Pattern(4, 8), Pattern(1, 4), Pattern(2, 3)]))
 def test_a_pattern_keeps_so_many_of_each_group(data: st.DataObject, pattern: Pattern) -> None:
     S = data.draw(scores(multiple=pattern.of))

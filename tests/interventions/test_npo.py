@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -28,7 +27,6 @@ def tokenizer() -> Any:
     return tiny_tokenizer()
 
 
-@hypothesis_settings(deadline=None)
 @given(st.floats(-60, -1), st.floats(-60, -1), st.floats(0.01, 3), st.integers(1, 30), st.floats(-1, 1))
 def test_losses_are_those_of_the_papers(log_p: float, before: float, beta: float, tokens: int, gamma: float) -> None:
     ratio = math.exp(log_p) / math.exp(before)

@@ -96,7 +96,7 @@ def test_equals_the_surgeon_with_explicit_inverses(
     torch.testing.assert_close(pruned.weight.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 20), st.integers(1, 60), st.floats(0, 1, exclude_max=True), st.integers(1, 50), st.integers(0, 99)
 )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_lmcompose.composition import Composition, Step, parse
@@ -24,7 +24,6 @@ steps = st.builds(
 )
 compositions = st.lists(steps, max_size=4).map(lambda items: Composition(tuple(items)))
 plans = st.lists(compositions, max_size=12)
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 COST = {"a": (2.0, 10), "b": (3.0, 7), "c": (5.0, 100)}
 """Of the methods; what d costs is not known."""
@@ -39,7 +38,6 @@ def states_of(wanted: list[Composition]) -> set[tuple[Step, ...]]:
 
 
 @given(plans)
-@unhurried
 def test_each_composition_is_tested_once_and_each_state_built_once(wanted: list[Composition]) -> None:
     plan = Plan.of(wanted)
     assert sorted(plan.order) == sorted(set(wanted))
@@ -49,7 +47,6 @@ def test_each_composition_is_tested_once_and_each_state_built_once(wanted: list[
 
 
 @given(plans)
-@unhurried
 def test_the_order_keeps_those_that_share_a_state_together(wanted: list[Composition]) -> None:
     order = Plan.of(wanted).order
     for prefix in states_of(wanted):
@@ -60,7 +57,6 @@ def test_the_order_keeps_those_that_share_a_state_together(wanted: list[Composit
 
 
 @given(plans)
-@unhurried
 def test_a_process_that_drops_states_after_their_last_use_builds_none_twice(wanted: list[Composition]) -> None:
     plan = Plan.of(wanted)
     held: dict[tuple[Step, ...], int] = {}
@@ -83,7 +79,6 @@ def test_a_process_that_drops_states_after_their_last_use_builds_none_twice(want
 
 
 @given(plans, st.randoms())
-@unhurried
 def test_remaining_gives_a_state_up_with_its_last_test_in_any_order(wanted: list[Composition], random: object) -> None:
     uses = [*wanted, *wanted[:3]]
     random.shuffle(uses)  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.plan import Plan
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_cache import STEPS, applied, without_times
-from tests.plugin.test_plan import plans, unhurried
+from tests.plugin.test_plan import plans
 from tests.plugin.test_run import by_id, read_report
 
 
@@ -36,7 +36,6 @@ def built(part: Part) -> set[Composition]:
 
 
 @given(plans, st.integers(1, 9))
-@unhurried
 def test_parts_test_everything_once_and_build_every_state_once(wanted: list[Composition], tasks: int) -> None:
     found = parts(wanted, tasks, alike)
     assert sorted(c for part in found for c in part.compositions) == sorted(set(wanted))
@@ -52,7 +51,6 @@ def test_parts_test_everything_once_and_build_every_state_once(wanted: list[Comp
 
 
 @given(plans, st.integers(1, 9))
-@unhurried
 def test_no_part_is_larger_than_its_share_or_one_state(wanted: list[Composition], tasks: int) -> None:
     whole = Plan.of(wanted).applications + len(set(wanted))
     for part in parts(wanted, tasks, alike):

@@ -114,7 +114,7 @@ def test_refused_compositions(recipe: Recipe, text: str, messages: list[str]) ->
     assert all(message in str(error.value) for message in messages)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.text("ab '\\\"[],=", min_size=1, max_size=8))
 def test_quoting_carries_any_path_through_hydras_grammar(path: str) -> None:
     assert load_recipe(CONF, ["model=any", f"model.path={quoted(path)}"]).model.path == path

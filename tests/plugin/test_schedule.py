@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from execnet import XSpec
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_lmcompose.composition import Composition, parse, permutations
@@ -137,7 +137,7 @@ suites = st.lists(compositions, max_size=25, unique=True)
 
 
 @given(suites, st.integers(1, 4), st.booleans(), st.sets(compositions, max_size=3))
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=200)
+@settings(max_examples=200)
 def test_each_test_runs_once_whoever_dies(ids: list[str], workers: int, shared: bool, deadly: set[str]) -> None:
     ids = [*ids, "test_plain.py::test_a", "test_plain.py::test_b[x-1]"]
     found = simulate(ids, workers, shared=shared, deadly=deadly)
@@ -149,7 +149,6 @@ def test_each_test_runs_once_whoever_dies(ids: list[str], workers: int, shared: 
 
 
 @given(suites)
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_order_is_depth_first_and_of_siblings_the_longest_first(ids: list[str]) -> None:
     uses = [parse(name) for name in ids]
     order = [uses[i] for i in longest_first(uses, lambda step: SECONDS[step.method], 1.0)]
@@ -232,7 +231,7 @@ def test_a_worker_forgets_states_of_the_subtree_that_it_leaves(
         config.workerinput = {}
     session = Session(config, read_options(config))
     found: list[str] = []
-    run: Any = SimpleNamespace(release=lambda states: found.extend(map(str, states)), compared_with=lambda c: ())
+    run: Any = SimpleNamespace(release=lambda states: found.extend(map(str, states)), results={})
     session.__dict__["run"] = run
     # As far as this process knows, all tests may still come here.
     session.expect([parse(name) for name in ("awq+ga+ft", "awq+ga+ft", "awq+memit", "awq+ga")])

@@ -15,7 +15,7 @@ from pytest_lmcompose.parallel.shard import read_shard, split, work
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.recipe import load_recipe
 from tests.plugin.conftest import Project
-from tests.plugin.test_plan import plans, unhurried
+from tests.plugin.test_plan import plans
 from tests.plugin.test_run import by_id, read_report
 
 counts = st.integers(1, 7)
@@ -27,7 +27,6 @@ def scratch(compositions: tuple[Composition, ...]) -> float:
 
 
 @given(plans, counts, st.randoms())
-@unhurried
 def test_shards_are_the_whole_disjoint_and_the_same_in_whatever_order_they_are_given(
     wanted: list[Composition], count: int, random: st.DataObject
 ) -> None:
@@ -41,7 +40,6 @@ def test_shards_are_the_whole_disjoint_and_the_same_in_whatever_order_they_are_g
 
 
 @given(plans, counts)
-@unhurried
 def test_shards_are_balanced(wanted: list[Composition], count: int) -> None:
     pieces = split(wanted, count)
     assert [work(piece) for piece in pieces] == [scratch(piece) for piece in pieces]
@@ -51,7 +49,6 @@ def test_shards_are_balanced(wanted: list[Composition], count: int) -> None:
 
 
 @given(plans, counts)
-@unhurried
 def test_no_other_cut_of_the_same_order_has_a_cheaper_worst_piece(wanted: list[Composition], count: int) -> None:
     order = sorted(set(wanted))
     best = [[0.0] * (len(order) + 1)]  # by number of pieces, then of compositions in them
