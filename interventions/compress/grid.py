@@ -107,8 +107,8 @@ def find_grid(
     if groups.numel() == 0:
         empty = groups.sum(dim=dim, keepdim=True)
         return empty + 1, empty
-    low, high = groups.aminmax(dim=dim, keepdim=True)
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    # One after the other: on a CPU torch's `aminmax` takes six times as long as both.
+    low, high = groups.amin(dim=dim, keepdim=True).clamp_(max=0), groups.amax(dim=dim, keepdim=True).clamp_(min=0)
     bottom, top = limits(bits, symmetric)
     if symmetric:
         scales = _positive(torch.maximum(-low, high) / (top + 0.5))
