@@ -49,11 +49,12 @@ def width_of_group(cols: int, group_size: int) -> int:
 
 
 def split_groups(W: Tensor, group_size: int) -> Tensor:
-    """View W (rows, cols) as (rows, groups, group width), the last group filled up with zeros."""
+    """Return W (rows, cols) as (rows, groups, group width), a view unless the last group is filled up with zeros."""
     rows, cols = W.shape
     width = max(1, width_of_group(cols, group_size))
     groups = -(-cols // width)
-    return pad(W, (0, groups * width - cols)).reshape(rows, groups, width)
+    missing = groups * width - cols
+    return (pad(W, (0, missing)) if missing else W).reshape(rows, groups, width)
 
 
 def join_groups(groups: Tensor, cols: int) -> Tensor:
