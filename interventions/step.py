@@ -93,9 +93,9 @@ def apply(
     function = chosen.load()
     before = _Weights(model)
     devices = {placement(model).device, *(parameter.device for parameter in model.parameters())}
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+    gpus = [device for device in devices if device.type == "cuda"]
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
     start = time.perf_counter()
     try:
         # Edits and unlearning mix what they read off the model with its weights: those stay where they are.
@@ -103,9 +103,8 @@ def apply(
             details = function(model, tokenizer, complete, given, context)
             if getattr(complete, "preserve_mask", False):
                 details = before.keep_zeros(model) | details
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
         seconds = time.perf_counter() - start
         changed = before.changed(model, method, may_be_none=bool(satisfied))
         if not changed:
@@ -124,7 +123,7 @@ def apply(
         details=details,
         warnings=tuple(warnings),
         seconds=seconds,
-        peak_memory_bytes=_peak_memory(devices),
+        peak_memory_bytes=_peak_memory(gpus),
     )
 
 
@@ -268,9 +267,8 @@ def _plain(details: dict[str, Any], method: str) -> dict[str, Any]:
     return details
 
 
-def _peak_memory(devices: Collection[torch.device]) -> int:
-    accelerators = [device for device in devices if device.type == "cuda"]
-    if accelerators:
-        return max(torch.cuda.max_memory_allocated(device) for device in accelerators)
+def _peak_memory(gpus: Collection[torch.device]) -> int:
+    if gpus:
+        return max(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -85,6 +85,13 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
     return model.to(dtype).eval()
 
 
+def share_of_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Return the share of weights that are the same, to float32's rounding."""
+    pairs = [(p.cpu(), q.cpu()) for p, q in zip(one.parameters(), other.parameters(), strict=True)]
+    same = sum(int(torch.isclose(p, q, rtol=1e-3, atol=1e-5).sum()) for p, q in pairs)
+    return same / sum(p.numel() for p, _ in pairs)
+
+
 def tiny_tokenizer() -> Any:
     """Train a byte-level BPE tokenizer that puts <s> in front, right-padded with <pad>."""
     tokenizer = Tokenizer(tokenizer_models.BPE())

@@ -176,7 +176,6 @@ class FloatBlock:
         self.block = copy.deepcopy(block)
         self.block.module.to(device).float()
         self.device = device
-        self.stored_dtype = block.linears[0].weight.dtype
         self.memory = memory
         tokens = sum(call.hidden.shape[0] * call.hidden.shape[1] for call in calls)
         self.resting = memory.where_to_rest(tokens * calls[0].hidden.shape[-1] * 4, device)
@@ -231,8 +230,7 @@ class FloatBlock:
         statistics |= fresh
         to_see = groups if scopes is not None else wanted
         if to_see or to_end:
-            with pass_precision(self.device, self.stored_dtype):
-                self._look(to_see, fresh, scopes, to_end=to_end)
+            self._look(to_see, fresh, scopes, to_end=to_end)
         for group in wanted:
             self._check_inputs(group, statistics[group.role])
         if not self.changed:
@@ -285,8 +283,9 @@ class FloatBlock:
                 handle.remove()
 
     def _run(self, batch: int, call: Call) -> Tensor:
-        """Return the block's output on one batch."""
+        """Return the block's output on one batch; hooks add up what they see in the same precision."""
         with ExitStack() as stack:
+            stack.enter_context(pass_precision(self.device, self.stored.linears[0].weight.dtype))
             for tail in self.tails.values():
                 if tail.usable:
                     stack.enter_context(tail.standing_in(batch))
@@ -310,9 +309,8 @@ class FloatBlock:
         """Return the hidden states for the next block; the calls are used up."""
         if not self.keep_outputs:
             self.calls.reverse()
-            with pass_precision(self.device, self.stored_dtype):
-                while self.calls:  # one by one, so that each input is freed before the next output is made
-                    self.outputs.append(self._run(len(self.outputs), self.calls.pop()))
+            while self.calls:  # one by one, so that each input is freed before the next output is made
+                self.outputs.append(self._run(len(self.outputs), self.calls.pop()))
         self.calls.clear()
         return self.outputs
 
