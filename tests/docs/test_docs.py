@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = (*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+INCLUDE = re.compile(r'^--8<-- "([^"\n]+)"$', re.MULTILINE)
 FLAG = re.compile(r"--lmcompose-[a-z][a-z-]*[a-z]")
 
 
@@ -150,6 +152,27 @@ def test_the_site_builds_without_a_warning_and_asks_no_network(tmp_path: Path) -
     styles = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.css"))
     assert not re.findall(r"url\(\s*[\"']?(?:https?:)?//", styles)
     assert "<!-- generated:" not in "".join(page.read_text(encoding="utf-8") for page in pages)
+    for page in DOCS.glob("*.md"):
+        shown = without_space(page_text((tmp_path / f"{page.stem}.html").read_text(encoding="utf-8")))
+        for name in INCLUDE.findall(page.read_text(encoding="utf-8")):
+            included = next(folder / name for folder in (DOCS, ROOT) if (folder / name).is_file())
+            assert without_space(included.read_text(encoding="utf-8")) in shown, f"{page.name} does not show {name}"
+
+
+def test_every_include_of_a_page_is_written_as_one() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert len(re.findall(r"--\s*8\s*<\s*--", text)) == len(INCLUDE.findall(text)), page.name
+    assert INCLUDE.findall((DOCS / "extending.md").read_text(encoding="utf-8"))
+
+
+def page_text(html: str) -> str:
+    """Return the text of a page, without its marks."""
+    return unescape(re.sub(r"<[^>]*>", "", html))
+
+
+def without_space(text: str) -> str:
+    return re.sub(r"\s+", "", text)
 
 
 def test_the_picture_asks_no_network() -> None:
