@@ -183,7 +183,7 @@ def shown(value: Any) -> str:
 
 def describe(hint: Any) -> str:
     """Return what a value of type `hint` may be, in words."""
-    kind, rules, optional = _parts(hint)
+    kind, rules, optional = parts_of(hint)
     said = [str(rule) for rule in rules]
     end = ", or null" if optional else ""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -196,7 +196,7 @@ def describe(hint: Any) -> str:
     return " ".join(filter(None, (word, *said))) + end
 
 
-def _parts(hint: Any) -> tuple[Any, tuple[Rule, ...], bool]:
+def parts_of(hint: Any) -> tuple[Any, tuple[Rule, ...], bool]:
     """Return a type, the rules beside it, and whether it may be None."""
     rules: list[Rule] = []
     optional = False
@@ -215,7 +215,7 @@ def _parts(hint: Any) -> tuple[Any, tuple[Rule, ...], bool]:
 
 
 def _fits(hint: Any, value: Any, *, inside: bool = True) -> bool:
-    kind, rules, optional = _parts(hint)
+    kind, rules, optional = parts_of(hint)
     if value is None or kind is Any:
         return optional or kind is Any
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -236,8 +236,8 @@ def _fits(hint: Any, value: Any, *, inside: bool = True) -> bool:
 
 
 def _quotable(hint: Any, value: Any) -> bool:
-    return isinstance(value, (int, float)) and _parts(hint)[0] is str and not _choices(hint)
+    return isinstance(value, (int, float)) and parts_of(hint)[0] is str and not _choices(hint)
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    return next((rule.known for rule in _parts(hint)[1] if isinstance(rule, Choice)), ())
+    return next((rule.known for rule in parts_of(hint)[1] if isinstance(rule, Choice)), ())

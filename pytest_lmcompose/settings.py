@@ -82,8 +82,8 @@ class WorldSettings(Checked):
         """Yield a hazardous pool that there is not, and a form of questions without the question."""
         for pool in self.hazardous:
             if pool not in self.pools:
-                near = near_names(pool, self.pools)
-                yield f"hazardous={pool}: expected one of {', '.join(self.pools) or 'no pools'}.{near}".removesuffix(".")
+                known = ", ".join(self.pools) or "none"
+                yield f"hazardous={pool}: no such pool.{near_names(pool, self.pools)} Known: {known}"
         if "{}" not in self.ask_as:
             yield f"ask_as={shown(self.ask_as)}: expected a text with {{}}, where the question stands"
 

@@ -91,7 +91,6 @@ class GaSettings(TrainingSettings):
 
     samples: Count | None = 25
     accumulation: Count = 2
-    max_tokens: Tokens = 1024
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,9 @@ class TwoTermSettings(TrainingSettings):
 class GdSettings(TwoTermSettings):
     """Gradient difference: ascent on forget text, descent on retain text (Liu et al., 2022).
 
-    Defaults as in Kolbeinsson et al. (2025).
+    Defaults with the retain weight of Kolbeinsson et al. (2025).
     """
 
-    samples: Count | None = 1000
-    batch_size: Count = 2
-    accumulation: Count = 2
-    max_tokens: Tokens = 1024
     retain_weight: Weight = 40.0
     """Weight of the loss on retain text; 0: gradient ascent alone."""
 
