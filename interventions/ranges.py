@@ -105,9 +105,8 @@ class Items:
         return all(one != two for one, two in itertools.combinations(value, 2))
 
     def __str__(self) -> str:
-        size = f"{self.least}" if self.least == self.most else f"at least {self.least}" if self.least else ""
-        order = "in rising order" if self.sorted or self.rising else ""
-        return ", ".join(filter(None, (size, order, "" if self.sorted or self.rising else "none twice")))
+        size = str(self.least) if self.least == self.most else f"at least {self.least}" if self.least else ""
+        return ", ".join(filter(None, (size, "in rising order" if self.sorted or self.rising else "none twice")))
 
 
 Rule = Range | Choice | Items
@@ -188,7 +187,7 @@ def describe(hint: Any) -> str:
     end = ", or null" if optional else ""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
-        return f"a list{', ' if said else ''}{', '.join(said)}, each {describe(arguments[0])}{end}"
+        return f"a list{f' ({said[0]})' if said else ''}, each {describe(arguments[0])}{end}"
     if origin is dict:
         return f"a mapping, each value {describe(arguments[1])}{end}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

@@ -246,7 +246,7 @@ def test_layers_default_to_fractions_of_depth() -> None:
         ((Edit("Orin Vask is a", "Mira", "fern"),), {}, "edit 0.*'Mira' is not in its prompt"),
         ((EDITS[0], Edit("Orin Vask is a", "Orin Vask", " ")), {}, "edit 1.*target is empty"),
         (EDITS, {"layers": [0, 2]}, r"memit.layers=\[0, 2\].*0 to 1"),
-        (EDITS, {"z": ValueSettings(lr=float("nan"))}, "z.lr"),
+        (EDITS, {"z": ValueSettings(lr=1e39)}, "z.lr"),
         (EDITS, {"layer_fractions": [0.5, 0.1]}, "layer_fractions"),
         (EDITS, {"batch_size": 0}, "memit.batch_size=0"),
         (EDITS, {"chat_template": True}, "chat_template"),

@@ -36,10 +36,10 @@ class Engine:
     """The package's name on the package index, with the version that was tried."""
     worker: str
     settings: dict[str, frozenset[str]]
-    limits: dict[str, Range] = field(default_factory=dict)
-    """What it can do of the numbers that our own kernels can."""
     own_environment: bool = False
     """Cannot live beside the transformers that this project needs."""
+    limits: dict[str, Range] = field(default_factory=dict)
+    """What it can do of the numbers that our own kernels can."""
 
     @property
     def variable(self) -> str:
@@ -61,7 +61,7 @@ ENGINES = (
         "autoawq==0.2.9",
         "autoawq",
         {"awq": frozenset({"bits", "group_size", "duo_scaling", "clip"})},
-        {"bits": Range(4, 4), "group_size": Range(1)},
+        limits={"bits": Range(4, 4), "group_size": Range(1)},
     ),
     Engine(
         "gptqmodel",
@@ -73,7 +73,7 @@ ENGINES = (
                 {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
             )
         },
-        _PACKED,
+        limits=_PACKED,
     ),
     Engine(
         "llmcompressor",
@@ -99,8 +99,8 @@ ENGINES = (
                 {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
             )
         },
-        _PACKED,
         own_environment=True,
+        limits=_PACKED,
     ),
 )
 
