@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any
 
 from interventions.names import near_names
@@ -141,12 +142,22 @@ class Checked:
 def check_settings(settings: Any) -> None:
     """Check the fields of a settings dataclass, whether it is `Checked` or not; raises SettingError."""
     for key, hint in field_types(type(settings)).items():
-        check_value(key, hint, getattr(settings, key))
+        value = getattr(settings, key)
+        if not dataclasses.is_dataclass(hint):
+            check_value(key, hint, value)
+        elif not isinstance(value, typing.cast(type, hint)):
+            raise SettingError(f"{key}={shown(value)}: expected {describe(hint)}")
+        else:
+            try:
+                check_settings(value)
+            except SettingError as error:
+                raise SettingError(f"{key}.{error}") from None
     if isinstance(settings, Checked):
         for problem in settings.problems():
             raise SettingError(problem)
 
 
+@cache
 def field_types(kind: type) -> dict[str, Any]:
     """Return the types of a dataclass's fields, with what is said beside them."""
     hints = typing.get_type_hints(kind, include_extras=True)
