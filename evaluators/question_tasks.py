@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows `include` and `!function`
@@ -111,7 +112,7 @@ def _task(name: str, yaml: Path, manager: Any, options: int | None, overrides: R
     _check_metrics(name, yaml, config)
     try:
         return name, manager.load([config])["tasks"][name]
-    except EvaluationError:
+    except (EvaluationError, TemplateError):  # a template is the caller's to explain
         raise
     except Exception as error:  # whatever the harness makes of a key that it does not know, or of a wrong value
         reason = " ".join(str(error).split())

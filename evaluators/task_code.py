@@ -59,8 +59,9 @@ def _code_below(node: Any, seen: set[int]) -> Iterator[str]:
         return
     seen.add(id(node))
     if not node.tag.startswith(_PLAIN) or node.tag.startswith(f"{_PLAIN}python"):
-        value = f" {node.value}" if isinstance(node, yaml.ScalarNode) else ""
-        yield f"line {node.start_mark.line + 1}: {node.tag.removeprefix(_PLAIN)}{value} runs code"
+        value = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+        what = f"{node.tag.removeprefix(_PLAIN)} {' '.join(value.split())}".rstrip()
+        yield f"line {node.start_mark.line + 1}: {what} runs code"
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _code_below(item, seen)

@@ -24,6 +24,8 @@ from typing import Annotated, Any
 from interventions.names import near_names
 from interventions.types import InterventionError
 
+_LARGEST = 1e30
+"""Beyond it, what methods compute in float32 from a number is infinite."""
 _LONGEST = 100
 """Characters of a value in a message."""
 
@@ -238,7 +240,7 @@ def _fits(hint: Any, value: Any, *, inside: bool = True) -> bool:
     elif kind is int:
         fine = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.maxsize
     elif kind is float:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
     else:
         fine = not isinstance(kind, type) or isinstance(value, kind)
         fine = fine and not (kind is str and (inside or optional) and not value.strip())

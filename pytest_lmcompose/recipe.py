@@ -270,13 +270,15 @@ def _check_override(text: str, override: Override) -> bool:
 
 
 def _check_presets(text: str, conf: Path, override: Override) -> None:
-    known = presets(conf, override.key_or_group)
-    value = override.value()
+    group, value = override.key_or_group, override.value()
+    known = presets(conf, group)
+    own = [name for name, method in methods().items() if method.category == group]
     for name in value if isinstance(value, list) else [value]:
         if str(name) not in known:
             raise RecipeError(
-                f"{text!r}: no preset {str(name)!r} in {conf / override.key_or_group}."
-                f"{near_names(str(name), known)} Known: {', '.join(known) or 'none'}."
+                f"{text!r}: no preset {str(name)!r} in {conf / group}.{near_names(str(name), [*known, *own])} "
+                f"Known: {', '.join(known) or 'none'}."
+                + (" Methods need no preset: name them in a composition." if own else "")
             )
 
 

@@ -114,7 +114,10 @@ def test_a_range_holds_what_lies_between_its_ends(value: float, low: float, high
         (Annotated[str, Choice("layer", "row")], "one of layer, row"),
         (Layers | None, "a list (at least 1, in rising order), each a whole number from 0 up, or null"),
         (Fractions, "a list (2, in rising order), each a number from 0 to less than 1"),
-        (dict[str, Annotated[list[str], Items()]], "a mapping, each value a list (at least 1, none twice), each a text"),
+        (
+            dict[str, Annotated[list[str], Items()]],
+            "a mapping, each value a list (at least 1, none twice), each a text",
+        ),
         (bool, "true or false"),
     ],
 )
