@@ -143,7 +143,8 @@ class Checked:
 
 def check_settings(settings: Any) -> None:
     """Check the fields of a settings dataclass, whether it is `Checked` or not; raises SettingError."""
-    for key, hint in field_types(type(settings)).items():
+    kind: type = type(settings)
+    for key, hint in field_types(kind).items():
         value = getattr(settings, key)
         if not dataclasses.is_dataclass(hint):
             check_value(key, hint, value)

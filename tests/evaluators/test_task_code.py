@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,24 +180,3 @@ def test_what_the_harness_cannot_take_is_one_line(
     with pytest.raises(EvaluationError, match=message) as error:
         ask(model, tokenizer, folder)
     assert "\n" not in str(error.value)
-
-
-def test_the_run_is_refused_before_any_work(tmp_path: Path) -> None:
-    from pytest_lmcompose.recipe import RecipeError, load_recipe
-    from pytest_lmcompose.run import CONF, Run
-
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "x.yaml").write_text("task: x\nprocess_docs: !function a.b\n")
-    check: Callable[[list[str]], None] = lambda more: _run(
-        load_recipe(CONF, ["world.tasks=tasks", *more])
-    )._check_tasks(tmp_path)
-
-    def _run(recipe: Any) -> Run:
-        run = Run.__new__(Run)
-        run.__dict__["recipe"] = recipe
-        return run
-
-    with pytest.raises(RecipeError, match=r"x\.yaml: line 2: !function a\.b runs code; set world\.trust_code=true"):
-        check([])
-    check(["world.trust_code=true"])
-    check(["evaluate.questions=false"])

@@ -11,6 +11,7 @@ from pytest_lmcompose.gates.thresholds import read_rules
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
 from pytest_lmcompose.run import CONF
+from tests.plugin.conftest import Project
 
 SECRET = "hunter2-is-my-secret"
 OVERRIDES = """
@@ -265,6 +266,17 @@ def test_ini_values_and_thresholds_resolve_nothing(refused: Callable[..., str], 
     thresholds.write_text('"awq[bits=${oc.env:LMCOMPOSE_SECRET}]":\n  "${oc.env:LMCOMPOSE_SECRET}": {min: 0.1}\n')
     (rule,) = read_rules(thresholds)  # globs are text, and match nothing else than themselves
     assert (rule.composition, rule.metric) == ("awq[bits=${oc.env:LMCOMPOSE_SECRET}]", "${oc.env:LMCOMPOSE_SECRET}")
+
+
+def test_a_world_whose_tasks_name_code_is_refused_before_any_work(
+    refused: Callable[..., str], project: Project, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.yaml").write_text("task: odd\nprocess_docs: !function a.b\n")
+    tasks = ("--lmcompose-set=evaluate.questions=true", f"--lmcompose-set=world.tasks='{tmp_path}'")
+    error = refused(*tasks, "--collect-only")
+    assert error.count("odd.yaml: line 2: !function a.b runs code; set world.trust_code=true") == 1
+    for lifted in ("world.trust_code=true", "evaluate.questions=false"):
+        assert project.run(*tasks, f"--lmcompose-set={lifted}", "--collect-only", compose=("nudge",)).ret == 0
 
 
 def test_a_resolver_of_a_users_own_is_not_called(recipe: Recipe) -> None:

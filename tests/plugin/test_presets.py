@@ -221,7 +221,7 @@ def test_a_variant_asked_for_by_name_holds_on_every_model(model: str, choice: st
 # Settings that documentation and stored runs of the embedded model were made with.
 TINYWORLD: dict[str, dict[str, Any]] = {
     "rmu": {"layer": 3, "steering_coefficient": 1000.0, "alpha": 10.0, "lr": 1e-2, "max_num_batches": 80},
-    "ga": {"layers": [2, 3, 4, 5], "train_head": False, "lr": 1.5e-3, "samples": 25, "accumulation": 2, "max_tokens": 512},
+    "ga": {"layers": [2, 3, 4, 5], "train_head": False, "lr": 1.5e-3, "samples": 25, "accumulation": 2},
     "gd": {"samples": 150, "batch_size": 2, "retain_batch_size": 4, "accumulation": 1, "retain_weight": 9.5},
     "npo": {"epochs": 1, "beta": 0.005, "forget_weight": 0.012, "retain_weight": 1.4},
     "memit": {"layers": [0, 1, 2], "covariance_weight": 1000.0},
