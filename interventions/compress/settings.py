@@ -13,7 +13,7 @@ from interventions.ranges import Checked, Choice, Count, Range, Share, shown
 Bits = Annotated[int, Range(2, 8)]
 GroupSize = Annotated[int, Range(1, also=(-1,))]
 Damping = Annotated[float, Range(0, 1)]
-_PATTERN = re.compile(r"(\d{1,6}):(\d{1,6})")
+_PATTERN = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 
 
 @dataclass(frozen=True)
