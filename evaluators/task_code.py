@@ -67,16 +67,19 @@ def _code_below(node: Any, seen: set[int]) -> Iterator[str]:
             yield from _code_below(item, seen)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if key.value in _SWITCHES and not (isinstance(value, yaml.ScalarNode) and value.value.lower() in _OFF):
-                yield f"line {key.start_mark.line + 1}: {key.value} {_SWITCHES[key.value]}"
+            name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            if name in _SWITCHES and not (isinstance(value, yaml.ScalarNode) and value.value.lower() in _OFF):
+                yield f"line {key.start_mark.line + 1}: {name} {_SWITCHES[name]}"
             yield from _code_below(key, seen)
             yield from _code_below(value, seen)
 
 
 def _includes(root: Any) -> Iterator[str]:
-    """Yield the paths of the files that a file includes."""
+    """Yield the paths of the files that a file includes, by a key of its own or of a mapping merged into it."""
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        below = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if key.value == "include":
-            for node in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if isinstance(node, yaml.ScalarNode):
-                    yield node.value
+            yield from (node.value for node in below if isinstance(node, yaml.ScalarNode))
+        elif key.tag == f"{_PLAIN}merge":
+            for node in below:
+                yield from _includes(node)

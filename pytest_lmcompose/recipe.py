@@ -141,10 +141,7 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     sections = {name: _typed(config[name], kind, name) for name, kind in _SECTIONS.items()}
     also = {name: _of_evaluator(name, values) for name, values in sections["evaluate"].also.items()}
     sections["evaluate"] = dataclasses.replace(sections["evaluate"], also=also)
-    for (
-        name,
-        method,
-    ) in methods().items():  # those that no composition has, too: what was set for them is wrong in any case
+    for name, method in methods().items():  # used or not: what was set for it is wrong in any case
         _typed(config[name], method.settings_type(), name)
     return Recipe(**sections, config=config)
 

@@ -71,6 +71,9 @@ def ask(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
         ("include: shared\n", "shared: line 1: !function helper.process"),
         ("include: [plain, shared]\n", "shared: line 1: !function"),
         ("include: ../elsewhere.yaml\n", "elsewhere.yaml: line 1: !function"),
+        ("x: &x {include: shared}\n<<: *x\n", "shared: line 1: !function"),
+        ("x: &x [{a: 1}, {include: shared}]\n<<: *x\n", "shared: line 1: !function"),
+        ("? [a, b]\n: !function helper.process\n", "!function helper.process"),
     ],
 )
 def test_a_folder_that_would_run_code_is_refused_and_nothing_ran(folder: Path, lines: str, message: str) -> None:
