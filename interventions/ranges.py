@@ -204,8 +204,8 @@ def describe(hint: Any) -> str:
         return f"a list{f' ({said[0]})' if said else ''}, each {describe(arguments[0])}{end}"
     if origin is dict:
         return f"a mapping, each value {describe(arguments[1])}{end}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    word = "" if any(isinstance(rule, Choice) for rule in rules) else words.get(kind, getattr(kind, "__name__", "any"))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "see there"}
+    word = "" if any(isinstance(rule, Choice) for rule in rules) else words.get(kind, kind.__name__)
     return " ".join(filter(None, (word, *said))) + end
 
 
