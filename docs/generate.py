@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from interventions.ranges import describe, field_types
 from interventions.registry import methods
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.cli.flags import plugin_flags
@@ -63,13 +64,13 @@ def settings() -> str:
 
 def keys_of(section: str, kind: type) -> str:
     """Return the table of a section's keys."""
-    rows = [(code(f"{section}.{key}"), code(default), what) for key, default, what in fields(kind)]
-    return table(("key", "default", "meaning"), rows) if rows else "It has no settings.\n"
+    rows = [(code(f"{section}.{key}"), code(default), *others) for key, default, *others in fields(kind)]
+    return table(("key", "default", "values", "meaning"), rows) if rows else "It has no settings.\n"
 
 
-def fields(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield key, default and description of every field of a settings dataclass, those inside of it too."""
-    hints, described = typing.get_type_hints(kind), descriptions(kind)
+def fields(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield key, default, values and description of every field of a settings dataclass, those inside of it too."""
+    hints, described = field_types(kind), descriptions(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -78,7 +79,7 @@ def fields(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
         shown = "null" if default is None else json.dumps(default, ensure_ascii=False)
-        yield f"{prefix}{field.name}", shown, described.get(field.name, "")
+        yield f"{prefix}{field.name}", shown, describe(hint), described.get(field.name, "")
 
 
 def descriptions(kind: type) -> dict[str, str]:

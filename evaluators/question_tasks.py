@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
+from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows `include` and `!function`
 
 from evaluators.measurement import EvaluationError
+from evaluators.task_code import refuse_code
 
 Record = dict[str, Any]
 Tasks = dict[str, Any]
 
 
-def load_tasks(names: Sequence[str], folder: Path | None, options: int | None) -> dict[str, Tasks]:
+def load_tasks(
+    names: Sequence[str], folder: Path | None, options: int | None, *, trust_code: bool = False
+) -> dict[str, Tasks]:
     """Return what each of `names` stands for, in that order: its tasks by name.
 
     A task stands for itself; a group or a tag for all tasks in it. Names are those of the YAML
@@ -28,13 +33,16 @@ def load_tasks(names: Sequence[str], folder: Path | None, options: int | None) -
     file. They are read into memory here: nothing is cached beside the data, and a changed file is
     seen at once.
 
-    Raises EvaluationError for an unknown name (with near ones), for data that cannot be loaded, and
-    for a question of the folder that has not `options` choices (None: any number) or no valid answer.
+    Raises EvaluationError for an unknown name (with near ones), for data that cannot be loaded, for a
+    question of the folder that has not `options` choices (None: any number) or no valid answer, and
+    for a folder whose files would run code, unless `trust_code`.
     """
     local: Any = None
     if folder is not None:
         if not folder.is_dir():
             raise EvaluationError(f"question tasks: {folder} is not a folder; give the folder of the task YAML files")
+        if not trust_code:
+            refuse_code(folder)
         local = TaskManager(include_path=str(folder), include_defaults=False)
     found = {}
     for name in names:
@@ -101,7 +109,23 @@ def _task(name: str, yaml: Path, manager: Any, options: int | None, overrides: R
     if config.get("dataset_path") == "json":
         check = _check_choices(options) if _asks_choices(config) else _check_fields
         config["custom_dataset"] = _reader(name, yaml, config.pop("dataset_kwargs", None), check)
-    return name, manager.load([config])["tasks"][name]
+    _check_metrics(name, yaml, config)
+    try:
+        return name, manager.load([config])["tasks"][name]
+    except (EvaluationError, TemplateError):  # a template is the caller's to explain
+        raise
+    except Exception as error:  # whatever the harness makes of a key that it does not know, or of a wrong value
+        reason = " ".join(str(error).split())
+        raise EvaluationError(f"{yaml}: task {name} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+def _check_metrics(name: str, yaml: Path, config: Record) -> None:
+    """Raise EvaluationError for a metric that the harness does not have: it would fetch its code by that name."""
+    metrics = config.get("metric_list") or ()
+    for metric in (entry.get("metric") for entry in metrics if isinstance(entry, Mapping)):
+        if isinstance(metric, str) and metric not in metric_registry and config.get("process_results") is None:
+            known = ", ".join(metric_registry.keys())
+            raise EvaluationError(f"{yaml}: task {name}: unknown metric {metric!r}. Known: {known}.")
 
 
 def _asks_choices(config: Record) -> bool:

@@ -13,8 +13,11 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import lm_eval.utils
 import numpy as np
-from jinja2 import UndefinedError
+from jinja2 import TemplateError, UndefinedError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.evaluator import evaluate
 
 from evaluators.harness import SharedContextLM
@@ -36,6 +39,7 @@ def measure_questions(
     num_fewshot: int | None = None,
     lower_is_better: AbstractSet[str] = frozenset(),
     options: int | None = 4,
+    trust_code: bool = False,
 ) -> list[Measurement]:
     """Measure each task, in the order asked for; samples are 1 or 0 by question.
 
@@ -50,8 +54,11 @@ def measure_questions(
     knowledge should be gone; for the others the harness says which way is better. Model and
     tokenizer are left as found.
 
-    Raises EvaluationError for no or unknown tasks, broken data, likelihoods that are NaN, and
-    tasks that are not scored question by question.
+    With `trust_code`, task files may run code: functions that they name, and templates outside of a
+    sandbox. The harness's own tasks may run theirs in any case: it is installed like any package.
+
+    Raises EvaluationError for no or unknown tasks, broken data, likelihoods that are NaN, tasks that
+    are not scored question by question, and task files that would run code.
     """
     if not tasks:
         raise EvaluationError("questions: no tasks to measure; name at least one")
@@ -61,8 +68,9 @@ def measure_questions(
         if value is not None and value < least:
             raise EvaluationError(f"questions: {name} is {value}; it must be at least {least}, or None")
     try:
-        with _contained(), borrowed(model, tokenizer):
-            loaded = load_tasks(tasks, None if task_folder is None else Path(task_folder), options)
+        with _contained(), _templates(trusted=trust_code), borrowed(model, tokenizer):
+            folder = None if task_folder is None else Path(task_folder)
+            loaded = load_tasks(tasks, folder, options, trust_code=trust_code)
             leaves = {leaf: task for members in loaded.values() for leaf, task in members.items()}
             for leaf, task in leaves.items():
                 if not len(task.eval_docs):
@@ -77,6 +85,13 @@ def measure_questions(
             results = evaluate(lm, chosen, limit=limit, bootstrap_iters=0)
     except UndefinedError as error:
         raise EvaluationError(f"questions: a template of {', '.join(tasks)} reads a missing field: {error}") from error
+    except SecurityError as error:
+        raise EvaluationError(
+            f"questions: a template of {', '.join(tasks)} reaches for code: {error}; set world.trust_code=true if you "
+            "trust it"
+        ) from error
+    except TemplateError as error:
+        raise EvaluationError(f"questions: a template of {', '.join(tasks)} cannot be filled in: {error}") from error
     falling = {leaf for name in lower_is_better for leaf in loaded[name]}
     single = {
         leaf: _measurements(leaf, task, results, lower_is_better=leaf in falling) for leaf, task in leaves.items()
@@ -150,6 +165,20 @@ def _outcomes(name: str, task: Any, metric: str | None, samples: Sequence[dict[s
             )
         outcomes.append(float(value))
     return outcomes
+
+
+@contextmanager
+def _templates(*, trusted: bool) -> Iterator[None]:
+    """Let the harness fill in templates in a sandbox, unless they are trusted: its own environment has none."""
+    own = lm_eval.utils.env
+    if not trusted:
+        sandbox = SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
+        sandbox.filters.update(own.filters)
+        lm_eval.utils.env = sandbox
+    try:
+        yield
+    finally:
+        lm_eval.utils.env = own
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from interventions.anatomy import find_anatomy
 from interventions.modes import keep_modes
 from interventions.names import near_names
 from interventions.offload import placement, streaming
+from interventions.ranges import SettingError, check_settings
 from interventions.registry import Method, find_method
 from interventions.shared_statistics import SharedStatistics
 from interventions.types import Edit, InterventionError, Resources, StepReport
@@ -142,7 +143,12 @@ def _complete_settings(method: Method, settings: Any, overrides: dict[str, Any])
             raise InterventionError(
                 f"{method.name} has no setting {name!r}.{near_names(name, known)} Known: {', '.join(known)}."
             )
-    return dataclasses.replace(settings, **overrides)
+    try:
+        complete = dataclasses.replace(settings, **overrides)
+        check_settings(complete)
+    except SettingError as error:
+        raise SettingError(f"{method.name}.{error}") from None
+    return complete
 
 
 def _complete_resources(

@@ -53,10 +53,6 @@ class Trainer:
         max_grad_norm: float | None = None,
         preserve_mask: bool = False,
     ) -> None:
-        if not (lr > 0 and math.isfinite(lr)):
-            raise InterventionError(f"{method}.lr={lr}: need a rate above 0")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InterventionError(f"{method}.max_grad_norm={max_grad_norm}: need a norm above 0, or null for none")
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters.values():

@@ -134,6 +134,7 @@ def _questions(
         num_fewshot=evaluate.num_fewshot,
         lower_is_better=hazardous,
         options=evaluate.options,
+        trust_code=world.trust_code,
     )
     by_name = {m.metric.partition("/")[2]: m for m in reversed(single)}
     pools = [pool(f"accuracy/{name}", [by_name[t] for t in names]) for name, names in world.pools.items() if names]

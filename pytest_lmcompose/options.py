@@ -32,7 +32,7 @@ SUITE_FOLDER = Path(__file__).resolve().parent.parent / "compositions"
 project under test may have a folder of that name too."""
 
 ENGINES_OF_RUNS = ("local", "ray")
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def add_options(parser: pytest.Parser) -> None:
     add("thresholds", "YAML file of thresholds (default: the suite's thresholds.yaml)", "PATH")
     add("seed", "seed of the run, from which all others follow (default: 0)", "N")
     add("repeats", "measure each composition so often, with seeds N, N+1, ... for edits and methods (default: 1)", "N")
-    add("device", "auto, cpu, cuda, cuda:1, ... (default: auto)", "DEVICE")
+    add("device", "auto, cpu, mps, cuda, cuda:1, ...; one that is not here is refused (default: auto)", "DEVICE")
     add(
         "gpus-per-worker",
         "GPUs that each worker of -n sees; -n auto starts as many as that allows; 0: all see all (default: 1)",

@@ -1,7 +1,8 @@
 """Recipes: Hydra composes the groups of compositions/conf into frozen, typed settings.
 
 The schema is made from the dataclasses in `pytest_lmcompose.settings` and from the settings type of
-every registered intervention, so an unknown key or a wrong type is an error before any work.
+every registered intervention, so an unknown key, a wrong type or a value out of its range is an error
+before any work. Values are taken as they stand: nothing in them is resolved.
 Importing this module imports Hydra, but no torch.
 """
 
@@ -25,16 +26,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evaluators.registry import UnknownEvaluator, find_evaluator
 from interventions import names
+from interventions.ranges import SettingError, check_settings, check_value, field_types, parts_of
 from interventions.registry import UnknownMethod, find_method, methods
+from interventions.types import InterventionError
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse, permutations
 from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSettings, WorldSettings
 
 near_names = partial(names.near_names, cutoff=0.5)
 
 GROUPS = ("model", "world", "edit", "unlearn", "compress", "evaluate", "suite")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
-EDIT_SCHEMAS = ("zsre", "counterfact", "mquake")
 _SECTIONS: dict[str, type] = {
     "model": ModelSettings,
     "world": WorldSettings,
@@ -78,7 +78,7 @@ class Recipe:
         for key, value in step.settings:
             text = f"{step.method}.{key}={value}"
             override = _parse_override(text)
-            _check_key(text, override.key_or_group)
+            _check_override(text, override)
             if section is self.config[step.method]:
                 section = OmegaConf.create(section)
             with _readable(f"{step}: {text}"):
@@ -87,7 +87,7 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """Return all sections as plain data."""
-        sections: dict[str, Any] = OmegaConf.to_container(self.config, resolve=True)  # type: ignore[assignment]
+        sections: dict[str, Any] = OmegaConf.to_container(self.config)  # type: ignore[assignment]
         return sections
 
     def check(self, composition: Composition) -> Composition:
@@ -121,7 +121,7 @@ class Recipe:
 def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Compose `conf`/recipe.yaml with `overrides` in Hydra's grammar, the later ones winning.
 
-    Raises RecipeError for an unknown key or preset, or a value of the wrong type.
+    Raises RecipeError for an unknown key or preset, or a value of the wrong type or out of its range.
     """
     texts = []
     for text in overrides:
@@ -130,8 +130,8 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
             _check_presets(text, conf, override)
             texts.append(text)
         else:
-            _check_key(text, override.key_or_group)
-            texts.append(f"++{text}" if _in_mapping(override.key_or_group) else text)
+            may_add = _check_override(text, override)
+            texts.append(f"++{text}" if may_add else text)
     ConfigStore.instance().store(group="schema", name="lmcompose", node=_schema(), package="_global_")
     with (
         _readable("the recipe"),
@@ -141,13 +141,9 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     sections = {name: _typed(config[name], kind, name) for name, kind in _SECTIONS.items()}
     also = {name: _of_evaluator(name, values) for name, values in sections["evaluate"].also.items()}
     sections["evaluate"] = dataclasses.replace(sections["evaluate"], also=also)
-    recipe = Recipe(**sections, config=config)
-    _check_choice("model.dtype", recipe.model.dtype, DTYPES)
-    _check_placement(recipe.model)
-    _check_choice("world.edits_schema", recipe.world.edits_schema, EDIT_SCHEMAS)
-    for pool in recipe.world.hazardous:
-        _check_choice("world.hazardous", pool, tuple(recipe.world.pools))
-    return recipe
+    for name, method in methods().items():  # used or not: what was set for it is wrong in any case
+        _typed(config[name], method.settings_type(), name)
+    return Recipe(**sections, config=config)
 
 
 def presets(conf: Path, group: str) -> tuple[str, ...]:
@@ -164,8 +160,12 @@ def quoted(value: str) -> str:
 
 def _schema() -> type:
     """Return the dataclass that Hydra merges into: one field a section."""
-    kinds = {**_SECTIONS, **{name: method.settings_type() for name, method in methods().items()}}
-    return _schema_of(tuple(kinds.items()))
+    return _schema_of(tuple(_kinds().items()))
+
+
+def _kinds() -> dict[str, type]:
+    """Return the settings dataclass of each section."""
+    return {**_SECTIONS, **{name: method.settings_type() for name, method in methods().items()}}
 
 
 @cache
@@ -197,17 +197,22 @@ def _mutable(kind: type) -> type:
 
 def _typed(section: DictConfig, kind: type, name: str) -> Any:
     with _readable(f"the section {name!r} of the recipe"):
-        values = OmegaConf.to_container(section, resolve=True, throw_on_missing=True)
-    try:
-        return _instance(kind, values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{name}: {error}") from None
+        values = OmegaConf.to_container(section, throw_on_missing=True)
+    return _instance(kind, values, name)
 
 
-def _instance(kind: type, values: Any) -> Any:
+def _instance(kind: type, values: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
-    nested = {key: _instance(hints[key], v) for key, v in values.items() if dataclasses.is_dataclass(hints[key])}
-    return kind(**{**values, **nested})
+    inner = [key for key in values if dataclasses.is_dataclass(hints[key])]
+    nested = {key: _instance(hints[key], values[key], f"{where}.{key}") for key in inner}
+    try:
+        settings = kind(**{**values, **nested})
+        check_settings(settings)
+    except SettingError as error:
+        raise RecipeError(f"{where}.{error}") from None
+    except (TypeError, ValueError, InterventionError) as error:  # of a check that another package made itself
+        raise RecipeError(f"{where}: {error}") from None
+    return settings
 
 
 def _of_evaluator(name: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -217,65 +222,60 @@ def _of_evaluator(name: str, values: dict[str, Any]) -> dict[str, Any]:
         kind = find_evaluator(name).settings_type()
     except UnknownEvaluator as error:
         raise RecipeError(f"{where}: {error}") from None
-    known = _fields(kind)
-    for key in values:
-        if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}.{near_names(key, known)} Known: {', '.join(known)}.")
+    try:
+        check_value(where, kind, values)
+    except SettingError as error:
+        raise RecipeError(str(error)) from None
     with _readable(where):
         section = typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_mutable(kind)), values))
     return dataclasses.asdict(_typed(section, kind, where))
 
 
-def _fields(kind: type) -> dict[str, Any]:
-    """Return the keys of a section, each with the dataclass, mapping or plain type behind it."""
-    hints = typing.get_type_hints(kind)
-    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+def _check_override(text: str, override: Override) -> bool:
+    """Check key and value of an override; say whether the key is a mapping, or in one, and so may be a new one.
 
-
-def _in_mapping(key: str) -> bool:
-    """Say whether a known key is a mapping such as world.forget, or an entry in one.
-
-    Only there may an override add keys, which Hydra's grammar marks by ++.
+    Raises RecipeError at the first part of the key that is not known, and for a value that cannot be.
     """
-    kind: Any = _schema()
-    for part in key.split("."):
-        kind = _fields(kind)[part]
-        if not dataclasses.is_dataclass(kind):
-            return typing.get_origin(kind) is dict
-    return False
-
-
-def _check_key(text: str, key: str) -> None:
-    """Walk down a dotted key; raises RecipeError at the first part that is not known."""
-    kind: Any = _schema()
-    parts = key.split(".")
+    parts = override.key_or_group.split(".")
+    known: dict[str, Any] = dict(_kinds())
+    hint: Any = None
+    in_mapping = False
     for depth, part in enumerate(parts):
-        known = _fields(kind)
+        above = ".".join(parts[:depth])
+        if in_mapping:
+            kind = parts_of(hint)[0]
+            if kind is Any:
+                return True
+            if typing.get_origin(kind) is not dict:
+                raise RecipeError(f"{text!r}: {above} has no keys of its own")
+            hint = typing.get_args(kind)[1]
+            continue
+        if depth and not dataclasses.is_dataclass(hint):
+            raise RecipeError(f"{text!r}: {above} has no keys of its own")
         if part not in known:
-            if depth == 0:
-                hint = near_names(part, sorted({*known, *GROUPS}))
-                what = f"unknown section {part!r} of the recipe"
-            else:
-                hint = near_names(part, known)
-                what = f"unknown key {part!r} of {'.'.join(parts[:depth])}"
+            hint = near_names(part, sorted({*known, *GROUPS}) if depth == 0 else known)
+            what = f"unknown key {part!r} of {above}" if depth else f"unknown section {part!r} of the recipe"
             raise RecipeError(f"{text!r}: {what}.{hint} Known: {', '.join(known)}.")
-        kind = known[part]
-        if typing.get_origin(kind) is dict:
-            return
-        if not dataclasses.is_dataclass(kind):
-            if depth + 1 < len(parts):
-                raise RecipeError(f"{text!r}: {'.'.join(parts[: depth + 1])} has no keys of its own")
-            return
+        hint = known[part]
+        in_mapping = typing.get_origin(parts_of(hint)[0]) is dict
+        known = field_types(typing.cast(type, hint)) if dataclasses.is_dataclass(hint) else {}
+    try:
+        check_value(override.key_or_group, hint, override.value())
+    except SettingError as error:
+        raise RecipeError(str(error)) from None
+    return in_mapping
 
 
 def _check_presets(text: str, conf: Path, override: Override) -> None:
-    known = presets(conf, override.key_or_group)
-    value = override.value()
+    group, value = override.key_or_group, override.value()
+    known = presets(conf, group)
+    own = [name for name, method in methods().items() if method.category == group]
     for name in value if isinstance(value, list) else [value]:
         if str(name) not in known:
             raise RecipeError(
-                f"{text!r}: no preset {str(name)!r} in {conf / override.key_or_group}."
-                f"{near_names(str(name), known)} Known: {', '.join(known) or 'none'}."
+                f"{text!r}: no preset {str(name)!r} in {conf / group}.{near_names(str(name), [*known, *own])} "
+                f"Known: {', '.join(known) or 'none'}."
+                + (" Methods need no preset: name them in a composition." if own else "")
             )
 
 
@@ -285,25 +285,22 @@ def _parse_override(text: str) -> Override:
     except (OverrideParseException, HydraException) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"{text!r}: not an override in Hydra's grammar, key=value: {reason}") from None
-    if override.type is None or override.type.name != "CHANGE":
+    if override.type is None or override.type.name != "CHANGE" or override.package is not None:
         raise RecipeError(f"{text!r}: only key=value is known here; keys are never added or removed")
     if override.is_sweep_override():
         raise RecipeError(f"{text!r}: several values; write a list as [1,2], or one composition for each value")
+    if _interpolates(text) or _interpolates(override.value()):
+        raise RecipeError(f"{text!r}: nothing is resolved here, neither variables nor keys; write the value itself")
     return override
 
 
-def _check_placement(model: ModelSettings) -> None:
-    if isinstance(model.device_map, str):
-        _check_choice("model.device_map", model.device_map, DEVICE_MAPS)
-    elif model.device_map is not None and not isinstance(model.device_map, dict):
-        raise RecipeError(f"model.device_map={model.device_map}: expected {', '.join(DEVICE_MAPS)}, a mapping, or null")
-    if model.memory_budget is not None and not 0 < model.memory_budget < float("inf"):
-        raise RecipeError(f"model.memory_budget={model.memory_budget}: expected more than 0 GiB, or null")
-
-
-def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise RecipeError(f"{key}={value}: expected one of {', '.join(known)}.{near_names(value, known)}")
+def _interpolates(value: Any) -> bool:
+    """Say whether OmegaConf would resolve a part of a value, which could bring a secret into the report."""
+    if isinstance(value, dict):
+        return any(_interpolates(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(map(_interpolates, value))
+    return isinstance(value, str) and "${" in value
 
 
 class _readable:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.measurement import Measurement
+from evaluators.measurement import EvaluationError, Measurement
 from pytest_lmcompose.baseline.history import choose
 from pytest_lmcompose.baseline.reference import Baseline, architecture, architecture_at
 from pytest_lmcompose.baseline.storage import StorageError
@@ -29,7 +29,7 @@ from pytest_lmcompose.gates.thresholds import (
 from pytest_lmcompose.locate import model_location, model_overrides, world_folder
 from pytest_lmcompose.options import SUITE_FOLDER, Options
 from pytest_lmcompose.plan import Plan
-from pytest_lmcompose.recipe import Recipe, load_recipe
+from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
 from pytest_lmcompose.result import Result
 from pytest_lmcompose.store.address import address, data_address, hash_files, measurements_address
 from pytest_lmcompose.store.entries import Shelf, costs
@@ -100,11 +100,26 @@ class Run:
         """
         _ = self.compositions, self.rules, self.location
         for name in own_compositions(self.rules):
-            self.recipe.read(name)
+            try:
+                self.recipe.read(name)
+            except RecipeError as error:
+                raise RecipeError(f"{self.options.thresholds}: {error}") from None
         build = architecture_at(self.location) if self.baseline is not None else None
         if self.baseline is not None and (problem := self.baseline.unlike({"architecture": build})) is not None:
             raise StorageError(f"{self.baseline.path} cannot be compared with {self.location}: {problem}")
-        world_folder(self.recipe.world.folder, self.options.folder)
+        self._check_tasks(world_folder(self.recipe.world.folder, self.options.folder))
+
+    def _check_tasks(self, folder: Path) -> None:
+        """Raise RecipeError for a world whose task files would run code, unless the recipe trusts them."""
+        world, evaluate = self.recipe.world, self.recipe.evaluate
+        if world.tasks is None or world.trust_code or not evaluate.questions:
+            return
+        from evaluators.task_code import refuse_code
+
+        try:
+            refuse_code(folder / world.tasks)
+        except EvaluationError as error:
+            raise RecipeError(str(error)) from None
 
     @cached_property
     def data(self) -> tuple[RunData, ...]:

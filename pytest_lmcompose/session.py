@@ -82,6 +82,10 @@ class Session:
         keeping = self.options.keeping
         with usage_errors():
             self.run.check()
+            if self.writes and self.options.engine != "ray":  # whose nodes have devices of their own
+                from pytest_lmcompose.devices import check_device
+
+                check_device(self.options.device)
             if self.writes and keeping.update:
                 from pytest_lmcompose.baseline.history import check_tree
 

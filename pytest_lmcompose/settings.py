@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from interventions.names import near_names
+from interventions.ranges import Checked, Choice, Count, Items, Positive, Range, shown
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
+EDIT_SCHEMAS = ("zsre", "counterfact", "mquake")
+Names = Annotated[list[str], Items()]
+NamesOrNone = Annotated[list[str], Items(least=0)]
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Checked):
     """Which model, and how it is loaded."""
 
     path: str = ""
     """A folder with config.json (relative ones: to the working folder, then to the suite's), or a hub id."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
-    dtype: str = "auto"
+    dtype: Annotated[str, Choice(*DTYPES)] = "auto"
     """auto, float32, bfloat16 or float16; auto is float32 on a CPU, the checkpoint's own elsewhere."""
     trust_remote_code: bool = False
     device_map: Any = None
     """Where the weights are. null: all on the device; host: in the host's memory, each block on the device only while
     it is computed; auto, balanced, balanced_low_0, sequential, or a mapping from modules to devices: spread over
     devices by accelerate."""
-    memory_budget: float | None = None
+    memory_budget: Positive | None = None
     """GiB. Of a model that is spread over GPUs: what its weights may take of each. Else: what a block that is being
     compressed may take on the device, with statistics and activations; the less, the smaller the batches."""
 
+    def problems(self) -> Iterator[str]:
+        """Yield a device map of another kind than accelerate takes."""
+        where, places = f"device_map={shown(self.device_map)}", self.device_map
+        if isinstance(places, Mapping):
+            if not places or not all(isinstance(name, str) and _is_place(place) for name, place in places.items()):
+                yield f"{where}: expected a mapping from modules to devices, such as 0, 'cuda:1' or 'cpu'"
+        elif places is not None and places not in DEVICE_MAPS:
+            near = near_names(places, DEVICE_MAPS) if isinstance(places, str) else ""
+            yield f"{where}: expected one of {', '.join(DEVICE_MAPS)}, a mapping, or null.{near}".removesuffix(".")
+
 
 @dataclass(frozen=True)
-class WorldSettings:
+class WorldSettings(Checked):
     """The data of all methods and evaluators; a file that is null is one that this world lacks."""
 
     folder: str = ""
     """Relative ones: to the working folder, then to the suite's."""
     edits: str | None = None
-    edits_schema: str = "zsre"
+    edits_schema: Annotated[str, Choice(*EDIT_SCHEMAS)] = "zsre"
     """zsre, counterfact or mquake."""
     strip_nq: bool = True
     """Remove zsRE's "nq question: " before locality prompts."""
@@ -49,49 +69,61 @@ class WorldSettings:
     """Text that perplexity is measured on; never the retain or calibration text."""
     tasks: str | None = None
     """Folder of question tasks, as YAML files of lm-evaluation-harness."""
-    pools: dict[str, list[str]] = field(default_factory=dict)
+    pools: dict[str, Names] = field(default_factory=dict)
     """Pool of question tasks, such as harmless, to its tasks, groups or tags: of the folder, or of the harness
     itself (wmdp_bio, mmlu); accuracy is measured by task and by pool."""
-    hazardous: list[str] = field(default_factory=list)
+    hazardous: NamesOrNone = field(default_factory=list)
     """Pools of knowledge that unlearning removes: the lower their accuracy, the better."""
+    trust_code: bool = False
+    """Let task files of the folder run code: functions that they name by `!function`, templates outside of a sandbox,
+    and whatever else lm-evaluation-harness would run or import for them."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield a hazardous pool that there is not, and a form of questions without the question."""
+        for pool in self.hazardous:
+            if pool not in self.pools:
+                known = ", ".join(self.pools) or "none"
+                yield f"hazardous={pool}: no such pool.{near_names(pool, self.pools)} Known: {known}"
+        if "{}" not in self.ask_as:
+            yield f"ask_as={shown(self.ask_as)}: expected a text with {{}}, where the question stands"
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(Checked):
     """What is measured on each state, and on how much data."""
 
-    edits: int = 20
+    edits: Count = 20
     """Facts that editing methods rewrite in one batch, and that are measured on every state."""
     editing: bool = True
     """Success, paraphrase, portability and locality of the edits."""
     recall: bool = True
-    facts: int | None = 500
+    facts: Count | None = 500
     """Facts sampled for recall; null: all."""
     perplexity: bool = True
     """Of running text, of the edits' targets with and without their prompts, and of the facts' answers."""
-    window: int = 128
+    window: Annotated[int, Range(2)] = 128
     """Tokens of a perplexity window."""
-    texts: int | None = 200
+    texts: Count | None = 200
     """Texts for perplexity, from the file's start; null: all."""
     questions: bool = True
-    tasks: list[str] = field(default_factory=list)
+    tasks: NamesOrNone = field(default_factory=list)
     """Question tasks, groups or tags beside those of the world's pools: mmlu, hellaswag, or some of the world's
     folder. Knowledge that shall be gone belongs into a hazardous pool of the world instead."""
-    question_limit: int | None = None
+    question_limit: Count | None = None
     """Questions of a task, from the file's start; null: all."""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, Range(0)] | None = None
     """Examples before each question; null: as each task says."""
-    options: int | None = 4
+    options: Annotated[int, Range(2)] | None = 4
     """Choices that every question of the world's folder must have; null: any number."""
     efficiency: bool = True
     """Average bits, sparsity and packed size, read from the weights, and operations by token."""
     latency: bool = False
     """Time of a forward pass and tokens by second, with dense kernels; noisy where the machine is shared."""
-    latency_batch: int = 1
-    latency_length: int = 128
+    latency_batch: Count = 1
+    latency_length: Count = 128
     """Tokens of each text in a pass whose time is taken, or whose operations are counted."""
-    latency_repeats: int = 20
-    batch_size: int = 32
+    latency_repeats: Annotated[int, Range(2)] = 20
+    batch_size: Count = 32
     """Sequences that are read at a time."""
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Evaluators of other packages to run, each with the settings that are not to be at their defaults:
@@ -99,14 +131,20 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
-class SuiteSettings:
+class SuiteSettings(Checked):
     """Which compositions are tested."""
 
-    compositions: list[str] = field(default_factory=list)
+    compositions: NamesOrNone = field(default_factory=list)
     """Ids, such as `base`, `memit+awq`, `awq[bits=3]+memit`."""
-    permute: list[str] = field(default_factory=list)
+    permute: NamesOrNone = field(default_factory=list)
     """Steps, such as `awq` or `awq[bits=3]`, of which every ordered choice is tested as well."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Longest ordered choice of `permute`; null: as long as there are steps for it."""
     across_categories: bool = False
     """Only choices whose steps are all of different categories."""
+
+
+def _is_place(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -28,11 +28,11 @@ from interventions.compress.capture import Call
 from interventions.compress.engines.run import run_engine
 from interventions.compress.engines.table import OWN
 from interventions.compress.folding import fold_
-from interventions.compress.grid import check_grid, fake_quantise
+from interventions.compress.grid import fake_quantise
 from interventions.compress.settings import AwqSettings
 from interventions.statistics import InputStatistics
 from interventions.step import Context
-from interventions.types import InterventionError, Resources
+from interventions.types import Resources
 
 BATCH_TOKENS = 512
 """Small batches: `search_tokens` is made up of whole ones."""
@@ -50,7 +50,6 @@ def awq(
     (mean squared error of the compared output, before clipping), and the share of weight groups
     that were clipped.
     """
-    check_settings(settings)
     if settings.engine != OWN:
         return run_engine("awq", model, tokenizer, settings, resources, context)
     groups: list[dict[str, Any]] = []
@@ -71,15 +70,6 @@ def awq(
         tokens = seen.statistics["attention_in"].count
         groups += quantise_block_(block.groups, seen, settings)
     return {"calibration_tokens": tokens, "groups": groups}
-
-
-def check_settings(settings: AwqSettings) -> None:
-    """Raise InterventionError, naming the setting, for a value that AWQ cannot take."""
-    check_grid(settings.bits, settings.group_size, "awq")
-    if settings.grid < 1:
-        raise InterventionError(f"awq: grid must be at least 1, not {settings.grid}")
-    if settings.search_tokens is not None and settings.search_tokens < 1:
-        raise InterventionError(f"awq: search_tokens must be at least 1, or null for all, not {settings.search_tokens}")
 
 
 def quantise_block_(groups: Sequence[LinearGroup], seen: Seen, settings: AwqSettings) -> list[dict[str, Any]]:

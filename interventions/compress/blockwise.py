@@ -108,9 +108,6 @@ def float_blocks(
     a linear has columns, for NaN or infinite weights or inputs, and for a memory budget that a
     block does not fit in.
     """
-    for name, value in (("samples", samples), ("max_tokens", max_tokens)):
-        if value < 1:
-            raise InterventionError(f"{method}: {name} must be at least 1, not {value}")
     if not resources.calibration:
         raise InterventionError(f"{method} needs calibration texts: give `calibration`")
     blocks = find_anatomy(model).blocks

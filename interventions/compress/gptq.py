@@ -17,12 +17,12 @@ from interventions.compress.blockwise import walk_blocks
 from interventions.compress.engines.run import run_engine
 from interventions.compress.engines.table import OWN
 from interventions.compress.gptq_kernel import gptq_quantise
-from interventions.compress.grid import check_grid, fake_quantise
+from interventions.compress.grid import fake_quantise
 from interventions.compress.rounding import replace_
 from interventions.compress.settings import GptqSettings
 from interventions.statistics import InputStatistics
 from interventions.step import Context
-from interventions.types import InterventionError, Resources
+from interventions.types import Resources
 from interventions.zeros import zero_masks
 
 
@@ -36,9 +36,6 @@ def gptq(
     error that is left in its output on the text, as far as the other layers' changes do not add to
     it; None where it had to be rounded to nearest.
     """
-    check_grid(settings.bits, settings.group_size, "gptq")
-    if settings.damping < 0:
-        raise InterventionError(f"gptq: damping must not be negative, not {settings.damping}")
     if settings.engine != OWN:
         return run_engine("gptq", model, tokenizer, settings, resources, context)
 

@@ -20,16 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from interventions.types import InterventionError
-
-
-def check_grid(bits: int, group_size: int, method: str) -> None:
-    """Raise InterventionError, naming the setting, for a grid that cannot be made."""
-    if not 2 <= bits <= 8:
-        raise InterventionError(f"{method}: bits must be 2 to 8, not {bits}")
-    if group_size != -1 and group_size < 1:
-        raise InterventionError(f"{method}: group_size must be at least 1, or -1 for whole rows, not {group_size}")
-
 
 class Quantised(NamedTuple):
     """A matrix on its grid."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from interventions.anatomy import find_anatomy
 from interventions.compress.blockwise import each_linear
 from interventions.compress.masks import Pattern, lowest, lowest_of_pattern
-from interventions.compress.pruning import check_sparsity, conclude, prune_
+from interventions.compress.pruning import chosen_pattern, conclude, prune_
 from interventions.compress.settings import MagnitudeSettings
 from interventions.step import Context
-from interventions.types import InterventionError, Resources
+from interventions.types import Resources
 
 
 @torch.no_grad()
@@ -21,9 +21,7 @@ def magnitude(
     model: nn.Module, tokenizer: Any, settings: MagnitudeSettings, resources: Resources, context: Context
 ) -> dict[str, Any]:
     """Prune the linear layers of every decoder block, in place; no text is read."""
-    pattern = check_sparsity(settings, "magnitude", find_anatomy(model).blocks)
-    if settings.among not in ("layer", "row"):
-        raise InterventionError(f"magnitude: among must be layer or row, not {settings.among!r}")
+    pattern = chosen_pattern(settings, "magnitude", find_anatomy(model).blocks)
     outcomes = [
         prune_(linear, magnitude_mask(linear.weight, settings, pattern))
         for linear in each_linear(model, context, "magnitude")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from interventions.compress.blockwise import each_linear
-from interventions.compress.grid import check_grid, fake_quantise
+from interventions.compress.grid import fake_quantise
 from interventions.compress.rounding import replace_
 from interventions.compress.settings import RtnSettings
 from interventions.step import Context
@@ -24,7 +24,6 @@ def rtn(
     Zero is a level of every grid, so that pruned weights stay at zero. Returns for each linear how
     far its weights moved, as a share of their norm.
     """
-    check_grid(settings.bits, settings.group_size, "rtn")
     linears = []
     for linear in each_linear(model, context, "rtn"):
         rounded = fake_quantise(linear.weight, settings.bits, settings.group_size, settings.symmetric)

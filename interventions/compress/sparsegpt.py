@@ -16,7 +16,7 @@ from interventions.anatomy import LinearGroup, find_anatomy
 from interventions.compress.blockwise import walk_blocks
 from interventions.compress.engines.run import run_engine
 from interventions.compress.engines.table import OWN
-from interventions.compress.pruning import check_sparsity, conclude, outcome
+from interventions.compress.pruning import chosen_pattern, conclude, outcome
 from interventions.compress.settings import SparseGptSettings
 from interventions.compress.sparsegpt_kernel import sparsegpt_prune
 from interventions.statistics import InputStatistics
@@ -34,11 +34,7 @@ def sparsegpt(
     Returns for each linear its sparsity, the weights newly pruned, and the mean squared error that
     is left in its output on the text, as far as the other layers' changes do not add to it.
     """
-    pattern = check_sparsity(settings, "sparsegpt", find_anatomy(model).blocks)
-    if settings.block_size < 1:
-        raise InterventionError(f"sparsegpt: block_size must be at least 1, not {settings.block_size}")
-    if settings.damping < 0:
-        raise InterventionError(f"sparsegpt: damping must not be negative, not {settings.damping}")
+    pattern = chosen_pattern(settings, "sparsegpt", find_anatomy(model).blocks)
     if settings.engine != OWN:
         return run_engine("sparsegpt", model, tokenizer, settings, resources, context)
 

@@ -16,7 +16,7 @@ from interventions.compress.blockwise import walk_blocks
 from interventions.compress.engines.run import run_engine
 from interventions.compress.engines.table import OWN
 from interventions.compress.masks import Pattern, lowest, lowest_of_pattern
-from interventions.compress.pruning import check_sparsity, conclude, prune_
+from interventions.compress.pruning import chosen_pattern, conclude, prune_
 from interventions.compress.settings import WandaSettings
 from interventions.statistics import InputNorms
 from interventions.step import Context
@@ -28,7 +28,7 @@ def wanda(
     model: nn.Module, tokenizer: Any, settings: WandaSettings, resources: Resources, context: Context
 ) -> dict[str, Any]:
     """Prune the linear layers of every decoder block, in place; `resources.calibration` gives the inputs."""
-    pattern = check_sparsity(settings, "wanda", find_anatomy(model).blocks)
+    pattern = chosen_pattern(settings, "wanda", find_anatomy(model).blocks)
     if settings.engine != OWN:
         return run_engine("wanda", model, tokenizer, settings, resources, context)
 

@@ -26,11 +26,6 @@ def alphaedit(
 
     The details have, besides MEMIT's, the share of each layer's directions that were free.
     """
-    if not settings.ridge > 0 or not settings.nullspace_threshold > 0:
-        raise InterventionError(
-            f"alphaedit.ridge={settings.ridge}, alphaedit.nullspace_threshold={settings.nullspace_threshold}: "
-            "both must be above 0"
-        )
     free: dict[str, float] = {}
 
     def choose_layers(depth: int) -> list[int]:

@@ -16,10 +16,10 @@ from interventions.anatomy import find_anatomy, module_device
 from interventions.edit.prompts import check_edits
 from interventions.edit.rewriting import chosen_layers
 from interventions.edit.settings import FtSettings
-from interventions.edit.target_loss import Watch, all_nll, check_training, edit_report, target_batches, target_nll
+from interventions.edit.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
 from interventions.step import Context
 from interventions.training import Trainer, workable_precision
-from interventions.types import InterventionError, Resources
+from interventions.types import Resources
 
 
 def ft(
@@ -31,11 +31,6 @@ def ft(
     """
     edits = resources.edits
     check_edits(edits)
-    check_training("ft", settings.lr, settings.steps, settings.batch_size)
-    if settings.norm_constraint is not None and not settings.norm_constraint > 0:
-        raise InterventionError(
-            f"ft.norm_constraint={settings.norm_constraint}: need a bound above 0, or null for none"
-        )
     anatomy = find_anatomy(model)
     layers = chosen_layers("ft", settings.layers, settings.layer_fractions, len(anatomy.blocks))
     names = [anatomy.blocks[layer].mlp_output.parameter_name for layer in layers]

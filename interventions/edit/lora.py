@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, LoraModel
@@ -19,15 +19,13 @@ from transformers.pytorch_utils import Conv1D
 from interventions.anatomy import Anatomy, Linear, find_anatomy, module_device
 from interventions.edit.prompts import check_edits
 from interventions.edit.rewriting import chosen_layers
-from interventions.edit.settings import LoraSettings
-from interventions.edit.target_loss import Watch, all_nll, check_training, edit_report, target_batches, target_nll
-from interventions.layouts import ROLES
+from interventions.edit.settings import IN_ATTENTION, LoraSettings
+from interventions.edit.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
 from interventions.step import Context
 from interventions.training import workable_precision
-from interventions.types import InterventionError, Resources
+from interventions.types import Resources
 
 _ADAPTER = "default"
-_IN_ATTENTION = ("query", "key", "value")
 
 
 def lora(
@@ -40,7 +38,6 @@ def lora(
     """
     edits = resources.edits
     check_edits(edits)
-    _check_settings(settings)
     anatomy = find_anatomy(model)
     layers = _chosen_layers(settings, len(anatomy.blocks))
     linears = chosen_linears(anatomy, settings, layers)
@@ -86,18 +83,14 @@ def _chosen_layers(settings: LoraSettings, depth: int) -> list[int]:
 
 
 def chosen_linears(anatomy: Anatomy, settings: LoraSettings, layers: Sequence[int]) -> list[Linear]:
-    """Return the linear layers that the settings name; InterventionError for names that there are not."""
-    if not settings.targets:
-        raise InterventionError("lora.targets=[]: name at least one kind of linear layer")
+    """Return the linear layers that the settings name."""
     linears: dict[str, Linear] = {}
     for target in settings.targets:
-        if target not in (*ROLES, *_IN_ATTENTION):
-            raise InterventionError(f"lora.targets: unknown {target!r}. Known: {', '.join((*_IN_ATTENTION, *ROLES))}.")
-        role: Any = "attention_in" if target in _IN_ATTENTION else target
+        role: Any = "attention_in" if target in IN_ATTENTION else target
         for layer in layers:
             found = anatomy.blocks[layer].group(role).linears
-            if target in _IN_ATTENTION and len(found) == len(_IN_ATTENTION):
-                found = (found[_IN_ATTENTION.index(target)],)
+            if target in IN_ATTENTION and len(found) == len(IN_ATTENTION):
+                found = (found[IN_ATTENTION.index(target)],)
             linears |= {linear.name: linear for linear in found}
     return list(linears.values())
 
@@ -109,7 +102,7 @@ class _Adapters:
         self.tuner = tuner
         self.parameters = {name: p for name, p in tuner.named_parameters() if p.requires_grad}
         self._settings = settings
-        self._last_cut = settings.steps - _phases(settings).final
+        self._last_cut = settings.steps - settings.final_steps
 
     def penalty(self) -> Tensor | float:
         """Return AdaLoRA's term for orthonormal singular vectors: the mean of ||P^T P - I|| over the factors."""
@@ -157,15 +150,14 @@ def _adapters(model: nn.Module, linears: Sequence[Linear], settings: LoraSetting
         "lora_alpha": settings.alpha,
         "fan_in_fan_out": isinstance(linears[0].module, Conv1D),
     }
-    phases = _phases(settings)
     config: LoraConfig
     if settings.adaptive:
         config = AdaLoraConfig(
             init_r=settings.initial_rank,
             target_r=settings.rank,
             total_step=settings.steps,
-            tinit=phases.warmup,
-            tfinal=phases.final,
+            tinit=settings.warmup_steps,
+            tfinal=settings.final_steps,
             orth_reg_weight=settings.orthogonality,
             **shared,
         )
@@ -179,34 +171,3 @@ def _adapters(model: nn.Module, linears: Sequence[Linear], settings: LoraSetting
         yield _Adapters(tuner, settings)
     finally:
         tuner.unload()
-
-
-class _Phases(NamedTuple):
-    warmup: int
-    """Steps before ranks are cut."""
-    final: int
-    """Steps after the last cut."""
-
-
-def _phases(settings: LoraSettings) -> _Phases:
-    return _Phases(round(settings.warmup * settings.steps), max(1, round(settings.final * settings.steps)))
-
-
-def _check_settings(settings: LoraSettings) -> None:
-    """Raise InterventionError, naming the setting, for values that cannot be."""
-    check_training("lora", settings.lr, settings.steps, settings.batch_size)
-    if settings.rank < 1 or not settings.alpha > 0:
-        raise InterventionError(f"lora.rank={settings.rank}, lora.alpha={settings.alpha}: both must be above 0")
-    if not settings.adaptive:
-        return
-    if settings.initial_rank <= settings.rank:
-        raise InterventionError(
-            f"lora.initial_rank={settings.initial_rank} must be above lora.rank={settings.rank}, to which AdaLoRA cuts "
-            "it down; for LoRA of a fixed rank set lora.adaptive=false"
-        )
-    phases = _phases(settings)
-    if phases.warmup < 0 or phases.warmup + phases.final >= settings.steps:
-        raise InterventionError(
-            f"lora.warmup={settings.warmup}, lora.final={settings.final}, lora.steps={settings.steps}: "
-            "no step is left in which AdaLoRA could cut ranks"
-        )

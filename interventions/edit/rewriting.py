@@ -50,8 +50,6 @@ def rewrite(
     """
     edits = resources.edits
     check_edits(edits)
-    if settings.batch_size is not None and settings.batch_size < 1:
-        raise InterventionError(f"{method}.batch_size={settings.batch_size}: need at least 1, or null for all at once")
     anatomy = find_anatomy(model)
     layers = choose_layers(len(anatomy.blocks))
     outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
@@ -132,8 +130,6 @@ def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence
     """
     if layers is not None:
         return check_layers(f"{method}.layers", layers, depth)
-    if len(fractions) != 2 or not 0.0 <= fractions[0] <= fractions[1] < 1.0:
-        raise InterventionError(f"{method}.layer_fractions={list(fractions)}: need 0 <= first <= last < 1")
     low, high = fractions
     return list(range(round(low * depth), min(round(high * depth), depth - 1) + 1))
 

@@ -49,6 +49,4 @@ def _chosen_layer(settings: RomeSettings, depth: int) -> int:
         if not 0 <= settings.layer < depth:
             raise InterventionError(f"rome.layer={settings.layer}: the model's blocks are 0 to {depth - 1}")
         return settings.layer
-    if not 0.0 <= settings.layer_fraction < 1.0:
-        raise InterventionError(f"rome.layer_fraction={settings.layer_fraction}: need 0 <= fraction < 1")
     return min(round(settings.layer_fraction * depth), depth - 1)

@@ -74,15 +74,6 @@ def all_nll(model: nn.Module, head: nn.Module, batches: Sequence[TargetBatch]) -
         return torch.cat([target_nll(model, head, batch) for batch in batches])
 
 
-def check_training(method: str, lr: float, steps: int, batch_size: int) -> None:
-    """Raise InterventionError for settings that no training can have."""
-    if not (0 < lr < float("inf")) or steps < 1 or batch_size < 1:
-        raise InterventionError(
-            f"{method}.lr={lr}, {method}.steps={steps}, {method}.batch_size={batch_size}: "
-            "need a rate above 0, a step and an edit in a batch"
-        )
-
-
 def edit_report(edits: Sequence[Edit], before: Tensor, after: Tensor) -> list[dict[str, Any]]:
     """Return prompt, target and likelihoods of each edit as plain data."""
     numbers = zip(edits, before.tolist(), after.tolist(), strict=True)

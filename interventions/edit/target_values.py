@@ -60,8 +60,6 @@ def optimise_values(
     on the change; where edits have one subject, the sum over them. Raises InterventionError naming the
     edit whose loss is not finite; `first` is the number of the first edit in such errors.
     """
-    if not settings.lr > 0 or settings.steps < 1:
-        raise InterventionError(f"z.lr={settings.lr}, z.steps={settings.steps}: need a rate above 0 and a step")
 
     def make_batch(which: list[int]) -> _Batch:
         return _Batch(model, tokenizer, anatomy, edits, contexts, layer, which, chat_template)

@@ -17,8 +17,6 @@ def last_layers(method: str, settings: TrainingSettings, depth: int) -> list[int
     """Return the blocks that `settings` trains: those named, or the last ones."""
     if settings.layers is not None:
         return check_layers(f"{method}.layers", settings.layers, depth)
-    if not 0.0 < settings.layer_fraction <= 1.0:
-        raise InterventionError(f"{method}.layer_fraction={settings.layer_fraction}: need 0 < fraction <= 1")
     return list(range(depth - max(1, round(settings.layer_fraction * depth)), depth))
 
 
@@ -47,8 +45,6 @@ def named_in_blocks(
                     f"Known: {', '.join(known)}."
                 )
             chosen |= {full: every[full] for full in found}
-    if not chosen:
-        raise InterventionError(f"{method}.parameters=[]: name what shall be trained, such as mlp_out")
     return chosen
 
 

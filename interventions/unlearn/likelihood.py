@@ -66,7 +66,6 @@ def train_on_likelihood(
 
     Raises InterventionError for settings or texts that cannot work, and for a loss that is not finite.
     """
-    _check(method, settings, terms)
     topics = choose_topics(method, settings.topics, resources.forget)
     if terms.retain_weight and not resources.retain:
         raise InterventionError(
@@ -154,14 +153,3 @@ def add_gradients(
         losses = text_losses(text_nll(model, batch), batch)
         parts.append(trainer.backward(weight * (losses * share).sum() / total))
     return sum(parts)
-
-
-def _check(method: str, settings: TrainingSettings, terms: Terms) -> None:
-    for name in ("samples", "epochs", "batch_size", "retain_batch_size", "accumulation", "max_updates"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InterventionError(f"{method}.{name}={value}: need at least 1")
-    for name in ("forget_weight", "retain_weight"):
-        value = getattr(terms, name)
-        if not 0.0 <= value < float("inf"):
-            raise InterventionError(f"{method}.{name}={value}: need a weight of 0 or more")

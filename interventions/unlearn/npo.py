@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from interventions.step import Context
-from interventions.types import InterventionError, Resources
+from interventions.types import Resources
 from interventions.unlearn.likelihood import Terms, TextLosses, text_nll, train_on_likelihood
 from interventions.unlearn.settings import NpoSettings, SimNpoSettings
 from interventions.unlearn.texts import TextBatch
@@ -25,7 +25,6 @@ def npo(
     model: nn.Module, tokenizer: Any, settings: NpoSettings, resources: Resources, context: Context
 ) -> dict[str, Any]:
     """Make `resources.forget` less likely than the model finds it now, in place; hold `resources.retain`."""
-    _check_beta("npo", settings.beta)
 
     def prepare(model: nn.Module, batches: Sequence[TextBatch]) -> TextLosses:
         reference = reference_nll(model, batches)
@@ -44,7 +43,6 @@ def simnpo(
     model: nn.Module, tokenizer: Any, settings: SimNpoSettings, resources: Resources, context: Context
 ) -> dict[str, Any]:
     """Make `resources.forget` unlikely by token, in place; hold `resources.retain`."""
-    _check_beta("simnpo", settings.beta)
 
     def prepare(model: nn.Module, batches: object) -> TextLosses:
         def losses(nll: Tensor, batch: TextBatch) -> Tensor:
@@ -72,8 +70,3 @@ def npo_losses(nll: Tensor, reference: Tensor, beta: float) -> Tensor:
 def simnpo_losses(nll: Tensor, tokens: Tensor, beta: float, gamma: float) -> Tensor:
     """Return SimNPO's loss of each text, from its summed negative log-likelihood and its number of tokens."""
     return -2.0 / beta * logsigmoid(beta * nll / tokens - gamma)
-
-
-def _check_beta(method: str, beta: float) -> None:
-    if not 0.0 < beta < float("inf"):
-        raise InterventionError(f"{method}.beta={beta}: need a value above 0")

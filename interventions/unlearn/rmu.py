@@ -30,7 +30,6 @@ def rmu(
 
     Each update takes a batch of one topic, the topics in turn, and a batch of retain text.
     """
-    _check(settings)
     topics = choose_topics("rmu", settings.topics, resources.forget)
     if settings.alpha and not resources.retain:
         raise InterventionError("rmu needs retain text (resources.retain): give some, or set rmu.alpha=0")
@@ -90,10 +89,8 @@ def chosen_layers(settings: RmuSettings, depth: int) -> tuple[int, list[int]]:
     """
     if settings.layer is not None:
         (layer,) = check_layers("rmu.layer", [settings.layer], depth)
-    elif 0.0 <= settings.layer_fraction < 1.0:
-        layer = min(round(settings.layer_fraction * depth), depth - 1)
     else:
-        raise InterventionError(f"rmu.layer_fraction={settings.layer_fraction}: need 0 <= fraction < 1")
+        layer = min(round(settings.layer_fraction * depth), depth - 1)
     if settings.train_layers is None:
         return layer, list(range(max(0, layer - 2), layer + 1))
     trained = check_layers("rmu.train_layers", settings.train_layers, depth)
@@ -139,11 +136,3 @@ def forget_loss(seen: Tensor, control: Tensor) -> Tensor:
 def retain_loss(seen: Tensor, frozen: Tensor) -> Tensor:
     """Return the mean squared distance of states (tokens, hidden) from what they were."""
     return (seen.float() - frozen.to(seen.device).float()).square().mean()
-
-
-def _check(settings: RmuSettings) -> None:
-    for name in ("max_num_batches", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise InterventionError(f"rmu.{name}={getattr(settings, name)}: need at least 1")
-    if not 0.0 <= settings.alpha < float("inf"):
-        raise InterventionError(f"rmu.alpha={settings.alpha}: need a weight of 0 or more")

@@ -44,8 +44,6 @@ def choose_topics(
     """
     if not forget:
         raise InterventionError(f"{method} needs forget text by topic; none was given (resources.forget)")
-    if topics is not None and not topics:
-        raise InterventionError(f"{method}.topics=[]: name at least one of {', '.join(forget)}, or null for all")
     chosen = {}
     for topic in topics if topics is not None else forget:
         if topic not in forget:
@@ -72,8 +70,6 @@ def tokenise(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens:
     """
     if isinstance(texts, str):
         raise InterventionError(f"{source} must be a sequence of texts, not one text")
-    if max_tokens < 2:
-        raise InterventionError(f"max_tokens={max_tokens}: texts need at least two tokens")
     limit = within_context(model, max_tokens)
     rows = []
     for number, text in enumerate(texts):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.offload import limit_memory, offload
+from pytest_lmcompose.devices import check_device
 from pytest_lmcompose.parallel.threads import torch_threads
 from pytest_lmcompose.recipe import RecipeError
 from pytest_lmcompose.settings import ModelSettings
@@ -30,12 +31,11 @@ class Loaded:
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; `auto` is CUDA where there is one, else the CPU.
 
-    Raises RecipeError for CUDA where there is none.
+    Raises RecipeError for a device that is not here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"--lmcompose-device={name}: torch finds no CUDA device here")
+    check_device(name)
     return torch.device(name)
 
 

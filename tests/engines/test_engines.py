@@ -122,9 +122,14 @@ def test_steps_follow_an_engines_step() -> None:
 @pytest.mark.parametrize(
     ("method", "engine", "settings", "reason"),
     [
-        ("awq", "autoawq", {"bits": 3, "group_size": 32}, "packs 4 bits only, not bits=3"),
+        ("awq", "autoawq", {"bits": 3, "group_size": 32}, "bits=3: the engine autoawq takes 4 only"),
         ("awq", "autoawq", {"group_size": 48}, "a multiple of group_size=48"),
-        ("gptq", "auto_gptq", {"bits": 5, "group_size": 32}, "packs 2, 3, 4 and 8 bits, not bits=5"),
+        (
+            "gptq",
+            "auto_gptq",
+            {"bits": 5, "group_size": 32},
+            "bits=5: the engine auto_gptq takes from 2 to 4, or 8 only",
+        ),
     ],
 )
 def test_what_an_engine_cannot_do_it_says(method: str, engine: str, settings: dict[str, int], reason: str) -> None:

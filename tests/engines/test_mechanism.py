@@ -216,9 +216,9 @@ def test_an_unknown_engine_is_told_the_known_ones(method: str, tokenizer: Any) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 9}, "bits must be 2 to 8"),
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"bits": 9}, "gptq.bits=9"),
+        ({"samples": 0}, "gptq.samples=0"),
+        ({"max_tokens": 0}, "gptq.max_tokens=0"),
         ({"samples": 1, "max_tokens": 8}, "8 calibration tokens are too few for the 32 columns"),
     ],
 )

@@ -189,7 +189,7 @@ def test_ascent_forgets_and_the_difference_keeps_more(tokenizer: Any) -> None:
     start, ascended, differed = (tiny_model() for _ in range(3))
     common = {"resources": RESOURCES, "lr": 1e-3, "epochs": 15, "samples": None, "accumulation": 1}
     apply(ascended, tokenizer, "ga", **common)
-    apply(differed, tokenizer, "gd", **common)
+    apply(differed, tokenizer, "gd", **common, retain_weight=1.0)
     with torch.no_grad():
         forget = [float(mean_nll(model, tokenizer, FORGET)) for model in (start, ascended, differed)]
         retain = [float(mean_nll(model, tokenizer, RESOURCES.retain)) for model in (start, ascended, differed)]

@@ -306,8 +306,8 @@ def test_tied_embeddings_stay_tied_and_untouched(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 1}, "bits must be 2 to 8, not 1"),
-        ({"bits": 9}, "bits must be 2 to 8, not 9"),
+        ({"bits": 1}, "bits=1: expected a whole number from 2 to 8"),
+        ({"bits": 9}, "bits=9: expected a whole number from 2 to 8"),
         ({"group_size": 0}, "group_size"),
         ({"grid": 0}, "grid"),
         ({"samples": 0}, "samples"),

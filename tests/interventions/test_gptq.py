@@ -332,8 +332,8 @@ def test_raised_damping_and_rounding_instead_are_told(tokenizer: Any, monkeypatc
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"bits": 1}, "bits must be 2 to 8, not 1"),
-        ({"bits": 9}, "bits must be 2 to 8, not 9"),
+        ({"bits": 1}, "bits=1: expected a whole number from 2 to 8"),
+        ({"bits": 9}, "bits=9: expected a whole number from 2 to 8"),
         ({"group_size": 0}, "group_size"),
         ({"damping": -0.1}, "damping"),
         ({"samples": 0}, "samples"),

@@ -58,9 +58,9 @@ def test_what_a_weight_is_compared_with(tokenizer: Any, settings: dict[str, Any]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparsity": 1.2}, "magnitude: sparsity"),
-        ({"sparsity": float("nan")}, "magnitude: sparsity"),
-        ({"among": "model"}, "magnitude: among must be layer or row, not 'model'"),
+        ({"sparsity": 1.2}, "magnitude.sparsity"),
+        ({"sparsity": float("nan")}, "magnitude.sparsity"),
+        ({"among": "model"}, "magnitude.among=model: expected one of layer, row"),
     ],
 )
 def test_bad_settings_are_named(tokenizer: Any, settings: dict[str, Any], message: str) -> None:

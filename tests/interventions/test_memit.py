@@ -236,7 +236,7 @@ def test_layers_default_to_fractions_of_depth() -> None:
     assert chosen(MemitSettings(), 32) == [4, 5, 6, 7, 8]  # as published for 32 blocks
     assert chosen(MemitSettings(), 8) == [1, 2]
     assert chosen(MemitSettings(), 2) == [0]
-    assert chosen(MemitSettings(layers=[3, 1]), 8) == [1, 3]
+    assert chosen(MemitSettings(layers=[1, 3]), 8) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,6 @@ def test_layers_default_to_fractions_of_depth() -> None:
         ((Edit("Orin Vask is a", "Mira", "fern"),), {}, "edit 0.*'Mira' is not in its prompt"),
         ((EDITS[0], Edit("Orin Vask is a", "Orin Vask", " ")), {}, "edit 1.*target is empty"),
         (EDITS, {"layers": [0, 2]}, r"memit.layers=\[0, 2\].*0 to 1"),
-        (EDITS, {"z": ValueSettings(lr=float("nan"))}, "z.lr"),
         (EDITS, {"layer_fractions": [0.5, 0.1]}, "layer_fractions"),
         (EDITS, {"batch_size": 0}, "memit.batch_size=0"),
         (EDITS, {"chat_template": True}, "chat_template"),
@@ -260,6 +259,14 @@ def test_bad_input_is_named_and_leaves_the_model_alone(
     with pytest.raises(InterventionError, match=message):
         apply(model, tokenizer, "memit", edits=edits, calibration=SENTENCES, **overrides)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_loss_that_is_not_finite_names_the_edit_and_the_rate(tokenizer: Any) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(InterventionError, match=r"edit 0 .*lower z\.lr, or look for NaN"):
+        apply(model, tokenizer, "memit", edits=EDITS, calibration=SENTENCES, layers=[0], contexts_per_length=0)
 
 
 def test_calibration_text_is_needed(tokenizer: Any) -> None:

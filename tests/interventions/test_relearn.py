@@ -67,7 +67,7 @@ def test_blocks_and_head_change_and_nothing_else(family: str, tokenizer: Any) ->
     [
         (Resources(), {}, "relearn needs forget text"),
         (RESOURCES, {"topics": ["plces"]}, "relearn.topics: no forget text of 'plces'. Did you mean places"),
-        (RESOURCES, {"layers": [-1]}, r"relearn.layers=\[-1\].*0 to 1"),
+        (RESOURCES, {"layers": [-1]}, r"relearn.layers=\[-1\].*from 0 up"),
         (RESOURCES, {"lr": 1e30}, r"relearn.*model.layers.*lr=1e\+30"),
     ],
 )

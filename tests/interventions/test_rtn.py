@@ -56,7 +56,7 @@ def test_the_second_time_is_no_failure() -> None:
 
 def test_bad_weights_and_settings_are_named_and_the_model_stays() -> None:
     for bits in (1, 9):
-        with pytest.raises(InterventionError, match=f"bits must be 2 to 8, not {bits}"):
+        with pytest.raises(InterventionError, match=f"rtn.bits={bits}: expected a whole number from 2 to 8"):
             apply(tiny_model("llama"), None, "rtn", bits=bits)
     with pytest.raises(InterventionError, match="group_size"):
         apply(tiny_model("llama"), None, "rtn", group_size=-2)

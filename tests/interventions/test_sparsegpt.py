@@ -264,16 +264,16 @@ def test_propagation_is_by_choice(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparsity": 1.0}, r"sparsegpt: sparsity must be at least 0 and less than 1, not 1\.0"),
+        ({"sparsity": 1.0}, r"sparsegpt.sparsity=1\.0: expected a number from 0 to less than 1"),
         ({"sparsity": -0.1}, "sparsity"),
         ({"pattern": "2:4", "sparsity": 0.3}, r"sparsity of 0\.5, not of 0\.3"),
-        ({"pattern": "5:4"}, "pattern '5:4' must keep at least 1 of every 4 weights"),
-        ({"pattern": "0:4"}, "pattern '0:4'"),
-        ({"pattern": "124"}, "pattern must be like '2:4'"),
+        ({"pattern": "5:4"}, "pattern=5:4: expected n:m with 0 < n < m"),
+        ({"pattern": "0:4"}, "pattern=0:4"),
+        ({"pattern": "124"}, "pattern=124: expected n:m"),
         ({"pattern": "5:10"}, r"does not divide the 32 columns of model\.layers\.0\.self_attn\.q_proj"),
         ({"block_size": 0}, "block_size"),
         ({"damping": -1.0}, "damping"),
-        ({"samples": 0}, "sparsegpt: samples"),
+        ({"samples": 0}, "sparsegpt.samples=0"),
         ({"max_tokens": 3, "samples": 4}, "tokens are too few for the 32 columns"),
     ],
 )

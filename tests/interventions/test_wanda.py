@@ -108,8 +108,8 @@ def test_the_stored_dtype_is_kept(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "calibration", "message"),
     [
-        ({"sparsity": 1.0}, TEXTS, "wanda: sparsity"),
-        ({"pattern": "4:2"}, TEXTS, "pattern '4:2'"),
+        ({"sparsity": 1.0}, TEXTS, "wanda.sparsity"),
+        ({"pattern": "4:2"}, TEXTS, "pattern=4:2"),
         ({}, [], "wanda needs calibration texts"),
         ({}, ["", "some text"], "text 0 is empty"),
         ({}, ["a"], "too few for the 32 columns"),

@@ -24,10 +24,10 @@ def collected(result: pytest.RunResult) -> list[str]:
     [
         (["--lmcompose-compose=nugde+round"], ["unknown intervention 'nugde'", "Did you mean nudge"]),
         (["--lmcompose-compose=round[digit=3]"], ["unknown key 'digit' of round", "Did you mean digits?"]),
-        (["--lmcompose-compose=round[digits=x]"], ["'x'", "Integer"]),
+        (["--lmcompose-compose=round[digits=x]"], ["round.digits=x: expected a whole number"]),
         (["--lmcompose-compose=round["], ["round[", "^"]),
         (["--lmcompose-set=round.digit=3"], ["unknown key 'digit' of round", "Did you mean digits?"]),
-        (["--lmcompose-set=round.digits=x"], ["round.digits", "Integer"]),
+        (["--lmcompose-set=round.digits=x"], ["round.digits=x: expected a whole number"]),
         (["--lmcompose-suite=mian"], ["no preset 'mian'", "Did you mean main?"]),
         (["--lmcompose-model=./no/model"], ["no such model folder"]),
         (["--lmcompose-set=world.folder=nowhere"], ["world.folder='nowhere'"]),

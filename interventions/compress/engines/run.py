@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from interventions.anatomy import find_anatomy
 from interventions.compress.blockwise import check_enough, check_weights
 from interventions.compress.engines.exchange import Answer, probe_logits, read_answer, write_job
-from interventions.compress.engines.table import Engine, check_followed, find_engine, interpreter
+from interventions.compress.engines.table import Engine, find_engine, interpreter
 from interventions.statistics import Batch, token_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
@@ -50,7 +50,6 @@ def run_engine(
     whose weights do not compute what its own model computes.
     """
     engine = find_engine(method, settings.engine)
-    check_followed(engine, method, settings)
     python = interpreter(engine, settings.engine_python)
     who = f"{method}: the engine {engine.name}"
     tokens = calibration_tokens(method, model, tokenizer, settings, resources)
@@ -74,9 +73,6 @@ def run_engine(
 
 def calibration_tokens(method: str, model: nn.Module, tokenizer: Any, settings: Any, resources: Resources) -> Batch:
     """Return the calibration tokens as one batch, after the checks that our own methods make."""
-    for name in ("samples", "max_tokens"):
-        if getattr(settings, name) < 1:
-            raise InterventionError(f"{method}: {name} must be at least 1, not {getattr(settings, name)}")
     if not resources.calibration:
         raise InterventionError(f"{method} needs calibration texts: give `calibration`")
     blocks = find_anatomy(model).blocks

@@ -10,10 +10,12 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from interventions.names import near_names
+from interventions.ranges import Range, shown
 from interventions.types import InterventionError
 
 OWN = "own"
@@ -36,6 +38,8 @@ class Engine:
     settings: dict[str, frozenset[str]]
     own_environment: bool = False
     """Cannot live beside the transformers that this project needs."""
+    limits: dict[str, Range] = field(default_factory=dict)
+    """What it can do of the numbers that our own kernels can."""
 
     @property
     def variable(self) -> str:
@@ -48,6 +52,8 @@ class Engine:
         return f"engine-{self.name.replace('_', '-')}"
 
 
+_PACKED = {"bits": Range(2, 4, also=(8,)), "damping": Range(above=0, below=1)}
+
 ENGINES = (
     Engine(
         "autoawq",
@@ -55,6 +61,7 @@ ENGINES = (
         "autoawq==0.2.9",
         "autoawq",
         {"awq": frozenset({"bits", "group_size", "duo_scaling", "clip"})},
+        limits={"bits": Range(4, 4), "group_size": Range(1)},
     ),
     Engine(
         "gptqmodel",
@@ -66,6 +73,7 @@ ENGINES = (
                 {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
             )
         },
+        limits=_PACKED,
     ),
     Engine(
         "llmcompressor",
@@ -92,6 +100,7 @@ ENGINES = (
             )
         },
         own_environment=True,
+        limits=_PACKED,
     ),
 )
 
@@ -109,16 +118,25 @@ def find_engine(method: str, name: str) -> Engine:
     raise InterventionError(f"{method} has no engine {name!r}.{hint} Known: {', '.join(known)}.")
 
 
-def check_followed(engine: Engine, method: str, settings: Any) -> None:
-    """Raise InterventionError if a setting that the engine cannot follow is not at its default."""
+def engine_problems(method: str, settings: Any) -> Iterator[str]:
+    """Yield what the engine of `settings` cannot follow, each as `key=value: what to do`."""
+    if settings.engine == OWN:
+        return
+    try:
+        engine = find_engine(method, settings.engine)
+    except InterventionError as error:
+        yield f"engine={shown(settings.engine)}: {error}"
+        return
     followed = engine.settings[method] | _ALWAYS
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name not in followed and value != field.default:
-            raise InterventionError(
-                f"{method}: the engine {engine.name} cannot follow {field.name}={value!r}; leave it at "
-                f"{field.default!r}, or use engine={OWN}"
+    for setting in dataclasses.fields(settings):
+        value, name = getattr(settings, setting.name), setting.name
+        if name not in followed and value != setting.default:
+            yield (
+                f"{name}={shown(value)}: the engine {engine.name} cannot follow {name}={value!r}; leave it at "
+                f"{setting.default!r}, or use engine={OWN}"
             )
+        elif name in engine.limits and not engine.limits[name].holds(value):
+            yield f"{name}={value}: the engine {engine.name} takes {engine.limits[name]} only; or use engine={OWN}"
 
 
 def interpreter(engine: Engine, named: str | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from interventions import InterventionError, Resources
+from interventions import Resources
 from interventions.anatomy import find_anatomy
 from interventions.step import Context
 from lmcompose_example.settings import ClipSettings
@@ -20,8 +20,6 @@ def clip(
 
     The anatomy finds the linear layers of any supported architecture. What is returned stands in the report.
     """
-    if settings.deviations <= 0:
-        raise InterventionError(f"clip: deviations must be positive, not {settings.deviations}")
     cut = total = 0
     for block in find_anatomy(model).blocks:
         for linear in block.linears:

@@ -1,24 +1,27 @@
-"""Settings: frozen, flat, every field with a default; the recipe checks names and types against them."""
+"""Settings: frozen, every field with a default and, beside its type, the values it may have."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from interventions.ranges import Checked, Range
 
 
 @dataclass(frozen=True)
-class ClipSettings:
+class ClipSettings(Checked):
     """Outlying weights of each linear layer, cut to a number of standard deviations."""
 
-    deviations: float = 3.0
+    deviations: Annotated[float, Range(above=0)] = 3.0
     """Weights further from zero than so many standard deviations of their layer are cut."""
 
 
 @dataclass(frozen=True)
-class RepetitionSettings:
+class RepetitionSettings(Checked):
     """Continuations whose words are looked at."""
 
-    prompts: int = 8
+    prompts: Annotated[int, Range(1)] = 8
     """Texts, from the start, that are continued."""
-    prompt_words: int = 5
-    length: int = 16
+    prompt_words: Annotated[int, Range(1)] = 5
+    length: Annotated[int, Range(1)] = 16
     """Tokens of a continuation."""
