@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,21 +12,31 @@ import pytest
 def usage_errors() -> Iterator[None]:
     """Turn errors in what the user asked for into pytest's own kind."""
     from pytest_lmcompose.baseline.storage import StorageError
+    from pytest_lmcompose.errors import ModelError
     from pytest_lmcompose.gates.thresholds import ThresholdError
     from pytest_lmcompose.recipe import RecipeError
 
     try:
         yield
-    except (RecipeError, ThresholdError, StorageError) as error:
+    except (RecipeError, ThresholdError, StorageError, ModelError) as error:
         raise pytest.UsageError(f"lmcompose: {error}") from None
 
 
 @contextmanager
-def plain_failures() -> Iterator[None]:
-    """Show errors whose message says everything without a traceback."""
+def plain_failures(stop: Callable[[str], None]) -> Iterator[None]:
+    """Show errors whose message says everything without a traceback.
+
+    One that every other test would meet as well, of the model or the data, ends the run: `stop` is called with the
+    reason.
+    """
+    from pytest_lmcompose.errors import ModelError
+    from pytest_lmcompose.world.records import WorldError
+
     try:
         yield
     except Exception as error:
+        if isinstance(error, (ModelError, WorldError)):
+            stop("lmcompose: no other composition can be built: see the failure above")
         if _says_everything(error):
             raise pytest.fail.Exception(str(error), pytrace=False) from error
         raise
@@ -36,11 +46,11 @@ def _says_everything(error: Exception) -> bool:
     from evaluators.measurement import EvaluationError
     from interventions.types import InterventionError
     from pytest_lmcompose.baseline.storage import StorageError
-    from pytest_lmcompose.errors import BuildError
+    from pytest_lmcompose.errors import BuildError, ModelError
     from pytest_lmcompose.gates.thresholds import ThresholdError
     from pytest_lmcompose.recipe import RecipeError
     from pytest_lmcompose.world.records import WorldError
 
     if isinstance(error, BuildError):
         return isinstance(error.__cause__, InterventionError)
-    return isinstance(error, (RecipeError, ThresholdError, StorageError, WorldError, EvaluationError))
+    return isinstance(error, (RecipeError, ThresholdError, StorageError, WorldError, EvaluationError, ModelError))

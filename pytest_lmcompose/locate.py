@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.recipe import RecipeError, near_names, presets, quoted
+from pytest_lmcompose.states.checkpoint import check_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -18,15 +19,14 @@ def model_overrides(name: str, conf: Path, folder: Path) -> tuple[str, ...]:
 
     In this order: a preset of conf/model; a folder with config.json (relative to `folder`); a path
     that is not there, which is an error; else a hub id.
-    Raises RecipeError.
+    Raises RecipeError, ModelError.
     """
     known = presets(conf, "model")
     if name in known:
         return (f"model={name}",)
     path = folder / Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise RecipeError(f"the model folder {path} has no config.json")
+    if path.exists():
+        check_folder(path)
         return ("model=any", f"model.path={quoted(str(path))}")
     if _is_path(name, path):
         raise RecipeError(f"no such model folder: {path}.{near_names(name, known)}")
@@ -42,7 +42,7 @@ def model_location(path: str, folder: Path) -> str:
     """Return what transformers shall load: an absolute folder, or a hub id.
 
     Relative folders count from `folder`, then from the suite's.
-    Raises RecipeError for an empty path or a folder that does not exist.
+    Raises RecipeError for an empty path or a folder that does not exist, ModelError for one that holds no model.
     """
     if not path:
         raise RecipeError("model.path is empty: name a folder with config.json, or a hub id")
@@ -51,8 +51,8 @@ def model_location(path: str, folder: Path) -> str:
         if (candidate / "config.json").is_file():
             return str(candidate)
     candidate = folder / Path(path).expanduser()
-    if candidate.is_dir():
-        raise RecipeError(f"the model folder {candidate} has no config.json")
+    if candidate.exists():
+        check_folder(candidate)
     if _is_path(path, candidate) or _is_path(path, SUITE_FOLDER / path):
         raise RecipeError(f"no such model folder: {path} (looked in {folder} and {SUITE_FOLDER})")
     return path

@@ -100,6 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     tested = [found for item in session.items if (found := composition_of(item)) is not None]
+    session.config.stash[SESSION].pytest = session
     session.config.stash[SESSION].expect(tested)
     session.config.stash[SESSION].judged = _judged(session.items)
 

@@ -31,12 +31,13 @@ from pytest_lmcompose.options import SUITE_FOLDER, Options
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
 from pytest_lmcompose.result import Result
-from pytest_lmcompose.store.address import address, data_address, hash_files, measurements_address
+from pytest_lmcompose.states.checkpoint import check_folder
+from pytest_lmcompose.store.address import address, data_address, measurements_address
 from pytest_lmcompose.store.entries import Shelf, costs
 from pytest_lmcompose.store.folder import Store
 from pytest_lmcompose.store.journal import Journal
 from pytest_lmcompose.store.remote import RemoteStore
-from pytest_lmcompose.world.asked import asked
+from pytest_lmcompose.world.asked import asked, question_files
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
@@ -96,9 +97,11 @@ class Run:
     def check(self) -> None:
         """Find everything that is wrong with the options before any work.
 
-        Raises RecipeError, ThresholdError or StorageError.
+        Raises RecipeError, ModelError, ThresholdError or StorageError.
         """
-        _ = self.compositions, self.rules, self.location
+        _ = self.compositions, self.rules
+        if Path(self.location).exists():
+            check_folder(Path(self.location))
         for name in own_compositions(self.rules):
             try:
                 self.recipe.read(name)
@@ -149,11 +152,7 @@ class Run:
         """This run's part of the store."""
         if self.store is None:
             return None
-        world = self.recipe.world
-        folder = world_folder(world.folder, self.options.folder)
-        read = [world.edits, world.calibration, world.retain, *(name for _, name in sorted(world.forget.items()))]
-        files = hash_files(folder / name for name in read if name is not None)
-        return Shelf(self.store, self.recipe.model.path, files)
+        return Shelf(self.store, self.recipe.model.path)
 
     @cached_property
     def journal(self) -> Journal | None:
@@ -270,9 +269,8 @@ class Run:
     @cached_property
     def _data_addresses(self) -> tuple[str, ...]:
         """The hash of all that the evaluators ask, by repeat."""
-        folder = world_folder(self.recipe.world.folder, self.options.folder)
-        tasks = self.recipe.world.tasks
-        files = hash_files([folder] if tasks is None else [folder, folder / tasks])
+        world = self.recipe.world
+        files = question_files(world, self.recipe.evaluate, world_folder(world.folder, self.options.folder))
         return tuple(data_address(data, files) for data in self.data)
 
     def _measure(self, composition: Composition, number: int) -> Repeat:

@@ -52,6 +52,8 @@ class Session:
         self._keeps_subtrees = not self.writes and not asked_for_distribution(config)
         """Whether the tests come from the plugin's own scheduler."""
         self.started = now()
+        self.pytest: pytest.Session | None = None
+        """Set when the tests are collected."""
         self.nothing_here = False
         """Whether this shard has no test to run."""
         self._sent: dict[Composition, str] = {}
@@ -117,24 +119,28 @@ class Session:
 
     def pristine(self) -> ModelState:
         """Return the base model as a second one in memory."""
-        with plain_failures():
+        with plain_failures(self._stop):
             return self.run.manager.pristine()
 
     def state(self, composition: Composition) -> ModelState:
         """Return the model in the state of `composition`."""
-        with plain_failures():
+        with plain_failures(self._stop):
             return self.run.state(composition)
 
     def measurements(self, composition: Composition) -> tuple[Measurement, ...]:
         """Return the measurements of `composition`."""
-        with plain_failures():
+        with plain_failures(self._stop):
             return self.run.measurements(composition)
 
     def gates(self, composition: Composition) -> tuple[Verdict, ...]:
         """Return the verdicts on `composition`."""
         self.judging.expected = self.judging.expected or (*self.judged, *self.elsewhere)
-        with plain_failures():
+        with plain_failures(self._stop):
             return self.judging.gates(composition)
+
+    def _stop(self, reason: str) -> None:
+        if self.pytest is not None:
+            self.pytest.shouldstop = reason
 
     def costs(self) -> Costs:
         """Return what earlier runs tell of the cost of steps and evaluations."""

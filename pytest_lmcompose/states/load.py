@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from interventions.offload import limit_memory, offload
 from pytest_lmcompose.devices import check_device
+from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.parallel.threads import torch_threads
 from pytest_lmcompose.recipe import RecipeError
 from pytest_lmcompose.settings import ModelSettings
+from pytest_lmcompose.states.checkpoint import check_folder
 
 
 @dataclass(frozen=True)
@@ -43,44 +46,128 @@ def load_model(settings: ModelSettings, location: str, device: torch.device) -> 
     """Load the model at `location`, a folder or hub id, on `device`, or placed as `model.device_map` says.
 
     Only safetensors are read, and code of the model's own runs only with
-    `model.trust_remote_code=true`.
+    `model.trust_remote_code=true`. Raises ModelError, one line, for what cannot be loaded whole.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
+    if Path(location).exists():
+        check_folder(Path(location))
     threads = torch_threads(os.environ)
     if threads is not None and device.type == "cpu":
         torch.set_num_threads(threads)
-    options: dict[str, Any] = {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-    }
     spread = settings.device_map not in (None, "host")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            location,
-            use_safetensors=True,
-            dtype=_dtype(settings.dtype, device),
-            **options,
-            **_spread_over(settings, spread),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-    finally:
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    model, tokenizer = _read(settings, location, device, spread)
     if spread:
         _check_held(model, settings)
     elif settings.device_map is None:
         model.to(device)
     model.eval()
+    check_model(model, tokenizer, location)
     budget = _bytes(settings.memory_budget)
     if settings.device_map == "host":
         offload(model, device, budget)
     elif budget is not None and not spread:
         limit_memory(model, budget)
     return Loaded(model, tokenizer, getattr(model.config, "_commit_hash", None))
+
+
+def _read(settings: ModelSettings, location: str, device: torch.device, spread: bool) -> tuple[Any, Any]:
+    """Return a model and its tokenizer as transformers reads them; raises ModelError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    options: dict[str, Any] = {
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of in loading is an error here
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location,
+            use_safetensors=True,
+            dtype=_dtype(settings.dtype, device),
+            output_loading_info=True,
+            **options,
+            **_spread_over(settings, spread),
+        )
+        model, found = loaded
+        _check_complete(location, found)
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    except (ModelError, RecipeError):
+        raise
+    except Exception as error:  # transformers, the hub and a model's own code raise every kind
+        raise ModelError(_explained(location, error, settings.trust_remote_code)) from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return model, tokenizer
+
+
+def _check_complete(location: str, found: Mapping[str, Any]) -> None:
+    """Raise ModelError where the stored tensors are not those of the model that the config describes."""
+    problems = (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has no place for"),
+        ("mismatched_keys", "has another shape of"),
+        ("error_msgs", "could not be read:"),
+    )
+    for kind, what in problems:
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            whole = f"the model {location} {what} {names[0]}{more}"
+            if kind == "unexpected_keys":
+                whole = f"the model {location} stores {names[0]}{more}, for which its config.json has no place"
+            raise ModelError(f"{whole}: weights and config.json do not belong together; save or download both again")
+
+
+def _explained(location: str, error: Exception, trusted: bool) -> str:
+    """Return one line that says why a model could not be loaded, and what to do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0][:300] if lines else type(error).__name__
+    text = str(error)
+    if "ignore_mismatched_sizes" in text:
+        return (
+            f"the model {location} has tensors of other shapes than its config.json asks for: they do not belong "
+            "together; save or download both again"
+        )
+    if "trust_remote_code" in text and not trusted:
+        return f"the model {location} comes with code of its own: set model.trust_remote_code=true if you trust it"
+    if "Unrecognized configuration class" in text:
+        return f"the model {location} is no causal language model: {reason.partition(' for this kind')[0]}"
+    if isinstance(error, OSError) and not Path(location).exists():
+        return (
+            f"the model {location!r} is no folder here, and the hub or its cache did not give it ({reason}): name a "
+            "local folder, or set HF_HOME to a cache that holds it"
+        )
+    return f"the model {location} cannot be loaded: {type(error).__name__}: {reason}"
+
+
+@torch.no_grad()
+def check_model(model: Any, tokenizer: Any, location: str) -> None:
+    """Raise ModelError for a tokenizer of another model, for weights that are not finite, or where text to the right
+    changes what a model says to the left: it is no decoder."""
+    embeddings = model.get_input_embeddings()
+    size = getattr(embeddings, "num_embeddings", None)
+    words = getattr(tokenizer, "vocab_size", None)
+    if isinstance(size, int) and isinstance(words, int) and words > size:
+        raise ModelError(f"the tokenizer of {location} has {words} tokens, the model embeds {size}: it is another's")
+    broken = next((name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    if broken is not None:
+        raise ModelError(f"the model {location}: {broken} has values that are NaN or infinite; save it again")
+    parameter = next(model.parameters())
+    if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
+        return  # as on a CPU that keeps weights for a GPU: a pass would take minutes
+    ids = torch.arange(1, 7, device=embeddings.weight.device) % (size or 7)
+    other = ids.clone()
+    other[-1] = 0
+    one, two = (model(input_ids=row.unsqueeze(0), use_cache=False).logits[0, :-1].float() for row in (ids, other))
+    if float((one - two).norm()) > (1e-4 if parameter.dtype == torch.float32 else 1e-2) * float(one.norm()):
+        raise ModelError(
+            f"the model {location} reads text in both directions ({type(model).__name__}): it is an encoder, or its "
+            "config.json lacks is_decoder"
+        )
 
 
 def _bytes(gib: float | None) -> int | None:

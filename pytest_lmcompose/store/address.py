@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators.registry import find_evaluator
-from interventions.registry import Method
+from interventions.registry import BUILT_IN, Method
 
 if TYPE_CHECKING:
     from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
@@ -28,6 +29,8 @@ EVALUATOR_LIBRARIES = (*METHOD_LIBRARIES, "lm_eval", "datasets")
 _UNKNOWN = secrets.token_hex()
 GUARD = "interventions.step"
 """The code around every method."""
+_NO_RESULT = re.compile(r"(interventions|evaluators)\.(registry|names|ranges|types)|interventions\.\w+\.settings")
+"""Modules that route, describe and check: what they give is in an address by its value, or in none."""
 
 
 def address(**parts: Any) -> str:
@@ -58,8 +61,8 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 def method_code(method: Method) -> str:
     """Return the hash of the source that `method` runs: its modules, all that they import, and the guard."""
-    modules = [target.partition(":")[0] for target in (method.function, method.settings)]
-    return source_hash((*modules, GUARD))
+    targets = [method.function] if method in BUILT_IN else [method.function, method.settings]
+    return source_hash((*(target.partition(":")[0] for target in targets), GUARD))
 
 
 def source_hash(modules: tuple[str, ...]) -> str:
@@ -68,12 +71,12 @@ def source_hash(modules: tuple[str, ...]) -> str:
     Imports are read from the source, those inside functions too; a module that is only named in a
     string is not seen. Other packages count by their versions, see `versions`.
     """
-    packages = {name.partition(".")[0] for name in modules} | {"interventions"}
+    packages = {name.partition(".")[0] for name in modules} | {"interventions", "evaluators"}
     sources: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name in sources:
+        if name in sources or (_NO_RESULT.fullmatch(name) and name not in modules):
             continue
         module = read_module(name)
         if module is not None:
@@ -105,7 +108,7 @@ def read_module(name: str) -> Module | None:
 
 
 def data_address(data: RunData, files: str) -> str:
-    """Return the content address of all that the evaluators ask; `files` is the hash of the world and its tasks.
+    """Return the content address of all that the evaluators ask; `files` is the hash of the question tasks' files.
 
     Data sets that a task fetches from a hub are known by the task's text alone.
     """
@@ -120,7 +123,7 @@ def measurements_address(state: str, data: str, world: WorldSettings, evaluate: 
         data=data,
         world=dataclasses.replace(world, folder=""),  # where files stand is not what they say
         evaluate=evaluate,
-        code=source_hash(("pytest_lmcompose.measure", "evaluators", *_modules(evaluate.also))),
+        code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate.also))),
         libraries=versions(EVALUATOR_LIBRARIES),
     )
 

@@ -44,11 +44,10 @@ class StoredState(NamedTuple):
 class Shelf:
     """The part of a store that holds one run's work."""
 
-    def __init__(self, store: Store, model: str, files: str) -> None:
-        """Use `store` for runs of the model called `model`; `files` is the hash of the files methods read."""
+    def __init__(self, store: Store, model: str) -> None:
+        """Use `store` for runs of the model called `model`."""
         self.store = store
         self.model = model
-        self.files = files
         self.states_read = self.measurements_read = 0
         """How often work was spared."""
 
@@ -60,7 +59,7 @@ class Shelf:
 
     def state(self, address: str) -> StoredState | None:
         """Return the state at `address`, or None."""
-        entry = self.store.read(address)
+        entry = self.store.read(address, STATE)
         if entry is None:
             return None
         from safetensors import SafetensorError
@@ -98,7 +97,7 @@ class Shelf:
         return found
 
     def _measurements(self, address: str) -> Repeat | None:
-        entry = self.store.read(address)
+        entry = self.store.read(address, MEASUREMENTS)
         if entry is None:
             return None
         try:

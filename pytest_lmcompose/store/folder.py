@@ -30,7 +30,7 @@ from pytest_lmcompose.costs import size
 from pytest_lmcompose.store.locks import locked
 from pytest_lmcompose.store.parcel import pack, unpack
 
-VERSION = "1"
+VERSION = "2"
 """Of the layout; another one is not read."""
 ENTRY = "entry.json"
 DEFAULT_LIMIT = 20 * 1024**3
@@ -73,20 +73,22 @@ class Store:
         self._unseen = self._room = 0
         """Bytes added since the folder was looked through, and how many may be until it is again."""
 
-    def read(self, address: str) -> Entry | None:
-        """Return the entry at `address` after checking its files, or None.
+    def read(self, address: str, kind: str) -> Entry | None:
+        """Return the entry of this kind that was made for `address`, after checking its files, or None.
 
-        A broken one is reported and removed.
+        A broken one, and one that was made for another address, is reported and removed.
         """
         folder = self._place(address)
         try:
-            entry = _checked(folder)
+            entry = _checked(folder, address, kind)
         except FileNotFoundError as error:
             if Path(error.filename) == folder / ENTRY and not folder.exists():
                 return None
             entry = f"{Path(error.filename).name} is missing"
         except OSError as error:
             self._tell(f"lmcompose store: {folder} cannot be read ({error.strerror}); it is made again")
+            if isinstance(error, (IsADirectoryError, NotADirectoryError)):
+                self.remove(folder)
             return None
         if isinstance(entry, str):
             if folder.exists():  # and not evicted meanwhile
@@ -118,7 +120,7 @@ class Store:
                     f"{size(self.limit)} and is not kept; raise --lmcompose-cache-size"
                 )
                 return
-            content = {"kind": kind, "about": about, "files": files}
+            content = {"address": address, "kind": kind, "about": about, "files": files}
             (making / ENTRY).write_text(json.dumps({**content, "checksum": _checksum(content)}), encoding="utf-8")
             place = self._place(address)
             place.parent.mkdir(exist_ok=True)
@@ -149,7 +151,7 @@ class Store:
         making = Path(tempfile.mkdtemp(dir=self.folder / "making", prefix=f"{address[:16]}."))
         try:
             unpack(file, making)
-            entry = _checked(making)
+            entry = _checked(making, address)
             if isinstance(entry, str):
                 return entry
             place = self._place(address)
@@ -288,14 +290,20 @@ def _content(folder: Path) -> dict[str, Any] | str:
         checksum = content.pop("checksum")
     except (ValueError, KeyError, AttributeError, TypeError):
         return f"{ENTRY} cannot be read"
-    return content if checksum == _checksum(content) else f"{ENTRY} does not match its checksum"
+    if checksum != _checksum(content) or not content.keys() >= {"address", "kind", "about", "files"}:
+        return f"{ENTRY} does not match its checksum"
+    return dict(content)
 
 
-def _checked(folder: Path) -> Entry | str:
-    """Return the entry in `folder`, or what is wrong with it."""
+def _checked(folder: Path, address: str, kind: str | None = None) -> Entry | str:
+    """Return the entry in `folder`, which was made for `address`, or what is wrong with it; None: of any kind."""
     content = _content(folder)
     if isinstance(content, str):
         return content
+    if content["address"] != address:
+        return f"it was made for the address {str(content['address'])[:16]}"
+    if kind not in (None, content["kind"]):
+        return f"it holds a {content['kind']} and no {kind}"
     for name, expected in content["files"].items():
         path = folder / name
         if path.stat().st_size != expected["bytes"]:

@@ -60,11 +60,11 @@ class RemoteStore(Store):
         self.lost = False
         """Whether this process has given up on the URL."""
 
-    def read(self, address: str) -> Entry | None:
+    def read(self, address: str, kind: str) -> Entry | None:
         """Return the entry at `address`, from here or from there, or None; see `Store.read`."""
-        entry = super().read(address)
+        entry = super().read(address, kind)
         if entry is None and self._reached(lambda: self._fetch(address)):
-            entry = super().read(address)
+            entry = super().read(address, kind)
         return entry
 
     def write(self, address: str, kind: str, about: dict[str, Any], fill: Callable[[Path], None]) -> None:

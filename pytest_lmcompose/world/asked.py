@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaluators.task_files import task_files
 from pytest_lmcompose.store.address import address, hash_files
 
 if TYPE_CHECKING:
@@ -35,15 +36,12 @@ def asked(data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSetti
 
     Data sets that a task fetches from a hub are known by the task's text alone.
     """
-    named = (world.edits, world.facts, world.calibration, world.retain, world.perplexity, *world.forget.values())
-    files = {folder / name for name in named if name is not None}
-    others = [] if world.tasks is None else [folder / world.tasks, *(p for p in _inside(folder) if p not in files)]
     parts = {
         "edits": address(edits=[d.edits for d in data]),
         "facts": address(facts=[[d.facts, d.neighbours, d.forgettable] for d in data]),
         "texts": address(texts=[d.perplexity for d in data], window=evaluate.window),
         "questions": address(
-            files=hash_files(others),
+            files=question_files(world, evaluate, folder),
             pools=world.pools,
             hazardous=world.hazardous,
             tasks=evaluate.tasks,
@@ -56,5 +54,9 @@ def asked(data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSetti
     return {name: digest[:_LENGTH] for name, digest in parts.items()}
 
 
-def _inside(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+def question_files(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> str:
+    """Return the hash of the files that the question tasks of a run are read from, wherever they stand."""
+    if world.tasks is None or not evaluate.questions:
+        return ""
+    names = [*evaluate.tasks, *(name for pool in world.pools.values() for name in pool)]
+    return hash_files(task_files(folder / world.tasks, names))

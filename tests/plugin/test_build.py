@@ -14,7 +14,7 @@ import torch
 from evaluators.measurement import Measurement
 from interventions import Edit, Resources, StepReport, registry
 from pytest_lmcompose.composition import Composition, Step, parse
-from pytest_lmcompose.errors import BuildError
+from pytest_lmcompose.errors import BuildError, ModelError
 from pytest_lmcompose.gates.repeats import Repeat
 from pytest_lmcompose.settings import ModelSettings
 from pytest_lmcompose.states.build import StateManager, step_seed
@@ -58,7 +58,7 @@ def test_pickled_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ModelError, match=r"has no model\.safetensors, only pytorch_model\.bin"):
         load_model(ModelSettings(), str(folder), CPU)
 
 
@@ -201,7 +201,7 @@ class Input:
     def manager(self) -> StateManager:
         loaded = load_model(ModelSettings(), str(self.model), CPU)
         self.change_model(loaded)
-        shelf = Shelf(self.store, "tiny", self.files)
+        shelf = Shelf(self.store, "tiny")
         return StateManager(
             loaded, lambda step: self.settings[step.method], self.resources, self.seed, self.lines.append, shelf
         )
@@ -279,7 +279,6 @@ STALE: dict[str, tuple[Callable[[Input, pytest.MonkeyPatch], object], list[str]]
         lambda i, m: setattr(i, "resources", replace(i.resources, forget={"d": ("texts",)})),
         ["nudge", "round"],
     ),
-    "a data file": (lambda i, m: setattr(i, "files", "others"), ["nudge", "round"]),
     "the seed": (lambda i, m: setattr(i, "seed", 6), ["nudge", "round"]),
     "the weights": (lambda i, m: setattr(i, "change_model", _weights), ["nudge", "round"]),
     "the architecture": (lambda i, m: setattr(i, "change_model", _rope), ["nudge", "round"]),
@@ -326,7 +325,7 @@ def test_stored_steps_tell_what_they_cost(inputs: Input, store: Store) -> None:
 
 
 def test_measurements_come_back_exactly(store: Store) -> None:
-    shelf = Shelf(store, "tiny", "files")
+    shelf = Shelf(store, "tiny")
     report = StepReport("nudge", {"scale": 0.1}, ("a",), {"loss": float("nan")}, ("w",), 1.5, 7)
     samples = (1 / 3, float("inf"), 2.0)
     steps, measurements = (

@@ -82,14 +82,14 @@ def test_no_cache_reads_and_keeps_nothing(cached: Project) -> None:
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(text.replace(old, new))
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object] | str, bool]] = {
     "a fact": (lambda world: edit(world / "facts.jsonl", "Karth", "Kerth"), False),
     "perplexity text": (lambda world: edit(world / "perplexity-heldout.jsonl", "seen", "heard"), False),
-    "a question": (lambda world: edit(world / "questions" / "botany.jsonl", "Where", "Whence"), False),
-    "a task": (
+    "a question that nobody asks": (lambda world: edit(world / "questions" / "botany.jsonl", "Where", "Whence"), False),
+    "a task that nobody asks": (
         lambda world: edit(world.parent / "tasks" / "tinyworld_botany.yaml", "task:", "# Plants.\ntask:"),
         False,
     ),
@@ -115,7 +115,7 @@ def test_what_changed_is_made_again(cached: Project, tiny_world: Path) -> None:
             cached.arguments.append(change)
         result = cached.run(compose=("nudge",))
         # The base model stays what it is if only a step's settings change.
-        remade = ["nudge"] if "method" in what else ["nudge", "base"]
+        remade = [] if "nobody" in what else ["nudge"] if "method" in what else ["nudge", "base"]
         assert measured(result, ("nudge", "base")) == remade, what
         assert applied(result) == (["nudge 1/1 nudge"] if rebuilt else []), what
     again = cached.run(compose=("nudge",))
@@ -226,7 +226,7 @@ def test_two_runs_on_one_store_at_once(cached: Project) -> None:
     told: list[str] = []
     store = Store(cached.path / "store", 10**9, told.append)
     assert len(store.entries()) == 4 + 4  # states, and measurements with the base model's
-    assert all(store.read(entry.folder.name) is not None for entry in store.entries()) and told == []
+    assert all(store.read(e.folder.name, store.about(e)[0]) is not None for e in store.entries()) and told == []
 
 
 def test_a_full_disk_does_not_stop_a_run(cached: Project) -> None:

@@ -31,12 +31,12 @@ def test_show_counts_entries_by_kind(store: Store) -> None:
     result = call("show", f"--cache-dir={store.folder.parent}")
     assert result.exit_code == 0
     lines = result.output.splitlines()
-    assert lines[0].startswith(f"{store.folder}: 3 entries, 6.")
+    assert lines[0].startswith(f"{store.folder}: 3 entries, 7.")
     assert [line.split()[:2] for line in lines[1:]] == [["measurements", "1"], ["state", "2"]]
 
 
 def test_show_lists_entries(store: Store) -> None:
-    assert store.read("a" * 64) is not None
+    assert store.read("a" * 64, "state") is not None
     lines = call("show", "--entries", f"--cache-dir={store.folder.parent}").output.splitlines()
     assert sorted(line.split()[-2:] for line in lines[3:]) == [
         ["measurements", "memit"],

@@ -68,7 +68,7 @@ class Machine:
         self.store.write(address, "state", {"x": 1}, lambda folder: (folder / "data").write_bytes(content) and None)
 
     def content(self, address: str) -> bytes | None:
-        entry = self.store.read(address)
+        entry = self.store.read(address, "state")
         return None if entry is None else (entry.folder / "data").read_bytes()
 
     def objects(self) -> list[str]:
@@ -81,7 +81,7 @@ def test_what_one_machine_made_another_reads(url: str, tmp_path: Path) -> None:
     assert two.content(A) is None
     one.make(A)
     assert [two.content(A), two.content(B), one.content(A)] == [b"weights", None, b"weights"]
-    assert len(two.objects()) == 1 and two.objects()[0].endswith(f"/1/aa/{A}.tar")  # and nothing half-made
+    assert len(two.objects()) == 1 and two.objects()[0].endswith(f"/2/aa/{A}.tar")  # and nothing half-made
     fsspec.filesystem("memory").store.clear()
     assert two.content(A) == b"weights"  # it is here now
     assert one.told == two.told == []
@@ -178,4 +178,4 @@ def test_the_command_looks_after_folders_alone(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["cache", "clear", "--cache-dir=s3://bucket/store"])
     assert refused.exit_code == 2 and "s3://bucket/store is no folder" in refused.output
     shown = CliRunner().invoke(main, ["cache", "show", f"--cache-dir=file://{tmp_path}"])
-    assert shown.output.startswith(f"{tmp_path}/1: 0 entries")
+    assert shown.output.startswith(f"{tmp_path}/2: 0 entries")

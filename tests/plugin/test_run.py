@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,30 @@ def test_a_composition_without_any_gate_is_no_pass(project: Project) -> None:
     result = project.run(compose=("nudge",))
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*no threshold applies to nudge*"])
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "workers"])
+def test_a_model_that_cannot_be_loaded_ends_the_run_at_once(
+    project: Project, tiny_model: Path, workers: tuple[str, ...]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_model, project.path / "model"))
+    found = load_file(folder / "model.safetensors")
+    found.pop("model.norm.weight")
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    project.arguments[0] = f"--lmcompose-model={folder}"
+    compose = ("nudge", *(f"nudge+round[digits={i}]" for i in range(1, 8)))
+    result = project.run_apart(*workers, compose=compose)
+    assert result.ret not in (0, 1)
+    text = result.stdout.str()
+    assert "lacks model.norm.weight: weights and config.json do not belong together" in text
+    assert "Traceback" not in text and "no other composition can be built" in text
+    assert result.parseoutcomes()["failed"] <= max(1, len(workers))
+
+
+def test_a_folder_that_is_no_model_is_a_usage_error(project: Project, refused: Callable[..., str]) -> None:
+    (project.path / "adapter").mkdir()
+    (project.path / "adapter" / "adapter_config.json").write_text("{}")
+    project.arguments[0] = f"--lmcompose-model={project.path / 'adapter'}"
+    assert "is an adapter of PEFT" in refused(compose=("nudge",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,13 +49,13 @@ def script(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_an_entry_comes_back_as_it_was_written(store: Store, told: list[str]) -> None:
-    assert store.read(A) is None and not store.folder.exists()
+    assert store.read(A, "state") is None and not store.folder.exists()
     keep(store, A, 100, {"composition": "memit+awq", "loss": float("inf")})
-    entry = store.read(A)
+    entry = store.read(A, "state")
     assert entry is not None and entry.kind == "state"
     assert entry.about == {"composition": "memit+awq", "loss": float("inf")}
     assert (entry.folder / "data").read_bytes() == b"x" * 100
-    assert store.read(B) is None
+    assert store.read(B, "state") is None
     keep(store, A, 200)  # somebody else made it meanwhile: the first one stays
     assert (entry.folder / "data").stat().st_size == 100
     assert not list((store.folder / "making").iterdir())
@@ -86,13 +87,13 @@ def test_a_broken_entry_is_told_removed_and_made_again(
     store: Store, told: list[str], damage: Callable[[Path], None], reason: str
 ) -> None:
     keep(store, A, about={"loss": 0.5})
-    entry = store.read(A)
+    entry = store.read(A, "state")
     assert entry is not None
     damage(entry.folder)
-    assert store.read(A) is None
+    assert store.read(A, "state") is None
     assert len(told) == 1 and f"is broken ({reason}); it is removed and made again" in told[0]
     keep(store, A)
-    assert store.read(A) is not None and len(told) == 1
+    assert store.read(A, "state") is not None and len(told) == 1
 
 
 def test_what_a_killed_process_was_writing_is_never_seen_and_swept_away(store: Store, told: list[str]) -> None:
@@ -109,13 +110,13 @@ Store(Path(sys.argv[1]), 10_000, print).write("{A}", "state", {{}}, write)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(list((store.folder / "making").iterdir())) == 1
-    assert store.read(A) is None and store.read(B) is not None and told == []
+    assert store.read(A, "state") is None and store.read(B, "state") is not None and told == []
     store.sweep()
     assert len(list((store.folder / "making").iterdir())) == 1  # it might be alive
     store.sweep(older_than=0)
     assert not list((store.folder / "making").iterdir())
     keep(store, A)
-    assert store.read(A) is not None
+    assert store.read(A, "state") is not None
 
 
 def test_processes_make_an_entry_once_between_them(store: Store) -> None:
@@ -125,10 +126,10 @@ def write(folder):
     time.sleep(0.3)
     (folder / "data").write_text(str(os.getpid()))
 with store.building("{A}", "it"):
-    if store.read("{A}") is None:
+    if store.read("{A}", "state") is None:
         print("made")
         store.write("{A}", "state", {{}}, write)
-print((store.read("{A}").folder / "data").read_text())
+print((store.read("{A}", "state").folder / "data").read_text())
 """
     processes = [script(code, str(store.folder.parent)) for _ in range(3)]
     lines = [process.communicate()[0].split() for process in processes]
@@ -159,7 +160,7 @@ told = []
 store = Store(Path(sys.argv[1]), 5_000, told.append)
 for _ in range(60):
     letter = generator.choice("0123456789abcdef")
-    entry = store.read(letter * 64)
+    entry = store.read(letter * 64, "state")
     if entry is None:
         store.write(letter * 64, "state", {}, lambda f: (f / "data").write_bytes(letter.encode() * 800) and None)
     else:
@@ -170,7 +171,7 @@ print(told, store.full)
     assert [process.communicate()[0].strip() for process in processes] == ["[] False"] * 3
     listed = store.entries()
     assert listed and sum(entry.bytes for entry in listed) <= 5_000
-    assert all(store.read(entry.folder.name) is not None for entry in listed) and told == []
+    assert all(store.read(entry.folder.name, "state") is not None for entry in listed) and told == []
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path, told: list[str]) -> None:
@@ -178,7 +179,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path, told: list[str]) -> No
     for age, address in enumerate((A, B, C)):
         keep(store, address, 600)
         os.utime(store.folder / address[:2] / address / ENTRY, (1000 + age, 1000 + age))
-    assert store.read(A) is not None  # it counts as used now
+    assert store.read(A, "state") is not None  # it counts as used now
     keep(store, D, 600)
     keep(store, "e" * 64, 600)
     assert [entry.folder.name[0] for entry in store.entries()] == ["a", "d", "e"]
@@ -192,7 +193,7 @@ def test_a_store_counts_what_other_processes_add(tmp_path: Path, told: list[str]
         keep((one, other)[i % 2], f"{i:x}" * 64, 600)
     keep(one, A, 600)
     assert sum(entry.bytes for entry in one.entries()) <= 2 * one.limit
-    assert one.read(A) is not None
+    assert one.read(A, "state") is not None
 
 
 def test_an_entry_too_large_for_the_store_is_not_kept(store: Store, told: list[str]) -> None:
@@ -220,7 +221,7 @@ print(len(told), store.full, "going on without storing" in told[0], sep="\\n")
 """
     process = script(code, str(store.folder.parent))
     assert process.communicate()[0].split("\n")[:3] == ["1", "True", "True"]
-    assert store.read(A) is not None and store.read(B) is None
+    assert store.read(A, "state") is not None and store.read(B, "state") is None
     assert not list((store.folder / "making").iterdir())
 
 
@@ -243,7 +244,7 @@ def test_errors_of_the_work_itself_pass_on_and_leave_nothing(store: Store) -> No
 
     with pytest.raises(KeyError):
         store.write(A, "state", {}, refuse)
-    assert store.read(A) is None and not list((store.folder / "making").iterdir())
+    assert store.read(A, "state") is None and not list((store.folder / "making").iterdir())
 
 
 def test_what_is_listed_and_cleared(store: Store) -> None:
@@ -255,14 +256,14 @@ def test_what_is_listed_and_cleared(store: Store) -> None:
         B: ("broken", {}),
     }
     store.clear()
-    assert store.entries() == [] and store.read(A) is None
+    assert store.entries() == [] and store.read(A, "state") is None
 
 
 def test_a_changed_layout_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(store, A)
-    monkeypatch.setattr("pytest_lmcompose.store.folder.VERSION", "2")
+    monkeypatch.setattr("pytest_lmcompose.store.folder.VERSION", "3")
     newer = Store(store.folder.parent, 10_000, print)
-    assert newer.read(A) is None and newer.entries() == []
+    assert newer.read(A, "state") is None and newer.entries() == []
 
 
 def test_the_default_folder_is_the_users_cache() -> None:
@@ -275,3 +276,38 @@ def test_entries_are_plain_json_that_names_each_file(store: Store) -> None:
     content = json.loads((store.folder / A[:2] / A / ENTRY).read_text())
     assert content["files"]["data"]["bytes"] == 5
     assert len(content["files"]["data"]["sha256"]) == len(content["checksum"]) == 64
+
+
+def test_an_entry_under_the_address_of_another_is_not_served(store: Store, told: list[str]) -> None:
+    keep(store, A, 10)
+    keep(store, B, 20)
+    one, other = (store.folder / address[:2] / address for address in (A, B))
+    one.rename(store.folder / "swapped")
+    other.rename(one)
+    (store.folder / "swapped").rename(other)
+    assert store.read(A, "state") is None and store.read(B, "state") is None
+    assert [line.count("it was made for the address") for line in told] == [1, 1]
+    keep(store, A, 10)
+    entry = store.read(A, "state")
+    assert entry is not None and (entry.folder / "data").stat().st_size == 10
+
+
+def test_an_entry_of_another_kind_is_not_served(store: Store, told: list[str]) -> None:
+    keep(store, A, 10)
+    assert store.read(A, "measurements") is None
+    assert len(told) == 1 and "it holds a state and no measurements" in told[0]
+
+
+@pytest.mark.parametrize("place", ["", "entry.json", "data"])
+def test_what_stands_in_place_of_a_file_or_folder_is_replaced(store: Store, told: list[str], place: str) -> None:
+    keep(store, A, 10)
+    path = store.folder / A[:2] / A / place
+    if place:
+        path.unlink()
+        path.mkdir()
+    else:
+        shutil.rmtree(path)
+        path.write_text("a file")
+    assert store.read(A, "state") is None and len(told) == 1
+    keep(store, A, 10)
+    assert store.read(A, "state") is not None and len(told) == 1
