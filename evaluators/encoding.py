@@ -44,7 +44,7 @@ def _check(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
     for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
         if not ids:
             raise EvaluationError(
-                f"text {row} ({text!r}) has no tokens of its own to start from; give a prompt that is not empty, or longer"
+                f"text {row} ({text!r}) has no tokens to start from; give a prompt that is not empty, or a longer one"
             )
 
 

@@ -127,7 +127,10 @@ def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) ->
 
 
 def _score(model: Any, rows: Sequence[list[int]], context: int, batch_size: int) -> list[Window]:
-    """Score rows in order, all of each but the first `context` tokens; only rows of one length share a batch, so that nothing is padded."""
+    """Score rows in order, each after its first `context` tokens.
+
+    Only rows of one length share a batch, so that nothing is padded.
+    """
     windows = []
     for _, same in groupby(rows, key=len):
         group = list(same)
@@ -137,7 +140,8 @@ def _score(model: Any, rows: Sequence[list[int]], context: int, batch_size: int)
                 input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False
             ).logits  # (rows, length, vocabulary)
             targets = batch[:, context:].to(logits.device)
-            losses = cross_entropy(logits[:, context - 1 : -1].float().flatten(0, 1), targets.flatten(), reduction="none")
+            predicted = logits[:, context - 1 : -1]
+            losses = cross_entropy(predicted.float().flatten(0, 1), targets.flatten(), reduction="none")
             totals = losses.view(targets.shape).double().sum(dim=1)
             windows += [Window(nll, targets.shape[1]) for nll in totals.tolist()]
     return windows

@@ -66,9 +66,7 @@ def read(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) -> list[Te
         return []
     fast = bool(getattr(tokenizer, "is_fast", False))
     options = {"return_offsets_mapping": True} if fast else {}
-    found = tokenizer(
-        list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False, **options
-    )
+    found = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False, **options)
     start = frame(tokenizer).start if begin else []
     rows = []
     for number, ids in enumerate(found["input_ids"]):

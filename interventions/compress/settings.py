@@ -36,9 +36,9 @@ class GptqSettings:
     """Added to the diagonal of the Gram matrix, as a share of its mean; raised tenfold, with a warning, where it
     leaves the matrix singular."""
     samples: int = 128
-    """Calibration texts read, the first ones."""
+    """Windows of calibration text read, the first ones."""
     max_tokens: int = 2048
-    """Length of a calibration sequence."""
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
     sequential: bool = True
     """Calibrate each block on what the already quantised blocks put out."""
     true_sequential: bool = True
@@ -67,9 +67,9 @@ class AwqSettings:
     clip: bool = True
     """Search a clipping threshold for each group of weights before rounding."""
     samples: int = 128
-    """Calibration texts read, the first ones."""
+    """Windows of calibration text read, the first ones."""
     max_tokens: int = 512
-    """Length of a calibration sequence."""
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
     search_tokens: int | None = 512
     """Tokens, spread over the calibration text, on which a scale's effect on the outputs of
     attention (in whole batches) and MLP is compared; None: all, as published and much slower.
@@ -104,9 +104,9 @@ class WandaSettings:
     pattern: str | None = None
     """n:m, as "2:4": n of every m weights next to each other in a row are kept. `sparsity` must say the same."""
     samples: int = 128
-    """Calibration texts read, the first ones."""
+    """Windows of calibration text read, the first ones."""
     max_tokens: int = 2048
-    """Length of a calibration sequence."""
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
     sequential: bool = True
     """Calibrate each block on what the already pruned blocks put out."""
     engine: str = "own"
@@ -129,9 +129,9 @@ class SparseGptSettings:
     """Added to the diagonal of the Gram matrix, as a share of its mean; raised tenfold, with a warning, where it
     leaves the matrix singular."""
     samples: int = 128
-    """Calibration texts read, the first ones."""
+    """Windows of calibration text read, the first ones."""
     max_tokens: int = 2048
-    """Length of a calibration sequence."""
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
     sequential: bool = True
     """Calibrate each block on what the already pruned blocks put out."""
     true_sequential: bool = False

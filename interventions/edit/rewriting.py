@@ -20,7 +20,7 @@ from interventions.edit.settings import RewriteSettings
 from interventions.edit.subjects import keys_and_values
 from interventions.edit.target_values import optimise_values
 from interventions.shared_statistics import collect_shared
-from interventions.statistics import Batch, token_batches
+from interventions.statistics import Batch, scarce, token_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
 
@@ -60,6 +60,9 @@ def rewrite(
     statistics = collect_shared(context.statistics, model, batches, outputs)
     tokens = statistics[outputs[0].name].count
     context.progress(f"second moments of {tokens} keys")
+    few = scarce(method, tokens, {output.name: output.in_features for output in outputs}, _remedy(method, settings))
+    if few is not None:
+        context.warn(few)
     solves = {output.name: make_solve(output, statistics.pop(output.name).second_moment()) for output in outputs}
     generator = context.generator(f"{method} contexts")
     sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
@@ -136,6 +139,11 @@ def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence
         raise InterventionError(f"{method}.layer_fractions={list(fractions)}: need 0 <= first <= last < 1")
     low, high = fractions
     return list(range(round(low * depth), min(round(high * depth), depth - 1) + 1))
+
+
+def _remedy(method: str, settings: RewriteSettings) -> str:
+    more_text = "give more calibration text"
+    return more_text if settings.covariance_tokens is None else f"raise {method}.covariance_tokens, or {more_text}"
 
 
 def _key_batches(
