@@ -70,7 +70,7 @@ class EvaluateSettings:
     perplexity: bool = True
     """Of running text, of the edits' targets with and without their prompts, and of the facts' answers."""
     window: int = 128
-    """Tokens of a perplexity window."""
+    """Tokens of a perplexity window; special tokens that the tokenizer puts before every text come on top."""
     texts: int | None = 200
     """Texts for perplexity, from the file's start; null: all."""
     questions: bool = True

@@ -52,8 +52,8 @@ def tokenise(
 
     Both are joined and split as in `interventions.tokens.join`. With `chat_template` the prompt is what
     a user says, and the target opens the answer. The subject's first occurrence in the prompt counts.
-    Raises InterventionError if the tokenizer cannot tell which characters a token covers, gives the
-    target no token of its own, or has no chat template.
+    Raises InterventionError if the tokenizer cannot tell which characters a token covers, gives prompt
+    or target no token of its own, or has no chat template.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InterventionError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
@@ -70,10 +70,9 @@ def tokenise(
     if not within:
         raise InterventionError(f"no token of {text!r} covers the subject {edit.subject!r}")
     target_length = len(row.ids) - row.before(asked) if with_target else 0
-    if with_target and not 0 < target_length < len(row.ids) - within[-1]:
-        raise InterventionError(
-            f"the target {edit.target!r} has no token of its own after the subject {edit.subject!r} in {text!r}"
-        )
+    if with_target and not 0 < target_length < len(row.ids):
+        what = f"the target {edit.target!r}" if target_length == 0 else "the prompt"
+        raise InterventionError(f"{what} has no token of its own in {text!r}")
     return TokenisedPrompt(tuple(row.ids), within[-1], target_length)
 
 
