@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Linear, check_layers, find_anatomy
+from interventions.anatomy import Linear, check_layers, find_anatomy, within_context
 from interventions.edit.prompts import check_edits, sample_contexts
 from interventions.edit.settings import RewriteSettings
 from interventions.edit.subjects import keys_and_values
@@ -56,7 +56,8 @@ def rewrite(
     layers = choose_layers(len(anatomy.blocks))
     outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
 
-    batches = _key_batches(tokenizer, resources.calibration, settings, outputs[0].in_features, method)
+    window = within_context(model, settings.covariance_window)
+    batches = _key_batches(tokenizer, resources.calibration, settings, window, outputs[0].in_features, method)
     statistics = collect_shared(context.statistics, model, batches, outputs)
     tokens = statistics[outputs[0].name].count
     context.progress(f"second moments of {tokens} keys")
@@ -147,15 +148,13 @@ def _remedy(method: str, settings: RewriteSettings) -> str:
 
 
 def _key_batches(
-    tokenizer: Any, texts: Sequence[str], settings: RewriteSettings, width: int, method: str
+    tokenizer: Any, texts: Sequence[str], settings: RewriteSettings, window: int, width: int, method: str
 ) -> list[Batch]:
     """Tokenise as much text as the second moment needs, in order."""
     wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
     batches, tokens = [], 0
     for start in range(0, len(texts), _BATCH):
-        batch = token_batches(
-            tokenizer, texts[start : start + _BATCH], max_tokens=settings.covariance_window, batch_size=_BATCH
-        )
+        batch = token_batches(tokenizer, texts[start : start + _BATCH], max_tokens=window, batch_size=_BATCH)
         batches += batch
         tokens += sum(int(b["attention_mask"].sum()) for b in batch)
         if tokens >= wanted:
