@@ -102,7 +102,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "byte-level, a space in front": lambda: _bpe(pre_tokenizers.ByteLevel(), BOS, alphabet=_BYTES),
     "bytes": lambda: _bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), BOS, size=262, alphabet=_BYTES),
     "characters": lambda: _bpe(pre_tokenizers.Split(Regex("."), behavior="isolated"), NONE, alphabet="\n\t"),
-    "across words": lambda: _bpe(pre_tokenizers.Split("?", behavior="isolated"), NONE, alphabet="\n\t"),
+    "across words": lambda: _bpe(pre_tokenizers.Split("?", behavior="isolated"), NONE, size=300, alphabet="\n\t"),
     "Metaspace": lambda: _metaspace("always"),
     "Metaspace, first word": lambda: _metaspace("first"),
     "WordPiece": _word_piece,
