@@ -76,13 +76,19 @@ def read(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) -> list[Te
     return rows
 
 
-def continued(tokenizer: Any, prompt: str, target: str) -> str:
-    """Return `prompt` with `target` written after it.
+def special_texts(tokenizer: Any) -> tuple[str, ...]:
+    """Return special tokens as they are written."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return tuple(text for token in added if token.special and (text := str(token)))
+
+
+def continued(prompt: str, target: str, special: tuple[str, ...]) -> str:
+    """Return `prompt` with `target` written after it; `special` are `special_texts` of the tokenizer.
 
     The target follows at once where the prompt is empty, or ends in white space or in a special token;
     everywhere else after one space. White space at the target's own ends does not count.
     """
-    at_once = not prompt or prompt[-1].isspace() or prompt.endswith(_special(tokenizer))
+    at_once = not prompt or prompt[-1].isspace() or prompt.endswith(special)
     return f"{prompt}{'' if at_once else ' '}{target.strip()}"
 
 
@@ -101,7 +107,8 @@ def join(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, begin: bool = True
 
     Either part may come out empty: of a prompt without tokens, or a target without any.
     """
-    rows = read(tokenizer, [continued(tokenizer, prompt, target) for prompt, target in pairs], begin=begin)
+    special = special_texts(tokenizer)
+    rows = read(tokenizer, [continued(prompt, target, special) for prompt, target in pairs], begin=begin)
     if rows and rows[0].spans is None:
         alone = read(tokenizer, [prompt[: border(prompt)] for prompt, _ in pairs], begin=begin)
         counts = [_shared(row.ids, head.ids) for row, head in zip(rows, alone, strict=True)]
@@ -128,12 +135,6 @@ def windows(tokenizer: Any, ids: Sequence[int], size: int) -> list[list[int]]:
     """
     start = frame(tokenizer).start
     return [[*start, *ids[at : at + size]] for at in range(0, len(ids), size)]
-
-
-def _special(tokenizer: Any) -> tuple[str, ...]:
-    """Return special tokens as they are written."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return tuple(text for token in added if token.special and (text := str(token)))
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from interventions.anatomy import module_device
-from interventions.tokens import border, continued, read
+from interventions.tokens import border, continued, read, special_texts
 from interventions.types import Edit, InterventionError
 
 CONTEXT_OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -62,7 +62,7 @@ def tokenise(
     end = begin + len(edit.subject)
     asked = border(text)
     if with_target:
-        text = continued(tokenizer, text, edit.target)
+        text = continued(text, edit.target, special_texts(tokenizer))
     (row,) = read(tokenizer, [text], begin=not chat_template)
     assert row.spans is not None
     # A byte-level token may carry the space before its word: overlap decides, not equality.

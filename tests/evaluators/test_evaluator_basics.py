@@ -60,7 +60,6 @@ def test_importing_the_package_imports_neither_torch_nor_the_harness() -> None:
 
 
 def test_every_public_name_resolves() -> None:
-
     for name in evaluators.__all__:
         assert getattr(evaluators, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):

@@ -26,7 +26,7 @@ from evaluators.encoding import encode, encode_pairs, meaningless_ids
 from interventions import Edit, InterventionError
 from interventions.edit.prompts import tokenise
 from interventions.edit.target_loss import target_batches
-from interventions.tokens import Pair, continued, frame, join, running, windows
+from interventions.tokens import Pair, continued, frame, join, running, special_texts, windows
 from tests.tokenizers import TOKENIZERS
 
 SUBJECT = "Mira Tolvan"
@@ -88,7 +88,11 @@ def test_the_tokens_of_editors_are_those_of_evaluators(kind: str, prompt: str, t
     assert kind == "across words" or row.subject_end < len(pair.prompt)
     # The text as the tokenizer reads it by default: special tokens as it adds them, and none between the two.
     start, end = frame(tokenizer)
-    assert tokenizer(continued(tokenizer, prompt, target))["input_ids"] == [*pair.prompt, *pair.target, *end]
+    assert tokenizer(continued(prompt, target, special_texts(tokenizer)))["input_ids"] == [
+        *pair.prompt,
+        *pair.target,
+        *end,
+    ]
     assert pair.prompt[: len(start)] == start
     if kind in LOSSLESS:
         said = tokenizer.decode(pair.target)
