@@ -29,7 +29,9 @@ EVALUATOR_LIBRARIES = (*METHOD_LIBRARIES, "lm_eval", "datasets")
 _UNKNOWN = secrets.token_hex()
 GUARD = "interventions.step"
 """The code around every method."""
-_NO_RESULT = re.compile(r"(interventions|evaluators)\.(registry|names|ranges|types)|interventions\.\w+\.settings")
+_NO_RESULT = re.compile(
+    r"interventions|(interventions|evaluators)\.(registry|names|ranges|types)|interventions\.\w+\.settings"
+)
 """Modules that route, describe and check: what they give is in an address by its value, or in none."""
 
 
