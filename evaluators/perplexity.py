@@ -14,6 +14,8 @@ from evaluators.answers import Likelihood, Probe, score_answers
 from evaluators.continuations import score
 from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
 from evaluators.measurement import EvaluationError, Measurement, ratio_error
+from evaluators.passes import read
+from evaluators.reading import reading
 from evaluators.state import borrowed
 
 
@@ -58,7 +60,7 @@ def measure_perplexity(
         raise EvaluationError(f"{metric}: the text has no tokens to score; is the file empty?")
 
     with borrowed(model, tokenizer):
-        windows = _score(model, rows, batch_size)
+        windows = _score(model, rows, batch_size, padding_id(tokenizer))
     note = f"{len(windows)} windows of {window} tokens, {sum(w.tokens for w in windows)} tokens scored, " + (
         "each window after BOS" if bos is not None else "the first token of each window is context"
     )
@@ -126,17 +128,16 @@ def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) ->
     return Measurement(metric, value, error, len(windows), False, samples, note, weights)
 
 
-def _score(model: Any, rows: Sequence[list[int]], batch_size: int) -> list[Window]:
+def _score(model: Any, rows: Sequence[list[int]], batch_size: int, fill: int) -> list[Window]:
     """Score rows in order; only rows of one length share a batch, so that nothing is padded."""
     windows = []
+    size = batch_size if reading(model, fill).together else 1
     for _, same in groupby(rows, key=len):
         group = list(same)
-        for start in range(0, len(group), batch_size):
-            batch = torch.tensor(group[start : start + batch_size], device=model.device)
-            logits = model(
-                input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False
-            ).logits  # (rows, length, vocabulary)
-            targets = batch[:, 1:].to(logits.device)
+        for start in range(0, len(group), size):
+            batch = group[start : start + size]
+            logits = read(model, batch, fill)  # (rows, length, vocabulary)
+            targets = torch.tensor(batch, device=logits.device)[:, 1:]
             losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
             totals = losses.view(targets.shape).double().sum(dim=1)
             windows += [Window(nll, targets.shape[1]) for nll in totals.tolist()]
