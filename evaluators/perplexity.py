@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from evaluators.answers import Likelihood, Probe, score_answers
 from evaluators.continuations import score
 from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
-from evaluators.measurement import EvaluationError, Measurement, ratio_error
+from evaluators.measurement import EvaluationError, Measurement, exp, ratio_error, total
 from evaluators.passes import read
 from evaluators.reading import reading
 from evaluators.state import borrowed
@@ -114,17 +114,16 @@ def measure_answer_perplexity(
 def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) -> Measurement:
     """Return exp(sum of NLL / sum of tokens) and its error by the delta method, over independent windows."""
     tokens = sum(w.tokens for w in windows)
-    mean = math.fsum(w.nll for w in windows) / tokens
-    value = math.exp(mean) if mean < 700 else math.inf  # NaN compares false too: see below
-    if math.isnan(mean):
-        value = math.nan
+    mean = total(w.nll for w in windows) / tokens
+    value = exp(mean)
     error = ratio_error([w.nll - mean * w.tokens for w in windows], tokens)
     if not math.isfinite(value):
         broken = sum(not math.isfinite(w.nll) for w in windows)
         note += f"; NOT FINITE: {broken} of {len(windows)} {units} have a NaN or infinite likelihood"
+        note += "" if broken else f", but {mean:.4g} nats by token are too many for a number"
     samples = tuple(w.nll / w.tokens for w in windows)
     weights = tuple(float(w.tokens) for w in windows)
-    error = None if error is None else value * error
+    error = None if error is None or not math.isfinite(value * error) else value * error
     return Measurement(metric, value, error, len(windows), False, samples, note, weights)
 
 

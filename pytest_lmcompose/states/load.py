@@ -70,6 +70,7 @@ def load_model(settings: ModelSettings, location: str, device: torch.device) -> 
     finally:
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    _check_finite(model, location)
     if spread:
         _check_held(model, settings)
     elif settings.device_map is None:
@@ -81,6 +82,16 @@ def load_model(settings: ModelSettings, location: str, device: torch.device) -> 
     elif budget is not None and not spread:
         limit_memory(model, budget)
     return Loaded(model, tokenizer, getattr(model.config, "_commit_hash", None))
+
+
+def _check_finite(model: nn.Module, location: str) -> None:
+    """Raise RecipeError for weights that are NaN or infinite: whatever is measured on them is nothing."""
+    broken = [n for n, p in model.named_parameters() if not p.is_meta and not bool(torch.isfinite(p.detach()).all())]
+    if broken:
+        raise RecipeError(
+            f"{location}: {len(broken)} weights hold NaN or infinite values, {broken[0]} among them; "
+            "save the model again, or take another one"
+        )
 
 
 def _bytes(gib: float | None) -> int | None:
