@@ -19,8 +19,10 @@ from scipy.optimize import brentq
 from evaluators.measurement import EvaluationError, exp, per_unit, ratio_error, total
 
 MCNEMAR, T, BOOTSTRAP = "exact McNemar", "paired t", "paired bootstrap"
+_TOO_LARGE = "{}: the differences are too large to be tested"
 Alternative = Literal["worse", "different"]
 Floats = NDArray[np.float64]
+_OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # what is not finite is looked for at the end
 
 
 class Estimate(NamedTuple):
@@ -86,6 +88,7 @@ def perplexity_estimate(nll: ArrayLike, tokens: ArrayLike, *, confidence: float 
     return Estimate(value, error, exp(log.low), exp(log.high), len(x))
 
 
+@_OVERFLOWING
 def compare(
     before: ArrayLike,
     after: ArrayLike,
@@ -112,7 +115,7 @@ def compare(
     error = ratio_error((units - drops.mean() * _sizes(drops, clusters)).tolist(), len(drops))
     p = _TESTS[test](drops, units, error, alternative, _sizes(drops, clusters), generator, resamples)
     if not 0 <= p <= 1:
-        raise EvaluationError(f"{test}: the differences are too large to be tested")
+        raise EvaluationError(_TOO_LARGE.format(test))
     return Comparison(test, len(drops), math.fsum(drops) / len(drops), error, p)
 
 
@@ -131,6 +134,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@_OVERFLOWING
 def smallest_drop(
     before: ArrayLike,
     after: ArrayLike,
@@ -173,6 +177,7 @@ def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
     return float(found)
 
 
+@_OVERFLOWING
 def error_over_repeats(
     values: Sequence[float], errors: Sequence[float | None], samples: Sequence[Sequence[float]]
 ) -> float | None:
@@ -217,8 +222,10 @@ def _mcnemar(drops: Floats, units: Floats, error: float | None, alternative: Alt
 
 def _t(drops: Floats, units: Floats, error: float | None, alternative: Alternative, *_: Any) -> float:
     mean = math.fsum(drops) / len(drops)
-    if error is None:
+    if len(units) < 2:
         raise EvaluationError(f"{T}: a single unit cannot be tested; measure at least 2")
+    if error is None:
+        raise EvaluationError(_TOO_LARGE.format(T))
     if error <= 1e-12 * abs(mean) or (error == 0 and mean == 0):
         chance = 0.5 ** len(units)
         if mean == 0 or (mean < 0 and alternative == "worse"):

@@ -63,3 +63,12 @@ def test_every_public_name_resolves() -> None:
         assert getattr(evaluators, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):
         _ = evaluators.nothing
+
+
+@pytest.mark.parametrize(
+    "samples", [[math.inf, 1.0], [math.inf, -math.inf], [1e308, 1e308, 1e308], [math.nan, math.inf]]
+)
+def test_a_mean_beyond_numbers_is_a_value_without_an_error(samples: list[float]) -> None:
+    found = Measurement.mean("m", samples)
+    assert not math.isfinite(found.value) and found.stderr is None
+    assert not found.is_mean or found.value == math.inf

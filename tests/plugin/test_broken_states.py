@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from xml.etree import ElementTree
 import pytest
 import vl_convert  # noqa: F401  here, since it cannot be imported again when pytester has forgotten it
 
+from evaluators.measurement import Measurement
+from pytest_lmcompose.gates.paired import Paired, change, compare_with_base, describe, noise_floor
 from tests.plugin.conftest import Project
 from tests.plugin.test_run import by_id, read_report
 
@@ -122,3 +127,15 @@ def test_a_model_with_nan_weights_is_one_line(project: Project, tmp_path: Path) 
     text = result.stdout.str() + result.stderr.str()
     assert "broken: 1 weights hold NaN or infinite values, model.layers.1.mlp.down_proj.weight among them" in text
     assert "Traceback" not in text and "INTERNALERROR" not in text
+
+
+def test_a_drop_beyond_numbers_is_judged_and_survives_the_report() -> None:
+    # Samples are likelihoods in nats: the state's mean is a number, the smallest drop that could be found is not.
+    base = Measurement("perplexity", math.exp(2.0), 1.0, 4, False, (1.0, 3.0, 2.0, 2.0))
+    state = Measurement("perplexity", math.exp(600.0), 1.0, 4, False, (1.0, 2396.0, 2.0, 1.0))
+    paired, value = compare_with_base([state], [base], 0.05, 1)
+    assert value == base.value and paired.drop == pytest.approx(math.exp(600)) and paired.smallest_drop is None
+    assert "finds no drop" in describe(paired) and noise_floor([state], [base]) is None
+    document = json.loads(json.dumps(dataclasses.asdict(paired), allow_nan=False))
+    assert describe(Paired(**document)) == describe(paired)
+    assert change([base], [state], "the old run").drop < 0
