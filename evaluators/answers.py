@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from evaluators.continuations import Scored, score
 from evaluators.encoding import Pair, check_length, encode_pairs, meaningless_ids, padding_id
-from evaluators.generation import go_on, stop_ids
+from evaluators.generation import continue_greedily, stop_ids
 from evaluators.measurement import EvaluationError
 from evaluators.state import borrowed
 
@@ -34,6 +34,9 @@ class Scores(NamedTuple):
     exact: float
 
 
+_BROKEN = Scores(math.nan, math.nan, math.nan)
+
+
 class Likelihood(NamedTuple):
     """A text after its prompt, as the model takes it when it is given, not generated."""
 
@@ -47,9 +50,13 @@ class Likelihood(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the model said: the generated ids as they came, and their scores."""
+    """What the model said: the generated ids as they came, and their scores.
 
-    generated: tuple[int, ...]
+    Scores and margin are NaN where the model's logits are, so that it said nothing.
+    """
+
+    generated: tuple[int, ...] | None
+    """None where the logits are NaN or infinite."""
     scores: Scores
     margin: float | None
     """Probability of the answer minus that of its rival, both by token; None without a rival."""
@@ -97,7 +104,7 @@ def answer_probes(
     Answers and rivals are scored first, in one go; as far as the model's likeliest tokens follow
     one of these texts, the pass that scored it has told what the model would generate, and only
     the prompts for which that is not enough are generated from.
-    Raises EvaluationError as `score_answers` does, for rivals too, and for logits that are NaN.
+    Raises EvaluationError as `score_answers` does, for rivals too.
     """
     ignored = meaningless_ids(tokenizer)
     texts = [(probe.prompt, probe.answer) for probe in probes]
@@ -111,18 +118,12 @@ def answer_probes(
     with borrowed(model, tokenizer):
         found = score(model, pairs, fill=padding_id(tokenizer), rows=batch_size)
     likelihoods = [Likelihood(pair.target, scored) for pair, scored in zip(pairs, found, strict=True)]
-    for i, likelihood in zip([*range(len(probes)), *held], likelihoods, strict=True):
-        if math.isnan(likelihood.scored.total):
-            raise EvaluationError(
-                f"{records[i]}: the model's logits after prompt {probes[i].prompt!r} are NaN or infinite; "
-                "its weights are broken"
-            )
-    generated = _generate(model, tokenizer, probes, pairs[: len(probes)], pairs, found, batch_size)
+    generated = _generate(model, tokenizer, pairs[: len(probes)], pairs, found, batch_size)
     rivals = dict(zip(held, likelihoods[len(probes) :], strict=True))
     return [
         Answer(
-            tuple(said),
-            score_tokens(said, own.ids, ignored),
+            None if said is None else tuple(said),
+            _BROKEN if said is None else score_tokens(said, own.ids, ignored),
             own.probability - rivals[i].probability if i in rivals else None,
         )
         for i, (said, own) in enumerate(zip(generated, likelihoods[: len(probes)], strict=True))
@@ -143,23 +144,23 @@ def _encode(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], record
 def _generate(
     model: Any,
     tokenizer: Any,
-    probes: Sequence[Probe],
     asked: Sequence[Pair],
     pairs: Sequence[Pair],
     found: Sequence[Scored],
     batch_size: int,
-) -> list[list[int]]:
-    """Return the greedy continuation of each prompt of `asked`, as long as its target at most."""
+) -> list[list[int] | None]:
+    """Return the greedy continuation of each prompt of `asked`, as long as its target at most; None if broken."""
     stops = stop_ids(model, tokenizer)
     paths: defaultdict[tuple[int, ...], list[tuple[list[int], tuple[int, ...]]]] = defaultdict(list)
     for pair, scored in zip(pairs, found, strict=True):
+        if math.isnan(scored.total):  # what it is said to say is no choice
+            continue
         paths[tuple(pair.prompt)].append((pair.target, scored.said))
     known = [_read_off(paths[tuple(pair.prompt)], len(pair.target), stops) for pair in asked]
     missing = [i for i, said in enumerate(known) if said is None]
-    prompts = [probes[i].prompt for i in missing]
     budgets = [len(asked[i].target) for i in missing]
-    said_after = go_on(model, tokenizer, [asked[i].prompt for i in missing], prompts, budgets, batch_size)
-    rest = dict(zip(missing, said_after, strict=True))
+    said_of = continue_greedily(model, tokenizer, [asked[i].prompt for i in missing], budgets, batch_size)
+    rest = dict(zip(missing, said_of, strict=True))
     return [rest[i] if said is None else said for i, said in enumerate(known)]
 
 

@@ -10,6 +10,7 @@ Portability asks for what follows from the edit (Zhong et al. 2023, MQuAKE, arXi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,10 +46,20 @@ class UneditedAnswers:
 
 
 def capture_unedited(model: Any, tokenizer: Any, cases: Sequence[EditCase], *, batch_size: int = 32) -> UneditedAnswers:
-    """Record the model's answers to the locality prompts of `cases`, to compare with after edits."""
+    """Record the model's answers to the locality prompts of `cases`, to compare with after edits.
+
+    Raises EvaluationError for logits that are NaN or infinite.
+    """
     asked = [replace(p, probe=_alone(p.probe)) for p in _prompts(cases) if p.aspect == "locality"]
-    answers = _ask(model, tokenizer, asked, batch_size)
-    return UneditedAnswers({p.probe: a.generated for p, a in zip(asked, answers, strict=True)})
+    generated: dict[Probe, tuple[int, ...]] = {}
+    for prompt, answer in zip(asked, _ask(model, tokenizer, asked, batch_size), strict=True):
+        if answer.generated is None:
+            raise EvaluationError(
+                f"{prompt.record}: the unedited model's logits after {prompt.probe.prompt!r} are NaN or infinite; "
+                "its weights are broken"
+            )
+        generated[prompt.probe] = answer.generated
+    return UneditedAnswers(generated)
 
 
 def measure_editing(
@@ -68,8 +79,8 @@ def measure_editing(
     is left out. Samples stand in the order of the cases; the errors treat the prompts of one case
     as one cluster.
 
-    Raises EvaluationError for no cases, a target without tokens, broken logits, or a locality
-    prompt that `unedited` does not know.
+    Samples are NaN where the logits are. Raises EvaluationError for no cases, a target without
+    tokens, or a locality prompt that `unedited` does not know.
     """
     if not cases:
         raise EvaluationError("edit success: no cases; is the edit file empty?")
@@ -87,7 +98,7 @@ def measure_editing(
             measurements.append(Measurement.mean(f"edit_{aspect}_{kind}", samples, note=note, clusters=clusters))
         measurements += _margins(aspect, chosen)
         if aspect == "locality" and unedited is not None:
-            samples = [float(a.generated == _before(unedited, p)) for p, a in chosen]
+            samples = [_agreement(a, _before(unedited, p)) for p, a in chosen]
             measurements.append(Measurement.mean("edit_locality_agreement", samples, note=note, clusters=clusters))
     return measurements
 
@@ -100,7 +111,7 @@ def _margins(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Meas
     clusters, margins = [case for case, _ in pairs], [margin for _, margin in pairs]
     sides = "what was true minus the edit's target" if aspect == "locality" else "new minus old answer"
     note = f"{sides}, probabilities by token (geometric mean), {len(pairs)} of {len(chosen)} prompts"
-    preferred = [float(margin > 0) for margin in margins]
+    preferred = [math.nan if math.isnan(margin) else float(margin > 0) for margin in margins]
     return [
         Measurement.mean(f"edit_{aspect}_margin", margins, note=note, clusters=clusters),
         Measurement.mean(f"edit_{aspect}_preferred", preferred, note=note, clusters=clusters),
@@ -141,6 +152,10 @@ def _ask(model: Any, tokenizer: Any, prompts: Sequence[_Prompt], batch_size: int
 
 def _alone(probe: Probe) -> Probe:
     return Probe(probe.prompt, probe.answer)
+
+
+def _agreement(answer: Answer, before: tuple[int, ...]) -> float:
+    return math.nan if answer.generated is None else float(answer.generated == before)
 
 
 def _before(unedited: UneditedAnswers, prompt: _Prompt) -> tuple[int, ...]:

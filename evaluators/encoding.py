@@ -86,7 +86,7 @@ def padding_id(tokenizer: Any) -> int:
 def check_length(model: Any, tokens: int, what: str) -> None:
     """Raise EvaluationError if `tokens` positions are more than the model has."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
+    if limit is not None and 0 < limit < tokens:  # XLNet has -1 for any number
         raise EvaluationError(
             f"{what} needs {tokens} positions but the model has {limit}; nothing is truncated silently: "
             "shorten the text, or the window, or use a model with a longer context"

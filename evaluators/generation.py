@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from evaluators.encoding import check_length, encode, pad, padding_id
 from evaluators.measurement import EvaluationError
+from evaluators.passes import read
+from evaluators.reading import generates, reading
 from evaluators.state import borrowed
 
 
@@ -48,38 +53,123 @@ def go_on(
         raise EvaluationError(f"batch_size is {batch_size}; it must be at least 1")
     for prompt, ids, budget in zip(prompts, encoded, budgets, strict=True):
         check_length(model, len(ids) + budget, f"prompt {prompt!r} with {budget} new tokens")
-
-    # Similar lengths together, so that little is padded; longest first, so that memory runs out early.
-    order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), -budgets[i]))
-    stops = stop_ids(model, tokenizer)
-    continuations: list[list[int]] = [[] for _ in prompts]
-    with borrowed(model, tokenizer):
-        # `generate` fills what it is not told from the model's own config: give it an empty one.
-        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            longest = max(budgets[i] for i in rows)
-            if longest < 1:
-                continue
-            batch = pad([encoded[i] for i in rows], "left", padding_id(tokenizer), model.device)
-            output = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-                    do_sample=False,
-                    num_beams=1,
-                    max_new_tokens=longest,
-                    use_cache=True,
-                    pad_token_id=padding_id(tokenizer),
-                    eos_token_id=stops or None,
-                ),
-                logits_processor=LogitsProcessorList([RejectNonFinite([prompts[i] for i in rows])]),
+    continuations = continue_greedily(model, tokenizer, encoded, budgets, batch_size)
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        if continuation is None:
+            raise EvaluationError(
+                f"the model's logits after prompt {prompt!r} are NaN or infinite; its weights are broken"
             )
-            width = batch.input_ids.shape[1]
-            for i, ids in zip(rows, output[:, width:].tolist(), strict=True):
-                end = next((k for k, token in enumerate(ids) if token in stops), len(ids))
-                continuations[i] = ids[: min(end, budgets[i])]
-    return continuations
+    return [ids for ids in continuations if ids is not None]
+
+
+def continue_greedily(
+    model: Any, tokenizer: Any, contexts: Sequence[list[int]], budgets: Sequence[int], batch_size: int
+) -> list[list[int] | None]:
+    """Return the most likely continuation of each context, see `greedy`; None where logits are broken.
+
+    Where padding or the KV cache that `generate` uses is not inert on this model (see
+    `evaluators.reading`), each token comes from a full pass over contexts of one length.
+    """
+    # Similar lengths together, so that little is padded; longest first, so that memory runs out early.
+    order = sorted((i for i in range(len(contexts)) if budgets[i] > 0), key=lambda i: (-len(contexts[i]), -budgets[i]))
+    stops, fill = stop_ids(model, tokenizer), padding_id(tokenizer)
+    found: list[list[int] | None] = [[] for _ in contexts]
+    if not order:
+        return found
+    with borrowed(model, tokenizer), generation_config(model):
+        longest = max(len(contexts[i]) + budgets[i] for i in order)
+        how = reading(model, fill, longest)
+        at_once = how.padded and pads_in_generation(model, fill)
+        groups = [order] if at_once else [list(g) for _, g in groupby(order, key=lambda i: len(contexts[i]))]
+        size = batch_size if how.together else 1
+        for rows in (group[start : start + size] for group in groups for start in range(0, len(group), size)):
+            texts, most = [contexts[i] for i in rows], max(budgets[i] for i in rows)
+            generated, watch = (_generate if at_once else step_by_step)(model, texts, most, fill, stops)
+            for i, ids, broken in zip(rows, generated, watch.broken, strict=True):
+                end = min(next((k for k, token in enumerate(ids) if token in stops), len(ids)), budgets[i])
+                found[i] = None if broken <= min(end, budgets[i] - 1) else ids[:end]
+    return found
+
+
+def pads_in_generation(model: Any, fill: int) -> bool:
+    """Say whether `generate` may continue contexts of differing length at once, padded on the left."""
+
+    def generate(rows: Sequence[Sequence[int]], new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _call(model, rows, new, fill, (), output_logits=True, return_dict_in_generate=True)
+        return output.sequences[:, -new:], torch.stack(output.logits, dim=1)
+
+    with generation_config(model):
+        return generates(model, fill, generate)
+
+
+@contextmanager
+def generation_config(model: Any, **settings: Any) -> Iterator[None]:
+    """Put `settings` in place of the model's own, from which `generate` fills in what it is not given."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def step_by_step(
+    model: Any,
+    rows: Sequence[list[int]],
+    new: int,
+    fill: int,
+    stops: Sequence[int],
+    until: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
+) -> tuple[list[list[int]], Watch]:
+    """Return `new` ids after each of `rows`, which are of one length, from a full pass for each; fewer if all end.
+
+    A text ends with one of `stops`, or where `until` says so of the ids up to there.
+    """
+    watch, ended = Watch(len(rows), len(rows[0])), torch.zeros(len(rows), dtype=torch.bool)
+    texts = torch.tensor(rows)
+    for _ in range(new):
+        logits = read(model, texts.tolist(), fill, 1)[:, -1].cpu()
+        chosen = watch(texts, logits).argmax(dim=-1)
+        texts = torch.cat([texts, chosen.unsqueeze(1)], dim=1)
+        ended |= torch.isin(chosen, torch.tensor(stops, dtype=torch.long))
+        if until is not None:
+            ended |= until(texts, logits)
+        if bool(ended.all()):
+            break
+    return texts[:, len(rows[0]) :].tolist(), watch
+
+
+def _generate(
+    model: Any, rows: Sequence[list[int]], new: int, fill: int, stops: Sequence[int]
+) -> tuple[list[list[int]], Watch]:
+    """Return `new` ids after each of `rows`, padded on the left, from the KV cache; fewer if all end."""
+    width = max(map(len, rows))
+    watch = Watch(len(rows), width)
+    output = _call(model, rows, new, fill, stops, logits_processor=LogitsProcessorList([watch]))
+    return output[:, width:].tolist(), watch
+
+
+def _call(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    new: int,
+    fill: int,
+    stops: Sequence[int],
+    *,
+    logits_processor: Any = None,
+    **options: Any,
+) -> Any:
+    batch = pad(rows, "left", fill, model.device)
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new,
+        use_cache=True,
+        pad_token_id=fill,
+        eos_token_id=list(stops) or None,
+        **options,
+    )
+    return model.generate(**batch._asdict(), generation_config=config, logits_processor=logits_processor)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -89,18 +179,17 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-class RejectNonFinite(LogitsProcessor):
-    """Stop at logits that no choice can be made from; argmax would quietly pick a NaN."""
+class Watch(LogitsProcessor):
+    """Note from which place on a row has logits that no choice can be made from; argmax would quietly pick a NaN."""
 
-    def __init__(self, prompts: Sequence[str]) -> None:
-        self.prompts = prompts
+    def __init__(self, rows: int, width: int) -> None:
+        self.broken: list[float] = [math.inf] * rows
+        """The first new place of each row without a choice; infinite where there always is one."""
+        self._width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # -inf is a fair logit (a masked word of the vocabulary), NaN and +inf are not.
-        broken = (torch.isnan(scores) | torch.isposinf(scores)).any(dim=-1)
-        if broken.any():
-            prompt = self.prompts[int(broken.nonzero()[0])]
-            raise EvaluationError(
-                f"the model's logits after prompt {prompt!r} are NaN or infinite; its weights are broken"
-            )
-        return scores
+        # -inf is a fair logit (a masked word of the vocabulary), NaN and +inf are not; nor is nothing but -inf.
+        broken = (torch.isnan(scores) | torch.isposinf(scores)).any(dim=-1) | torch.isneginf(scores).all(dim=-1)
+        for row in broken.nonzero().flatten().tolist():
+            self.broken[row] = min(self.broken[row], input_ids.shape[1] - self._width)
+        return torch.where(broken.unsqueeze(-1), torch.zeros_like(scores), scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -16,7 +16,8 @@ class Measurement:
     """One metric of one model state.
 
     `samples` are the per-sample outcomes, in the order of the data, so that two states can be
-    compared pairwise; `stderr` is the standard error of `value` (None only where n = 1).
+    compared pairwise; `stderr` is the standard error of `value` (None where it cannot be known: for
+    n = 1, and for a value that is not finite).
     """
 
     metric: str
@@ -53,7 +54,7 @@ class Measurement:
         n = len(samples)
         if n == 0:
             raise EvaluationError(f"{metric}: no samples to average; is the data set empty?")
-        value = math.fsum(samples) / n
+        value = total(samples) / n
         error = ratio_error(per_unit([sample - value for sample in samples], clusters), n)
         labels = _numbered(clusters or ())
         return cls(metric, value, error, n, higher_is_better, tuple(samples), note, clusters=labels)
@@ -63,7 +64,7 @@ class Measurement:
         """Whether the value is the plain mean of the samples, which there are."""
         if not self.samples:
             return False
-        mean = math.fsum(self.samples) / len(self.samples)
+        mean = total(self.samples) / len(self.samples)
         return math.isclose(mean, self.value, rel_tol=1e-9, abs_tol=1e-12)
 
 
@@ -86,12 +87,38 @@ def ratio_error(deviations: Collection[float], total: float) -> float | None:
     """Return the standard error of sum(y) / sum(x), by linearisation, over independent units.
 
     `deviations` are y - ratio * x of each unit and `total` is sum(x); a mean is the case x = 1.
-    None for a single unit, whose error cannot be known.
+    None where the error cannot be known: for a single unit, and for values that are not finite.
     """
     units = len(deviations)
     if units < 2:
         return None
-    return math.sqrt(units / (units - 1) * math.fsum(d * d for d in deviations)) / total
+    error = math.sqrt(units / (units - 1) * math.fsum(d * d for d in deviations)) / total
+    return error if math.isfinite(error) else None
+
+
+def total(values: Iterable[float]) -> float:
+    """Return the exact sum; infinite where it overflows, and NaN where infinities of both signs are in it."""
+    found = list(values)
+    try:
+        return math.fsum(found)
+    except (OverflowError, ValueError):
+        return sum(found)
+
+
+def exp(x: float) -> float:
+    """Return e to the power of x, infinite where that is too large for a float."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def expm1(x: float) -> float:
+    """Return e to the power of x, less 1, infinite where that is too large for a float."""
+    try:
+        return math.expm1(x)
+    except OverflowError:
+        return math.inf
 
 
 def _numbered(labels: Sequence[Hashable]) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ from torch.nn.functional import cross_entropy
 from evaluators.answers import Likelihood, Probe, score_answers
 from evaluators.continuations import score
 from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
-from evaluators.measurement import EvaluationError, Measurement, ratio_error
+from evaluators.measurement import EvaluationError, Measurement, exp, ratio_error, total
+from evaluators.passes import read
+from evaluators.reading import reading
 from evaluators.state import borrowed
 from interventions.tokens import frame, running, windows
 
@@ -58,7 +60,7 @@ def measure_perplexity(
         raise EvaluationError(f"{metric}: the text has no tokens to score; is the file empty?")
 
     with borrowed(model, tokenizer):
-        scored = _score(model, rows, context, batch_size)
+        scored = _score(model, rows, context, batch_size, padding_id(tokenizer))
     note = f"{len(scored)} windows of {window} tokens, {sum(w.tokens for w in scored)} tokens scored, " + (
         "each window after BOS" if start else "the first token of each window is context"
     )
@@ -112,34 +114,32 @@ def measure_answer_perplexity(
 def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) -> Measurement:
     """Return exp(sum of NLL / sum of tokens) and its error by the delta method, over independent windows."""
     tokens = sum(w.tokens for w in windows)
-    mean = math.fsum(w.nll for w in windows) / tokens
-    value = math.exp(mean) if mean < 700 else math.inf  # NaN compares false too: see below
-    if math.isnan(mean):
-        value = math.nan
+    mean = total(w.nll for w in windows) / tokens
+    value = exp(mean)
     error = ratio_error([w.nll - mean * w.tokens for w in windows], tokens)
     if not math.isfinite(value):
         broken = sum(not math.isfinite(w.nll) for w in windows)
         note += f"; NOT FINITE: {broken} of {len(windows)} {units} have a NaN or infinite likelihood"
+        note += "" if broken else f", but {mean:.4g} nats by token are too many for a number"
     samples = tuple(w.nll / w.tokens for w in windows)
     weights = tuple(float(w.tokens) for w in windows)
-    error = None if error is None else value * error
+    error = None if error is None or not math.isfinite(value * error) else value * error
     return Measurement(metric, value, error, len(windows), False, samples, note, weights)
 
 
-def _score(model: Any, rows: Sequence[list[int]], context: int, batch_size: int) -> list[Window]:
+def _score(model: Any, rows: Sequence[list[int]], context: int, batch_size: int, fill: int) -> list[Window]:
     """Score rows in order, each after its first `context` tokens.
 
     Only rows of one length share a batch, so that nothing is padded.
     """
     windows = []
+    size = batch_size if reading(model, fill).together else 1
     for _, same in groupby(rows, key=len):
         group = list(same)
-        for start in range(0, len(group), batch_size):
-            batch = torch.tensor(group[start : start + batch_size], device=model.device)
-            logits = model(
-                input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False
-            ).logits  # (rows, length, vocabulary)
-            targets = batch[:, context:].to(logits.device)
+        for start in range(0, len(group), size):
+            batch = group[start : start + size]
+            logits = read(model, batch, fill)  # (rows, length, vocabulary)
+            targets = torch.tensor(batch, device=logits.device)[:, context:]
             predicted = logits[:, context - 1 : -1]
             losses = cross_entropy(predicted.float().flatten(0, 1), targets.flatten(), reduction="none")
             totals = losses.view(targets.shape).double().sum(dim=1)

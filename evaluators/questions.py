@@ -57,8 +57,8 @@ def measure_questions(
     With `trust_code`, task files may run code: functions that they name, and templates outside of a
     sandbox. The harness's own tasks may run theirs in any case: it is installed like any package.
 
-    Raises EvaluationError for no or unknown tasks, broken data, likelihoods that are NaN, tasks that
-    are not scored question by question, and task files that would run code.
+    Samples are NaN where the logits are. Raises EvaluationError for no or unknown tasks, broken data,
+    tasks that are not scored question by question, and task files that would run code.
     """
     if not tasks:
         raise EvaluationError("questions: no tasks to measure; name at least one")
@@ -94,7 +94,8 @@ def measure_questions(
         raise EvaluationError(f"questions: a template of {', '.join(tasks)} cannot be filled in: {error}") from error
     falling = {leaf for name in lower_is_better for leaf in loaded[name]}
     single = {
-        leaf: _measurements(leaf, task, results, lower_is_better=leaf in falling) for leaf, task in leaves.items()
+        leaf: _measurements(leaf, task, results, lm.broken, lower_is_better=leaf in falling)
+        for leaf, task in leaves.items()
     }
     found: dict[str, Measurement] = {}
     for name, members in loaded.items():
@@ -124,7 +125,9 @@ def pool(metric: str, measurements: Sequence[Measurement]) -> Measurement:
     return Measurement.mean(metric, samples, higher_is_better=directions.pop(), note=note)
 
 
-def _measurements(name: str, task: Any, results: Any, *, lower_is_better: bool) -> list[Measurement]:
+def _measurements(
+    name: str, task: Any, results: Any, broken: AbstractSet[tuple[str, int]], *, lower_is_better: bool
+) -> list[Measurement]:
     """Make the measurements of one task: its first metric, under each of its filters."""
     directions = results["higher_is_better"][name]
     metric = "acc" if "acc" in directions else next(iter(directions), None)
@@ -138,22 +141,26 @@ def _measurements(name: str, task: Any, results: Any, *, lower_is_better: bool) 
         kind = "accuracy" if metric == "acc" else str(metric)
         kind += f",{label}" if len(by_filter) > 1 else ""
         note = f"lm-eval {metric}, {fewshot}-shot, {how}"
-        outcomes = _outcomes(name, task, metric, chosen)
+        outcomes = _outcomes(name, task, metric, chosen, broken)
         measurements.append(Measurement.mean(f"{kind}/{name}", outcomes, higher_is_better=better, note=note))
     return measurements
 
 
-def _outcomes(name: str, task: Any, metric: str | None, samples: Sequence[dict[str, Any]]) -> list[float]:
-    """Return the metric by question, in the order of the documents."""
+def _outcomes(
+    name: str,
+    task: Any,
+    metric: str | None,
+    samples: Sequence[dict[str, Any]],
+    broken: AbstractSet[tuple[str, int]],
+) -> list[float]:
+    """Return the metric by question, in the order of the documents; NaN for those that are `broken`."""
     outcomes = []
     for sample in sorted(samples, key=lambda s: s["doc_id"]):
         where = f"{name}, question {sample['doc_id']}"
+        if (name, sample["doc_id"]) in broken:
+            outcomes.append(math.nan)
+            continue
         if task.OUTPUT_TYPE == "multiple_choice":
-            # The harness takes the argmax, to which a NaN is the largest: it would count as an answer.
-            if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]):
-                raise EvaluationError(
-                    f"{where}: the likelihoods of the choices are NaN; the model's weights are broken"
-                )
             gold, choices = sample["target"], len(sample["filtered_resps"])
             if type(gold) is int and not 0 <= gold < choices:
                 raise EvaluationError(f"{where}: the answer is choice {gold}, counted from 0, of {choices}")

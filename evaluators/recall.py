@@ -43,18 +43,15 @@ def measure_recall(
 
     Returns `recall` over all facts, then `recall/<relation>` by name of relation. Splits are for
     the caller to choose from: pass the facts of one split to measure it alone.
-    Raises EvaluationError for no facts, an answer without tokens, and logits that are NaN.
+    Samples are NaN where the logits are. Raises EvaluationError for no facts and an answer without tokens.
     """
     if not facts:
         raise EvaluationError("recall: no facts; is the fact file empty?")
     found = score_facts(model, tokenizer, facts, batch_size=batch_size) if scored is None else scored
-    outcomes = []
-    for i, (fact, likelihood) in enumerate(zip(facts, found, strict=True)):
-        if math.isnan(likelihood.scored.total):
-            raise EvaluationError(
-                f"fact {i}: the model's logits after prompt {fact.prompt!r} are NaN or infinite; its weights are broken"
-            )
-        outcomes.append(float(list(likelihood.scored.said) == likelihood.ids))
+    outcomes = [
+        math.nan if math.isnan(likelihood.scored.total) else float(list(likelihood.scored.said) == likelihood.ids)
+        for likelihood in found
+    ]
     note = "greedy, exact token sequence"
     measurements = [Measurement.mean("recall", outcomes, note=note)]
     for relation in sorted({fact.relation for fact in facts}):

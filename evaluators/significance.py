@@ -16,11 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import brentq
 
-from evaluators.measurement import EvaluationError, per_unit, ratio_error
+from evaluators.measurement import EvaluationError, exp, per_unit, ratio_error, total
 
 MCNEMAR, T, BOOTSTRAP = "exact McNemar", "paired t", "paired bootstrap"
+_TOO_LARGE = "{}: the differences are too large to be tested"
 Alternative = Literal["worse", "different"]
 Floats = NDArray[np.float64]
+_OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # what is not finite is looked for at the end
 
 
 class Estimate(NamedTuple):
@@ -54,7 +56,7 @@ def mean_estimate(
     With `clusters`, one label a sample, the clusters are the independent units.
     """
     x = _finite(samples, "samples")
-    value = math.fsum(x) / len(x)
+    value = total(x) / len(x)
     units = _units(x - value, clusters)
     return _interval(value, ratio_error(units, len(x)), len(units), len(x), confidence)
 
@@ -78,15 +80,15 @@ def perplexity_estimate(nll: ArrayLike, tokens: ArrayLike, *, confidence: float 
     x, weights = _pair(nll, tokens, "nll", "tokens")
     if (weights <= 0).any():
         raise EvaluationError("perplexity: a window without tokens has no likelihood")
-    total = math.fsum(weights)
-    mean = math.fsum(x) / total
-    log = _interval(mean, ratio_error((x - mean * weights).tolist(), total), len(x), len(x), confidence)
-    value = math.exp(mean)
-    return Estimate(
-        value, None if log.stderr is None else value * log.stderr, math.exp(log.low), math.exp(log.high), len(x)
-    )
+    tokens_scored = math.fsum(weights)
+    mean = total(x) / tokens_scored
+    log = _interval(mean, ratio_error((x - mean * weights).tolist(), tokens_scored), len(x), len(x), confidence)
+    value = exp(mean)
+    error = None if log.stderr is None or not math.isfinite(value * log.stderr) else value * log.stderr
+    return Estimate(value, error, exp(log.low), exp(log.high), len(x))
 
 
+@_OVERFLOWING
 def compare(
     before: ArrayLike,
     after: ArrayLike,
@@ -106,12 +108,14 @@ def compare(
     drop by exactly the same amount, t has no error to divide by: p is then 2^-units, a sign test's.
     """
     old, new = _pair(before, after, "samples before", "samples after")
-    drops = old - new if higher_is_better else new - old
+    drops = _finite(old - new if higher_is_better else new - old, "differences")
     if test is None:
         test = MCNEMAR if clusters is None and _binary(old, new) else T
     units = np.asarray(_units(drops, clusters))
     error = ratio_error((units - drops.mean() * _sizes(drops, clusters)).tolist(), len(drops))
     p = _TESTS[test](drops, units, error, alternative, _sizes(drops, clusters), generator, resamples)
+    if not 0 <= p <= 1:
+        raise EvaluationError(_TOO_LARGE.format(test))
     return Comparison(test, len(drops), math.fsum(drops) / len(drops), error, p)
 
 
@@ -130,6 +134,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@_OVERFLOWING
 def smallest_drop(
     before: ArrayLike,
     after: ArrayLike,
@@ -160,7 +165,7 @@ def smallest_drop(
     freedom = len(sizes) - 1
     critical = stats.t.isf(alpha, freedom)
     excess = _root(lambda shift: float(stats.nct.sf(critical, freedom, shift)) - power, 0.0, 2 * critical + 20)
-    return None if excess is None else excess * error
+    return None if excess is None or not math.isfinite(excess * error) else excess * error
 
 
 def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
@@ -172,6 +177,7 @@ def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
     return float(found)
 
 
+@_OVERFLOWING
 def error_over_repeats(
     values: Sequence[float], errors: Sequence[float | None], samples: Sequence[Sequence[float]]
 ) -> float | None:
@@ -192,15 +198,16 @@ def error_over_repeats(
         return None
     known = [error for error in errors if error is not None]
     variances = [math.fsum(e * e for e in known) / repeats**2]
-    total = float(np.var(values, ddof=1)) / repeats
+    variance = float(np.var(values, ddof=1)) / repeats
     counts = {len(row) for row in samples}
     if len(counts) == 1 and (n := counts.pop()) > 1:
         x = np.asarray(samples, dtype=float)
         residual = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
         item = float(x.mean(0).var(ddof=1)) / n
         variances.append(item)
-        total += item - float((residual**2).sum()) / ((repeats - 1) * (n - 1) * repeats * n)
-    return math.sqrt(max(total, *variances))
+        variance += item - float((residual**2).sum()) / ((repeats - 1) * (n - 1) * repeats * n)
+    error = math.sqrt(max(variance, *variances))
+    return error if math.isfinite(error) else None
 
 
 def _mcnemar(drops: Floats, units: Floats, error: float | None, alternative: Alternative, *_: Any) -> float:
@@ -215,8 +222,10 @@ def _mcnemar(drops: Floats, units: Floats, error: float | None, alternative: Alt
 
 def _t(drops: Floats, units: Floats, error: float | None, alternative: Alternative, *_: Any) -> float:
     mean = math.fsum(drops) / len(drops)
-    if error is None:
+    if len(units) < 2:
         raise EvaluationError(f"{T}: a single unit cannot be tested; measure at least 2")
+    if error is None:
+        raise EvaluationError(_TOO_LARGE.format(T))
     if error <= 1e-12 * abs(mean) or (error == 0 and mean == 0):
         chance = 0.5 ** len(units)
         if mean == 0 or (mean < 0 and alternative == "worse"):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from evaluators.measurement import EvaluationError, Measurement
+from evaluators.measurement import EvaluationError, Measurement, expm1
 from pytest_lmcompose.gates.repeats import Link, evened, link_of, side_by_side
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def change(
     found = compare(before, after, higher_is_better=better, clusters=clusters, alternative=alternative)
     value = sum(m.value for m in base) / len(base)
     worse = (i for i, (x, y) in enumerate(zip(before, after, strict=True)) if (y < x if better else y > x))
-    stderr = None if found.stderr is None else found.stderr * (value if link == "exp" else 1)
+    stderr = _error_in_unit(found.stderr, value, link)
     return Change(_in_unit(found.drop, value, link, better), stderr, found.p, found.test, found.n, tuple(worse))
 
 
@@ -96,20 +96,20 @@ def compare_with_base(
     """
     from evaluators.significance import compare
 
-    before, after, clusters, link = _matched(runs, base, name)
+    matched = _matched(runs, base, name)
+    before, after, clusters, link = matched
     better = runs[0].higher_is_better
     found = compare(before, after, higher_is_better=better, clusters=clusters)
-    smallest = _smallest(before, after, clusters, better, alpha / gates)
     value = sum(m.value for m in base) / len(base)
     paired = Paired(
         found.test,
         found.n,
         _in_unit(found.drop, value, link, better),
-        None if found.stderr is None else found.stderr * (value if link == "exp" else 1),
+        _error_in_unit(found.stderr, value, link),
         found.p,
         found.p,
         gates,
-        None if smallest is None else _in_unit(smallest, value, link, better),
+        _smallest(matched, value, better, alpha / gates),
         POWER,
         alpha / gates,
         len(set(clusters or ())),
@@ -128,10 +128,8 @@ def noise_floor(runs: Sequence[Measurement], base: Sequence[Measurement], name: 
 
     None: no drop is. Raises EvaluationError like `compare_with_base`.
     """
-    before, after, clusters, link = _matched(runs, base, name)
-    better = runs[0].higher_is_better
-    smallest = _smallest(before, after, clusters, better, LEVEL)
-    return None if smallest is None else _in_unit(smallest, sum(m.value for m in base) / len(base), link, better)
+    value = sum(m.value for m in base) / len(base)
+    return _smallest(_matched(runs, base, name), value, runs[0].higher_is_better, LEVEL)
 
 
 def corrected(p_values: Sequence[float], gates: int) -> list[float]:
@@ -199,16 +197,25 @@ def _link(measurement: Measurement) -> Link | None:
     return link_of(measurement.value, evened(measurement.samples, measurement.weights))
 
 
-def _smallest(
-    before: list[float], after: list[float], clusters: tuple[int, ...] | None, higher_is_better: bool, alpha: float
-) -> float | None:
+def _smallest(matched: _Matched, base: float, higher_is_better: bool, alpha: float) -> float | None:
+    """Return the smallest drop that is found, in the metric's unit; None for one beyond all numbers too."""
     from evaluators.significance import smallest_drop
 
-    return smallest_drop(before, after, higher_is_better=higher_is_better, alpha=alpha, power=POWER, clusters=clusters)
+    before, after, clusters, link = matched
+    found = smallest_drop(before, after, higher_is_better=higher_is_better, alpha=alpha, power=POWER, clusters=clusters)
+    drop = math.inf if found is None else _in_unit(found, base, link, higher_is_better)
+    return drop if math.isfinite(drop) else None
+
+
+def _error_in_unit(error: float | None, base: float, link: Link) -> float | None:
+    """Return the standard error of a drop of the samples' mean as one of the metric, to first order."""
+    if error is None or link != "exp":
+        return error
+    return error * base if math.isfinite(error * base) else None
 
 
 def _in_unit(drop: float, base: float, link: Link, higher_is_better: bool) -> float:
     """Return a drop of the samples' mean as one of the metric, whose base value is given."""
     if link != "exp":
         return drop
-    return base * (-math.expm1(-drop) if higher_is_better else math.expm1(drop))
+    return base * (-expm1(-drop) if higher_is_better else expm1(drop))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from evaluators.measurement import Measurement, per_unit
+from evaluators.measurement import Measurement, exp, per_unit, total
 
 if TYPE_CHECKING:
     from pytest_lmcompose.states.build import StepRecord
@@ -52,19 +52,19 @@ def evened(samples: Sequence[float | None], weights: Sequence[float]) -> tuple[f
     finite = tuple(sample for sample in samples if sample is not None and math.isfinite(sample))
     if len(finite) < len(samples) or not finite or not weights:
         return finite if len(finite) == len(samples) else ()
-    total = math.fsum(weights)
-    mean = math.fsum(w * x for w, x in zip(weights, finite, strict=True)) / total
-    return tuple(mean + len(finite) * w * (x - mean) / total for w, x in zip(weights, finite, strict=True))
+    whole = math.fsum(weights)
+    mean = total(w * x for w, x in zip(weights, finite, strict=True)) / whole
+    return tuple(mean + len(finite) * w * (x - mean) / whole for w, x in zip(weights, finite, strict=True))
 
 
 def link_of(value: float | None, samples: Sequence[float]) -> Link | None:
     """Say how samples that count alike make `value`: their mean, its exponential as in perplexities, or neither."""
     if not samples or value is None or not math.isfinite(value):
         return None
-    mean = math.fsum(samples) / len(samples)
+    mean = total(samples) / len(samples)
     if math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
         return "mean"
-    return "exp" if mean < 700 and math.isclose(math.exp(mean), value, rel_tol=1e-6) else None
+    return "exp" if math.isclose(exp(mean), value, rel_tol=1e-6) else None
 
 
 def scaled(value: float, samples: Sequence[float]) -> tuple[float, ...]:
@@ -98,7 +98,7 @@ def independent(samples: Sequence[float], clusters: Sequence[int]) -> tuple[floa
     """
     if not clusters or not samples:
         return tuple(samples)
-    mean = math.fsum(samples) / len(samples)
+    mean = total(samples) / len(samples)
     units = per_unit([sample - mean for sample in samples], clusters)
     return tuple(mean + len(units) * unit / len(samples) for unit in units)
 

@@ -153,9 +153,12 @@ def check_model(model: Any, tokenizer: Any, location: str) -> None:
     words = getattr(tokenizer, "vocab_size", None)
     if isinstance(size, int) and isinstance(words, int) and words > size:
         raise ModelError(f"the tokenizer of {location} has {words} tokens, the model embeds {size}: it is another's")
-    broken = next((name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
-    if broken is not None:
-        raise ModelError(f"the model {location}: {broken} has values that are NaN or infinite; save it again")
+    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise ModelError(
+            f"{location}: {len(broken)} weights hold NaN or infinite values, {broken[0]} among them; save the model "
+            "again, or take another one"
+        )
     parameter = next(model.parameters())
     if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
         return  # as on a CPU that keeps weights for a GPU: a pass would take minutes

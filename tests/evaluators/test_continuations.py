@@ -62,6 +62,8 @@ def test_a_context_is_read_once_for_all_its_targets(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(model, "forward", count)
     context = [0, *range(10, 60)]
+    score(model, [Pair([0], [5])], fill=2)  # a model is looked at once before it is read
+    read.clear()
     score(model, [Pair(context, [5, 6]), Pair(context, [7, 8]), Pair(context, [9])], fill=2)
     assert read == [51, 2]  # the context, then one token for each target of two
 

@@ -124,13 +124,24 @@ def test_reading_off(paths: list[Any], budget: int, said: list[int] | None) -> N
     assert _read_off(paths, budget, stops=[1]) == said
 
 
-def test_nan_logits_are_an_error_that_names_the_prompt(model: Any, tokenizer: Any) -> None:
+def test_nan_logits_are_no_answer(model: Any, tokenizer: Any) -> None:
+    unedited = capture_unedited(model, tokenizer, CASES)
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(EvaluationError, match=r"case 0 \(Ada\), prompt: the model's logits .*'Ada capital' are NaN"):
-        measure_editing(model, tokenizer, CASES)
-    with pytest.raises(EvaluationError, match=r"fact 0: the model's logits after prompt 'Ada was' are NaN"):
-        measure_recall(model, tokenizer, [Fact("Ada was", "Rome", "x")])
+    found = measure_editing(model, tokenizer, CASES, unedited=unedited)
+    found += measure_recall(model, tokenizer, [Fact("Ada was", "Rome", "x")])
+    assert len(found) > 10 and all(math.isnan(m.value) for m in found)
+    with pytest.raises(EvaluationError, match=r"the unedited model's logits after .* are NaN or infinite"):
+        capture_unedited(model, tokenizer, CASES)
+
+
+def test_only_the_prompts_whose_logits_are_nan_have_no_answer(bigram: Any, word_tokenizer: Any) -> None:
+    model = bigram({"likes": "tea"})
+    with torch.no_grad():  # only the embedding of one word is broken
+        model.model.embed_tokens.weight[word_tokenizer.convert_tokens_to_ids("Oslo")] = float("nan")
+    cases = [EditCase("Ada", "Ada likes", "tea"), EditCase("Oslo", "Oslo likes", "tea")]
+    exact = {m.metric: m for m in measure_editing(model, word_tokenizer, cases)}["edit_success_exact"]
+    assert exact.samples[0] == 1 and math.isnan(exact.samples[1]) and math.isnan(exact.value)
 
 
 def test_agreement_counts_wrong_answers_that_stayed(bigram: Any, word_tokenizer: Any) -> None:

@@ -83,3 +83,12 @@ def test_evaluators_import_one_module_of_the_interventions_and_that_imports_noth
     assert others == {"interventions.tokens"}
     assert all(name.startswith("interventions") for name in by_package("interventions"))
     assert imported(root / "interventions" / "tokens.py") == set()
+
+
+@pytest.mark.parametrize(
+    "samples", [[math.inf, 1.0], [math.inf, -math.inf], [1e308, 1e308, 1e308], [math.nan, math.inf]]
+)
+def test_a_mean_beyond_numbers_is_a_value_without_an_error(samples: list[float]) -> None:
+    found = Measurement.mean("m", samples)
+    assert not math.isfinite(found.value) and found.stderr is None
+    assert not found.is_mean or found.value == math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import random
 import socket
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from evaluators import EvaluationError, Measurement, greedy, measure_questions, pool
+from evaluators.harness import SharedContextLM
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "compositions" / "tinyworld" / "tasks"
@@ -342,8 +344,8 @@ def test_unknown_tasks_and_bad_limits_are_errors(
 def test_nan_likelihoods_are_never_an_answer(model: Any, tokenizer: Any, folder: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(EvaluationError, match="rivers, question 0: the likelihoods of the choices are NaN"):
-        measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    (found,) = measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
+    assert math.isnan(found.value) and all(map(math.isnan, found.samples))
 
 
 @ONE_MODEL
@@ -457,7 +459,7 @@ def test_generated_answers_are_judged_one_by_one(model: Any, tokenizer: Any, spo
 
 
 @ONE_MODEL
-def test_generation_refuses_broken_logits_and_silent_truncation(model: Any, tokenizer: Any, spoken: Path) -> None:
+def test_generation_judges_broken_logits_and_truncates_nothing(model: Any, tokenizer: Any, spoken: Path) -> None:
     data = spoken.parent / "data" / "spoken.jsonl"
     write(data, [{"ask": "Mira " * 250, "told": "x"}])
     with pytest.raises(EvaluationError, match="but the model has 256"):
@@ -471,8 +473,7 @@ def test_generation_refuses_broken_logits_and_silent_truncation(model: Any, toke
     write(data, [{"ask": "Mira", "told": "x"}])
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(EvaluationError, match="logits after prompt 'Mira is' are NaN"):
-        measure_questions(model, tokenizer, ["spoken"], task_folder=spoken)
+    assert all(math.isnan(m.value) for m in measure_questions(model, tokenizer, ["spoken"], task_folder=spoken))
 
 
 @ONE_MODEL
@@ -486,3 +487,23 @@ def test_any_number_of_options_if_the_caller_says_so(model: Any, tokenizer: Any,
     write(folder.parent / "data" / "rivers.jsonl", records)
     with pytest.raises(EvaluationError, match="line 1: 1 choices where every question must have at least 2"):
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder, options=None)
+
+
+@ONE_MODEL
+def test_a_model_on_which_padding_tells_generates_as_alone(
+    model: Any, tokenizer: Any, spoken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(spoken.parent / "data" / "spoken.jsonl", [{"ask": ask, "told": "x"} for ask in ("Mira", "Ulm, in Dren, and")])
+    expected = [m.samples for m in measure_questions(model, tokenizer, ["spoken"], task_folder=spoken, batch_size=1)]
+    answers: list[list[str]] = []
+    generate = SharedContextLM.generate_until
+
+    def note(self: SharedContextLM, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        answers.append(generate(self, requests, disable_tqdm))
+        return answers[-1]
+
+    monkeypatch.setattr(SharedContextLM, "generate_until", note)
+    measure_questions(model, tokenizer, ["spoken"], task_folder=spoken)
+    monkeypatch.setattr("evaluators.harness.pads_in_generation", lambda model, fill: False)
+    found = [m.samples for m in measure_questions(model, tokenizer, ["spoken"], task_folder=spoken)]
+    assert found == expected and answers[0] == answers[1]

@@ -277,3 +277,16 @@ def test_one_repeat_keeps_its_error_and_a_nan_has_none() -> None:
     assert error_over_repeats([1.0, math.nan], [0.3, 0.3], [[1.0], [math.nan]]) is None
     alike = error_over_repeats([0.5, 0.5], [0.1, 0.1], [[0.4, 0.6], [0.5, 0.5, 0.5]])
     assert alike == pytest.approx(0.1 / math.sqrt(2))  # two equal means are no proof of no noise
+
+
+def test_numbers_beyond_floats_are_infinite_and_no_crash() -> None:
+    found = perplexity_estimate([800.0, 1600.0], [1, 1])
+    assert found.value == found.high == math.inf and found.stderr is None
+    high = perplexity_estimate([3.0, 1403.0], [1, 1])  # its value is a number, its upper end is not
+    assert high.value == pytest.approx(math.exp(703)) and high.high == math.inf and high.stderr is not None
+    assert smallest_drop([1e200, 0.0, 3.0], [0.0, 1e200, 1.0], higher_is_better=True, alpha=0.05) is None
+    with pytest.raises(EvaluationError, match="differences: 1 of 2 are NaN or infinite"):
+        compare([1e308, 0.0], [-1e308, 1.0], higher_is_better=True)
+    with pytest.raises(EvaluationError, match="paired t: the differences are too large"):
+        compare([1e200, 5.0, 2.0], [0.0, 1e200, 1.0], higher_is_better=True)
+    assert error_over_repeats([1e300, 2.0], [1e300, None], [[1e300, 1.0], [2.0, 3.0]]) is None

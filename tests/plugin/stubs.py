@@ -21,6 +21,11 @@ class RoundSettings:
 
 
 @dataclass(frozen=True)
+class InflateSettings:
+    scale: float = 1e4
+
+
+@dataclass(frozen=True)
 class NoSettings:
     pass
 
@@ -50,6 +55,17 @@ def round_weights(model: Any, tokenizer: Any, settings: RoundSettings, resources
     return {"loss": float("nan")}
 
 
+def inflate(model: Any, tokenizer: Any, settings: InflateSettings, resources: Any, context: Any) -> dict[str, Any]:
+    """Multiply the head: logits grow, so that likelihoods fall; from 1e30 on they overflow."""
+    import torch
+
+    with torch.no_grad():
+        model.lm_head.weight *= settings.scale
+        if settings.scale > 1e20:
+            model.model.norm.weight *= settings.scale
+    return {"largest": float("inf")}
+
+
 def idle(model: Any, tokenizer: Any, settings: Any, resources: Any, context: Any) -> dict[str, Any]:
     """Change nothing."""
     return {}
@@ -68,6 +84,7 @@ def interrupt(model: Any, tokenizer: Any, settings: Any, resources: Any, context
 METHODS = (
     Method("nudge", "edit", f"{__name__}:NudgeSettings", f"{__name__}:nudge"),
     Method("round", "compress", f"{__name__}:RoundSettings", f"{__name__}:round_weights"),
+    Method("inflate", "edit", f"{__name__}:InflateSettings", f"{__name__}:inflate"),
     Method("idle", "edit", f"{__name__}:NoSettings", f"{__name__}:idle"),
     Method("refuse", "unlearn", f"{__name__}:NoSettings", f"{__name__}:refuse"),
     Method("interrupt", "unlearn", f"{__name__}:NoSettings", f"{__name__}:interrupt"),

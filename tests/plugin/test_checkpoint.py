@@ -100,7 +100,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "wrong shape": (tensors(lambda found: found.update({UP: torch.zeros(3, 4)})), "tensors of other shapes"),
     "wider config": (config(intermediate_size=64), "tensors of other shapes"),
-    "not a number": (tensors(lambda found: found[UP].fill_(torch.nan)), f"{UP} has values that are NaN"),
+    "not a number": (tensors(lambda found: found[UP].fill_(torch.nan)), f"NaN or infinite values, {UP} among them"),
     "cut off": (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "is damaged: 20000 bytes"),
     "cut off in the header": (lambda folder: os.truncate(folder / "model.safetensors", 99), "is damaged"),
     "empty weights": (weights(b""), "is damaged or no safetensors file"),
