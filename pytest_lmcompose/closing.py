@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.json import document, now, write
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
@@ -79,7 +80,7 @@ class Closing:
         if path is not None:
             try:
                 write(path, report)
-            except OSError as error:
+            except (OSError, TargetError) as error:
                 tell(f"lmcompose: the report {path} could not be written: {error}")
                 session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         baseline = self._session.run.baseline if self._has_baseline else None

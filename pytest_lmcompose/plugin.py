@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.options import add_options, check_writable, read_options
+from pytest_lmcompose.options import add_options, read_options
 from pytest_lmcompose.parallel import threads
 from pytest_lmcompose.session import BASELINE_INPUT, Session
 
@@ -57,11 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
         session.check()
     if options.plan:  # made in this process alone
         config.option.dist, config.option.tx = "no", []
-    if options.json is not None and session.writes:
-        check_writable(options.json)
-    for flag, file in options.outputs.files.items() if session.writes else ():
-        check_writable(file, flag)
-
+    if session.writes:
+        session.check_outputs()
     if options.engine == "ray" and session.writes and not options.plan:
         from pytest_lmcompose.cluster.engine import RayEngine
 

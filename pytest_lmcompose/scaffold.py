@@ -15,6 +15,7 @@ from typing import Any
 from interventions.registry import find_method
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.recipe import Recipe
+from pytest_lmcompose.report.files import check_targets, write_text
 
 CI = {"github": ".github/workflows/release-gate.yml", "gitlab": ".gitlab-ci.yml"}
 """Service to the file that it reads."""
@@ -70,10 +71,11 @@ def write(folder: Path, texts: dict[str, str], *, force: bool = False) -> list[s
     taken = [name for name, text in texts.items() if (folder / name).exists() and not _holds(folder / name, text)]
     if taken and not force:
         raise AlreadyThere(f"{', '.join(str(folder / name) for name in taken)} would be overwritten; see --force")
+    for name in texts:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    check_targets({name: folder / name for name in texts}, {})
     for name, text in texts.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return notes
 
 

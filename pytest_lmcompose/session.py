@@ -6,17 +6,21 @@ Imports neither torch nor Hydra until a test, or an option, asks for a compositi
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_lmcompose.baseline.storage import Storage
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.failures import plain_failures, usage_errors
 from pytest_lmcompose.options import Options, asked_for_distribution
 from pytest_lmcompose.plan import Plan, Remaining
+from pytest_lmcompose.report.files import check_targets
 from pytest_lmcompose.report.json import Collected, now
 from pytest_lmcompose.report.junit import properties_of
 from pytest_lmcompose.report.record import PROPERTY, decode, encode
@@ -88,6 +92,30 @@ class Session:
                 check_tree(keeping, self.config.rootpath)
         if keeping.stores and self.options.shard is not None:
             raise pytest.UsageError("--lmcompose-shard: store the whole run, once lmcompose merge has joined it")
+
+    def check_outputs(self) -> None:
+        """Make sure that every report can be written, and overwrites nothing that is read; raises pytest.UsageError."""
+        targets = self.options.targets
+        if not targets:
+            return
+        with usage_errors():
+            check_targets(targets, self._inputs())
+
+    def _inputs(self) -> dict[str, Path]:
+        """Return the files and folders that no report may overwrite, by what they are."""
+        from pytest_lmcompose.locate import world_folder  # with Hydra
+
+        config, options = self.config, self.options
+        found = {"the file of thresholds": options.thresholds, "the model's folder": Path(self.run.location)}
+        found["the world's folder"] = world_folder(self.run.recipe.world.folder, options.folder)
+        if self.run.baseline is not None:
+            found["the stored run to compare with"] = self.run.baseline.path
+        found |= {f"the stored run {run}": run.path for run in Storage(options.keeping.storage).runs()}
+        if config.inipath is not None:
+            found["the file of pytest's settings"] = config.inipath
+        if (junit := getattr(config.option, "xmlpath", None)) is not None:
+            found["the file of --junitxml"] = options.folder / os.path.expanduser(junit)
+        return found
 
     def baseline_for_workers(self) -> str | None:
         """Return the file of the stored run to compare with, empty if there is none; None if none was looked for."""

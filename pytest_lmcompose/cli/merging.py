@@ -9,7 +9,7 @@ import click
 
 from pytest_lmcompose.cli.problems import FAILED, Refused
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = click.Path(path_type=Path)
 
 
 @click.command()
@@ -32,12 +32,14 @@ def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -
     from pytest_lmcompose.baseline.storage import StorageError, passed, read_run
     from pytest_lmcompose.merge import MergeError
     from pytest_lmcompose.merge import merge as joined
+    from pytest_lmcompose.report.files import TargetError, check_targets
     from pytest_lmcompose.report.json import write
 
     try:
+        check_targets({"--output": output}, {f"the report {path}": path for path in runs})
         found = joined({str(path): read_run(path) for path in runs}, partial=partial, tolerance=tolerance)
         write(output, found.document)
-    except (MergeError, StorageError) as error:
+    except (MergeError, StorageError, TargetError) as error:
         raise Refused(str(error)) from None
     except OSError as error:
         raise Refused(f"{output} cannot be written: {error.strerror}") from None

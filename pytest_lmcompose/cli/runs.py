@@ -108,8 +108,9 @@ def report(
     """Write reports of RUN; - in place of a path is the standard output."""
     if html is None and markdown is None and latex is None:
         raise click.UsageError("name at least one report: --html, --markdown or --latex")
-    _, document = load(run, storage)
-    before = None if baseline is None else load(baseline, storage)[1]
+    path, document = load(run, storage)
+    old, before = (None, None) if baseline is None else load(baseline, storage)
+    _check_reports({"--html": html, "--markdown": markdown, "--latex": latex}, [path, *([] if old is None else [old])])
     if html is not None:
         from pytest_lmcompose.report import html as page
 
@@ -177,8 +178,19 @@ def _write_comparison(old: Path, new: Path, found: Any, rows: Sequence[Any], eve
     click.echo(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
 
 
+def _check_reports(targets: Mapping[str, str | None], read: Sequence[Path]) -> None:
+    """Make sure that all reports can be written, each somewhere else; raises Refused."""
+    from pytest_lmcompose.report.files import TargetError, check_targets
+
+    files = {name: Path("/dev/stdout" if path == "-" else path) for name, path in targets.items() if path is not None}
+    try:
+        check_targets(files, {f"the run {path}": path for path in read})
+    except TargetError as error:
+        raise Refused(str(error)) from None
+
+
 def _write(target: str, render: Callable[[], str]) -> None:
-    from pytest_lmcompose.report.files import write_text
+    from pytest_lmcompose.report.files import stream_of, write_text
 
     text = render()
     if target == "-":
@@ -189,4 +201,5 @@ def _write(target: str, render: Callable[[], str]) -> None:
         write_text(path, text)
     except OSError as error:
         raise Refused(f"{path} cannot be written: {error.strerror}") from None
-    click.echo(f"{path}: {path.stat().st_size:,} bytes")
+    if path.is_file():
+        click.echo(f"{path}: {path.stat().st_size:,} bytes", err=stream_of(path) is not None)
