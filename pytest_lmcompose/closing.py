@@ -66,6 +66,7 @@ class Closing:
         if not reported:
             return
         self._collected.prompts = self._prompts()
+        self._collected.plan = self._plan()
         report = document(
             self._collected,
             self._session.run.recipe,
@@ -119,6 +120,13 @@ class Closing:
         for path in (self._options.json, *self._options.outputs.files.values()):
             if path is not None and path.is_file():
                 reporter.write_line(f"lmcompose report: {path}")
+
+    def _plan(self) -> dict[str, Any] | None:
+        """Return what the whole run tests; None where no process came to say it."""
+        from pytest_lmcompose.report.planned import plan_section
+
+        run, planned = self._session.run, self._session.planned
+        return None if planned is None else plan_section(planned, run.rules, run.recipe, run.baseline)
 
     def _prompts(self) -> list[dict[str, Any]]:
         """Return what the samples asked; none where the data cannot be read, which the tests have told."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -36,6 +36,16 @@ if TYPE_CHECKING:
 
 BASELINE_INPUT = "lmcompose_baseline"
 """Name under which workers are told which stored run the controller compares with."""
+PLAN_OUTPUT = "lmcompose_plan"
+"""Name under which workers say what the whole run tests."""
+
+
+class Planned(NamedTuple):
+    """The ids of the compositions that a run tests, all shards taken together."""
+
+    tested: tuple[str, ...]
+    judged: tuple[str, ...]
+    """Those of them whose tests ask for gates."""
 
 
 class Session:
@@ -50,6 +60,8 @@ class Session:
         """Compositions of the tests that ask for gates."""
         self.elsewhere: tuple[Composition, ...] = ()
         """The same of tests that were collected, but run elsewhere."""
+        self.planned: Planned | None = None
+        """What the whole run tests, all shards taken together; a controller gets it from its workers."""
         self.only: frozenset[str] | None = None
         """Ids of the tests that run here; None: all."""
         self.config = config

@@ -140,12 +140,13 @@ def _contradictions(document: Mapping[str, Any]) -> Iterator[str]:
             for run in (measured, *measured.get("repeats", ())):
                 for key in ("weights", "clusters"):
                     if key in run and len(run[key]) != len(run["samples"]):
-                        yield f"{len(run[key])} {key} for {len(run['samples'])} samples of {measured['metric']} in {name}"
+                        counted = f"{len(run[key])} {key} for {len(run['samples'])} samples"
+                        yield f"{counted} of {_shown(measured['metric'])} in {name}"
             if "repeats" in measured and not measured["repeats"]:
-                yield f"no repeats of {measured['metric']} in {name}"
+                yield f"no repeats of {_shown(measured['metric'])} in {name}"
         for gate in record["gates"]:
             if "paired" in gate and None in (gate["threshold"], gate["value"], gate["base_value"]):
-                yield f"a paired gate of {gate['metric']} in {name} without its numbers"
+                yield f"a paired gate of {_shown(gate['metric'])} in {name} without its numbers"
     composed = document.get("composability")
     for entry in () if composed is None else composed["interference"]:
         for step in entry["steps"]:
