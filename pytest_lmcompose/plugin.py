@@ -99,7 +99,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     tested = [found for item in session.items if (found := composition_of(item)) is not None]
     session.config.stash[SESSION].expect(tested)
-    session.config.stash[SESSION].judged = _judged(session.items)
+    own = session.config.stash[SESSION]
+    own.judged = _judged(session.items)
+    if own.writes and not own.options.plan and not session.config.option.collectonly:
+        for problem in own.unjudgeable():
+            raise pytest.UsageError(f"lmcompose: {problem}")
 
 
 @pytest.hookimpl(tryfirst=True)

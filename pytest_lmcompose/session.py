@@ -129,6 +129,14 @@ class Session:
             found["the file of --junitxml"] = options.folder / os.path.expanduser(junit)
         return found
 
+    def unjudgeable(self) -> list[str]:
+        """Return why expressions of the command line would pass by absence."""
+        from pytest_lmcompose.report.planned import unjudgeable
+
+        if self.planned is None or not self.options.keeping.fail:
+            return []
+        return list(unjudgeable(self.run.rules, *self.planned, self.run.baseline))
+
     def baseline_for_workers(self) -> str | None:
         """Return the file of the stored run to compare with, empty if there is none; None if none was looked for."""
         if "run" not in self.__dict__ or "baseline" not in self.run.__dict__:
@@ -227,7 +235,7 @@ class Session:
             return []
         baseline = self.run.baseline
         if baseline is None:
-            return [f"lmcompose: no run that passed is stored in {self.options.keeping.storage} to compare with"]
+            return ["lmcompose: this run is the first that is stored, and compared with none"]
         failed = f"; passed over, since they failed: {', '.join(baseline.passed_over)}" if baseline.passed_over else ""
         return [f"lmcompose: compared with {baseline.path}, of {baseline.document['started']}{failed}"]
 

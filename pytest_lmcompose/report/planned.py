@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_lmcompose.composition import parse
+from interventions.names import near_names
+from pytest_lmcompose.composition import BASE, parse
 from pytest_lmcompose.gates.thresholds import Bound, Rule, compares_with
 from pytest_lmcompose.report.record import Record
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Plan = Mapping[str, Any]
 """The section, as plain data."""
+_NAMED = 3
+"""Compositions that a message names."""
 
 
 def plan_section(planned: Planned, rules: Sequence[Rule], recipe: Recipe, baseline: Baseline | None) -> dict[str, Any]:
@@ -49,6 +52,34 @@ def idle(rules: Iterable[Rule], records: Sequence[Record]) -> list[str]:
         return any(rule.judges(gate["metric"]) or gate["metric"] == rule.metric for gate in gates)
 
     return [rule.source for rule in rules if rule.source and not judged(rule)]
+
+
+def unjudgeable(
+    rules: Iterable[Rule], tested: Sequence[str], judged: Sequence[str], baseline: Baseline | None
+) -> Iterator[str]:
+    """Yield why expressions of the command line would pass by absence, whatever the run finds.
+
+    One may match no composition that a test judges, or one of the stored run that nobody tests any more.
+    """
+    stored = () if baseline is None else judged_in(baseline.document)
+    for rule in (rule for rule in rules if rule.source):
+        flag = f"--lmcompose-compare-fail={rule.source!r}"
+        if not any(rule.covers(name) for name in judged):
+            yield f"{flag}: no composition whose test asks for gates matches.{near_names(rule.composition, judged)}"
+        elif gone := [name for name in stored if rule.covers(name) and name not in tested]:
+            assert baseline is not None
+            yield (
+                f"{flag}: {baseline.name} has {', '.join(gone[:_NAMED])}{', ...' * (len(gone) > _NAMED)}, and no test "
+                "is about that: test it, or name what is compared, as in COMPOSITION::METRIC:LIMIT"
+            )
+
+
+def judged_in(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the compositions that a stored run judged; of one without gates, all but the base model."""
+    if (plan := document.get("plan")) is not None:
+        return tuple(plan["judged"])
+    records = document["compositions"]
+    return tuple(r["id"] for r in records if r["gates"]) or tuple(r["id"] for r in records if r["id"] != BASE)
 
 
 def untested(plan: Plan, records: Sequence[Record]) -> list[str]:
