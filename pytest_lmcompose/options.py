@@ -225,7 +225,7 @@ def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path |
     try:
         check_folder(path)
     except TargetError as error:
-        raise pytest.UsageError(f"--lmcompose-cache-dir={path}: {error}") from None
+        raise pytest.UsageError(f"--lmcompose-cache-dir: {error}") from None
     return path
 
 

@@ -98,7 +98,7 @@ def read_keeping(
     try:
         check_folder(keeping.storage)
     except TargetError as error:
-        raise pytest.UsageError(f"--lmcompose-storage={keeping.storage}: {error}") from None
+        raise pytest.UsageError(f"--lmcompose-storage: {error}") from None
     _check_expressions(fail)
     return keeping
 

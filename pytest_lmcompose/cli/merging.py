@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from pytest_lmcompose.cli.problems import FAILED, Refused
+from pytest_lmcompose.report.text import visible
 
 _FILE = click.Path(path_type=Path)
 
@@ -51,7 +52,7 @@ def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -
         raise Refused(f"{output} cannot be written: {error.strerror}") from None
     records = found.document["compositions"]
     for message in found.late:
-        click.echo(f"failed when all paired gates were judged together: {message}")
+        click.echo(visible(f"failed when all paired gates were judged together: {message}"))
     for expression in found.idle:
         click.echo(f"failed: --lmcompose-compare-fail={expression!r} judged nothing")
     failed = sum(1 for record in records for gate in record["gates"] if not gate["passed"])

@@ -18,6 +18,7 @@ from pytest_lmcompose.baseline.storage import FOLDER, Storage, StorageError, rea
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, Refused
 from pytest_lmcompose.report.outputs import GROUPS, Layout
+from pytest_lmcompose.report.text import visible
 
 Document = Mapping[str, Any]
 
@@ -138,8 +139,8 @@ def _head(path: Path, document: Document) -> None:
     model = document["model"]
     name = "no model was loaded" if model is None else f"{model['id']}, weights {model['weight_hash'][:12]}"
     repeats = document.get("repeats", 1)
-    click.echo(f"{path}: {document['status']} {document['finished']}")
-    click.echo(f"{name}; seed {document['seed']}{f', {repeats} repeats' if repeats > 1 else ''}")
+    click.echo(visible(f"{path}: {document['status']} {document['finished']}"))
+    click.echo(visible(f"{name}; seed {document['seed']}{f', {repeats} repeats' if repeats > 1 else ''}"))
 
 
 def _chosen(globs: Sequence[str], *documents: Document) -> Sequence[str]:
@@ -165,9 +166,9 @@ def _only(record: Mapping[str, Any], globs: Sequence[str]) -> dict[str, Any]:
 def _write_comparison(old: Path, new: Path, found: Any, rows: Sequence[Any], every: bool) -> None:
     from pytest_lmcompose.report.compared import QUIET, write_rows
 
-    click.echo(f"old: {old}\nnew: {new}")
+    click.echo(f"old: {visible(str(old))}\nnew: {visible(str(new))}")
     for difference in found.differences:
-        click.echo(f"  other {difference.what}: {difference.message}")
+        click.echo(visible(f"  other {difference.what}: {difference.message}"))
     shown = [row for row in rows if every or row.verdict not in QUIET]
     if shown:
         click.echo()

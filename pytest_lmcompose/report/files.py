@@ -150,7 +150,7 @@ def check_folder(path: Path) -> None:
     try:
         there = next(above for above in (path, *path.parents) if os.path.lexists(above))
         if not there.is_dir():
-            raise TargetError(f"{there} is not a folder")
+            raise TargetError(f"this is not a folder: {there}")
     except OSError as error:
         raise TargetError(f"this is no folder: {error.strerror}") from None
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from interventions.names import near_names
-from interventions.registry import find_method
+from interventions.registry import category_of
 from pytest_lmcompose.composition import BASE, parse
 from pytest_lmcompose.report.outputs import BY_ID, Layout
 
@@ -80,4 +80,4 @@ def _group(requested: Sequence[str], how: str) -> str:
         return BASE
     if how == "first":
         return str(steps[0])
-    return " + ".join(find_method(step.method).category for step in steps)
+    return " + ".join(category_of(step.method) for step in steps)

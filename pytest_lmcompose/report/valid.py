@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pytest_lmcompose.composition import CompositionError, parse
 from pytest_lmcompose.report.json import SCHEMA_MINOR, SCHEMA_PATH
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -133,6 +134,15 @@ def _number(value: int | float, schema: Mapping[str, Any], place: str) -> Iterat
 def _contradictions(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield what readers take for granted and a schema cannot say."""
     yield from _twice((record["id"] for record in document["compositions"]), "two records of the composition {}")
+    composed = document.get("composability")
+    steps = [step["step"] for e in (() if composed is None else composed["interference"]) for step in e["steps"]]
+    for record in document["compositions"]:
+        steps += record["requested"]
+    for text in (*(document.get("plan") or {}).get("compositions", ()), *steps):
+        try:
+            parse(text)
+        except CompositionError:
+            yield f"{_shown(text)} is no composition"
     for record in document["compositions"]:
         name = f"the composition {_shown(record['id'])}"
         yield from _twice((m["metric"] for m in record["measurements"]), f"two measurements of {{}} in {name}")
@@ -147,7 +157,6 @@ def _contradictions(document: Mapping[str, Any]) -> Iterator[str]:
         for gate in record["gates"]:
             if "paired" in gate and None in (gate["threshold"], gate["value"], gate["base_value"]):
                 yield f"a paired gate of {_shown(gate['metric'])} in {name} without its numbers"
-    composed = document.get("composability")
     for entry in () if composed is None else composed["interference"]:
         for step in entry["steps"]:
             for key in ("change", "stderr"):
