@@ -17,7 +17,7 @@ import pytest
 from pytest_lmcompose.baseline.storage import FOLDER, Storage, StorageError, read_run
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, Refused
-from pytest_lmcompose.report.outputs import GROUPS, Layout
+from pytest_lmcompose.report.outputs import BY_ID, GROUPS, Layout
 from pytest_lmcompose.report.text import visible
 
 Document = Mapping[str, Any]
@@ -41,13 +41,15 @@ _METRICS = click.option("--metric", "-m", "metrics", multiple=True, metavar="GLO
 @_STORAGE
 def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group: str | None, storage: Path) -> None:
     """Show the tables of RUN, as at the end of a run."""
-    from pytest_lmcompose.report.layout import shown_metrics
+    from pytest_lmcompose.report.layout import shown_metrics, sorted_records
     from pytest_lmcompose.report.sections import write_composability, write_paired
     from pytest_lmcompose.report.terminal import write_summary
 
     path, document = load(run, storage)
     _head(path, document)
-    records = document["compositions"]
+    if sort is not None and sort.removeprefix("-") != BY_ID:
+        _known(sort.removeprefix("-"), document)
+    records = sorted_records(document["compositions"], sort)  # also by a metric that is not among those shown
     judged = any(record["gates"] for record in records)
     if metrics:
         records = [_only(record, _chosen(metrics, document)) for record in records]
@@ -56,7 +58,7 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
         return bool(metrics) or every or not judged
 
     console = cast(pytest.TerminalReporter, Console())
-    write_summary(console, records, wanted, Layout(tuple(metrics), sort, group))
+    write_summary(console, records, wanted, Layout(tuple(metrics), None, group))
     write_paired(console, records, [])
     write_composability(console, document.get("composability"), shown_metrics(records, wanted))
 
@@ -145,13 +147,24 @@ def _head(path: Path, document: Document) -> None:
 
 def _chosen(globs: Sequence[str], *documents: Document) -> Sequence[str]:
     """Return `globs` after making sure that each means a metric; raises Refused with near names."""
-    from interventions.names import near_names
-
-    known = dict.fromkeys(m["metric"] for d in documents for r in d["compositions"] for m in r["measurements"])
+    known = _metrics(*documents)
     for glob in globs:
         if not any(fnmatchcase(metric, glob) for metric in known):
-            raise Refused(f"no metric {glob!r} was measured.{near_names(glob, known)} Known: {', '.join(known)}.")
+            _known(glob, *documents)
     return globs
+
+
+def _known(metric: str, *documents: Document) -> None:
+    """Make sure that a metric was measured; raises Refused with near names."""
+    from interventions.names import near_names
+
+    known = _metrics(*documents)
+    if metric not in known:
+        raise Refused(f"no metric {metric!r} was measured.{near_names(metric, known)} Known: {', '.join(known)}.")
+
+
+def _metrics(*documents: Document) -> list[str]:
+    return list(dict.fromkeys(m["metric"] for d in documents for r in d["compositions"] for m in r["measurements"]))
 
 
 def _only(record: Mapping[str, Any], globs: Sequence[str]) -> dict[str, Any]:

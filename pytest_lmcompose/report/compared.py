@@ -66,8 +66,9 @@ def write_outcome(
     for row in found.drift:
         if row.drifts:
             course = " ".join(map(number, row.values))
+            name = visible(f"{row.composition}  {row.metric}")
             reporter.write_line(
-                f"drift over {len(row.values)} runs: {visible(f'{row.composition}  {row.metric}')} {course}: {row.loss:.4g} worse "
+                f"drift over {len(row.values)} runs: {name} {course}: {row.loss:.4g} worse "
                 f"(Mann-Kendall p = {row.p:.2g}, after Holm {row.p_holm:.2g}; alarm at {LEVEL:g})",
                 yellow=True,
             )

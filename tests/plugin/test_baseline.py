@@ -148,7 +148,7 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
         (["--lmcompose-compare-fail=recall"], ["--lmcompose-compare-fail: 'recall'", "[COMPOSITION::]METRIC:LIMIT"]),
         (
             ["--lmcompose-compare-fail=recall:5"],
-            ["nothing to compare with: no run that passed", "--lmcompose-save=NAME"],
+            ["nothing to compare with: no run that passed"],
         ),
         (["--lmcompose-compare-fail=recall:p5"], ["the level is 5"]),
         (["--lmcompose-compare-fail=recall:5%%"], ["the limit is '5%%'", "3se"]),
