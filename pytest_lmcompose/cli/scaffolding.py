@@ -38,18 +38,16 @@ def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
         raise Refused(str(error)) from None
     if not composition.steps:
         raise Refused(f"--compose={compose}: a release has at least one step")
-    texts = scaffold.files(
-        recipe, model if model in presets(conf, "model") else _from(folder, model), composition, _SERVICES[ci]
-    )
+    name = model if model in presets(conf, "model") else _from(folder, model)
+    texts = scaffold.files(recipe, name, composition, _SERVICES[ci])
     try:
         written, notes = scaffold.write(folder, texts, force=force)
     except scaffold.AlreadyThere as error:
         raise Refused(str(error)) from None
     except (OSError, ValueError) as error:  # a folder that may not be written, settings that cannot be read
         raise Refused(f"{folder}: {error}") from None
-    for name in texts:
-        if name in written:
-            click.echo(f"wrote {folder / name}")
+    for name in written:
+        click.echo(f"wrote {folder / name}")
     for note in (*notes, *broken(recipe, composition)):
         click.echo(note)
     click.echo(

@@ -65,15 +65,13 @@ def test_the_gate_goes_green_then_red(tmp_path: Path, tiny_model: Path, tiny_wor
     thresholds.write_text(
         thresholds.read_text().replace("  recall:", "  # recall:").replace("  accuracy/", "  # accuracy/")
     )
-    early = run(tmp_path, *small)
-    assert early.returncode == pytest.ExitCode.USAGE_ERROR and "nothing to compare with: no run" in early.stderr
+    settings = (tmp_path / "pytest.ini").read_text()
+    assert "lmcompose_compare_fail =\n    accuracy/harmless:p0.01\n    perplexity:5%\n" in settings
+    (tmp_path / "pytest.ini").write_text(settings.replace("    accuracy/harmless:p0.01\n", ""))
     green = run(tmp_path, *small, "--lmcompose-save=v1")
     assert green.returncode == 0, green.stdout + green.stderr
     assert [path.name for path in (tmp_path / ".lmcompose").glob("*.json")] == ["0001_v1.json"]
 
-    settings = (tmp_path / "pytest.ini").read_text()
-    assert "lmcompose_compare_fail =\n    accuracy/harmless:p0.01\n    perplexity:5%\n" in settings
-    (tmp_path / "pytest.ini").write_text(settings.replace("    accuracy/harmless:p0.01\n", ""))
     again = run(tmp_path, *small, "--lmcompose-json=report.json")
     assert again.returncode == 0, again.stdout + again.stderr
     assert '"gate": "max_loss_percent"' in (tmp_path / "report.json").read_text()
