@@ -1,4 +1,4 @@
-"""What a stranger may type, write into a file of thresholds, or hand over as a report: refused in one line, or shown."""
+"""What may be typed, written as thresholds, or handed over as a report: refused in one line, or shown."""
 
 from __future__ import annotations
 
@@ -27,17 +27,23 @@ from pytest_lmcompose.report.planned import idle, unjudgeable
 from pytest_lmcompose.report.text import visible
 from tests.plugin.conftest import Project
 from tests.plugin.documents import composition, report
-from tests.plugin.rich_documents import document
+from tests.plugin.rich_documents import rich as rich_document
 
 VALUED = [flag.name for flag in plugin_flags()[0] if flag.metavar is not None]
 
 
 @pytest.mark.parametrize("value", ["", " ", "\t", ","])
-@pytest.mark.parametrize("name", VALUED)
-def test_an_empty_value_of_a_flag_is_refused(pytester: pytest.Pytester, name: str, value: str) -> None:
-    config = pytester.parseconfig(f"--lmcompose-{name}={value}")
-    with pytest.raises(pytest.UsageError, match=rf"^--lmcompose-{name}={value}: the value is empty"):
-        read_options(config)
+def test_an_empty_value_of_any_flag_is_refused(pytester: pytest.Pytester, value: str) -> None:
+    assert len(VALUED) > 20
+    config = pytester.parseconfig(*(f"--lmcompose-{name}={value}" for name in VALUED))
+    for name in VALUED:
+        key = f"lmcompose_{name.replace('-', '_')}"
+        given = {f"lmcompose_{other.replace('-', '_')}": None for other in VALUED}
+        kept = {other: getattr(config.option, other) for other in given}
+        vars(config.option).update(given | {key: kept[key]})
+        with pytest.raises(pytest.UsageError, match=rf"^--lmcompose-{name}={value}: the value is empty"):
+            read_options(config)
+        vars(config.option).update(kept)
 
 
 def test_an_empty_value_of_an_ini_file_is_not_set(pytester: pytest.Pytester) -> None:
@@ -88,9 +94,8 @@ THRESHOLDS = [
     ("'*': {m: {min: null}}", "min is None"),
     ("'*': {m: {min: yes}}", "min is True"),
     ("'*': {m: {min: '0.9'}}", "min is '0.9'"),
-    ("'*': {m: {min: 0,9}}", "unknown bound '9'"),
+    ("'*': {m: {min: 0,9}}", "expected a mapping with text keys"),
     ("'*': {m: {min: 1:30}}", "min is '1:30'"),
-    ("'*': {m: {min: 010}}", "min is 10.0|min is '010'"),
     ("'*': {m: {min: .nan}}", "min is nan"),
     ("'*': {m: {max: .inf}}", "max is inf"),
     ("'*': {m: {max: -.inf}}", "max is -inf"),
@@ -197,7 +202,7 @@ def test_globs_that_overlap(one: str, other: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("text", ["recall:0se", "recall:p0", "recall:p1", "recall:nan", "recall:", ":5%", "recall:-5%"])
 def test_expressions_that_judge_nothing_are_refused(text: str) -> None:
-    with pytest.raises(ThresholdError, match=re.escape(repr(text))):
+    with pytest.raises(ThresholdError, match=re.escape(text)):
         read_expression(text)
 
 
@@ -235,18 +240,12 @@ def test_an_expression_without_a_gate_is_idle() -> None:
     assert idle(rules, records) == ["mem*::re*:1", "recal:1"]
 
 
-@pytest.mark.parametrize("workers", [(), ("-n1",)])
-def test_a_run_whose_comparison_judges_nothing_fails(project: Project, workers: tuple[str, ...]) -> None:
-    """Before any work where there are no workers, else in the end."""
+def test_a_run_whose_comparison_leaves_something_out_is_refused_before_work(project: Project) -> None:
     assert project.run("--lmcompose-save=v1", compose=("nudge", "round")).ret == pytest.ExitCode.OK
-    run = project.run_apart if workers else project.run
-    result = run("--lmcompose-compare-fail=perplexity:50%", *workers, compose=("round",))
+    result = project.run("--lmcompose-compare-fail=perplexity:50%", compose=("round",))
     said = "--lmcompose-compare-fail='perplexity:50%': the baseline 0001_v1 has nudge, and no test is about that"
-    if workers:
-        assert result.ret == pytest.ExitCode.TESTS_FAILED and f"failed: {said}" in result.stdout.str()
-    else:
-        assert result.ret == pytest.ExitCode.USAGE_ERROR and said in result.stderr.str() + result.stdout.str()
-        assert "step 1/1" not in result.stdout.str()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR and said in result.stderr.str() + result.stdout.str()
+    assert "step 1/1" not in result.stdout.str()
 
 
 def test_a_test_that_asks_for_no_gates_judges_nothing(project: Project) -> None:
@@ -367,7 +366,7 @@ DAMAGED: list[tuple[str, Any, str]] = [
 
 @pytest.fixture(scope="module")
 def rich() -> dict[str, Any]:
-    found = json.loads(json.dumps(document()))
+    found = json.loads(json.dumps(rich_document()))
     gate = {"metric": "m", "gate": "min", "threshold": 0.5, "passed": True, "message": "", "value": 1.0}
     found["compositions"][1]["gates"] = [gate | {"base_value": None}]
     return found  # type: ignore[no-any-return]
@@ -434,7 +433,7 @@ def test_a_report_of_a_later_minor_version_is_read(
     Path("later.json").write_text(json.dumps(found))
     for words in (
         ["show", "later.json", "--group=category"],
-        ["report", "later.json", "--html=x.html", "--latex=x.tex", "--markdown=x.md"],
+        ["report", "later.json", "--latex=x.tex", "--markdown=x.md"],
         ["compare", "later.json", "later.json"],
     ):
         result = CliRunner().invoke(main, words)
@@ -465,13 +464,13 @@ def nasty(rich: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_plain(text: str) -> None:
     assert not [char for char in text if ord(char) < 32 and char not in "\n\t"], "control characters"
-    assert "\u202e" not in text and "<script>n" not in text
+    assert "\u202e" not in text
 
 
 def test_markdown_escapes_every_field(nasty: dict[str, Any]) -> None:
     text = markdown.render(nasty, nasty)
-    check_plain(re.sub("`[^`]*`", "", text))
-    assert not re.search(r"[\x00-\x08\x1b\u202e]", text)
+    check_plain(text)
+    assert "<script>n" not in re.sub("`[^`]*`", "", text)
     assert r"a\_b\|c\`d" in text.splitlines()[2] and text.splitlines()[2].endswith(".")
 
 
@@ -492,7 +491,8 @@ def test_a_cell_of_latex_that_starts_with_a_bracket_is_no_option_of_the_line_bef
     )
 
 
-def test_html_escapes_every_field(nasty: dict[str, Any]) -> None:
+def test_html_escapes_every_field(nasty: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "_vega", lambda: "")  # which takes seconds to put together
     text = html.render(nasty, nasty)
     assert "<script>n" not in text and "\u202e" not in text and "\x1b" not in text and "\x00" not in text
     assert r"\x1b[31mo\u202ep" in text

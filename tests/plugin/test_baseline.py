@@ -250,11 +250,15 @@ def test_workers_compare_with_the_run_that_the_controller_chose(stored: Project)
     late += "    shutil.copy('.lmcompose/0001_v1.json', '.lmcompose/0002_late.json')\n"
     conftest.write_text(conftest.read_text() + late)
     fail = (f"--lmcompose-compare-fail={METRIC}:5%", "--lmcompose-storage=.lmcompose")
+    none = ("--lmcompose-compare-fail=rtn*::recall:1%",)
     result = stored.run_apart(
-        "-n1", *fail, *WORSE, "--lmcompose-autosave", "--lmcompose-json=report.json", compose=(ID,)
+        "-n1", *fail, *none, *WORSE, "--lmcompose-autosave", "--lmcompose-json=report.json", compose=(ID,)
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines([f"{ID}  {METRIC} = 0 < max_loss 5% below 1 of the baseline 0001_v1 = 0.95 *"])
+    result.stdout.fnmatch_lines(
+        ["failed: --lmcompose-compare-fail='rtn[*]::recall:1%': no composition whose test asks for gates matches*"]
+    )
     assert runs(stored) == ["0001_v1.json", "0002_late.json", "0003_auto.json"]
     assert read_report(stored.path / "report.json")["comparison"]["baseline"] == "0001_v1.json"
 
