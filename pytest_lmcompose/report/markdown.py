@@ -62,7 +62,7 @@ def _row(record: Record, metrics: Sequence[str]) -> list[str]:
     gates = f"{len(judged.failed)} of {judged.gates} failed" if judged.failed else "passed" if judged.gates else MISSING
     if judged.broken:
         gates = _text(record["status"])
-    cells = [value_text(measured.get(metric)) + (" ❌ failed" if metric in failed else "") for metric in metrics]
+    cells = [_text(value_text(measured.get(metric))) + (" ❌ failed" if metric in failed else "") for metric in metrics]
     return [_code(record["id"]), gates, *cells]
 
 
