@@ -101,6 +101,12 @@ def find_method(name: str) -> Method:
     raise UnknownMethod(f"unknown intervention {name!r}.{near_names(name, table)} Known: {known}.")
 
 
+def category_of(name: str) -> str:
+    """Return the category of the intervention called `name`, "other" for one of a package that is not installed."""
+    found = methods().get(name)
+    return "other" if found is None else found.category
+
+
 def _resolve(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.json import document, now, write
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
@@ -34,6 +35,8 @@ class Closing:
         self._collected = session.collected
         self._outcome: Outcome | None = None
         """What came of the run among stored ones."""
+        self._idle: list[str] = []
+        """Why expressions of the command line judged nothing."""
         self._kept: str | None = None
         """Whether and where the run was stored, as it is told."""
 
@@ -57,7 +60,8 @@ class Closing:
         self._collected.complete(self._options.seed, part=self._options.shard is not None, metrics=metrics)
         if self._session.nothing_here and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
             session.exitstatus = pytest.ExitCode.OK  # fewer compositions than shards
-        if self._collected.late and session.exitstatus == pytest.ExitCode.OK:
+        self._idle = self._idle_expressions() if self._collected.records and not stopped else []
+        if (self._collected.late or self._idle) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         status = "interrupted" if stopped else "finished"
         if self._collected.records:
@@ -65,6 +69,7 @@ class Closing:
         if not reported:
             return
         self._collected.prompts = self._prompts()
+        self._collected.plan = self._plan()
         report = document(
             self._collected,
             self._session.run.recipe,
@@ -79,7 +84,7 @@ class Closing:
         if path is not None:
             try:
                 write(path, report)
-            except OSError as error:
+            except (OSError, TargetError) as error:
                 tell(f"lmcompose: the report {path} could not be written: {error}")
                 session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         baseline = self._session.run.baseline if self._has_baseline else None
@@ -119,6 +124,26 @@ class Closing:
             if path is not None and path.is_file():
                 reporter.write_line(f"lmcompose report: {path}")
 
+    def _plan(self) -> dict[str, Any] | None:
+        """Return what the whole run tests; None where no process came to say it."""
+        from pytest_lmcompose.report.planned import plan_section
+
+        run, planned = self._session.run, self._session.planned
+        return None if planned is None else plan_section(planned, run.rules, run.recipe, run.baseline)
+
+    def _idle_expressions(self) -> list[str]:
+        """Say which expressions of the command line judged nothing, those left out that other shards may judge."""
+        from pytest_lmcompose.report.planned import idle
+
+        run, options = self._session.run, self._options
+        if not options.keeping.fail:
+            return []
+        if found := self._session.unjudgeable():  # which is known before collection where there are no workers
+            return found
+        here = self._collected.records
+        rules = [rule for rule in run.rules if options.shard is None or any(rule.covers(name) for name in here)]
+        return [f"--lmcompose-compare-fail={source!r}: this judged nothing" for source in idle(rules, [*here.values()])]
+
     def _prompts(self) -> list[dict[str, Any]]:
         """Return what the samples asked; none where the data cannot be read, which the tests have told."""
         from pytest_lmcompose.world.records import WorldError
@@ -140,6 +165,8 @@ class Closing:
         if self._outcome is not None:
             write_outcome(reporter, self._outcome, records, every=self._config.option.verbose > 0)
         write_unused(reporter, self._unused())
+        for line in self._idle:
+            reporter.write_line(f"failed: {line}", red=True)
         if self._kept is not None:
             reporter.write_line(self._kept)
 

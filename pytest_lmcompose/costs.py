@@ -61,10 +61,12 @@ class Costs:
         """Yield what a plan's totals over `steps` mean, and which steps they leave out."""
         unknown = sorted({str(step) for step in steps if self._of(step) is None})
         if len(unknown) < len({*map(str, steps)}) or self.evaluation is not None:
+            about = "at least" if unknown or self.evaluation is None else "about"
+            most = "at least" if unknown else "up to"
             yield (
-                f"about {duration(seconds)} in one process"
+                f"{about} {duration(seconds)} in one process"
                 f"{'' if self.evaluation is not None else ', evaluation not counted'}; "
-                f"snapshots take up to {size(peak_bytes)} of host memory"
+                f"snapshots take {most} {size(peak_bytes)} of host memory"
             )
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""

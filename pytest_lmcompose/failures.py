@@ -15,11 +15,14 @@ def usage_errors() -> Iterator[None]:
     from pytest_lmcompose.errors import ModelError
     from pytest_lmcompose.gates.thresholds import ThresholdError
     from pytest_lmcompose.recipe import RecipeError
+    from pytest_lmcompose.report.files import TargetError
 
     try:
         yield
-    except (RecipeError, ThresholdError, StorageError, ModelError) as error:
+    except (RecipeError, ThresholdError, StorageError, ModelError, TargetError) as error:
         raise pytest.UsageError(f"lmcompose: {error}") from None
+    except OSError as error:  # such as a name that is too long for a file
+        raise pytest.UsageError(f"lmcompose: {error.filename}: {error.strerror}") from None
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class Judging:
     def _stored(self, composition: Composition) -> Reference:
         """Return what a stored run says of `composition`."""
         keeping = self.run.options.keeping
-        if keeping.update:
+        if keeping.update or (self.run.baseline is None and keeping.stores):
             return Reference("the baseline", replaced=True)
         if self.run.baseline is None:
             missing = f"no run that passed is stored in {keeping.storage}; {UPDATE}"

@@ -24,7 +24,7 @@ def model_overrides(name: str, conf: Path, folder: Path) -> tuple[str, ...]:
     known = presets(conf, "model")
     if name in known:
         return (f"model={name}",)
-    path = folder / Path(name).expanduser()
+    path = folder / os.path.expanduser(name)
     if path.exists():
         check_folder(path)
         return ("model=any", f"model.path={quoted(str(path))}")
@@ -47,10 +47,10 @@ def model_location(path: str, folder: Path) -> str:
     if not path:
         raise RecipeError("model.path is empty: name a folder with config.json, or a hub id")
     for base in (folder, SUITE_FOLDER):
-        candidate = base / Path(path).expanduser()
+        candidate = base / os.path.expanduser(path)
         if (candidate / "config.json").is_file():
             return str(candidate)
-    candidate = folder / Path(path).expanduser()
+    candidate = folder / os.path.expanduser(path)
     if candidate.exists():
         check_folder(candidate)
     if _is_path(path, candidate) or _is_path(path, SUITE_FOLDER / path):
@@ -64,7 +64,7 @@ def world_folder(path: str, folder: Path) -> Path:
     Raises RecipeError if there is none.
     """
     for base in (folder, SUITE_FOLDER):
-        candidate = base / Path(path).expanduser()
+        candidate = base / os.path.expanduser(path)
         if path and candidate.is_dir():
             return candidate
     raise RecipeError(f"world.folder={path!r}: no such folder (looked in {folder} and {SUITE_FOLDER})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pytest_lmcompose.baseline.keeping import (
     read_keeping,
 )
 from pytest_lmcompose.parallel.shard import Shard, read_shard
+from pytest_lmcompose.report.files import TargetError, check_folder, is_file, path_of
 from pytest_lmcompose.report.outputs import FLAGS, Outputs, read_outputs
 from pytest_lmcompose.store.folder import DEFAULT_LIMIT, default_folder
 from pytest_lmcompose.store.remote import check_url, front_folder, is_url, local_path
@@ -74,6 +74,11 @@ class Options:
     """Reports beside the JSON, and how the terminal shows the run."""
     given: bool
     """Whether anything was set: then the recipe is checked before collection."""
+
+    @property
+    def targets(self) -> dict[str, Path]:
+        """The files of all reports, by their flag."""
+        return {**({} if self.json is None else {"--lmcompose-json": self.json}), **self.outputs.files}
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -149,8 +154,8 @@ def read_options(config: pytest.Config) -> Options:
     values = {name: _value(config, name) for name in (*names, "cache_size", "engine")}
     compose, overrides = _values(config, "compose"), _values(config, "set")
     folder = config.invocation_params.dir
-    thresholds = folder / values["thresholds"] if values["thresholds"] else SUITE_FOLDER / "thresholds.yaml"
-    if not thresholds.is_file():
+    thresholds = path_of(values["thresholds"], folder) or SUITE_FOLDER / "thresholds.yaml"
+    if not is_file(thresholds):
         raise pytest.UsageError(f"--lmcompose-thresholds: no such file: {thresholds}")
     seed = values["seed"] or "0"
     if not re.fullmatch(r"\d{1,18}", seed):
@@ -184,7 +189,7 @@ def read_options(config: pytest.Config) -> Options:
         repeats=int(repeats),
         device=device,
         gpus_per_worker=int(gpus_per_worker),
-        json=folder / values["json"] if values["json"] else None,
+        json=path_of(values["json"], folder),
         engine=_engine(values["engine"]),
         shard=_shard(values["shard"]),
         plan=bool(config.getoption("lmcompose_plan")),
@@ -216,9 +221,11 @@ def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path |
         except ValueError as error:
             raise pytest.UsageError(f"--lmcompose-cache-dir: {error}") from None
         return front_folder(value, os.environ)
-    path = folder / Path(local_path(value)).expanduser() if value else default_folder(os.environ)
-    if path.exists() and not path.is_dir():
-        raise pytest.UsageError(f"--lmcompose-cache-dir: this is not a folder: {path}")
+    path = folder / os.path.expanduser(local_path(value)) if value else default_folder(os.environ)
+    try:
+        check_folder(path)
+    except TargetError as error:
+        raise pytest.UsageError(f"--lmcompose-cache-dir: {error}") from None
     return path
 
 
@@ -239,7 +246,7 @@ def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:
     """Return the interpreters of the ini file, relative ones counted from it."""
     folder = config.rootpath if config.inipath is None else config.inipath.parent
     given = [(engine.variable, str(config.getini(_engine_key(engine.name)))) for engine in ENGINES]
-    return tuple((variable, str(folder / Path(path).expanduser())) for variable, path in given if path)
+    return tuple((variable, str(folder / os.path.expanduser(path))) for variable, path in given if path)
 
 
 def _cache_size(value: str | None) -> int:
@@ -259,24 +266,6 @@ def asked_for_distribution(config: pytest.Config) -> bool:
     return getattr(asked, "dist", "no") != "no" or bool(getattr(asked, "distload", False))
 
 
-def check_writable(path: Path, name: str = "--lmcompose-json") -> None:
-    """Make sure that the report of flag `name` can be written, by making and removing a file beside it.
-
-    Raises pytest.UsageError that says what is in the way.
-    """
-    flag = f"{name}={path}"
-    if path.is_dir():
-        raise pytest.UsageError(f"{flag}: this is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise pytest.UsageError(f"{flag}: the folder {path.parent} does not exist; make it first")
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        raise pytest.UsageError(f"{flag}: cannot write in {path.parent}: {error.strerror}") from None
-
-
 def _key(name: str) -> str:
     """Return the ini name of a flag, under which pytest keeps its value too."""
     return f"lmcompose_{name.replace('-', '_')}"
@@ -287,8 +276,20 @@ def _engine_key(name: str) -> str:
 
 
 def _value(config: pytest.Config, name: str) -> str | None:
+    """Return what a flag, or else the ini file, gives; None for an ini value that is empty."""
     flag: str | None = config.getoption(f"lmcompose_{name}")
-    return flag if flag is not None else str(config.getini(f"lmcompose_{name}")) or None
+    if flag is not None:
+        return _filled(name, flag)
+    return str(config.getini(f"lmcompose_{name}")).strip() or None
+
+
+def _filled(name: str, flag: str) -> str:
+    """Return the value of a flag; raises pytest.UsageError for one that says nothing, such as that of $UNSET."""
+    if not flag.strip(" \t\r\n,"):
+        raise pytest.UsageError(
+            f"--lmcompose-{name.replace('_', '-')}={flag}: the value is empty; give one, or leave the flag away"
+        )
+    return flag
 
 
 def _switch(config: pytest.Config, name: str) -> bool:
@@ -297,6 +298,8 @@ def _switch(config: pytest.Config, name: str) -> bool:
 
 def _values(config: pytest.Config, name: str) -> tuple[str, ...]:
     flags: list[str] | None = config.getoption(f"lmcompose_{name}")
-    ini: list[str] = config.getini(f"lmcompose_{name}")
+    for flag in flags or ():
+        _filled(name, flag)
+    ini: list[str] = [line for line in config.getini(f"lmcompose_{name}") if line.strip()]
     # Overrides add up, the flag's last, so that it wins; compositions on the command line replace.
     return (*ini, *(flags or ())) if name == "set" else tuple(flags or ini)

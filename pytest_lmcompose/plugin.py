@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.options import add_options, check_writable, read_options
+from pytest_lmcompose.options import add_options, read_options
 from pytest_lmcompose.parallel import threads
-from pytest_lmcompose.session import BASELINE_INPUT, Session
+from pytest_lmcompose.session import BASELINE_INPUT, PLAN_OUTPUT, Planned, Session
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
@@ -57,11 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
         session.check()
     if options.plan:  # made in this process alone
         config.option.dist, config.option.tx = "no", []
-    if options.json is not None and session.writes:
-        check_writable(options.json)
-    for flag, file in options.outputs.files.items() if session.writes else ():
-        check_writable(file, flag)
-
+    if session.writes:
+        session.check_outputs()
     if options.engine == "ray" and session.writes and not options.plan:
         from pytest_lmcompose.cluster.engine import RayEngine
 
@@ -89,6 +86,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.hookimpl(trylast=True)  # of what -k, -m and other plugins leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     own = config.stash[SESSION]
+    own.planned = planned(items)
     if (here := own.here([(item.nodeid, composition_of(item)) for item in items])) is None:
         return
     left = [item for item, ours in zip(items, here, strict=True) if not ours]
@@ -102,7 +100,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     tested = [found for item in session.items if (found := composition_of(item)) is not None]
     session.config.stash[SESSION].pytest = session
     session.config.stash[SESSION].expect(tested)
-    session.config.stash[SESSION].judged = _judged(session.items)
+    own = session.config.stash[SESSION]
+    own.judged = _judged(session.items)
+    if own.writes and not own.options.plan and not session.config.option.collectonly:
+        for problem in own.unjudgeable():
+            raise pytest.UsageError(f"lmcompose: {problem}")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -174,6 +176,11 @@ class _Reporting:
         self._session.receive(report)
 
     @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        if (plan := getattr(node, "workeroutput", {}).get(PLAN_OUTPUT)) is not None:
+            self._session.planned = Planned(*map(tuple, plan))
+
+    @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         baseline = self._session.baseline_for_workers()
         if baseline is not None:
@@ -182,6 +189,9 @@ class _Reporting:
 
 @pytest.hookimpl(tryfirst=True)  # before the JUnit file is written
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    output, plan = getattr(session.config, "workeroutput", None), session.config.stash[SESSION].planned
+    if output is not None and plan is not None:
+        output[PLAN_OUTPUT] = [list(plan.tested), list(plan.judged)]
     session.config.stash[SESSION].closing.finish(session, exitstatus)
 
 
@@ -191,6 +201,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _forget(variable: str) -> None:
     os.environ.pop(variable, None)
+
+
+def planned(items: Iterable[pytest.Item]) -> Planned:
+    """Return what tests are about, and which of them ask for gates."""
+    items = list(items)
+    tested = (found.id for item in items if (found := composition_of(item)) is not None)
+    return Planned(tuple(dict.fromkeys(tested)), tuple(dict.fromkeys(c.id for c in _judged(items))))
 
 
 def _judged(items: Iterable[pytest.Item]) -> tuple[Composition, ...]:

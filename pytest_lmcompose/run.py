@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluators.measurement import EvaluationError, Measurement
+from interventions.registry import methods
 from pytest_lmcompose.baseline.history import choose
 from pytest_lmcompose.baseline.reference import Baseline, architecture, architecture_at
 from pytest_lmcompose.baseline.storage import StorageError
@@ -21,6 +22,7 @@ from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.gates.repeats import Repeat, pooled
 from pytest_lmcompose.gates.thresholds import (
     Rule,
+    check_compositions,
     needs_baseline,
     own_compositions,
     read_expression,
@@ -102,6 +104,7 @@ class Run:
         _ = self.compositions, self.rules
         if Path(self.location).exists():
             check_folder(Path(self.location))
+        check_compositions(self.rules, self.options.thresholds, methods())
         for name in own_compositions(self.rules):
             try:
                 self.recipe.read(name)

@@ -6,21 +6,24 @@ What they ask for follows from the composition: who promises four bits is held t
 from __future__ import annotations
 
 import configparser
+import json
+import os
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from interventions.registry import find_method
 from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.promises import broken, promises
 from pytest_lmcompose.recipe import Recipe
+from pytest_lmcompose.report.files import check_targets, write_text
 
 CI = {"github": ".github/workflows/release-gate.yml", "gitlab": ".gitlab-ci.yml"}
 """Service to the file that it reads."""
 TEST = "test_release.py"
 THRESHOLDS = "thresholds.yaml"
 SETTINGS = "pytest.ini"
+IGNORED = ".gitignore"
 
 
 class AlreadyThere(Exception):
@@ -33,9 +36,9 @@ def files(recipe: Recipe, model: str, composition: Composition, services: tuple[
         "MODEL": model,
         "COMPOSITION": str(composition),
         "VERSION": version("pytest-lmcompose"),
-        "COMPARE": " ".join(f"--lmcompose-compare-fail='{expression}'" for expression in promises(composition)),
+        "COMPARE": "\n".join(f"    {expression}" for expression in expressions(recipe, composition)),
     }
-    texts = {TEST: _TEST, THRESHOLDS: _thresholds(recipe, composition), SETTINGS: _SETTINGS}
+    texts = {TEST: _TEST, THRESHOLDS: _thresholds(recipe, composition), SETTINGS: _SETTINGS, IGNORED: _IGNORED}
     texts |= {CI[service]: {"github": _GITHUB, "gitlab": _GITLAB}[service] for service in services}
     for name, text in texts.items():
         for key, value in values.items():
@@ -44,18 +47,18 @@ def files(recipe: Recipe, model: str, composition: Composition, services: tuple[
     return texts
 
 
-def promises(composition: Composition) -> Iterator[str]:
+def expressions(recipe: Recipe, composition: Composition) -> Iterator[str]:
     """Yield expressions of `--lmcompose-compare-fail` for what the steps promise and what they must leave alone."""
-    categories = {find_method(step.method).category for step in composition.steps}
-    if "edit" in categories:
+    held = {promise.what for promise in promises(recipe, composition) if promise.broken_by is None}
+    if "edit" in held:
         yield "edit_success_exact:0.02"
-    if "unlearn" in categories:
+    if "unlearn" in held:
         yield "accuracy/hazardous:p0.01"
     yield from ("accuracy/harmless:p0.01", "perplexity:5%")
 
 
-def write(folder: Path, texts: dict[str, str], *, force: bool = False) -> list[str]:
-    """Write files under `folder`; return what else is to be done there, a line each.
+def write(folder: Path, texts: dict[str, str], *, force: bool = False) -> tuple[list[str], list[str]]:
+    """Write files under `folder`; return their names, and what else is to be done there, a line each.
 
     Raises AlreadyThere, before anything is written, for files that are there and have another text.
     """
@@ -64,17 +67,37 @@ def write(folder: Path, texts: dict[str, str], *, force: bool = False) -> list[s
     if (found := configured(folder)) is not None:
         section = "[tool.pytest.ini_options]" if found == "pyproject.toml" else "pytest's section"
         notes.append(f"{found} has settings of pytest, so no {SETTINGS} is written; add these to {section}:")
-        quoted = '{} = "{}"' if found == "pyproject.toml" else "{} = {}"
-        lines = [line.split(" = ", 1) for line in texts.pop(SETTINGS).splitlines() if " = " in line]
-        notes += [f"  {quoted.format(*line)}" for line in lines]
-    taken = [name for name, text in texts.items() if (folder / name).exists() and not _holds(folder / name, text)]
+        notes += [f"  {line}" for line in _settings(texts.pop(SETTINGS), toml=found.endswith(".toml"))]
+    if (folder / IGNORED).is_file() and not force:
+        there = (folder / IGNORED).read_text(encoding="utf-8").splitlines()
+        if left := [line for line in texts.pop(IGNORED).splitlines() if line not in there]:
+            notes += [f"{IGNORED} is there, and left as it is; add to it:", *(f"  {line}" for line in left)]
+    taken = [name for name, text in texts.items() if os.path.lexists(folder / name) and not _holds(folder / name, text)]
     if taken and not force:
         raise AlreadyThere(f"{', '.join(str(folder / name) for name in taken)} would be overwritten; see --force")
+    for name in texts:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    check_targets({name: folder / name for name in texts}, {})
     for name, text in texts.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return notes
+        write_text(folder / name, text)
+    return list(texts), notes
+
+
+def _settings(text: str, *, toml: bool) -> Iterator[str]:
+    """Yield settings of an ini file as lines to add to another one."""
+    for line in text.splitlines():
+        if not toml:
+            if not line.startswith("["):
+                yield line
+        elif line.startswith(" "):
+            yield f"    {json.dumps(line.strip())},"
+        elif line.endswith(" ="):
+            yield f"{line} ["
+        elif " = " in line:
+            name, value = line.split(" = ", 1)
+            yield f"{name} = {json.dumps(value)}"
+    if toml:
+        yield "]"
 
 
 def configured(folder: Path) -> str | None:
@@ -98,27 +121,17 @@ def _holds(path: Path, text: str) -> bool:
 
 def _thresholds(recipe: Recipe, composition: Composition) -> str:
     """Return thresholds with a block for each promise of the composition."""
-    categories = {find_method(step.method).category for step in composition.steps}
+    found = {promise.what: promise for promise in promises(recipe, composition) if promise.broken_by is None}
     blocks = [_COMMON]
-    if "edit" in categories:
-        blocks.append(_EDIT)
-    if "unlearn" in categories:
-        blocks.append(_UNLEARN)
-    blocks += _compressed(recipe, composition)
+    blocks += [_PROMISED[what] for what in ("edit", "unlearn") if what in found]
+    if "bits" in found:
+        blocks.append(_BITS.replace("@BITS@", f"{found['bits'].value:g}"))
+    if "sparsity" in found:
+        share = max(p.value or 0 for p in promises(recipe, composition) if p.what == "sparsity" and not p.broken_by)
+        blocks.append(_SPARSITY.replace("@SPARSITY@", f"{share - 0.01:.4g}").replace("@PROMISED@", f"{share:.4g}"))
+    if reasons := broken(recipe, composition):
+        blocks.append("".join(f"  # Not asked for: {reason}\n" for reason in reasons))
     return "\n".join(blocks)
-
-
-def _compressed(recipe: Recipe, composition: Composition) -> Iterator[str]:
-    """Yield the block of what compression promises, as far as the steps after it leave it so."""
-    if not composition.steps:
-        return
-    last = composition.steps[-1]
-    settings: Any = recipe.settings(last)
-    bits, sparsity = getattr(settings, "bits", None), getattr(settings, "sparsity", None)
-    if find_method(last.method).category == "compress" and isinstance(bits, int):
-        yield _BITS.replace("@BITS@", str(bits))
-    elif find_method(last.method).category == "compress" and isinstance(sparsity, float):
-        yield _SPARSITY.replace("@SPARSITY@", f"{sparsity - 0.01:.4g}").replace("@PROMISED@", f"{sparsity:.4g}")
 
 
 _TEST = '''\
@@ -146,6 +159,8 @@ _SETTINGS = """\
 testpaths = test_release.py
 lmcompose_model = @MODEL@
 lmcompose_thresholds = thresholds.yaml
+lmcompose_compare_fail =
+@COMPARE@
 """
 
 _COMMON = """\
@@ -181,6 +196,18 @@ _SPARSITY = """\
   sparsity: {min: @SPARSITY@}
 """
 
+_PROMISED = {"edit": _EDIT, "unlearn": _UNLEARN}
+
+_IGNORED = """\
+__pycache__/
+.pytest_cache/
+lmcompose-cache/
+pip-cache/
+junit.xml
+report.html
+report.json
+"""
+
 _GITHUB = """\
 name: release gate
 
@@ -200,6 +227,10 @@ jobs:
       - uses: actions/setup-python@v5
         with:
           python-version: "3.12"
+          cache: pip
+          cache-dependency-path: .github/workflows/release-gate.yml
+      # The CPU build of torch is a tenth of the one for GPUs.
+      - run: python -m pip install torch --index-url https://download.pytorch.org/whl/cpu
       - run: python -m pip install pytest-lmcompose==@VERSION@
       # What nothing changed for is read from the store.
       - uses: actions/cache@v4
@@ -212,7 +243,7 @@ jobs:
           pytest --lmcompose-cache-dir=lmcompose-cache --junitxml=junit.xml
           --lmcompose-json=report.json --lmcompose-html=report.html
           --lmcompose-markdown="$GITHUB_STEP_SUMMARY"
-          --lmcompose-require-baseline @COMPARE@
+          --lmcompose-require-baseline
       - uses: actions/upload-artifact@v4
         if: always()
         with:
@@ -229,14 +260,18 @@ release gate:
   timeout: 1h
   cache:
     key: lmcompose
-    paths: [lmcompose-cache/]
+    paths: [lmcompose-cache/, pip-cache/]
+  variables:
+    PIP_CACHE_DIR: $CI_PROJECT_DIR/pip-cache
   script:
+    # The CPU build of torch is a tenth of the one for GPUs.
+    - python -m pip install torch --index-url https://download.pytorch.org/whl/cpu
     - python -m pip install pytest-lmcompose==@VERSION@
     # The baseline is what `pytest --lmcompose-save=NAME` put into .lmcompose and was committed.
     - >
       pytest --lmcompose-cache-dir=lmcompose-cache --junitxml=junit.xml
       --lmcompose-json=report.json --lmcompose-html=report.html
-      --lmcompose-require-baseline @COMPARE@
+      --lmcompose-require-baseline
   artifacts:
     when: always
     paths: [report.json, report.html]

@@ -6,17 +6,21 @@ Imports neither torch nor Hydra until a test, or an option, asks for a compositi
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from pytest_lmcompose.baseline.storage import Storage
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.failures import plain_failures, usage_errors
 from pytest_lmcompose.options import Options, asked_for_distribution
 from pytest_lmcompose.plan import Plan, Remaining
+from pytest_lmcompose.report.files import check_targets
 from pytest_lmcompose.report.json import Collected, now
 from pytest_lmcompose.report.junit import properties_of
 from pytest_lmcompose.report.record import PROPERTY, decode, encode
@@ -32,6 +36,16 @@ if TYPE_CHECKING:
 
 BASELINE_INPUT = "lmcompose_baseline"
 """Name under which workers are told which stored run the controller compares with."""
+PLAN_OUTPUT = "lmcompose_plan"
+"""Name under which workers say what the whole run tests."""
+
+
+class Planned(NamedTuple):
+    """The ids of the compositions that a run tests, all shards taken together."""
+
+    tested: tuple[str, ...]
+    judged: tuple[str, ...]
+    """Those of them whose tests ask for gates."""
 
 
 class Session:
@@ -46,6 +60,8 @@ class Session:
         """Compositions of the tests that ask for gates."""
         self.elsewhere: tuple[Composition, ...] = ()
         """The same of tests that were collected, but run elsewhere."""
+        self.planned: Planned | None = None
+        """What the whole run tests, all shards taken together; a controller gets it from its workers."""
         self.only: frozenset[str] | None = None
         """Ids of the tests that run here; None: all."""
         self.config = config
@@ -94,6 +110,38 @@ class Session:
                 check_tree(keeping, self.config.rootpath)
         if keeping.stores and self.options.shard is not None:
             raise pytest.UsageError("--lmcompose-shard: store the whole run, once lmcompose merge has joined it")
+
+    def check_outputs(self) -> None:
+        """Make sure that every report can be written, and overwrites nothing that is read; raises pytest.UsageError."""
+        targets = self.options.targets
+        if not targets:
+            return
+        with usage_errors():
+            check_targets(targets, self._inputs())
+
+    def _inputs(self) -> dict[str, Path]:
+        """Return the files and folders that no report may overwrite, by what they are."""
+        from pytest_lmcompose.locate import world_folder  # with Hydra
+
+        config, options = self.config, self.options
+        found = {"the file of thresholds": options.thresholds, "the model's folder": Path(self.run.location)}
+        found["the world's folder"] = world_folder(self.run.recipe.world.folder, options.folder)
+        if self.run.baseline is not None:
+            found["the stored run to compare with"] = self.run.baseline.path
+        found |= {f"the stored run {run}": run.path for run in Storage(options.keeping.storage).runs()}
+        if config.inipath is not None:
+            found["the file of pytest's settings"] = config.inipath
+        if (junit := getattr(config.option, "xmlpath", None)) is not None:
+            found["the file of --junitxml"] = options.folder / os.path.expanduser(junit)
+        return found
+
+    def unjudgeable(self) -> list[str]:
+        """Return why expressions of the command line would pass by absence."""
+        from pytest_lmcompose.report.planned import unjudgeable
+
+        if self.planned is None or not self.options.keeping.fail:
+            return []
+        return list(unjudgeable(self.run.rules, *self.planned, self.run.baseline))
 
     def baseline_for_workers(self) -> str | None:
         """Return the file of the stored run to compare with, empty if there is none; None if none was looked for."""
@@ -197,7 +245,7 @@ class Session:
             return []
         baseline = self.run.baseline
         if baseline is None:
-            return [f"lmcompose: no run that passed is stored in {self.options.keeping.storage} to compare with"]
+            return ["lmcompose: this run is the first that is stored, and compared with none"]
         failed = f"; passed over, since they failed: {', '.join(baseline.passed_over)}" if baseline.passed_over else ""
         return [f"lmcompose: compared with {baseline.path}, of {baseline.document['started']}{failed}"]
 

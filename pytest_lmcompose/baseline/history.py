@@ -41,9 +41,10 @@ def choose(keeping: Keeping, folder: Path, *, needed: bool) -> Baseline | None:
     path, failed = storage.latest()
     if path is not None:
         return replace(Baseline.read(path), passed_over=tuple(map(str, failed)))
-    if keeping.require:
+    if keeping.require or (keeping.compares and not keeping.stores):
+        flag = "--lmcompose-require-baseline" if keeping.require else "nothing to compare with"
         raise StorageError(
-            f"--lmcompose-require-baseline: no run that passed is stored in {keeping.storage}; store one with "
+            f"{flag}: no run that passed is stored in {keeping.storage}; store one with "
             "--lmcompose-save=NAME or --lmcompose-update-baseline"
         )
     return None

@@ -74,10 +74,11 @@ def read_keeping(
     Raises pytest.UsageError for a value that cannot be used.
     """
     from pytest_lmcompose.baseline.storage import FOLDER, NAME
+    from pytest_lmcompose.report.files import TargetError, check_folder, path_of
 
     storage = value("storage")
     keeping = Keeping(
-        storage=folder / Path(storage).expanduser() if storage else root / FOLDER,
+        storage=path_of(storage, folder) or root / FOLDER,
         save=value("save"),
         autosave=switch("autosave"),
         update=switch("update-baseline"),
@@ -94,8 +95,10 @@ def read_keeping(
         raise pytest.UsageError("--lmcompose-update-baseline stores the run: leave --lmcompose-save and -autosave away")
     if keeping.force and not keeping.update:
         raise pytest.UsageError("--lmcompose-force goes with --lmcompose-update-baseline")
-    if keeping.storage.exists() and not keeping.storage.is_dir():
-        raise pytest.UsageError(f"--lmcompose-storage: this is not a folder: {keeping.storage}")
+    try:
+        check_folder(keeping.storage)
+    except TargetError as error:
+        raise pytest.UsageError(f"--lmcompose-storage: {error}") from None
     _check_expressions(fail)
     return keeping
 

@@ -6,25 +6,25 @@ A file appears whole, by a rename, and is never written again: the folder is the
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from interventions.names import near_names
-from pytest_lmcompose.report.files import write_text
+from pytest_lmcompose.report.files import is_file, write_text
 from pytest_lmcompose.report.json import SCHEMA_VERSION
+from pytest_lmcompose.report.valid import problem_of
 from pytest_lmcompose.store.locks import locked
 
 FOLDER = ".lmcompose"
 """Where runs are stored unless the user says otherwise, under pytest's rootdir."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FILE = re.compile(rf"(\d{{4,}})_({NAME.pattern})\.json")
-_RECORD = ("id", "requested", "status", "error", "steps", "measurements", "gates")
-_MEASUREMENT = ("metric", "value", "stderr", "n", "higher_is_better", "samples", "note")
-_NEEDED = ("status", "seed", "environment", "model", "recipe", "compositions")
 
 
 class StorageError(ValueError):
@@ -68,8 +68,8 @@ class Storage:
             return found[-1].path
         if found := [run for run in runs if key in (run.name, str(run), run.path.name)]:
             return found[-1].path
-        path = (base or Path()) / Path(key).expanduser()
-        if path.is_file():
+        path = (base or Path()) / os.path.expanduser(key)
+        if is_file(path):
             return path
         names = dict.fromkeys(run.name for run in runs)
         near = near_names(key, names)
@@ -107,24 +107,34 @@ def read_run(path: Path) -> dict[str, Any]:
     """Read a report; raises StorageError for one that is broken, or of a format that is not known here."""
     again = "store it again, or compare with another run"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise StorageError(f"{path} cannot be read: it is no file")
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise StorageError(f"{path} is broken or cut off: it is no text in UTF-8; {again}") from None
+    except RecursionError:
+        raise StorageError(f"{path} is broken or cut off: lists in lists without end; {again}") from None
     except ValueError as error:
+        if isinstance(error, StorageError):
+            raise
         raise StorageError(f"{path} is broken or cut off: {error}; {again}") from None
     if not isinstance(document, dict) or "schema_version" not in document:
         raise StorageError(f"{path} is no report of pytest-lmcompose: it has no schema_version; {again}")
     version = document["schema_version"]
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION or isinstance(version, bool):
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         todo = "install the pytest-lmcompose that wrote it, or a later one" if newer else again
-        raise StorageError(f"{path} has the report schema {version!r}, and this version reads {SCHEMA_VERSION}; {todo}")
-    missing = [key for key in _NEEDED if key not in document]
-    if missing:
-        raise StorageError(f"{path} lacks {', '.join(missing)}; {again}")
-    if (damage := next(_damages(document), None)) is not None:
+        shown = f"{version!a:.40}"
+        raise StorageError(f"{path} has the report schema {shown}, and this version reads {SCHEMA_VERSION}; {todo}")
+    if (damage := problem_of(document)) is not None:
         raise StorageError(f"{path} is damaged: {damage}; {again}")
     return document
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def passed(document: Mapping[str, Any]) -> bool:
@@ -137,32 +147,6 @@ def passed(document: Mapping[str, Any]) -> bool:
     return document["status"] == "finished" and all(
         (*(gate["passed"] for gate in gates), *(record["status"] == "measured" for record in records))
     )
-
-
-def _damages(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is not as readers take for granted; the JSON Schema says more, but needs a library."""
-    yield from _lacking("environment", document["environment"], ("python", "packages"))
-    yield from _lacking("recipe", document["recipe"], ("model", "world", "evaluate"))
-    if document["model"] is not None:
-        yield from _lacking("model", document["model"], ())
-    records = document["compositions"]
-    if not isinstance(records, list):
-        yield f"compositions is {records!r}, expected a list"
-        return
-    for i, record in enumerate(records, start=1):
-        yield from _lacking(f"compositions {i}", record, _RECORD)
-        for k, measured in enumerate(record["measurements"], start=1):
-            name = f"compositions {i}, measurements {k}"
-            yield from _lacking(name, measured, _MEASUREMENT)
-            if measured["value"] is None:
-                yield from _lacking(name, measured, ("nonfinite",))
-
-
-def _lacking(name: str, part: Any, keys: Sequence[str]) -> Iterator[str]:
-    if not isinstance(part, dict):
-        yield f"{name} is {part!r}, expected a mapping"
-    elif missing := [key for key in keys if key not in part]:
-        yield f"{name} lacks {', '.join(missing)}"
 
 
 def compact(value: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from pytest_lmcompose.report.text import visible
+
 
 class Console:
     """The part of a `pytest.TerminalReporter` that the tables use; colour only on a terminal."""
@@ -25,7 +27,7 @@ class Console:
 
     def write_line(self, text: str, **markup: bool) -> None:
         """Write a line."""
-        click.echo(_styled(text, markup))
+        click.echo(_styled(visible(text), markup))
 
     def ensure_newline(self) -> None:
         """Nothing to do: nobody else writes here."""

@@ -16,12 +16,12 @@ class Flag(NamedTuple):
     metavar: str | None
     """None: the flag takes no value."""
     repeatable: bool
-    optional_value: bool
-    """Whether it may stand alone as well as with a value."""
+    alone: str | None
+    """The value that it has where it stands alone; None: it may not."""
 
     def __str__(self) -> str:
         value = "" if self.metavar is None else f"={self.metavar}"
-        return f"{PREFIX}{self.name}" + (f"[{value}]" if self.optional_value else value)
+        return f"{PREFIX}{self.name}" + (value if self.alone is None else f"[{value}]")
 
 
 class _Recorder:
@@ -47,7 +47,7 @@ class _Recorder:
                 _unescaped(str(attributes.get("help", ""))),
                 None if takes_none else str(attributes.get("metavar") or "VALUE"),
                 action == "append",
-                attributes.get("nargs") == "?",
+                attributes.get("const") if attributes.get("nargs") == "?" else None,
             )
         )
 

@@ -8,14 +8,19 @@ from pathlib import Path
 import click
 
 from pytest_lmcompose.cli.problems import FAILED, Refused
+from pytest_lmcompose.report.text import visible
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = click.Path(path_type=Path)
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=_FILE)
 @click.option("--output", "-o", required=True, type=_FILE, help="Write the report to this file.")
-@click.option("--partial", is_flag=True, help="Join what is there, though shards are missing: as an interrupted run.")
+@click.option(
+    "--partial",
+    is_flag=True,
+    help="Join what is there, though shards are missing or stopped: as an interrupted run.",
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1),
@@ -26,28 +31,34 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -> None:
     """Join the reports RUNS, of shards or of other compositions, into one.
 
-    They must be of the same model, seeds, settings, data and versions. Paired gates and composability are computed
-    anew from all of them. Ends with exit code 1 if a gate or a composition failed, or a run was interrupted.
+    They must be of the same model, seeds, settings, thresholds, data and versions, and shards of the same selection
+    of compositions, all of which somebody tested. Paired gates and composability are computed again from all of them.
+    Ends with exit code 1 if a gate or a composition failed, and 2, with a line for each problem, if the reports do not
+    belong together or one is missing or interrupted.
     """
     from pytest_lmcompose.baseline.storage import StorageError, passed, read_run
     from pytest_lmcompose.merge import MergeError
     from pytest_lmcompose.merge import merge as joined
+    from pytest_lmcompose.report.files import TargetError, check_targets
     from pytest_lmcompose.report.json import write
 
     try:
+        check_targets({"--output": output}, {f"the report {path}": path for path in runs})
         found = joined({str(path): read_run(path) for path in runs}, partial=partial, tolerance=tolerance)
         write(output, found.document)
-    except (MergeError, StorageError) as error:
+    except (MergeError, StorageError, TargetError) as error:
         raise Refused(str(error)) from None
     except OSError as error:
         raise Refused(f"{output} cannot be written: {error.strerror}") from None
     records = found.document["compositions"]
     for message in found.late:
-        click.echo(f"failed when all paired gates were judged together: {message}")
+        click.echo(visible(f"failed when all paired gates were judged together: {message}"))
+    for expression in found.idle:
+        click.echo(f"failed: --lmcompose-compare-fail={expression!r} judged nothing")
     failed = sum(1 for record in records for gate in record["gates"] if not gate["passed"])
     click.echo(
         f"{output}: {len(records)} compositions of {len(runs)} reports, {found.document['status']}, "
         f"{failed} gate{'s' * (failed != 1)} failed"
     )
-    if not records or not passed(found.document):
+    if not records or found.idle or not passed(found.document):
         raise SystemExit(FAILED)

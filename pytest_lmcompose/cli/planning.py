@@ -43,8 +43,8 @@ def _option(flag: Flag) -> click.Option:
     value: dict[str, Any] = {"is_flag": True}
     if flag.metavar is not None:
         value = {"metavar": flag.metavar, "multiple": flag.repeatable}
-        if flag.optional_value:
-            value |= {"is_flag": False, "flag_value": ""}
+        if flag.alone is not None:
+            value |= {"is_flag": False, "flag_value": flag.alone}
     names = [f"--{flag.name}", PREFIX + flag.name, flag.name.replace("-", "_")]
     return click.Option(names, help=flag.help, hidden=flag.name not in SHOWN, **value)
 
@@ -58,7 +58,7 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
             found.append(flag)
         elif value is not None and value is not False:
             each = value if isinstance(value, tuple) else (value,)
-            found += [f"{flag}={item}" if item else flag for item in each]
+            found += [f"{flag}={item}" for item in each]
     return found
 
 

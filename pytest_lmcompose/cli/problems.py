@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from pytest_lmcompose.report.text import visible
+
 FAILED = 1
 """What was asked for was done, and found something wrong."""
 REFUSED = 2
@@ -14,3 +16,6 @@ class Refused(click.ClickException):
     """A command that could not do its work; the message says what is in the way."""
 
     exit_code = REFUSED
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(visible, message.splitlines())))

@@ -17,7 +17,8 @@ import pytest
 from pytest_lmcompose.baseline.storage import FOLDER, Storage, StorageError, read_run
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, Refused
-from pytest_lmcompose.report.outputs import GROUPS, Layout
+from pytest_lmcompose.report.outputs import BY_ID, GROUPS, Layout
+from pytest_lmcompose.report.text import visible
 
 Document = Mapping[str, Any]
 
@@ -40,13 +41,15 @@ _METRICS = click.option("--metric", "-m", "metrics", multiple=True, metavar="GLO
 @_STORAGE
 def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group: str | None, storage: Path) -> None:
     """Show the tables of RUN, as at the end of a run."""
-    from pytest_lmcompose.report.layout import shown_metrics
+    from pytest_lmcompose.report.layout import shown_metrics, sorted_records
     from pytest_lmcompose.report.sections import write_composability, write_paired
     from pytest_lmcompose.report.terminal import write_summary
 
     path, document = load(run, storage)
     _head(path, document)
-    records = document["compositions"]
+    if sort is not None and sort.removeprefix("-") != BY_ID:
+        _known(sort.removeprefix("-"), document)
+    records = sorted_records(document["compositions"], sort)  # also by a metric that is not among those shown
     judged = any(record["gates"] for record in records)
     if metrics:
         records = [_only(record, _chosen(metrics, document)) for record in records]
@@ -55,7 +58,7 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
         return bool(metrics) or every or not judged
 
     console = cast(pytest.TerminalReporter, Console())
-    write_summary(console, records, wanted, Layout(tuple(metrics), sort, group))
+    write_summary(console, records, wanted, Layout(tuple(metrics), None, group))
     write_paired(console, records, [])
     write_composability(console, document.get("composability"), shown_metrics(records, wanted))
 
@@ -108,8 +111,9 @@ def report(
     """Write reports of RUN; - in place of a path is the standard output."""
     if html is None and markdown is None and latex is None:
         raise click.UsageError("name at least one report: --html, --markdown or --latex")
-    _, document = load(run, storage)
-    before = None if baseline is None else load(baseline, storage)[1]
+    path, document = load(run, storage)
+    old, before = (None, None) if baseline is None else load(baseline, storage)
+    _check_reports({"--html": html, "--markdown": markdown, "--latex": latex}, [path, *([] if old is None else [old])])
     if html is not None:
         from pytest_lmcompose.report import html as page
 
@@ -137,19 +141,30 @@ def _head(path: Path, document: Document) -> None:
     model = document["model"]
     name = "no model was loaded" if model is None else f"{model['id']}, weights {model['weight_hash'][:12]}"
     repeats = document.get("repeats", 1)
-    click.echo(f"{path}: {document['status']} {document['finished']}")
-    click.echo(f"{name}; seed {document['seed']}{f', {repeats} repeats' if repeats > 1 else ''}")
+    click.echo(visible(f"{path}: {document['status']} {document['finished']}"))
+    click.echo(visible(f"{name}; seed {document['seed']}{f', {repeats} repeats' if repeats > 1 else ''}"))
 
 
 def _chosen(globs: Sequence[str], *documents: Document) -> Sequence[str]:
     """Return `globs` after making sure that each means a metric; raises Refused with near names."""
-    from interventions.names import near_names
-
-    known = dict.fromkeys(m["metric"] for d in documents for r in d["compositions"] for m in r["measurements"])
+    known = _metrics(*documents)
     for glob in globs:
         if not any(fnmatchcase(metric, glob) for metric in known):
-            raise Refused(f"no metric {glob!r} was measured.{near_names(glob, known)} Known: {', '.join(known)}.")
+            _known(glob, *documents)
     return globs
+
+
+def _known(metric: str, *documents: Document) -> None:
+    """Make sure that a metric was measured; raises Refused with near names."""
+    from interventions.names import near_names
+
+    known = _metrics(*documents)
+    if metric not in known:
+        raise Refused(f"no metric {metric!r} was measured.{near_names(metric, known)} Known: {', '.join(known)}.")
+
+
+def _metrics(*documents: Document) -> list[str]:
+    return list(dict.fromkeys(m["metric"] for d in documents for r in d["compositions"] for m in r["measurements"]))
 
 
 def _only(record: Mapping[str, Any], globs: Sequence[str]) -> dict[str, Any]:
@@ -164,9 +179,9 @@ def _only(record: Mapping[str, Any], globs: Sequence[str]) -> dict[str, Any]:
 def _write_comparison(old: Path, new: Path, found: Any, rows: Sequence[Any], every: bool) -> None:
     from pytest_lmcompose.report.compared import QUIET, write_rows
 
-    click.echo(f"old: {old}\nnew: {new}")
+    click.echo(f"old: {visible(str(old))}\nnew: {visible(str(new))}")
     for difference in found.differences:
-        click.echo(f"  other {difference.what}: {difference.message}")
+        click.echo(visible(f"  other {difference.what}: {difference.message}"))
     shown = [row for row in rows if every or row.verdict not in QUIET]
     if shown:
         click.echo()
@@ -177,8 +192,19 @@ def _write_comparison(old: Path, new: Path, found: Any, rows: Sequence[Any], eve
     click.echo(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
 
 
+def _check_reports(targets: Mapping[str, str | None], read: Sequence[Path]) -> None:
+    """Make sure that all reports can be written, each somewhere else; raises Refused."""
+    from pytest_lmcompose.report.files import TargetError, check_targets
+
+    files = {name: Path("/dev/stdout" if path == "-" else path) for name, path in targets.items() if path is not None}
+    try:
+        check_targets(files, {f"the run {path}": path for path in read})
+    except TargetError as error:
+        raise Refused(str(error)) from None
+
+
 def _write(target: str, render: Callable[[], str]) -> None:
-    from pytest_lmcompose.report.files import write_text
+    from pytest_lmcompose.report.files import stream_of, write_text
 
     text = render()
     if target == "-":
@@ -189,4 +215,5 @@ def _write(target: str, render: Callable[[], str]) -> None:
         write_text(path, text)
     except OSError as error:
         raise Refused(f"{path} cannot be written: {error.strerror}") from None
-    click.echo(f"{path}: {path.stat().st_size:,} bytes")
+    if path.is_file():
+        click.echo(f"{path}: {path.stat().st_size:,} bytes", err=stream_of(path) is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -25,31 +26,41 @@ def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
     from pytest_lmcompose import scaffold
     from pytest_lmcompose.locate import model_location, model_overrides
     from pytest_lmcompose.options import SUITE_FOLDER
-    from pytest_lmcompose.recipe import RecipeError, load_recipe
+    from pytest_lmcompose.promises import broken
+    from pytest_lmcompose.recipe import RecipeError, load_recipe, presets
 
     conf = SUITE_FOLDER / "conf"
     try:
-        recipe = load_recipe(conf, model_overrides(model, conf, folder.resolve()))
+        recipe = load_recipe(conf, model_overrides(model, conf, Path.cwd()))
         composition = recipe.read(compose)
-        model_location(recipe.model.path, folder.resolve())
+        model_location(recipe.model.path, Path.cwd())
     except RecipeError as error:
         raise Refused(str(error)) from None
     if not composition.steps:
         raise Refused(f"--compose={compose}: a release has at least one step")
-    texts = scaffold.files(recipe, model, composition, _SERVICES[ci])
+    name = model if model in presets(conf, "model") else _from(folder, model)
+    texts = scaffold.files(recipe, name, composition, _SERVICES[ci])
     try:
-        notes = scaffold.write(folder, texts, force=force)
+        written, notes = scaffold.write(folder, texts, force=force)
     except scaffold.AlreadyThere as error:
         raise Refused(str(error)) from None
     except (OSError, ValueError) as error:  # a folder that may not be written, settings that cannot be read
         raise Refused(f"{folder}: {error}") from None
-    for name in texts:
-        if not (notes and name == scaffold.SETTINGS):
-            click.echo(f"wrote {folder / name}")
-    for note in notes:
+    for name in written:
+        click.echo(f"wrote {folder / name}")
+    for note in (*notes, *broken(recipe, composition)):
         click.echo(note)
     click.echo(
         "next:\n"
-        "  pytest                       builds, measures and judges the release\n"
-        "  pytest --lmcompose-save=v1   does so and stores the run in .lmcompose: commit it, and CI compares with it"
+        "  pytest --lmcompose-save=v1   builds, measures and judges the release; commit the run that it stores\n"
+        "  pytest                       does so and compares with the stored run, as CI does"
     )
+
+
+def _from(folder: Path, model: str) -> str:
+    """Return a model's name as it is found in `folder`: a relative path leads from there, other names stay."""
+    path = os.path.expanduser(model)
+    if os.path.isabs(path) or not os.path.isdir(path):
+        return model
+    found = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    return found if found.startswith(os.pardir) else os.path.join(os.curdir, found)

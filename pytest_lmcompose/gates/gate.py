@@ -134,11 +134,15 @@ def settle(verdicts: Mapping[str, Sequence[Verdict]], gates: int = 0) -> dict[st
     pairs = [v.paired for found in verdicts.values() for v in found if v.paired is not None]
     gates = max(gates, len(pairs))
     adjusted = iter(corrected([paired.p for paired in pairs], gates) if pairs else ())
+    # Those that are not here yet may reach any p: what can still fail beside them is not given up.
+    least = [paired.smallest_p for paired in pairs] + [0.0] * (gates - len(pairs))
+    reachable = iter(corrected(least, gates) if pairs else ())
 
     def settled(composition: str, verdict: Verdict) -> Verdict:
         if verdict.paired is None:
             return verdict
-        return _judged(composition, verdict, replace(verdict.paired, p_holm=next(adjusted), gates=gates))
+        paired = replace(verdict.paired, p_holm=next(adjusted), gates=gates)
+        return _judged(composition, verdict, paired, next(reachable))
 
     return {name: tuple(settled(name, verdict) for verdict in found) for name, found in verdicts.items()}
 
@@ -202,7 +206,7 @@ def _compared(bound: Bound, state: _State, reference: Reference, verdict: Verdic
     try:
         if bound.kind == NO_DROP:
             paired, value = compare_with_base(runs, base, bound.value, state.gates, reference.name)
-            return _judged(state.composition, replace(verdict, base_value=value), paired)
+            return _judged(state.composition, replace(verdict, base_value=value), paired, paired.smallest_p)
         unit = 1.0
         if bound.kind == LOSS_ERRORS:
             unit = _error(runs, base, reference.name)
@@ -267,8 +271,11 @@ def _described(bound: Bound, reference: float, name: str, lower: bool) -> str:
     return f"{amount} {'below' if lower else 'above'} {_number(reference)} of {name}"
 
 
-def _judged(composition: str, verdict: Verdict, paired: Paired) -> Verdict:
-    """Return a paired verdict with its final comparison and the message that goes with it."""
+def _judged(composition: str, verdict: Verdict, paired: Paired, reachable: float) -> Verdict:
+    """Return a paired verdict with its final comparison and the message that goes with it.
+
+    `reachable` is the smallest p after Holm that there could have been: a gate that could not fail does.
+    """
     assert verdict.threshold is not None and verdict.value is not None and verdict.base_value is not None
     passed = paired.p_holm > verdict.threshold
     message = (
@@ -276,6 +283,13 @@ def _judged(composition: str, verdict: Verdict, paired: Paired) -> Verdict:
         f"{_number(verdict.base_value)} of {verdict.reference or BASE_MODEL} at {NO_DROP} "
         f"{_number(verdict.threshold)}: {describe(paired)}"
     )
+    if reachable > verdict.threshold:
+        message = (
+            f"{composition}  {verdict.metric} = {_number(verdict.value)}: {NO_DROP} {_number(verdict.threshold)} could "
+            f"never fail: these samples reach p = {reachable:.3g} at best, after Holm; ask more, or set another level "
+            f"or bound ({paired.test}, n = {paired.n})"
+        )
+        passed = False
     return replace(verdict, passed=passed, message=message, paired=paired)
 
 

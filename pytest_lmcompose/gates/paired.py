@@ -45,6 +45,8 @@ class Paired:
     """Alpha over the number of gates that were planned: what Holm asks of the smallest p."""
     clusters: int = 0
     """Independent units, where these are groups of samples, such as the prompts of one edit; else 0."""
+    smallest_p: float = 0.0
+    """That these samples can reach, where all that can get worse does: a half to the power of right answers."""
 
 
 class Change(NamedTuple):
@@ -94,7 +96,7 @@ def compare_with_base(
 
     Raises EvaluationError for samples that cannot be paired, or that do not make the metric's value.
     """
-    from evaluators.significance import compare
+    from evaluators.significance import MCNEMAR, compare
 
     matched = _matched(runs, base, name)
     before, after, clusters, link = matched
@@ -113,6 +115,7 @@ def compare_with_base(
         POWER,
         alpha / gates,
         len(set(clusters or ())),
+        _smallest_p(before, better) if found.test == MCNEMAR else 0.0,
     )
     return paired, value
 
@@ -212,6 +215,12 @@ def _error_in_unit(error: float | None, base: float, link: Link) -> float | None
     if error is None or link != "exp":
         return error
     return error * base if math.isfinite(error * base) else None
+
+
+def _smallest_p(before: Sequence[float], higher_is_better: bool) -> float:
+    """Return the p of McNemar's test where every right answer is lost; 0 where there is none, so that none can be."""
+    right = sum(x == higher_is_better for x in before)
+    return 0.5**right if right else 0.0
 
 
 def _in_unit(drop: float, base: float, link: Link, higher_is_better: bool) -> float:

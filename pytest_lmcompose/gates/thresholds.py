@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import yaml
 
 from interventions.names import near_names
 from pytest_lmcompose.composition import BASE, Composition, CompositionError, parse
+from pytest_lmcompose.gates.globs import impossible, matches, overlap, specificity
 
 SINGLE, REVERSE, BASELINE = "single", "reverse", "baseline"
 NO_DROP = "no_drop_p"
@@ -66,16 +66,16 @@ class Rule:
 
     def covers(self, composition: str) -> bool:
         """Say whether this is a rule for `composition`."""
-        return _matches(self.composition, composition)
+        return matches(self.composition, composition)
 
     def judges(self, metric: str) -> bool:
         """Say whether this is a rule for `metric`."""
-        return _matches(self.metric, metric)
+        return matches(self.metric, metric)
 
     @cached_property
     def specificity(self) -> tuple[tuple[bool, int], tuple[bool, int]]:
         """The rank among rules that match the same metric of the same composition."""
-        return _specificity(self.composition), _specificity(self.metric)
+        return specificity(self.composition), specificity(self.metric)
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
@@ -85,12 +85,24 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ThresholdError(f"{path}: {error}") from None
     rules = []
-    for composition, metrics in _mapping(document, str(path)).items():
-        for metric, bounds in _mapping(metrics, f"{path}: {composition}").items():
+    for composition, metrics in _mapping(document, str(path), filled=True).items():
+        for metric, bounds in _mapping(metrics, f"{path}: {composition}", filled=True).items():
             where = f"{path}: {composition}: {metric}"
             checked = [bound for k, v in _mapping(bounds, where).items() for bound in _bounds(k, v, where)]
+            _check_together(checked, where)
             rules.append(Rule(composition, metric, tuple(checked)))
+    for rule in rules:
+        if not rule.bounds and not any(_lifts(rule, other) for other in rules):
+            raise ThresholdError(f"{path}: {rule.composition}: {rule.metric}: {{}} lifts a gate, and there is none")
     return tuple(rules)
+
+
+def check_compositions(rules: Iterable[Rule], path: Path, methods: Collection[str]) -> None:
+    """Make sure that each rule may hold for a composition of `methods`; raises ThresholdError."""
+    for rule in rules:
+        if (problem := impossible(rule.composition, methods)) is not None:
+            where = f"--lmcompose-compare-fail={rule.source!r}" if rule.source else f"{path}: {rule.composition!r}"
+            raise ThresholdError(f"{where}: {problem}")
 
 
 def read_expression(text: str) -> Rule:
@@ -196,7 +208,27 @@ def _bounds(kind: str, value: Any, where: str) -> list[Bound]:
         raise ThresholdError(
             f"{where}: unknown bound {kind!r}; known: {', '.join(BOUNDS)}.{near_names(kind, BOUNDS, cutoff=0.6)}"
         )
-    return [_bound(kind, item, where) for item in (value if isinstance(value, list) else [value])]
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ThresholdError(f"{where}: {kind} is an empty list, expected a number")
+    return [_bound(kind, item, where) for item in items]
+
+
+def _check_together(bounds: Sequence[Bound], where: str) -> None:
+    """Refuse bounds that no value keeps; raises ThresholdError."""
+    for low, high in (("min", "max"), ("min_ratio", "max_ratio"), OF_BASE):
+        for of in dict.fromkeys(bound.of for bound in bounds):
+            lows = [b.value for b in bounds if (b.kind, b.of) == (low, of)]
+            highs = [b.value for b in bounds if (b.kind, b.of) == (high, of)]
+            if lows and highs and max(lows) > min(highs):
+                raise ThresholdError(f"{where}: {low} {max(lows):g} and {high} {min(highs):g}: no value keeps both")
+
+
+def _lifts(rule: Rule, other: Rule) -> bool:
+    """Say whether a rule without bounds may take the place of `other`."""
+    if not other.bounds:
+        return False
+    return overlap(rule.composition, other.composition) and overlap(rule.metric, other.metric)
 
 
 def _bound(kind: str, given: Any, where: str) -> Bound:
@@ -209,13 +241,12 @@ def _bound(kind: str, given: Any, where: str) -> Bound:
         value, of = given["value"], given.get("of", BASE)
     if isinstance(value, str) and kind == LOSS:
         kind, value = _limit(value, f"{where}: {LOSS}")
-    if isinstance(value, str):  # YAML takes 1e-6 for a text
-        with suppress(ValueError):
-            value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number")
     if kind == NO_DROP and not 0 < value < 1:
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a level of significance such as 0.05")
+    if value <= 0 and "ratio" in kind:
+        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number above 0")
     if value < 0 and (kind in ("max_drop", "max_rise") or kind.startswith(LOSS)):
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number from 0 up")
     return Bound(kind, float(value), _reference(of, where))
@@ -244,21 +275,14 @@ def _limit(text: str, where: str) -> tuple[str, float]:
         if not 0 < value < 1:
             raise ThresholdError(f"{where}: the level is {value:g}, expected one between 0 and 1, such as p0.01")
         return NO_DROP, value
+    if match["unit"] == "se" and value == 0:
+        raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected standard errors above 0, such as 3se")
     return {None: LOSS, "%": LOSS_PERCENT, "se": LOSS_ERRORS}[match["unit"]], value
 
 
-@lru_cache(maxsize=2**16)  # every gate asks for every composition and metric of the run
-def _matches(glob: str, text: str) -> bool:
-    pattern = "".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in glob)
-    return re.fullmatch(pattern, text) is not None
-
-
-def _specificity(glob: str) -> tuple[bool, int]:
-    literal = sum(char not in "*?" for char in glob)
-    return literal == len(glob), literal
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+def _mapping(value: Any, where: str, *, filled: bool = False) -> Mapping[str, Any]:
+    if filled and value == {}:
+        raise ThresholdError(f"{where}: this is empty, and judges nothing")
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ThresholdError(f"{where}: expected a mapping with text keys, found {value!r}")
     return value
@@ -274,3 +298,16 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         return mapping
+
+
+# YAML 1.1 takes 1e-6 for a text, and 1:30 for the number 90.
+_UniqueKeys.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)

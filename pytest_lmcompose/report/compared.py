@@ -12,6 +12,7 @@ from pytest_lmcompose.baseline.history import Outcome
 from pytest_lmcompose.gates.thresholds import Unused
 from pytest_lmcompose.report.record import Record
 from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
+from pytest_lmcompose.report.text import visible
 
 BAD = ("worse", "gone", "unknown")
 QUIET = ("equal", "same")
@@ -65,13 +66,14 @@ def write_outcome(
     for row in found.drift:
         if row.drifts:
             course = " ".join(map(number, row.values))
+            name = visible(f"{row.composition}  {row.metric}")
             reporter.write_line(
-                f"drift over {len(row.values)} runs: {row.composition}  {row.metric} {course}: {row.loss:.4g} worse "
+                f"drift over {len(row.values)} runs: {name} {course}: {row.loss:.4g} worse "
                 f"(Mann-Kendall p = {row.p:.2g}, after Holm {row.p_holm:.2g}; alarm at {LEVEL:g})",
                 yellow=True,
             )
     for problem in found.problems:
-        reporter.write_line(problem, yellow=True)
+        reporter.write_line(visible(problem), yellow=True)
 
 
 def write_unused(reporter: pytest.TerminalReporter, found: Sequence[Unused]) -> None:
@@ -94,11 +96,11 @@ def _write_comparison(
     versions = [d for d in found.differences if d.what == "versions"]
     shown = [d for d in found.differences if d.what != "versions"] + versions[: None if every else _VERSIONS]
     for difference in shown:
-        reporter.write_line(f"other {difference.what}: {difference.message}", yellow=True)
+        reporter.write_line(visible(f"other {difference.what}: {difference.message}"), yellow=True)
     if len(versions) > _VERSIONS and not every:
         reporter.write_line(f"and {len(versions) - _VERSIONS} other versions", yellow=True)
     if found.problem is not None:
-        reporter.write_line(f"not compared: {found.problem}", red=True)
+        reporter.write_line(visible(f"not compared: {found.problem}"), red=True)
         return
     both = [row for row in found.rows if row.composition not in _alone(found.rows)]
     rows = [row for row in both if every or row.verdict not in QUIET or (row.composition, row.metric) in failed]
@@ -110,7 +112,7 @@ def _write_comparison(
         + ("" if every else "; -v shows them")
     )
     for composition, verdict in _alone(found.rows).items():
-        reporter.write_line(f"{composition}: only in {'this run' if verdict == 'new' else 'the baseline'}")
+        reporter.write_line(f"{visible(composition)}: only in {'this run' if verdict == 'new' else 'the baseline'}")
 
 
 def _alone(rows: Iterable[Row]) -> dict[str, str]:

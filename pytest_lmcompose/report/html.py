@@ -20,6 +20,7 @@ from pytest_lmcompose.report import figures
 from pytest_lmcompose.report.figures import Figure
 from pytest_lmcompose.report.record import Measured, Record, by_metric
 from pytest_lmcompose.report.terminal import MISSING, number
+from pytest_lmcompose.report.text import cleaned
 from pytest_lmcompose.report.view import (
     ChangedSamples,
     Document,
@@ -87,6 +88,7 @@ def render(document: Document, baseline: Document | None = None) -> str:
     """Return the page of a report document, held against a stored one where there is a `baseline`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    document, baseline = cleaned(document), None if baseline is None else cleaned(baseline)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

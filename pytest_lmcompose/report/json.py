@@ -52,6 +52,8 @@ class Collected:
     """Messages of paired gates that failed when all were judged together."""
     shard: Shard | None = None
     """The part of a run that this is."""
+    plan: dict[str, Any] | None = None
+    """What the whole run sets out to test; see `report.planned`."""
 
     def complete(self, seed: int, *, part: bool = False, metrics: Collection[str] | None = None) -> None:
         """Judge and compute what takes all records, once they are here; those of a part of a run as such.
@@ -88,6 +90,7 @@ def document(
             "repeats": repeats,
             "environment": environment(),
             **({} if collected.shard is None else {"shard": dataclasses.asdict(collected.shard)}),
+            **({} if collected.plan is None else {"plan": collected.plan}),
             "model": collected.model,
             "recipe": {
                 "model": dataclasses.asdict(recipe.model),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pytest_lmcompose.report.terminal import number
+from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.report.view import Document, headline_metrics
 
 TABLES = (("order_free_error", "Order-free error"), ("order_sensitivity", "Order sensitivity"))
@@ -31,7 +32,7 @@ def render(document: Document) -> str:
     metrics = [m for m in headline_metrics(document["compositions"]) if any(e["metric"] == m for e in entries)]
     head = [
         "% Made by pytest-lmcompose; needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}.",
-        f"% Run of {document['finished']}, {document['status']}.",
+        f"% Run of {_text(document['finished'])}, {_text(document['status'])}.",
     ]
     if not metrics or composed is None:
         return "\n".join([*head, "% No steps were measured in several orders: there is nothing to compare.", ""])
@@ -44,15 +45,15 @@ def _caption(document: Document) -> str:
     composed = document["composability"]
     model = document["model"]["id"] if document["model"] else "no model"
     repeats = document.get("repeats", 1)
-    runs = f"seed {document['seed']}" + (f", {repeats} repeats" if repeats > 1 else "")
-    return f"{_text(model)}, {runs}; {composed['confidence'] * 100:.0f}\\,\\% bootstrap intervals in brackets"
+    runs = f"seed {document['seed']}" + (f", {repeats} repeats" if repeats != 1 else "")
+    return f"{_text(model)}, {_text(runs)}; {composed['confidence'] * 100:.0f}\\,\\% bootstrap intervals in brackets"
 
 
 def _table(kind: str, title: str, entries: Sequence[Mapping[str, Any]], metrics: Sequence[str], caption: str) -> str:
     by_steps: dict[str, dict[str, Mapping[str, Any]]] = {}
     for entry in entries:
         by_steps.setdefault(_text(" & ".join(entry["steps"])), {})[entry["metric"]] = entry
-    samples = [f"{_text(m)}: n = {next(e['n'] for e in entries if e['metric'] == m)}" for m in metrics]
+    samples = [f"{_text(m)}: n = {_text(next(e['n'] for e in entries if e['metric'] == m))}" for m in metrics]
     lines = [
         r"\begin{table}",
         r"\centering",
@@ -78,6 +79,7 @@ def _cell(entry: Mapping[str, Any] | None, kind: str) -> str:
     return value if found["low"] is None else f"{value} [{number(found['low'])}, {number(found['high'])}]"
 
 
-def _text(text: str) -> str:
-    """Return text that LaTeX sets as it is, in one line."""
-    return re.sub(".", lambda match: _SPECIAL.get(match.group(), match.group()), " ".join(str(text).split()))
+def _text(text: object) -> str:
+    """Return text that LaTeX sets as it is, in one line; [ or * in front would belong to the line break before it."""
+    found = re.sub(".", lambda match: _SPECIAL.get(match.group(), match.group()), visible(" ".join(str(text).split())))
+    return "{}" + found if found.startswith(("[", "*")) else found

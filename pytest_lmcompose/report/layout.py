@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from interventions.names import near_names
-from interventions.registry import find_method
+from interventions.registry import category_of
 from pytest_lmcompose.composition import BASE, parse
 from pytest_lmcompose.report.outputs import BY_ID, Layout
 
@@ -32,7 +32,7 @@ def chosen_metrics(records: Records, wanted: Callable[[str], bool], columns: Seq
 
 def arranged(records: Records, layout: Layout) -> Iterator[tuple[str | None, list[Mapping[str, Any]]]]:
     """Yield groups of records in order, each with its name; one without a name, where nothing is grouped."""
-    found = _sorted(records, layout.sort)
+    found = sorted_records(records, layout.sort)
     if layout.group is None:
         yield None, found
         return
@@ -57,7 +57,7 @@ def _measured(records: Records) -> list[str]:
     return list(dict.fromkeys(m["metric"] for r in records for m in r["measurements"]))
 
 
-def _sorted(records: Records, sort: str | None) -> list[Mapping[str, Any]]:
+def sorted_records(records: Records, sort: str | None) -> list[Mapping[str, Any]]:
     """Return records by a metric, the best first, or by id; a leading `-` turns it round. What has none stands last."""
     if sort is None:
         return list(records)
@@ -80,4 +80,4 @@ def _group(requested: Sequence[str], how: str) -> str:
         return BASE
     if how == "first":
         return str(steps[0])
-    return " + ".join(find_method(step.method).category for step in steps)
+    return " + ".join(category_of(step.method) for step in steps)

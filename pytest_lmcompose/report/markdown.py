@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from pytest_lmcompose.report.record import Record, by_metric
 from pytest_lmcompose.report.terminal import MISSING, number
+from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.report.view import (
     Against,
     Document,
@@ -33,7 +34,7 @@ def render(document: Document, baseline: Document | None = None) -> str:
     model = _code(document["model"]["id"]) if document["model"] else "no model"
     parts = [
         f"## {sign} lmcompose: {found.words}",
-        f"{len(records)} compositions of {model}, seed {document['seed']}, run {document['status']}.",
+        f"{len(records)} compositions of {model}, seed {_text(document['seed'])}, run {_text(document['status'])}.",
         _bullets(f"{_code(name)} {_text(words)}" for name, words in found.told),
         _compositions(records, metrics),
         _composability(document, metrics),
@@ -60,8 +61,8 @@ def _row(record: Record, metrics: Sequence[str]) -> list[str]:
     failed = {gate["metric"] for gate in record["gates"] if not gate["passed"]}
     gates = f"{len(judged.failed)} of {judged.gates} failed" if judged.failed else "passed" if judged.gates else MISSING
     if judged.broken:
-        gates = record["status"]
-    cells = [value_text(measured.get(metric)) + (" ❌ failed" if metric in failed else "") for metric in metrics]
+        gates = _text(record["status"])
+    cells = [_text(value_text(measured.get(metric))) + (" ❌ failed" if metric in failed else "") for metric in metrics]
     return [_code(record["id"]), gates, *cells]
 
 
@@ -101,7 +102,7 @@ def _comparison(stored: Against | None) -> str:
         (
             _code(row.composition),
             _text(row.metric),
-            row.verdict,
+            _text(row.verdict),
             *(MISSING if value is None else number(value) for value in (row.old, row.new, row.difference)),
             MISSING if row.p_holm is None else f"{row.p_holm:.2g}",
         )
@@ -128,11 +129,11 @@ def _left(n: int) -> str:
     return f"\n\nand {n - MOST} more" if n > MOST else ""
 
 
-def _text(text: str) -> str:
+def _text(text: object) -> str:
     """Return text that Markdown and HTML show as it is, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!@$])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!@$])", r"\\\1", visible(" ".join(str(text).split())))
 
 
-def _code(text: str) -> str:
+def _code(text: object) -> str:
     """Return text as code, which also stands in a table."""
-    return "`" + " ".join(str(text).split()).replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + visible(" ".join(str(text).split())).replace("`", "'").replace("|", "\\|") + "`"

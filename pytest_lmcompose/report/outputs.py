@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_lmcompose.report.files import path_of
+
 GROUPS = ("category", "first")
 BY_ID = "id"
 
@@ -89,9 +91,9 @@ def read_outputs(value: Callable[[str], str | None], folder: Path) -> Outputs:
     if sort is not None and not sort.removeprefix("-"):
         raise pytest.UsageError(f"--lmcompose-sort: expected the name of a metric, or {BY_ID}, not {sort!r}")
     return Outputs(
-        html=_path(value("html"), folder),
-        markdown=_path(value("markdown"), folder),
-        latex=_path(value("latex"), folder),
+        html=path_of(value("html"), folder),
+        markdown=path_of(value("markdown"), folder),
+        latex=path_of(value("latex"), folder),
         layout=Layout(_listed(value("columns")), sort, group),
         tracking=_tracking(value),
     )
@@ -111,10 +113,6 @@ def _tracking(value: Callable[[str], str | None]) -> Tracking | None:
             "--lmcompose-wandb: the package wandb is not installed; pip install 'pytest-lmcompose[wandb]'"
         )
     return Tracking(project, entity, tags)
-
-
-def _path(given: str | None, folder: Path) -> Path | None:
-    return folder / Path(given).expanduser() if given else None
 
 
 def _listed(given: str | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ JSON has no NaN: a number that is not finite becomes null, and a measurement say
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from interventions.registry import find_method
 from pytest_lmcompose.gates.repeats import Repeat, find
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from evaluators.measurement import Measurement
     from pytest_lmcompose.gates.gate import Verdict
     from pytest_lmcompose.result import Result
@@ -106,6 +109,11 @@ def clusters_of(measurement: Measured) -> tuple[int, ...]:
     return tuple(measurement.get("clusters", ()))
 
 
+def known_fields(kind: type[DataclassInstance], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `fields` that a dataclass has: a report of a later version may have more."""
+    return {field.name: fields[field.name] for field in dataclasses.fields(kind) if field.name in fields}
+
+
 def plain(value: Any) -> Any:
     """Return `value` with null for every number that is not finite."""
     if isinstance(value, float):  # as most values of a report are
@@ -171,4 +179,5 @@ def _read_verdict(fields: dict[str, Any]) -> Verdict:
     from pytest_lmcompose.gates.paired import Paired
 
     paired = fields.get("paired")
-    return Verdict(**{**fields, "paired": None if paired is None else Paired(**paired)})
+    known = known_fields(Verdict, fields)
+    return Verdict(**{**known, "paired": None if paired is None else Paired(**known_fields(Paired, paired))})

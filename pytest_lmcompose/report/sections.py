@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from interventions.registry import find_method
+from interventions.registry import category_of
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
+from pytest_lmcompose.report.text import visible
 
 Rows = list[list[Cell]]
 PROMISES = {"edit": ("edit_*_exact",), "unlearn": ("accuracy/hazardous",)}
@@ -35,7 +36,7 @@ def write_paired(reporter: pytest.TerminalReporter, records: Sequence[Mapping[st
         )
         _write(reporter, rows)
     for message in late:
-        reporter.write_line(f"failed when all paired gates were judged together: {message}", red=True)
+        reporter.write_line(visible(f"failed when all paired gates were judged together: {message}"), red=True)
 
 
 def write_composability(
@@ -53,7 +54,7 @@ def write_composability(
         reporter.write_line("interference: value at the end minus value after a step, ± standard error", bold=True)
         _write(reporter, rows)
     for kind, title in SHARES.items():
-        rows = share_rows(found[kind], metrics)
+        rows = share_rows(found.get(kind, ()), metrics)
         if len(rows) > 1:
             reporter.write_line(title, bold=True)
             _write(reporter, rows)
@@ -96,7 +97,7 @@ def order_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:
 def interference_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:
     """Return one row a composition and measured prefix under a head, one column a metric that a step promises."""
     steps = {step["step"] for entry in found["interference"] for step in entry["steps"]}
-    categories = {find_method(parse(step).steps[0].method).category for step in steps}
+    categories = {category_of(parse(step).steps[0].method) for step in steps}
     promised = (*(glob for category in sorted(categories) for glob in PROMISES.get(category, ())), *OF_ALL)
     shown = [
         m

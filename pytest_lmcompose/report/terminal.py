@@ -13,6 +13,7 @@ import pytest
 from pytest_lmcompose.report.layout import arranged, chosen_metrics, unmatched
 from pytest_lmcompose.report.layout import shown_metrics as shown_metrics
 from pytest_lmcompose.report.outputs import Layout
+from pytest_lmcompose.report.text import visible
 
 DEFAULT = Layout()
 FAILED = "!"
@@ -52,6 +53,7 @@ def table(
 
 def blocks(columns: Sequence[list[Cell]], width: int) -> list[list[list[Cell]]]:
     """Return blocks of rows, each with the first column and as many others as fit into `width`."""
+    columns = [[Cell(visible(cell.text), cell.failed) for cell in column] for column in columns]
     first = columns[0]
     found: list[list[list[Cell]]] = [[first]]
     used = _width(first)
@@ -97,7 +99,7 @@ def write_summary(
     write_blocks(reporter, table(records, reporter._tw.fullwidth, wanted, layout))
     for record in records:
         if record["error"]:
-            reporter.write_line(f"{record['id']}: {record['error']}", red=True)
+            reporter.write_line(visible(f"{record['id']}: {record['error']}"), red=True)
     if any(not gate["passed"] for record in records for gate in record["gates"]):
         reporter.write_line(f"{FAILED} a gate failed")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pytest_lmcompose.baseline.compare import ComparedReports, Difference, Row, compare_reports
 from pytest_lmcompose.report.layout import shown_metrics
-from pytest_lmcompose.report.record import Measured, Record, by_metric, runs_of
+from pytest_lmcompose.report.record import Measured, Record, by_metric, known_fields, runs_of
 from pytest_lmcompose.report.sections import OF_ALL, PROMISES
 from pytest_lmcompose.report.terminal import MISSING, number
 
@@ -102,8 +102,8 @@ def against(document: Document, baseline: Document | None) -> Against | None:
     """Return the comparison with `baseline`; without one that which the run itself made, if it did."""
     told = document.get("comparison")
     if told is not None and (baseline is None or baseline["started"] == told["started"]):
-        differences = tuple(Difference(**difference) for difference in told["differences"])
-        rows = tuple(Row(**row) for row in told["rows"])
+        differences = tuple(Difference(**known_fields(Difference, found)) for found in told["differences"])
+        rows = tuple(Row(**known_fields(Row, row)) for row in told["rows"])
         return Against(told["baseline"], told["started"], ComparedReports(told["problem"], differences, rows))
     if baseline is None:
         return None

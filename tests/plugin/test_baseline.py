@@ -88,7 +88,7 @@ def _place(report: dict[str, Any]) -> int:
 
 
 def test_honest_repeats_stay_green(stored: Project) -> None:
-    expressions = ("*:p0.01", "recall*:0", "edit_*:1%", "perplexity*:3se")
+    expressions = ("perplexity*:p0.01", "recall*:0", "edit_*:1%", "perplexity*:3se")
     fail = [f"--lmcompose-compare-fail={e}" for e in expressions]
     for number in range(10):
         result = stored.run(*fail, "--lmcompose-autosave", "--lmcompose-require-baseline", compose=(ID,))
@@ -146,7 +146,10 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
         (["--lmcompose-compare=newer.json"], ["newer.json has the report schema 2", "install the pytest-lmcompose"]),
         (["--lmcompose-require-baseline"], ["no run that passed is stored", "--lmcompose-save=NAME"]),
         (["--lmcompose-compare-fail=recall"], ["--lmcompose-compare-fail: 'recall'", "[COMPOSITION::]METRIC:LIMIT"]),
-        (["--lmcompose-compare-fail=recall:5"], None),
+        (
+            ["--lmcompose-compare-fail=recall:5"],
+            ["nothing to compare with: no run that passed"],
+        ),
         (["--lmcompose-compare-fail=recall:p5"], ["the level is 5"]),
         (["--lmcompose-compare-fail=recall:5%%"], ["the limit is '5%%'", "3se"]),
         (["--lmcompose-compare-fail=recall:p5%"], ["the limit is 'p5%'"]),
@@ -161,13 +164,10 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
         (["--lmcompose-save=x", "--lmcompose-shard=1/2"], ["--lmcompose-shard: store the whole run"]),
     ],
 )
-def test_refused(project: Project, arguments: list[str], messages: list[str] | None) -> None:
+def test_refused(project: Project, arguments: list[str], messages: list[str]) -> None:
     (project.path / "cut.json").write_text('{"schema_version": 1, "compositions": [')
     (project.path / "newer.json").write_text('{"schema_version": 2}')
     result = project.run("--collect-only", *arguments)
-    if messages is None:
-        assert result.ret == pytest.ExitCode.OK
-        return
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "test session starts" not in result.stdout.str()
     error = result.stderr.str()
@@ -175,14 +175,22 @@ def test_refused(project: Project, arguments: list[str], messages: list[str] | N
     assert "Traceback" not in error
 
 
-def test_without_a_stored_run_a_comparison_fails_and_says_so(project: Project) -> None:
-    result = project.run("--lmcompose-compare-fail=perplexity:5%", compose=("nudge",))
+def test_the_first_run_that_is_stored_is_compared_with_none(project: Project) -> None:
+    fail = "--lmcompose-compare-fail=perplexity:5%"
+    result = project.run(fail, "--lmcompose-compare", "--lmcompose-save=v1", compose=("nudge",))
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["lmcompose: this run is the first that is stored, and compared with none"])
+    assert project.run(fail, "--lmcompose-json=report.json", compose=("nudge",)).ret == pytest.ExitCode.OK
+    gates = by_id(read_report(project.path / "report.json"))["nudge"]["gates"]
+    assert ("max_loss_percent", "the baseline 0001_v1") in [(gate["gate"], gate["reference"]) for gate in gates]
+
+
+def test_a_threshold_that_compares_with_no_stored_run_fails(project: Project) -> None:
+    (project.path / "thresholds.yaml").write_text('"*": {perplexity: {max_loss: {value: 5%, of: baseline}}}')
+    result = project.run(compose=("nudge",))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
-        [
-            "lmcompose: no run that passed is stored in */.lmcompose to compare with",
-            "*max_loss_percent cannot be judged by the baseline: no run that passed is stored in *-baseline*",
-        ]
+        ["*max_loss_percent cannot be judged by the baseline: no run that passed is stored in *-baseline*"]
     )
 
 
@@ -242,11 +250,15 @@ def test_workers_compare_with_the_run_that_the_controller_chose(stored: Project)
     late += "    shutil.copy('.lmcompose/0001_v1.json', '.lmcompose/0002_late.json')\n"
     conftest.write_text(conftest.read_text() + late)
     fail = (f"--lmcompose-compare-fail={METRIC}:5%", "--lmcompose-storage=.lmcompose")
+    none = ("--lmcompose-compare-fail=rtn*::recall:1%",)
     result = stored.run_apart(
-        "-n1", *fail, *WORSE, "--lmcompose-autosave", "--lmcompose-json=report.json", compose=(ID,)
+        "-n1", *fail, *none, *WORSE, "--lmcompose-autosave", "--lmcompose-json=report.json", compose=(ID,)
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines([f"{ID}  {METRIC} = 0 < max_loss 5% below 1 of the baseline 0001_v1 = 0.95 *"])
+    result.stdout.fnmatch_lines(
+        ["failed: --lmcompose-compare-fail='rtn[*]::recall:1%': no composition whose test asks for gates matches*"]
+    )
     assert runs(stored) == ["0001_v1.json", "0002_late.json", "0003_auto.json"]
     assert read_report(stored.path / "report.json")["comparison"]["baseline"] == "0001_v1.json"
 
@@ -290,7 +302,7 @@ def test_gates_of_single_steps_the_other_order_and_a_stored_run(stored: Project)
         "    max_loss: {value: 1%, of: baseline}\n"
         "    no_drop_p: {value: 1.0e-6, of: round}\n"
         "  recal: {min: 0}\n"
-        '"memti*": {recall: {min: 0}}\n'
+        '"memit*": {recall: {min: 0}}\n'
     )
     result = stored.run("--lmcompose-json=report.json", compose=(ID,))
     report = read_report(stored.path / "report.json")
@@ -314,10 +326,10 @@ def test_gates_of_single_steps_the_other_order_and_a_stored_run(stored: Project)
         [
             f"*{ID}  recal was not measured, but has a threshold. Did you mean recall*",
             f"unused rule: '{ID}': 'recal': no metric that was measured matches. Did you mean recall*",
-            "rules for compositions that were not measured: 'memti[*]'",
+            "rules for compositions that were not measured: 'memit[*]'",
         ]
     )
-    assert [(rule["composition"], rule["tested"]) for rule in report["unused_rules"]] == [(ID, True), ("memti*", False)]
+    assert [(rule["composition"], rule["tested"]) for rule in report["unused_rules"]] == [(ID, True), ("memit*", False)]
 
 
 def test_a_reference_that_cannot_be_built_fails_the_gate_alone(project: Project) -> None:

@@ -169,13 +169,13 @@ def test_plan_takes_every_flag_of_the_plugin() -> None:
 
 
 def test_arguments_go_on_to_pytest_as_they_were_given() -> None:
-    values = {"model": "m", "set": ("a=1", "b=2"), "no_cache": True, "resume": False, "json": None, "compare": ""}
+    values = {"model": "m", "set": ("a=1", "b=2"), "no_cache": True, "resume": False, "json": None, "compare": "latest"}
     assert arguments(values) == [
         "--lmcompose-model=m",
         "--lmcompose-set=a=1",
         "--lmcompose-set=b=2",
         "--lmcompose-no-cache",
-        "--lmcompose-compare",
+        "--lmcompose-compare=latest",
     ]
 
 

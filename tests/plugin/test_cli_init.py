@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ WRITTEN = {
     "test_release.py",
     "thresholds.yaml",
     "pytest.ini",
+    ".gitignore",
     ".github/workflows/release-gate.yml",
     ".gitlab-ci.yml",
 }
@@ -46,7 +48,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_gate_goes_green_then_red(tmp_path: Path, tiny_model: Path, tiny_world: Path) -> None:
-    """A run is stored, then a model of fewer bits than promised fails on its bits."""
+    """A run is stored, one like it passes, then a model of fewer bits than promised fails on its bits."""
     result = call(str(tmp_path), f"--model={tiny_model}", "--compose=rtn[bits=8]")
     assert result.exit_code == 0, result.output
     assert files(tmp_path) == WRITTEN
@@ -63,10 +65,16 @@ def test_the_gate_goes_green_then_red(tmp_path: Path, tiny_model: Path, tiny_wor
     thresholds.write_text(
         thresholds.read_text().replace("  recall:", "  # recall:").replace("  accuracy/", "  # accuracy/")
     )
+    settings = (tmp_path / "pytest.ini").read_text()
+    assert "lmcompose_compare_fail =\n    accuracy/harmless:p0.01\n    perplexity:5%\n" in settings
+    (tmp_path / "pytest.ini").write_text(settings.replace("    accuracy/harmless:p0.01\n", ""))
     green = run(tmp_path, *small, "--lmcompose-save=v1")
     assert green.returncode == 0, green.stdout + green.stderr
     assert [path.name for path in (tmp_path / ".lmcompose").glob("*.json")] == ["0001_v1.json"]
 
+    again = run(tmp_path, *small, "--lmcompose-json=report.json")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert '"gate": "max_loss_percent"' in (tmp_path / "report.json").read_text()
     test = tmp_path / "test_release.py"
     test.write_text(test.read_text().replace("bits=8", "bits=3"))
     red = run(tmp_path, *small)
@@ -90,10 +98,15 @@ def test_settings_of_pytest_that_are_there_stay(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "-q"\n')
     result = call(str(tmp_path), "--ci=none")
     assert result.exit_code == 0
-    assert files(tmp_path) == {"pyproject.toml", "test_release.py", "thresholds.yaml"}
-    lines = [line.strip() for line in result.output.splitlines()]
-    assert 'lmcompose_model = "tinyworld"' in lines
-    assert 'lmcompose_thresholds = "thresholds.yaml"' in lines
+    assert files(tmp_path) == {"pyproject.toml", "test_release.py", "thresholds.yaml", ".gitignore"}
+    added = result.output.partition("these to [tool.pytest.ini_options]:\n")[2].partition("\nnext:")[0]
+    found = tomllib.loads("\n".join(line for line in added.splitlines() if line.startswith("  ")))
+    assert found == {
+        "testpaths": "test_release.py",
+        "lmcompose_model": "tinyworld",
+        "lmcompose_thresholds": "thresholds.yaml",
+        "lmcompose_compare_fail": ["edit_success_exact:0.02", "accuracy/harmless:p0.01", "perplexity:5%"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,6 +114,9 @@ def test_settings_of_pytest_that_are_there_stay(tmp_path: Path) -> None:
     [
         ("memit+awq[bits=3]", {"edit_success_exact": "min", "average_bits": "min", "perplexity": "max_ratio_of_base"}),
         ("rmu+wanda", {"accuracy/hazardous": "max", "sparsity": "min"}),
+        ("wanda+awq[bits=3]", {"sparsity": "min", "average_bits": "max"}),
+        ("awq[bits=3]+wanda", {"sparsity": "min", "average_bits": "max"}),
+        ("awq+memit+awq[bits=3]", {"edit_locality_agreement": "min", "average_bits": "max"}),
         ("awq+memit", {"edit_locality_agreement": "min"}),
     ],
 )
@@ -108,7 +124,7 @@ def test_thresholds_are_what_the_steps_promise(tmp_path: Path, compose: str, exp
     assert call(str(tmp_path), f"--compose={compose}").exit_code == 0
     found = {rule.metric: [bound.kind for bound in rule.bounds] for rule in read_rules(tmp_path / "thresholds.yaml")}
     assert all(kind in found[metric] for metric, kind in expected.items())
-    assert ("average_bits" in found) == compose.endswith("awq[bits=3]")  # an edit leaves the grid again
+    assert ("average_bits" in found) == ("awq[bits=3]" in compose)  # an edit leaves the grid again
     assert ("edit_success_exact" in found) == ("memit" in compose)
     assert ("accuracy/hazardous" in found) == ("rmu" in compose)
 
@@ -124,13 +140,14 @@ def test_ci_examples_call_pytest_with_flags_that_it_takes(tmp_path: Path) -> Non
     assert len(found) == 2
     for line in found:
         assert set(re.findall(r"--lmcompose-[a-z-]+", line)) <= known
-        expressions = re.findall(r"--lmcompose-compare-fail='([^']+)'", line)
-        assert [read_expression(text).metric for text in expressions] == [
-            "edit_success_exact",
-            "accuracy/hazardous",
-            "accuracy/harmless",
-            "perplexity",
-        ]
+        assert "--lmcompose-require-baseline" in line and "compare-fail" not in line
+    lines = (tmp_path / "pytest.ini").read_text().partition("lmcompose_compare_fail =\n")[2].splitlines()
+    assert [read_expression(line.strip()).metric for line in lines] == [
+        "edit_success_exact",
+        "accuracy/hazardous",
+        "accuracy/harmless",
+        "perplexity",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,3 +164,61 @@ def test_what_cannot_be_released_is_refused(tmp_path: Path, words: list[str], me
     assert result.exit_code == 2
     assert message in result.stderr
     assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("compose", "reasons"),
+    [
+        ("awq+memit", ["awq promises 4 bits, but memit follows it: use awq+memit+awq"]),
+        ("awq+memit+awq", []),
+        ("wanda+ft", ["wanda promises 0.5 of zeros, but ft follows it: use wanda+ft+wanda"]),
+        ("wanda+gptq", []),
+        ("rtn+sparsegpt", ["rtn promises 4 bits, but sparsegpt follows it: use rtn+sparsegpt+rtn"]),
+        ("rtn[bits=8]+gptq", ["rtn[bits=8] promises 8 bits, but gptq follows it: use rtn[bits=8]+gptq+rtn[bits=8]"]),
+        ("rmu+relearn", ["rmu promises that knowledge is gone, and relearn, an attack, follows it"]),
+    ],
+)
+def test_a_promise_that_cannot_hold_is_named_with_its_reason(tmp_path: Path, compose: str, reasons: list[str]) -> None:
+    result = call(str(tmp_path), f"--compose={compose}")
+    assert result.exit_code == 0
+    assert [line for line in result.output.splitlines() if " promises " in line] == reasons
+    thresholds = (tmp_path / "thresholds.yaml").read_text()
+    assert [line.partition("asked for: ")[2] for line in thresholds.splitlines() if "Not asked for" in line] == reasons
+    read_rules(tmp_path / "thresholds.yaml")
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [("./x", "../x"), ("x", "../x"), ("gate/y", "./y"), ("{}/x", "{}/x"), ("tinyworld", "tinyworld")],
+)
+def test_a_model_is_found_where_its_path_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, found: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x", "gate/y"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    result = call("gate", f"--model={typed.format(tmp_path)}", "--ci=none")
+    assert result.exit_code == 0, result.output
+    assert f"lmcompose_model = {found.format(tmp_path)}\n" in (tmp_path / "gate" / "pytest.ini").read_text()
+
+
+def test_what_git_ignores_is_added_by_hand_where_there_is_such_a_file(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("junit.xml\n")
+    result = call(str(tmp_path))
+    assert result.exit_code == 0 and (tmp_path / ".gitignore").read_text() == "junit.xml\n"
+    assert ".gitignore is there, and left as it is; add to it:" in result.output
+    assert "\n  report.json\n" in result.output and "\n  junit.xml\n" not in result.output
+
+
+def test_ci_examples_take_the_cpu_build_and_keep_what_pip_loads(tmp_path: Path) -> None:
+    assert call(str(tmp_path)).exit_code == 0
+    github = yaml.safe_load((tmp_path / ".github/workflows/release-gate.yml").read_text())
+    gitlab = yaml.safe_load((tmp_path / ".gitlab-ci.yml").read_text())["release gate"]
+    steps = github["jobs"]["gate"]["steps"]
+    for lines in ([step["run"] for step in steps if "run" in step], gitlab["script"]):
+        torch, plugin = (next(i for i, line in enumerate(lines) if name in line) for name in ("/cpu", "lmcompose=="))
+        assert torch < plugin
+    python = next(step["with"] for step in steps if "setup-python" in step.get("uses", ""))
+    assert python["cache"] == "pip" and (tmp_path / python["cache-dependency-path"]).is_file()
+    assert gitlab["variables"]["PIP_CACHE_DIR"].endswith("/pip-cache") and "pip-cache/" in gitlab["cache"]["paths"]

@@ -166,7 +166,7 @@ def test_report_writes_what_is_asked_for(folder: Path) -> None:
 def test_report_needs_a_target_that_can_be_written(folder: Path) -> None:
     assert call("report", "v1").exit_code == 2
     result = call("report", "v1", "--markdown=none/a.md")
-    assert result.exit_code == 2 and "cannot be written: No such file or directory" in result.stderr
+    assert result.exit_code == 2 and "does not exist; make it first" in result.stderr
 
 
 def test_none_of_them_needs_torch(folder: Path) -> None:
@@ -192,3 +192,20 @@ def test_orders_stand_under_their_heads() -> None:
         "order-free error": "0.250",
         "order sensitivity": "0.500",
     }
+
+
+def test_show_sorts_by_a_metric_that_it_does_not_show(folder: Path) -> None:
+    """Among the groups too, and by a name that must have been measured."""
+
+    def order(*words: str) -> list[str]:
+        result = call("show", "v2", "--metric=perplexity", *words)
+        assert result.exit_code == 0, result.output
+        rows = [line.split() for line in result.output.splitlines() if line.startswith((" ", "base", "memit"))]
+        assert all(len(row) == 2 for row in rows)
+        return [row[0] for row in rows]
+
+    assert order("--sort=recall") == ["base", "memit"]
+    assert order("--sort=-recall") == order("--sort=-id") == ["memit", "base"]
+    assert order("--sort", "perplexity") == ["base", "memit"]
+    unknown = call("show", "v2", "--sort=recal")
+    assert unknown.exit_code == 2 and "no metric 'recal' was measured. Did you mean recall" in unknown.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lmcompose.options import check_writable
+from pytest_lmcompose.report.files import TargetError, check_target
 from tests.plugin.conftest import ROOT, Project
 
 
@@ -51,12 +51,12 @@ def test_no_permission_to_write_the_report(tmp_path: Path, monkeypatch: pytest.M
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("tempfile.mkstemp", denied)
-    with pytest.raises(pytest.UsageError, match=r"cannot write in .*: Permission denied"):
-        check_writable(tmp_path / "report.json")
+    with pytest.raises(TargetError, match=r"cannot write in .*: Permission denied"):
+        check_target(tmp_path / "report.json")
 
 
 def test_checking_a_path_leaves_nothing_behind(tmp_path: Path) -> None:
-    check_writable(tmp_path / "report.json")
+    check_target(tmp_path / "report.json")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -102,7 +102,7 @@ def test_the_tree_is_printed_with_what_it_saves_and_costs() -> None:
     plan = Plan.of(map(parse, ("base", "a", "a+b", "b[bits=3]+c", "b[bits=3]+d")))
     assert list(plan.lines(costs())) == [
         "5 compositions: 5 steps to apply instead of 7 (2 saved by shared prefixes)",
-        "about 20 s in one process; snapshots take up to 107 bytes of host memory",
+        "at least 20 s in one process; snapshots take at least 107 bytes of host memory",
         "no stored run tells the cost of d",
         "(in brackets: only on the way, not tested)",
         "base",

@@ -118,13 +118,16 @@ def test_a_worker_knows_its_shard(project: Project) -> None:
     result = project.run_apart("--lmcompose-shard=1/2", "-n1", "--lmcompose-json=report.json", compose=IDS)
     result.assert_outcomes(passed=3)
     result.stdout.fnmatch_lines(["lmcompose: shard 1/2"])
-    assert set(by_id(read_report(project.path / "report.json"))) == {"base", "nudge", "nudge+round"}
+    report = read_report(project.path / "report.json")
+    assert set(by_id(report)) == {"base", "nudge", "nudge+round"}
+    assert report["plan"]["compositions"] == report["plan"]["judged"] == sorted(IDS)
 
 
 def test_a_shard_without_a_composition_has_nothing_to_do(project: Project) -> None:
     result = project.run("--lmcompose-shard=3/3", "--lmcompose-json=report.json", compose=IDS[:2])
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(deselected=2)
-    assert read_report(project.path / "report.json")["compositions"] == []
+    report = read_report(project.path / "report.json")
+    assert report["compositions"] == [] and report["plan"]["compositions"] == sorted(IDS[:2])
     nothing = project.run("--lmcompose-shard=1/3", "-k", "nothing", compose=IDS[:2])
     assert nothing.ret == pytest.ExitCode.NO_TESTS_COLLECTED

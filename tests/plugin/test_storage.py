@@ -93,11 +93,11 @@ def test_runs_stored_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
         ("{}", "is no report of pytest-lmcompose"),
         (json.dumps(report(RUN, schema_version=2)), "schema 2, and this version reads 1; install the pytest-lmcompose"),
         (json.dumps(report(RUN, schema_version="x")), "schema 'x', .* store it again"),
-        (json.dumps({"schema_version": 1}), "lacks status, seed"),
+        (json.dumps({"schema_version": 1}), "is damaged: the report lacks status, started"),
         (json.dumps(report(RUN, compositions=None)), "is damaged: compositions is None, expected a list"),
-        (json.dumps(report(RUN, compositions=[{}])), "is damaged: compositions 1 lacks id"),
+        (json.dumps(report(RUN, compositions=[{}])), "is damaged: entry 1 of compositions lacks id"),
         (json.dumps(report(RUN, environment={})), "is damaged: environment lacks"),
-        (json.dumps(report(RUN, model=[])), r"is damaged: model is \[\], expected a mapping"),
+        (json.dumps(report(RUN, model=[])), "is damaged: model is a list, expected a mapping"),
     ],
 )
 def test_broken_files_are_named_with_what_to_do(tmp_path: Path, text: str, message: str) -> None:
@@ -112,7 +112,7 @@ def test_a_damaged_measurement_is_named(tmp_path: Path) -> None:
     document = report(RUN)
     del document["compositions"][0]["measurements"][0]["samples"]
     (tmp_path / "x.json").write_text(json.dumps(document))
-    with pytest.raises(StorageError, match="compositions 1, measurements 1 lacks samples"):
+    with pytest.raises(StorageError, match="entry 1 of measurements of entry 1 of compositions lacks samples"):
         read_run(tmp_path / "x.json")
 
 
