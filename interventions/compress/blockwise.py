@@ -96,13 +96,15 @@ def float_blocks(
     true_sequential: bool = False,
     reads: type | None = None,
     batch_tokens: int | None = None,
+    scaled: bool = False,
 ) -> Iterator[FloatBlock]:
     """Give each block of the model as a float32 copy, with the calls that reach it on the text.
 
     What the caller changes in the copy is written back when it asks for the next one. The first
     `samples` texts are read, `max_tokens` of each, in batches of as many tokens as the memory set
     aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
-    all groups of a block, of that kind, and nothing else, need not wait for what is known already.
+    all groups of a block, of that kind, and nothing else, need not wait for what is known already. With `scaled` it is
+    proved first which groups can take up a scaling of their input, with a warning about those that cannot.
 
     Raises InterventionError, naming layer and setting, for no or empty text, for fewer tokens than
     a linear has columns, for NaN or infinite weights or inputs, and for a memory budget that a
@@ -128,6 +130,8 @@ def float_blocks(
     )
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     check_enough(blocks, tokens, method)
+    if scaled:
+        warn_of_unscaled(blocks, method, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)
     all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
     masks = [batch["attention_mask"].bool() for batch in batches]
@@ -343,6 +347,20 @@ def check_enough(blocks: Sequence[Block], tokens: int, method: str) -> None:
                 f"{method}: {tokens} calibration tokens are too few for the {group.in_features} columns of "
                 f"{group.linears[0].name}: give more or longer texts, or raise samples or max_tokens"
             )
+
+
+def warn_of_unscaled(blocks: Sequence[Block], method: str, context: Context) -> None:
+    """Warn about the groups whose declared operation before them cannot absorb a scaling of their input."""
+    names = []
+    for block in blocks:
+        context.progress(f"{method}: which scales block {block.index + 1} of {len(blocks)} can take up")
+        names += [g.linears[0].name for g in block.linear_groups if g.declared is not None and g.previous is None]
+    if names:
+        more = f" and {len(names) - 1} other groups of layers" if len(names) > 1 else ""
+        context.warn(
+            f"{method}: the input of {names[0]}{more} cannot be scaled: run with scales folded into the operation "
+            "before it, the block puts out something else. These layers are quantised without scales."
+        )
 
 
 def each_linear(model: nn.Module, context: Context, method: str) -> Iterator[Linear]:
