@@ -7,7 +7,7 @@ Methods ask here instead of naming modules. What a block looks like is declared 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
@@ -68,11 +68,21 @@ class LinearGroup:
 
     role: Role
     linears: tuple[Linear, ...]
-    previous: nn.Module | None
-    """The operation whose output channels can absorb a scaling of the group's input: a norm, or
-    a linear layer, of which the last `in_features` rows feed the group. None where none can."""
+    declared: nn.Module | None
+    """The operation that the layout names as the one that makes the group's input, where it has the right shape."""
     scope: nn.Module | None
     """The module of the block (attention, MLP) that the group stands in; None: compare the linear itself."""
+    can_scale: Callable[[LinearGroup], bool]
+    """Proves that the declared operation can absorb a scaling of the group's input."""
+
+    @property
+    def previous(self) -> nn.Module | None:
+        """The operation whose output channels can absorb a scaling of the group's input.
+
+        A norm, or a linear layer, of which the last `in_features` rows feed the group. None where none can: asked
+        for the first time, a copy of the block is run to see.
+        """
+        return self.declared if self.declared is not None and self.can_scale(self) else None
 
     @property
     def in_features(self) -> int:
@@ -179,8 +189,11 @@ def _missing(block: nn.Module, layout: Layout) -> list[str]:
 
 
 def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleList) -> Anatomy:
+    from interventions.compress.fold_proof import FoldProof  # it asks for the anatomy itself
+
     uses = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = {key for key, count in uses.items() if count > 1}
+    proof = FoldProof(model)
     blocks = []
     for index, module in enumerate(modules):
         name = f"{list_name}.{index}"
@@ -189,7 +202,7 @@ def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleL
             raise InterventionError(
                 f"{name}: looks like {layout.name} but lacks {', '.join(missing)}, unlike block 0. {_HOW}"
             )
-        groups = tuple(_group(model, module, name, group, shared) for group in layout.groups)
+        groups = tuple(_group(module, name, group, shared, proof) for group in layout.groups)
         block = Block(index, name, module, groups)
         _check_coverage(block, layout)
         blocks.append(block)
@@ -215,33 +228,31 @@ def _call(model: nn.Module, method: str) -> nn.Module | None:
     return function() if callable(function) else None
 
 
-def _group(model: nn.Module, block: nn.Module, name: str, layout: GroupLayout, shared: set[int]) -> LinearGroup:
+def _group(
+    block: nn.Module, name: str, layout: GroupLayout, shared: set[int], proof: Callable[[LinearGroup], bool]
+) -> LinearGroup:
     linears = tuple(Linear(f"{name}.{path}", block.get_submodule(path)) for path in layout.linears)
     widths = {linear.name: linear.in_features for linear in linears}
     if len(set(widths.values())) > 1:
         raise InterventionError(f"linear layers said to share one input have different widths: {widths}")
-    previous = None if layout.previous is None else block.get_submodule(layout.previous)
-    if previous is not None and not _foldable(model, previous, linears, layout, shared):
-        previous = None
+    declared = None if layout.previous is None else block.get_submodule(layout.previous)
+    if declared is not None and not _fits(declared, linears, layout, shared):
+        declared = None
     scope = None if layout.scope is None else block.get_submodule(layout.scope)
-    return LinearGroup(layout.role, linears, previous, scope)
+    return LinearGroup(layout.role, linears, declared, scope, proof)
 
 
-def _foldable(
-    model: nn.Module, previous: nn.Module, linears: tuple[Linear, ...], layout: GroupLayout, shared: set[int]
-) -> bool:
-    """Tell whether scaling `previous` reaches these linears, all their channels and nothing else."""
-    if any(getattr(model.config, key, None) != value for key, value in layout.only_if):
-        return False
-    if not isinstance(getattr(previous, "weight", None), Tensor):
+def _fits(declared: nn.Module, linears: tuple[Linear, ...], layout: GroupLayout, shared: set[int]) -> bool:
+    """Tell whether scaling `declared` reaches all channels of these linears, and no other part of the model."""
+    if not isinstance(getattr(declared, "weight", None), Tensor):
         return False  # a norm without gain
-    modules = (previous, *(linear.module for linear in linears))
+    modules = (declared, *(linear.module for linear in linears))
     if any(id(p) in shared for module in modules for p in module.parameters(recurse=False)):
         return False  # the same tensor works elsewhere too
-    if not is_linear(previous):
+    if not is_linear(declared):
         return True
     # Under grouped-query attention a value channel feeds several input channels of the output layer.
-    return Linear("", previous).out_features == layout.previous_parts * linears[0].in_features
+    return Linear("", declared).out_features == layout.previous_parts * linears[0].in_features
 
 
 def _check_coverage(block: Block, layout: Layout) -> None:
@@ -289,5 +300,5 @@ def check_layers(setting: str, layers: Sequence[int], depth: int) -> list[int]:
 
 
 def first_output(output: Any) -> Tensor:
-    """Return a module's output, or the first of several: some architectures' blocks return a tuple."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    """Return a module's output, or the first of several: some architectures' blocks return a tuple or a list."""
+    return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]

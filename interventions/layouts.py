@@ -24,14 +24,12 @@ class GroupLayout:
     role: Role
     linears: tuple[str, ...]
     previous: str | None = None
-    """The operation that makes the group's input, if dividing its output channels by a factor
-    does nothing else than dividing the group's input."""
+    """The operation that makes the group's input. Whether dividing its output channels by a factor does nothing
+    else than dividing the group's input is tried on each block."""
     previous_parts: int = 1
     """For a fused `previous`: equal parts stacked in its rows, of which the last feeds the group."""
     scope: str | None = None
     """The module whose output tells how much an error in the group matters; None: the linear itself."""
-    only_if: tuple[tuple[str, object], ...] = ()
-    """Values that the model's config must have for `previous` to hold."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,6 @@ LAYOUTS = (
             GroupLayout("mlp_out", ("mlp.fc2",)),
         ),
     ),
-    # With do_layer_norm_before=False the norms stand after the residual sum and feed it as well.
     Layout(
         "opt",
         "final_layer_norm",
@@ -122,11 +119,10 @@ LAYOUTS = (
                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 "self_attn_layer_norm",
                 scope="self_attn",
-                only_if=(("do_layer_norm_before", True),),
             ),
             GroupLayout("attention_out", ("self_attn.out_proj",), "self_attn.v_proj"),
-            GroupLayout("mlp_in", ("fc1",), "final_layer_norm", only_if=(("do_layer_norm_before", True),)),
-            GroupLayout("mlp_out", ("fc2",), "fc1", only_if=(("activation_function", "relu"),)),
+            GroupLayout("mlp_in", ("fc1",), "final_layer_norm"),
+            GroupLayout("mlp_out", ("fc2",), "fc1"),
         ),
     ),
     Layout(

@@ -46,7 +46,7 @@ def awq(
 
     Each block is worked on as a float32 copy and rounded once to the stored dtype; embeddings and
     head stay as they are. Returns, for every group of linears, the exponent r that was chosen
-    (None where nothing can take up a scale), the loss of plain rounding and of the chosen scale
+    (None where no scale can be folded into what comes before), the loss of plain rounding and of the chosen scale
     (mean squared error of the compared output, before clipping), and the share of weight groups
     that were clipped.
     """
@@ -64,6 +64,7 @@ def awq(
         max_tokens=settings.max_tokens,
         sequential=settings.quantised_inputs,
         batch_tokens=BATCH_TOKENS,
+        scaled=True,
     ):
         scope_calls: dict[str, list[Call]] = {}
         seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)

@@ -96,13 +96,15 @@ def float_blocks(
     true_sequential: bool = False,
     reads: type | None = None,
     batch_tokens: int | None = None,
+    scaled: bool = False,
 ) -> Iterator[FloatBlock]:
     """Give each block of the model as a float32 copy, with the calls that reach it on the text.
 
     What the caller changes in the copy is written back when it asks for the next one. The first
     `samples` windows of `max_tokens` of the text are read, in batches of as many tokens as the memory set
     aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
-    all groups of a block, of that kind, and nothing else, need not wait for what is known already.
+    all groups of a block, of that kind, and nothing else, need not wait for what is known already. With `scaled` it is
+    proved first which groups can take up a scaling of their input, with a warning about those that cannot.
 
     Raises InterventionError, naming layer and setting, for no or empty text, for fewer tokens than
     a linear has columns, for NaN or infinite weights or inputs, and for a memory budget that a
@@ -124,6 +126,8 @@ def float_blocks(
         batch_tokens=affordable if batch_tokens is None else min(batch_tokens, affordable),
     )
     check_enough(blocks, batches, method, samples, context)
+    if scaled:
+        warn_of_unscaled(blocks, method, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)
     all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
     masks = [batch["attention_mask"].bool() for batch in batches]
@@ -351,6 +355,20 @@ def check_enough(
     warning = scarce(method, tokens, columns, remedy)
     if warning is not None:
         context.warn(warning)
+
+
+def warn_of_unscaled(blocks: Sequence[Block], method: str, context: Context) -> None:
+    """Warn about the groups whose declared operation before them cannot absorb a scaling of their input."""
+    names = []
+    for block in blocks:
+        context.progress(f"{method}: which scales block {block.index + 1} of {len(blocks)} can take up")
+        names += [g.linears[0].name for g in block.linear_groups if g.declared is not None and g.previous is None]
+    if names:
+        more = f" and {len(names) - 1} other groups of layers" if len(names) > 1 else ""
+        context.warn(
+            f"{method}: the input of {names[0]}{more} cannot be scaled: run with scales folded into the operation "
+            "before it, the block puts out something else. These layers are quantised without scales."
+        )
 
 
 def each_linear(model: nn.Module, context: Context, method: str) -> Iterator[Linear]:

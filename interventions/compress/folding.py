@@ -6,6 +6,8 @@ s_j, where x is made, leaves the product as it is.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,17 +17,21 @@ from interventions.anatomy import Linear, LinearGroup, is_linear
 from interventions.types import InterventionError
 
 
-@torch.no_grad()
 def fold_(group: LinearGroup, scales: Tensor) -> None:
     """Multiply the group's columns by `scales` (in features,) and divide its input by them, in place.
 
-    Raises InterventionError if the group has no previous operation, or one of an unknown kind.
+    Raises InterventionError if the group has no previous operation that can take this up, or one of an unknown kind.
     """
-    previous = group.previous
-    if previous is None:
+    if group.previous is None:
         raise InterventionError(f"{group.linears[0].name}: nothing before it can take up a scaling of its input")
-    divide_output_(previous, scales)
-    for linear in group.linears:
+    move_scales_(group.previous, group.linears, scales)
+
+
+@torch.no_grad()
+def move_scales_(operation: nn.Module, linears: Sequence[Linear], scales: Tensor) -> None:
+    """Divide what an operation puts out by `scales`, and multiply the columns of the linears that read it, in place."""
+    divide_output_(operation, scales)
+    for linear in linears:
         linear.weight.mul_(scales)
 
 
@@ -50,19 +56,21 @@ def divide_output_(module: nn.Module, scales: Tensor) -> None:
 def gain_offset(norm: nn.Module) -> float:
     """Return c such that the norm's gain is c + weight: 1 for Gemma's norms, else 0.
 
-    Found by running the norm, so that no list of classes is needed. Raises InterventionError
-    where the norm is of neither kind.
+    Found by running a copy of the norm with other weights, so that no list of classes is needed. Raises
+    InterventionError where the norm is of neither kind.
     """
+    norm = copy.deepcopy(norm).float()
     weight = cast(Tensor, norm.weight)
-    bias = getattr(norm, "bias", None)
-    probe = torch.linspace(-3.0, 3.0, len(weight), device=weight.device, dtype=weight.dtype)
-    probe = probe.roll(1)  # mean 0, so that a layer norm's centring does nothing
-    unit = probe.float() / probe.float().pow(2).mean().sqrt()
-    output = norm(probe.view(1, 1, -1)).float().view(-1)
-    if isinstance(bias, Tensor):
-        output = output - bias.float()
+    if isinstance(bias := getattr(norm, "bias", None), Tensor):
+        bias.zero_()
+    probe = torch.linspace(-3.0, 3.0, len(weight), device=weight.device)  # mean 0: a layer norm's centring does nothing
+    unit = probe / probe.square().mean().sqrt()
+
+    def follows(gain: float, weight_of_gain: float) -> bool:
+        weight.fill_(weight_of_gain)
+        return torch.allclose(norm(probe.view(1, 1, -1)).view(-1), gain * unit, rtol=0, atol=0.01)
+
     for offset in (0.0, 1.0):
-        expected = unit * (weight.float() + offset)
-        if (output - expected).norm() <= 0.02 * expected.norm() + 1e-6:
+        if all(follows(gain, gain - offset) for gain in (0.0, 1.0)):
             return offset
     raise InterventionError(f"{type(norm).__name__}: its output is neither weight nor 1 + weight times a norm")

@@ -19,8 +19,15 @@ def pass_precision(device: torch.device, stored: torch.dtype) -> Iterator[None]:
     if device.type != "cuda" or stored.itemsize > 2:
         yield
         return
+    with matmul_precision("high"):
+        yield
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Let torch multiply float32 matrices in this precision meanwhile, see `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
