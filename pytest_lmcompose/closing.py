@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_lmcompose.gates.advice import advice
 from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.json import document, now, write
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
@@ -33,6 +34,7 @@ class Closing:
         self._config = session.config
         self._options = session.options
         self._collected = session.collected
+        self._stopped = False
         self._outcome: Outcome | None = None
         """What came of the run among stored ones."""
         self._idle: list[str] = []
@@ -46,6 +48,7 @@ class Closing:
         if not self._session.writes or self._config.option.collectonly or self._options.plan:
             return
         stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail)
+        self._stopped = stopped
         if self._collected.records and self._session.run.journal is not None and not stopped:
             self._session.run.journal.ended()
         if "run" in self._session.__dict__:  # what an interrupted test had done, and no report tells
@@ -120,6 +123,7 @@ class Closing:
             write_paired(reporter, records, self._collected.late)
             write_composability(reporter, self._collected.composability, self._shown())
             self._write_compared(reporter)
+            self._write_next(reporter)
         for path in (self._options.json, *self._options.outputs.files.values()):
             if path is not None and path.is_file():
                 reporter.write_line(f"lmcompose report: {path}")
@@ -143,6 +147,14 @@ class Closing:
         here = self._collected.records
         rules = [rule for rule in run.rules if options.shard is None or any(rule.covers(name) for name in here)]
         return [f"--lmcompose-compare-fail={source!r}: this judged nothing" for source in idle(rules, [*here.values()])]
+
+    def _write_next(self, reporter: pytest.TerminalReporter) -> None:
+        """Write what to do next: after failures, and after a run that was stopped."""
+        failed = [gate for record in self._collected.records.values() for gate in record["gates"] if not gate["passed"]]
+        for line in advice({gate["metric"]: gate["gate"] for gate in failed}):
+            reporter.write_line(f"next: {line}", yellow=True)
+        if self._stopped and self._session.run.journal is not None:
+            reporter.write_line("lmcompose: stopped; add --lmcompose-resume to the same command to go on", yellow=True)
 
     def _prompts(self) -> list[dict[str, Any]]:
         """Return what the samples asked; none where the data cannot be read, which the tests have told."""

@@ -9,6 +9,7 @@ from pytest_lmcompose.errors import BuildError
 from pytest_lmcompose.gates.gate import Reference, Verdict, judge, paired_gates, settle
 from pytest_lmcompose.gates.paired import BASE_MODEL
 from pytest_lmcompose.gates.thresholds import BASELINE, compares_with, needs_baseline
+from pytest_lmcompose.promises import promises
 from pytest_lmcompose.run import Run
 
 
@@ -35,7 +36,15 @@ class Judging:
         measured = self.run.measurements(composition)
         metrics = [m.metric for m in measured]
         gates = max(1, self._paired_gates(composition, tuple(metrics)))
-        found = judge(self.run.rules, composition.id, measured, known, runs=self._runs(composition), gates=gates)
+        found = judge(
+            self.run.rules,
+            composition.id,
+            measured,
+            known,
+            runs=self._runs(composition),
+            gates=gates,
+            promises=tuple(promises(self.run.recipe, composition)),
+        )
         result = self.run.result(composition)
         result.gates = found
         if any(verdict.paired is not None for verdict in found):

@@ -96,6 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the terminal asks for the line about what was collected
 def pytest_collection_finish(session: pytest.Session) -> None:
     tested = [found for item in session.items if (found := composition_of(item)) is not None]
     session.config.stash[SESSION].pytest = session
@@ -119,6 +120,10 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     return config.stash[SESSION].header()
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    return config.stash[SESSION].announced()
 
 
 @pytest.fixture

@@ -177,14 +177,21 @@ class Session:
 
     def measurements(self, composition: Composition) -> tuple[Measurement, ...]:
         """Return the measurements of `composition`."""
+        self._count()
         with plain_failures(self._stop):
             return self.run.measurements(composition)
 
     def gates(self, composition: Composition) -> tuple[Verdict, ...]:
         """Return the verdicts on `composition`."""
         self.judging.expected = self.judging.expected or (*self.judged, *self.elsewhere)
+        self._count()
         with plain_failures(self._stop):
             return self.judging.gates(composition)
+
+    def _count(self) -> None:
+        """Let the run say how many of the compositions are measured; workers do not know what others do."""
+        if self.writes:
+            self.run.counter.expected = frozenset(self._expected)
 
     def _stop(self, reason: str) -> None:
         if self.pytest is not None:
@@ -239,6 +246,17 @@ class Session:
         """Return what stands above the tests: the shard, and how far the run had come that is resumed."""
         shard = [] if self.options.shard is None else [f"lmcompose: shard {self.options.shard}"]
         return [*shard, *self._resumed(), *self._compared()]
+
+    def announced(self) -> list[str]:
+        """Return what stands above the results, where compositions are tested: the model, and what it is asked."""
+        tested = dict.fromkeys(self._expected)
+        if not tested or self.options.plan or self.config.option.verbose < 0:
+            return []
+        with usage_errors():
+            recipe, location = self.run.recipe, self.run.location
+        count = f"{len(tested)} composition{'s' * (len(tested) != 1)}"
+        where = "" if location == recipe.model.path else f" ({location})"
+        return [f"lmcompose: {count} of the model {recipe.model.path}{where}, on the world {recipe.world.folder}"]
 
     def _compared(self) -> list[str]:
         if not self.options.keeping.compares:

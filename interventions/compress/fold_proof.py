@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ TOKENS = 16
 MAGNITUDES = 3.0
 """Scales are 10 to the power of minus this up to plus this."""
 TOLERANCE = 1e-3
-"""Largest change of the block's output, relative to the group's share in it: rounding stays well below, a wrong fold above."""
+"""Largest change of the block's output, relative to the group's share in it: far above rounding, below a wrong fold."""
 
 
 class FoldProof:
-    """Which groups of a model's blocks can take up a scaling. Each block runs when one of its groups is first asked for."""
+    """Which groups of a model's blocks can take up a scaling; a block runs when a group of it is first asked for."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -54,7 +55,7 @@ class FoldProof:
 
     def _find_blocks(self) -> dict[str, tuple[Block, Call]]:
         anatomy = find_anatomy(self._model)
-        vocabulary = anatomy.embeddings.weight.shape[0]  # type: ignore[operator, union-attr]
+        vocabulary = cast(Tensor, anatomy.embeddings.weight).shape[0]
         ids = torch.arange(within_context(self._model, TOKENS)).remainder(vocabulary).unsqueeze(0)
         with keep_modes(self._model):
             calls = catch_block_calls(self._model, [{"input_ids": ids}], anatomy.blocks)
@@ -112,7 +113,7 @@ def randomise_(module: nn.Module, generator: torch.Generator) -> None:
         bound = (3 / linear.in_features) ** 0.5
         linear.weight.uniform_(-bound, bound, generator=generator)
     else:
-        module.weight.uniform_(0.5, 1.5, generator=generator)  # type: ignore[operator, union-attr]
+        cast(Tensor, module.weight).uniform_(0.5, 1.5, generator=generator)
     bias = getattr(module, "bias", None)
     if isinstance(bias, Tensor):
         bias.uniform_(-0.5, 0.5, generator=generator)

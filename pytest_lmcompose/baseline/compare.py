@@ -20,12 +20,13 @@ from typing import Any, Literal
 from evaluators.measurement import EvaluationError, Measurement
 from pytest_lmcompose.gates.paired import change, corrected, is_exact
 from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
-from pytest_lmcompose.world.asked import METHODS, part_of
+from pytest_lmcompose.world.asked import METHODS, OF_WEIGHTS, part_of
 
 Report = Mapping[str, Any]
 """A report document, as plain data."""
-Verdict = Literal["equal", "same", "better", "worse", "new", "gone", "unknown"]
-"""equal: no sample changed; same: no more than noise; new, gone: in one of both only; unknown: see the note."""
+Verdict = Literal["equal", "same", "better", "worse", "changed", "new", "gone", "unknown"]
+"""equal: no sample changed; same: no more than noise; changed: another value of what is read off the weights; new
+and gone: in one of both only; unknown: see the note."""
 LEVEL = 0.05
 _MODEL = {"id": "name", "revision": "revision", "weight_hash": "weights", "dtype": "dtype", "device": "device"}
 _SHOWN = 12
@@ -95,7 +96,7 @@ def incomparable(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -
 def other_questions(metric: str, old: Record, new: Record) -> str | None:
     """Say why the samples of a metric do not belong together; None: they do, as far as is known."""
     before, after = old.get("data"), new.get("data")
-    if before is None or after is None:
+    if before is None or after is None or metric.startswith(OF_WEIGHTS):
         return None
     part = part_of(metric)
     parts = (part,) if part is not None else tuple(name for name in after if name != METHODS)
@@ -187,8 +188,7 @@ def _row(composition: str, old: Measured, new: Measured, unpaired: str | None, d
         return replace(row, verdict="unknown", note="the direction of the metric is another one")
     before, after = ([measurement_of(run, measured) for run in runs_of(measured)] for measured in (old, new))
     if is_exact(after, before):
-        verdict: Verdict = "equal" if not row.difference else "better" if (row.difference > 0) == better else "worse"
-        return replace(row, stderr=0.0, verdict=verdict)
+        return replace(row, stderr=0.0, verdict="changed" if row.difference else "equal")
     if unpaired is not None:
         return _apart(row, old, new, unpaired) if drawn else replace(row, verdict="unknown", note=unpaired)
     if not row.difference and [m.samples for m in before] == [m.samples for m in after]:

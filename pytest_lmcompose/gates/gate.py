@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from evaluators.measurement import EvaluationError, Measurement
 from interventions.names import near_names
@@ -30,18 +31,24 @@ from pytest_lmcompose.gates.paired import (
     is_exact,
     noise_floor,
 )
+from pytest_lmcompose.gates.promised import kept
 from pytest_lmcompose.gates.repeats import find
 from pytest_lmcompose.gates.thresholds import (
     BASELINE,
     LOSS,
     LOSS_ERRORS,
     LOSS_PERCENT,
+    LOST,
     NO_DROP,
+    PROMISED,
     Bound,
     Rule,
     references,
     rules_for,
 )
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.promises import Promise
 
 _LOWER = ("min", "min_ratio", "min_ratio_of_base", "max_drop")
 _SHOWN = 5
@@ -102,12 +109,13 @@ def judge(
     *,
     runs: Sequence[Sequence[Measurement]] | None = None,
     gates: int = 1,
+    promises: Sequence[Promise] = (),
 ) -> tuple[Verdict, ...]:
     """Return the verdicts on a composition's measurements, in their order, then on what is missing.
 
     `known` are the references: states by the ids of their compositions, and the stored run as `baseline`.
     `runs` are the repeats behind `measurements`, where there are several. `gates` is the number of paired
-    gates of the run; see `settle` for their final verdict.
+    gates of the run; see `settle` for their final verdict. `promises` are those of the composition's steps.
     """
     rules = [rule for rule in rules if rule.covers(composition)]
     verdicts: list[Verdict] = []
@@ -118,7 +126,7 @@ def judge(
             verdicts.append(Verdict(name, "finite", None, False, message, measurement.value))
             continue
         found = [find(run, name) for run in runs or (measurements,)]
-        state = _State(composition, measurement, found, gates)
+        state = _State(composition, measurement, found, gates, promises)
         for rule in rules_for(rules, name):
             for bound in rule.bounds:
                 verdicts += _verdicts(bound, state, known)
@@ -155,6 +163,7 @@ class _State:
     measurement: Measurement
     repeats: Sequence[Measurement | None]
     gates: int
+    promises: Sequence[Promise]
 
     @property
     def label(self) -> str:
@@ -172,6 +181,9 @@ def _verdicts(bound: Bound, state: _State, known: Mapping[str, Reference]) -> It
     """Yield the verdicts of a bound, one for each of its references."""
     verdict = Verdict(state.measurement.metric, bound.kind, bound.value, False, "", state.measurement.value)
     noise = _noise(state.measurement)
+    if bound.kind in (PROMISED, LOST):
+        yield from _promised(bound, state, verdict, noise)
+        return
     if bound.of is None:
         yield _bounded(bound, state, verdict, bound.value, "", noise)
         return
@@ -184,6 +196,24 @@ def _verdicts(bound: Bound, state: _State, known: Mapping[str, Reference]) -> It
         reference = known.get(name, Reference(_called(name), missing="it was not measured"))
         named = replace(verdict, reference=None if name == BASE else reference.name)
         yield _compared(bound, state, reference, named)
+
+
+def _promised(bound: Bound, state: _State, verdict: Verdict, noise: str) -> Iterator[Verdict]:
+    """Yield the verdict of a bound on what the steps promise; of a metric of which none does, nothing."""
+    found = kept(bound, state.measurement, state.promises, state.composition)
+    if bound.kind == LOST:
+        verdict = replace(verdict, threshold=None)
+        if found is None or found.passed:
+            said = "no step promises anything of it" if found is None else f"it keeps {found.words}"
+            message = f"{state.label}: said to be lost ({bound.note}), but {said}: remove the rule {noise}"
+            yield replace(verdict, message=message)
+        else:
+            message = f"{state.label} is lost, as is known: {bound.note} (promised {found.words}) {noise}"
+            yield replace(verdict, passed=True, message=message)
+    elif found is not None:
+        sign = (">=" if found.passed else "<") if found.lower else ("<=" if found.passed else ">")
+        message = f"{state.label} {sign} {found.words} {noise}"
+        yield replace(verdict, threshold=found.limit, passed=found.passed, message=message)
 
 
 def _compared(bound: Bound, state: _State, reference: Reference, verdict: Verdict) -> Verdict:

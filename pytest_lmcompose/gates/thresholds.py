@@ -34,8 +34,11 @@ ABSOLUTE = ("min", "max")
 RELATIVE = ("max_drop", "max_rise", "min_ratio", "max_ratio", LOSS, NO_DROP)
 """Bounds that compare with a reference, the base model unless `of` names another."""
 OF_BASE = ("min_ratio_of_base", "max_ratio_of_base")
-BOUNDS = (*ABSOLUTE, *RELATIVE, *OF_BASE)
+PROMISED, LOST = "promised", "lost"
+"""Bounds by what the steps promise; see `promised`."""
+BOUNDS = (*ABSOLUTE, *RELATIVE, *OF_BASE, PROMISED, LOST)
 _LIMIT = re.compile(r"(?P<level>p)?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?")
+_PROMISABLE = ("average_bits", "sparsity", "edit_", "accuracy/")
 _LIMITS = "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), or a level such as p0.01"
 
 
@@ -52,6 +55,8 @@ class Bound:
     value: float
     of: str | None = None
     """What it is compared with: base, single, reverse, baseline or the id of a composition."""
+    note: str = ""
+    """Why a promise is lost."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
             where = f"{path}: {composition}: {metric}"
             checked = [bound for k, v in _mapping(bounds, where).items() for bound in _bounds(k, v, where)]
             _check_together(checked, where)
+            if any(b.kind in (PROMISED, LOST) for b in checked) and not metric.startswith(_PROMISABLE):
+                raise ThresholdError(f"{where}: no step promises anything of it; known: {', '.join(_PROMISABLE)}...")
             rules.append(Rule(composition, metric, tuple(checked)))
     for rule in rules:
         if not rule.bounds and not any(_lifts(rule, other) for other in rules):
@@ -232,6 +239,10 @@ def _lifts(rule: Rule, other: Rule) -> bool:
 
 
 def _bound(kind: str, given: Any, where: str) -> Bound:
+    if kind == LOST:
+        if not isinstance(given, str) or not given.strip():
+            raise ThresholdError(f"{where}: {kind} is {given!r}, expected the reason in words")
+        return Bound(kind, 0.0, note=given.strip())
     value, of = given, BASE if kind in RELATIVE or kind in OF_BASE else None
     if isinstance(given, dict):
         if kind not in RELATIVE:
@@ -247,7 +258,7 @@ def _bound(kind: str, given: Any, where: str) -> Bound:
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a level of significance such as 0.05")
     if value <= 0 and "ratio" in kind:
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number above 0")
-    if value < 0 and (kind in ("max_drop", "max_rise") or kind.startswith(LOSS)):
+    if value < 0 and (kind in ("max_drop", "max_rise", PROMISED) or kind.startswith(LOSS)):
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number from 0 up")
     return Bound(kind, float(value), _reference(of, where))
 

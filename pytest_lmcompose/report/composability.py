@@ -17,6 +17,7 @@ from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.gates.repeats import evened, independent, link_of, scaled
 from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
 from pytest_lmcompose.report.shares import shares
+from pytest_lmcompose.world.asked import OF_WEIGHTS
 
 if TYPE_CHECKING:
     from evaluators.composability import Interval
@@ -58,11 +59,31 @@ def composability(records: Sequence[Record], seed: int, metrics: Collection[str]
     }
 
 
+def concerns(measured: Measured, categories: Collection[str]) -> bool:
+    """Say whether steps of `categories` promise something of a metric, or must leave it alone.
+
+    What only steps of other categories promise says nothing of their order, such as edits that no step made.
+    """
+    metric = measured["metric"]
+    if metric.startswith(("edit_", "perplexity_edits")):
+        return "edit" in categories
+    if metric.startswith(OF_WEIGHTS):
+        return "compress" in categories
+    if metric.startswith("accuracy/") and not measured["higher_is_better"]:
+        return "unlearn" in categories
+    return True
+
+
 def _orders(
     steps: tuple[str, ...], records: Sequence[Record], base: Mapping[str, Measured], seed: int
 ) -> list[dict[str, Any]]:
     tables = {tuple(record["requested"]): by_metric(record) for record in records}
-    shared = [name for name in next(iter(tables.values())) if all(name in table for table in tables.values())]
+    categories = {step["category"] for record in records for step in record["steps"]}
+    shared = [
+        name
+        for name, found in next(iter(tables.values())).items()
+        if all(name in table for table in tables.values()) and concerns(found, categories)
+    ]
     return [_entry(steps, name, {o: t[name] for o, t in tables.items()}, base.get(name), seed) for name in shared]
 
 

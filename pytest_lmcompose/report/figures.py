@@ -13,6 +13,7 @@ from typing import Any
 
 from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.report.record import Record, by_metric
+from pytest_lmcompose.report.sections import best_order
 from pytest_lmcompose.report.terminal import MISSING, number
 from pytest_lmcompose.report.view import interval, value_text, with_error
 
@@ -57,14 +58,30 @@ def sizes(records: Sequence[Record]) -> dict[str, float]:
     return largest
 
 
+def floors(records: Sequence[Record]) -> dict[str, float]:
+    """Return the least value of each metric in any composition."""
+    least: dict[str, float] = {}
+    for record in records:
+        for measured in record["measurements"]:
+            if measured["value"] is not None:
+                least[measured["metric"]] = min(least.get(measured["metric"], measured["value"]), measured["value"])
+    return least
+
+
 def orders(
-    found: Mapping[str, Any], metrics: Sequence[str], size: Mapping[str, float], kind: str, title: str, text: str
+    found: Mapping[str, Any],
+    metrics: Sequence[str],
+    size: Mapping[str, float],
+    floor: Mapping[str, float],
+    kind: str,
+    title: str,
+    text: str,
 ) -> Figure | None:
     """Return the heatmap of order_free_error or order_sensitivity: sets of steps by metric."""
     entries = [e for e in found["orders"] if e["metric"] in metrics and e[kind] is not None]
     if not entries:
         return None
-    shades = _shades([entry[kind]["value"] / size[entry["metric"]] for entry in entries])
+    shades = _shades([_strength(entry, kind, size, floor) for entry in entries])
     values: Values = [
         {
             "row": " & ".join(entry["steps"]),
@@ -72,7 +89,7 @@ def orders(
             "shade": shade,
             "text": number(entry[kind]["value"]),
             "full": interval(entry[kind]),
-            "best": entry["best"] or MISSING,
+            "best": best_order(entry),
         }
         for entry, shade in zip(entries, shades, strict=True)
     ]
@@ -80,6 +97,14 @@ def orders(
     plot = _heatmap(title, values, told, {"scheme": "blues"}, [0, 1], "datum.shade > 0.7")
     rows = tuple((v["row"], v["column"], v["full"], v["best"]) for v in values)
     return Figure(kind, title, text, (plot,), ("steps", "metric", title.lower(), "best order"), rows)
+
+
+def _strength(entry: Mapping[str, Any], kind: str, size: Mapping[str, float], floor: Mapping[str, float]) -> float:
+    """Return how bad a value is, from 0 to 1: errors of metrics that fall count from the least of any composition."""
+    value, metric = entry[kind]["value"], entry["metric"]
+    if kind == "order_free_error" and not entry["higher_is_better"] and size[metric] > floor[metric]:
+        return float((value - floor[metric]) / (size[metric] - floor[metric]))
+    return float(value / size[metric])
 
 
 def interference(

@@ -38,7 +38,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = 12
 """Changed samples that are shown of a metric of a composition."""
 _ORDER_FREE = (
-    f"The error that is left under the best order of the same steps: lower is better. {figures.SHADES} "
+    f"The error that is left under the best order of the same steps: lower is better. {figures.SHADES} Metrics that "
+    "are better lower count from the least value of any composition. "
     "Intervals are in the table."
 )
 _SENSITIVITY = (
@@ -132,10 +133,10 @@ def _figures(document: Document, metrics: Sequence[str]) -> dict[str, Figure]:
     records, composed = document["compositions"], document.get("composability")
     found: list[Figure | None] = []
     if composed is not None:
-        size = figures.sizes(records)
+        size, floor = figures.sizes(records), figures.floors(records)
         found += [
-            figures.orders(composed, metrics, size, "order_sensitivity", "Order sensitivity", _SENSITIVITY),
-            figures.orders(composed, metrics, size, "order_free_error", "Order-free error", _ORDER_FREE),
+            figures.orders(composed, metrics, size, floor, "order_sensitivity", "Order sensitivity", _SENSITIVITY),
+            figures.orders(composed, metrics, size, floor, "order_free_error", "Order-free error", _ORDER_FREE),
             figures.interference(composed, metrics, size, _directions(records)),
             figures.shares(composed.get("survival", ()), metrics, "survival", "Survival of edits", _SURVIVAL, 1.0),
             figures.shares(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from pytest_lmcompose.report.record import Record, by_metric
+from pytest_lmcompose.report.sections import best_order
 from pytest_lmcompose.report.terminal import MISSING, number
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.report.view import (
@@ -76,7 +77,7 @@ def _composability(document: Document, metrics: Sequence[str]) -> str:
             _text(e["metric"]),
             interval(e["order_free_error"]),
             interval(e["order_sensitivity"]),
-            _code(e["best"]) if e["best"] else MISSING,
+            _code(best) if (best := best_order(e)) == e["best"] else best,
         )
         for e in sorted(entries, key=lambda e: -((e["order_sensitivity"] or {}).get("value") or 0.0))
     ]

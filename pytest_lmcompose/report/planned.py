@@ -97,4 +97,4 @@ def untested(plan: Plan, records: Sequence[Record]) -> list[str]:
 
 
 def _bound(fields: Mapping[str, Any]) -> Bound:
-    return Bound(fields["kind"], fields["value"], fields["of"])
+    return Bound(fields["kind"], fields["value"], fields["of"], fields.get("note", ""))

@@ -87,11 +87,19 @@ def order_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:
         if entry["metric"] in metrics:
             name = f"{' & '.join(entry['steps'])}  {entry['metric']}"
             cells = [
-                entry["best"] or MISSING,
+                best_order(entry),
                 *(_interval(entry[k]) for k in ("order_free_error", "order_sensitivity")),
             ]
             rows.append([Cell(name), *map(Cell, cells)])
     return rows
+
+
+def best_order(entry: Mapping[str, Any]) -> str:
+    """Return the best order of steps as tables show it: a tie, where the interval of order sensitivity holds 0."""
+    gap = entry["order_sensitivity"]
+    if gap is not None and (gap["value"] if gap["low"] is None else gap["low"]) <= 0:
+        return "tie"
+    return entry["best"] or MISSING
 
 
 def interference_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:

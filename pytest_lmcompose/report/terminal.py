@@ -100,6 +100,8 @@ def write_summary(
     for record in records:
         if record["error"]:
             reporter.write_line(visible(f"{record['id']}: {record['error']}"), red=True)
+    for gate in (gate for record in records for gate in record["gates"] if gate["gate"] == "lost" and gate["passed"]):
+        reporter.write_line(f"known loss: {visible(gate['message'])}", yellow=True)
     if any(not gate["passed"] for record in records for gate in record["gates"]):
         reporter.write_line(f"{FAILED} a gate failed")
 
@@ -111,6 +113,8 @@ class Progress:
         self._config = config
 
     def __call__(self, line: str) -> None:
+        if self._config.option.verbose < 0:
+            return
         capture = self._config.pluginmanager.getplugin("capturemanager")
         if capture is None:
             self._write(line)

@@ -30,6 +30,8 @@ class Verdicts:
     gates: int
     broken: tuple[tuple[str, str], ...]
     """Compositions that were not measured, and why."""
+    lost: int = 0
+    """Promises that are lost, as the thresholds say."""
 
     @property
     def told(self) -> list[tuple[str, str]]:
@@ -54,6 +56,8 @@ class Verdicts:
             found.append("the gate passed" if self.gates == 1 else f"all {self.gates} gates passed")
         else:
             found.append("no gate judged anything")
+        if self.lost:
+            found.append(counted(self.lost, "promise") + " known to be lost")
         return ", ".join(found)
 
 
@@ -89,7 +93,7 @@ class Against:
     @property
     def changed(self) -> list[Row]:
         """What got worse, or lost, then what got better."""
-        order = ("worse", "gone", "better")
+        order = ("worse", "gone", "changed", "better")
         return sorted((r for r in self.found.rows if r.verdict in order), key=lambda r: order.index(r.verdict))
 
     def first(self, metrics: Sequence[str]) -> list[Row]:
@@ -119,7 +123,8 @@ def verdicts(records: Sequence[Record]) -> Verdicts:
     """Return how the gates of `records` came out."""
     failed = tuple((r["id"], gate) for r in records for gate in r["gates"] if not gate["passed"])
     broken = tuple((r["id"], r["error"] or r["status"]) for r in records if r["status"] in ("failed", "interrupted"))
-    return Verdicts(failed, sum(len(r["gates"]) for r in records), broken)
+    lost = sum(gate["gate"] == "lost" and gate["passed"] for record in records for gate in record["gates"])
+    return Verdicts(failed, sum(len(r["gates"]) for r in records), broken, lost)
 
 
 def headline_metrics(records: Sequence[Record], *, judged: bool = False) -> list[str]:

@@ -23,6 +23,8 @@ _PARTS = (
     ("recall", "facts"),
     ("accuracy/", "questions"),
 )
+OF_WEIGHTS = ("average_bits", "overhead_bits", "sparsity", "packed_", "flops")
+"""Beginnings of metrics that ask nothing: they are read off the weights."""
 _LENGTH = 16
 
 

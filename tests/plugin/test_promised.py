@@ -1,0 +1,115 @@
+"""Gates on what steps promise: bits and zeros of their settings, edits, removed knowledge; promises known to be lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evaluators.measurement import Measurement
+from pytest_lmcompose.composition import parse
+from pytest_lmcompose.gates.gate import Verdict, judge
+from pytest_lmcompose.gates.thresholds import ThresholdError, read_rules
+from pytest_lmcompose.promises import promises
+from pytest_lmcompose.recipe import load_recipe
+from pytest_lmcompose.run import CONF
+
+PROMISED = """
+"*":
+  average_bits: {promised: 0.01}
+  sparsity: {promised: 0.01}
+  accuracy/hazardous: {promised: 0.4}
+  edit_success_exact: {promised: 0.9}
+"""
+
+
+def verdicts(tmp_path: Path, composition: str, metric: str, value: float, rules: str = PROMISED) -> list[Verdict]:
+    (tmp_path / "thresholds.yaml").write_text(rules)
+    better = metric not in ("average_bits", "accuracy/hazardous")
+    measured = [Measurement(metric, value, 0.0, 1, better, (value,))]
+    promised = tuple(promises(load_recipe(CONF), parse(composition)))
+    found = judge(read_rules(tmp_path / "thresholds.yaml"), composition, measured, {}, promises=promised)
+    return [verdict for verdict in found if verdict.metric == metric and verdict.gate != "measured"]
+
+
+@pytest.mark.parametrize(
+    ("composition", "metric", "value", "passed"),
+    [
+        ("awq", "average_bits", 4.0, True),
+        ("awq", "average_bits", 4.2, False),
+        ("awq[bits=3]", "average_bits", 4.0, False),
+        ("awq[bits=3]", "average_bits", 3.0, True),
+        ("memit+gptq[bits=8]", "average_bits", 8.0, True),
+        ("gptq[bits=8]+awq", "average_bits", 4.0, True),
+        ("awq+gptq[bits=8]", "average_bits", 8.0, False),
+        ("awq+memit", "average_bits", 6.8, False),
+        ("awq+memit+awq", "average_bits", 4.0, True),
+        ("wanda", "sparsity", 0.4998, True),
+        ("wanda[sparsity=0.65]", "sparsity", 0.5, False),
+        ("sparsegpt[sparsity=0.75]+memit", "sparsity", 0.6, False),
+        ("rmu", "accuracy/hazardous", 0.38, True),
+        ("rmu+awq", "accuracy/hazardous", 0.7, False),
+        ("rmu+relearn", "accuracy/hazardous", 0.7, False),
+        ("memit+gd", "edit_success_exact", 0.05, False),
+        ("lora", "edit_success_exact", 1.0, True),
+    ],
+)
+def test_a_promise_follows_the_settings_of_the_steps_in_any_order(
+    tmp_path: Path, composition: str, metric: str, value: float, passed: bool
+) -> None:
+    (verdict,) = verdicts(tmp_path, composition, metric, value)
+    assert verdict.passed is passed and verdict.gate == "promised"
+    assert "promised by" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("composition", "metric"),
+    [
+        ("base", "average_bits"),
+        ("memit", "average_bits"),
+        ("awq", "sparsity"),
+        ("awq", "edit_success_exact"),
+        ("memit+awq", "accuracy/hazardous"),
+        ("relearn", "accuracy/hazardous"),
+    ],
+)
+def test_what_no_step_promises_is_not_judged(tmp_path: Path, composition: str, metric: str) -> None:
+    assert verdicts(tmp_path, composition, metric, 0.5) == []
+
+
+def test_a_broken_promise_names_the_step_that_broke_it_and_the_fix(tmp_path: Path) -> None:
+    (verdict,) = verdicts(tmp_path, "awq+memit", "average_bits", 6.8)
+    assert "= 6.8 > 4.04, promised by awq and broken by memit: use awq+memit+awq" in verdict.message
+
+
+LOST = '"awq+memit": {average_bits: {lost: memit rewrites what awq quantised}}'
+
+
+def test_a_known_loss_passes_while_it_is_one(tmp_path: Path) -> None:
+    (lost,) = verdicts(tmp_path, "awq+memit", "average_bits", 6.8, LOST)
+    assert lost.passed and lost.gate == "lost" and lost.threshold is None
+    assert "is lost, as is known: memit rewrites what awq quantised" in lost.message
+    (kept,) = verdicts(tmp_path, "awq+memit", "average_bits", 4.0, LOST)
+    assert not kept.passed and "remove the rule" in kept.message
+    (other,) = verdicts(tmp_path, "memit", "average_bits", 6.8, LOST.replace("awq+memit", "memit"))
+    assert not other.passed and "no step promises anything of it" in other.message
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "average_bits: {promised: true}",
+        "average_bits: {promised: -0.1}",
+        "average_bits: {promised: .nan}",
+        "average_bits: {promised: {value: 0.1, of: base}}",
+        "perplexity: {promised: 2}",
+        "'*': {promised: 2}",
+        "average_bits: {lost: true}",
+        "average_bits: {lost: ''}",
+        "perplexity: {lost: because}",
+    ],
+)
+def test_rules_that_could_not_be_judged_are_refused(tmp_path: Path, rule: str) -> None:
+    (tmp_path / "thresholds.yaml").write_text(f"'*': {{{rule}}}")
+    with pytest.raises(ThresholdError, match="average_bits|perplexity|known"):
+        read_rules(tmp_path / "thresholds.yaml")
