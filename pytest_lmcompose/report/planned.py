@@ -67,10 +67,10 @@ def dropped(rules: Iterable[Rule], tested: Sequence[str], baseline: Baseline) ->
     for rule in rules:
         gone = [name for name in judged_in(baseline.document) if rule.covers(name) and name not in tested]
         if rule.source and gone:
+            named = ", ".join(gone[:_NAMED]) + ", ..." * (len(gone) > _NAMED)
             yield (
-                f"{_flag(rule)}: {baseline.name} has {', '.join(gone[:_NAMED])}{', ...' * (len(gone) > _NAMED)}, and no "
-                "test is about that: test it, name what is compared, as in COMPOSITION::METRIC:LIMIT, or take a new "
-                "baseline by --lmcompose-update-baseline"
+                f"{_flag(rule)}: {baseline.name} has {named}, and no test is about that: test it, name what is "
+                "compared, as in COMPOSITION::METRIC:LIMIT, or take a new baseline by --lmcompose-update-baseline"
             )
 
 
