@@ -142,7 +142,8 @@ class Closing:
         run, options = self._session.run, self._options
         if not options.keeping.fail:
             return []
-        if found := self._session.unjudgeable():  # which is known before collection where there are no workers
+        # Those that match nothing are known before any work where there are no workers.
+        if found := [*self._session.unmatched(), *self._session.dropped()]:
             return found
         here = self._collected.records
         rules = [rule for rule in run.rules if options.shard is None or any(rule.covers(name) for name in here)]

@@ -104,7 +104,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     own = session.config.stash[SESSION]
     own.judged = _judged(session.items)
     if own.writes and not own.options.plan and not session.config.option.collectonly:
-        for problem in own.unjudgeable():
+        for problem in own.unmatched():
             raise pytest.UsageError(f"lmcompose: {problem}")
 
 

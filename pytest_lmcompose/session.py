@@ -135,13 +135,22 @@ class Session:
             found["the file of --junitxml"] = options.folder / os.path.expanduser(junit)
         return found
 
-    def unjudgeable(self) -> list[str]:
-        """Return why expressions of the command line would pass by absence."""
-        from pytest_lmcompose.report.planned import unjudgeable
+    def unmatched(self) -> list[str]:
+        """Return why expressions of the command line would judge nothing."""
+        from pytest_lmcompose.report.planned import unmatched
 
         if self.planned is None or not self.options.keeping.fail:
             return []
-        return list(unjudgeable(self.run.rules, *self.planned, self.run.baseline))
+        return list(unmatched(self.run.rules, self.planned.judged))
+
+    def dropped(self) -> list[str]:
+        """Return which expressions of the command line hold for compositions that nobody tests any more."""
+        from pytest_lmcompose.report.planned import dropped
+
+        keeping, baseline = self.options.keeping, self.run.baseline
+        if self.planned is None or not keeping.fail or baseline is None or keeping.update:
+            return []
+        return list(dropped(self.run.rules, self.planned.tested, baseline))
 
     def baseline_for_workers(self) -> str | None:
         """Return the file of the stored run to compare with, empty if there is none; None if none was looked for."""

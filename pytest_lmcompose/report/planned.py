@@ -54,23 +54,23 @@ def idle(rules: Iterable[Rule], records: Sequence[Record]) -> list[str]:
     return [rule.source for rule in rules if rule.source and not judged(rule)]
 
 
-def unjudgeable(
-    rules: Iterable[Rule], tested: Sequence[str], judged: Sequence[str], baseline: Baseline | None
-) -> Iterator[str]:
-    """Yield why expressions of the command line would pass by absence, whatever the run finds.
+def unmatched(rules: Iterable[Rule], judged: Sequence[str]) -> Iterator[str]:
+    """Yield which expressions of the command line match no composition that a test judges."""
+    for rule in rules:
+        if rule.source and not any(rule.covers(name) for name in judged):
+            hint = near_names(rule.composition, judged)
+            yield f"{_flag(rule)}: no composition whose test asks for gates matches.{hint}"
 
-    One may match no composition that a test judges, or one of the stored run that nobody tests any more.
-    """
-    stored = () if baseline is None else judged_in(baseline.document)
-    for rule in (rule for rule in rules if rule.source):
-        flag = f"--lmcompose-compare-fail={rule.source!r}"
-        if not any(rule.covers(name) for name in judged):
-            yield f"{flag}: no composition whose test asks for gates matches.{near_names(rule.composition, judged)}"
-        elif gone := [name for name in stored if rule.covers(name) and name not in tested]:
-            assert baseline is not None
+
+def dropped(rules: Iterable[Rule], tested: Sequence[str], baseline: Baseline) -> Iterator[str]:
+    """Yield which expressions of the command line hold for a composition of the stored run that nobody tests now."""
+    for rule in rules:
+        gone = [name for name in judged_in(baseline.document) if rule.covers(name) and name not in tested]
+        if rule.source and gone:
+            named = ", ".join(gone[:_NAMED]) + ", ..." * (len(gone) > _NAMED)
             yield (
-                f"{flag}: {baseline.name} has {', '.join(gone[:_NAMED])}{', ...' * (len(gone) > _NAMED)}, and no test "
-                "is about that: test it, or name what is compared, as in COMPOSITION::METRIC:LIMIT"
+                f"{_flag(rule)}: {baseline.name} has {named}, and no test is about that: test it, name what is "
+                "compared, as in COMPOSITION::METRIC:LIMIT, or take a new baseline by --lmcompose-update-baseline"
             )
 
 
@@ -94,6 +94,10 @@ def untested(plan: Plan, records: Sequence[Record]) -> list[str]:
         elif record["status"] == "measured" and not record["gates"] and name in plan["judged"]:
             found += [f"nobody judged {name}, though thresholds hold for it"] * any(r.covers(name) for r in rules)
     return found
+
+
+def _flag(rule: Rule) -> str:
+    return f"--lmcompose-compare-fail={rule.source!r}"
 
 
 def _bound(fields: Mapping[str, Any]) -> Bound:

@@ -23,7 +23,7 @@ from pytest_lmcompose.gates.globs import impossible, overlap
 from pytest_lmcompose.gates.thresholds import ThresholdError, check_compositions, read_expression, read_rules
 from pytest_lmcompose.options import read_options
 from pytest_lmcompose.report import html, latex, markdown
-from pytest_lmcompose.report.planned import idle, unjudgeable
+from pytest_lmcompose.report.planned import dropped, idle, unmatched
 from pytest_lmcompose.report.text import visible
 from tests.plugin.conftest import Project
 from tests.plugin.documents import composition, report
@@ -216,21 +216,25 @@ STORED = Baseline(Path("0001_v1.json"), report({"base": {"m": [1.0]}, "awq": {"m
 
 
 @pytest.mark.parametrize(
-    ("text", "tested", "judged", "problem"),
+    ("text", "tested", "problem"),
     [
-        ("m:1%", ["awq", "memit"], ["awq", "memit"], None),
-        ("awq::m:1%", ["awq"], ["awq"], None),
-        ("m:1%", ["awq"], ["awq"], "the baseline 0001_v1 has memit, and no test is about that"),
-        ("mem*::m:1%", ["awq"], ["awq"], "no composition whose test asks for gates matches"),
-        ("m:1%", ["awq", "memit"], [], "no composition whose test asks for gates matches"),
-        ("rtn*::m:1%", ["awq", "memit"], ["awq", "memit"], "no composition whose test asks for gates matches"),
+        ("m:1%", ["awq", "memit"], None),
+        ("awq::m:1%", ["awq"], None),
+        ("*+rtn::m:1%", ["awq"], None),
+        ("m:1%", ["awq"], "the baseline 0001_v1 has memit, and no test is about that"),
+        ("mem*::m:1%", ["awq"], "the baseline 0001_v1 has memit, and no test is about that"),
     ],
 )
-def test_expressions_that_would_pass_by_absence(
-    text: str, tested: list[str], judged: list[str], problem: str | None
-) -> None:
-    found = list(unjudgeable([read_expression(text)], tested, judged, STORED))
+def test_a_composition_of_the_stored_run_that_is_dropped(text: str, tested: list[str], problem: str | None) -> None:
+    found = list(dropped([read_expression(text)], tested, STORED))
     assert len(found) == (problem is not None) and (problem or "") in "".join(found)
+
+
+@pytest.mark.parametrize(("text", "judged"), [("mem*::m:1%", ["awq"]), ("m:1%", []), ("rtn*::m:1%", ["awq", "memit"])])
+def test_an_expression_that_matches_no_composition(text: str, judged: list[str]) -> None:
+    (found,) = unmatched([read_expression(text)], judged)
+    assert f"{text!r}: no composition whose test asks for gates matches" in found
+    assert not list(unmatched([read_expression("awq::m:1%")], ["awq"]))
 
 
 def test_an_expression_without_a_gate_is_idle() -> None:
@@ -240,12 +244,17 @@ def test_an_expression_without_a_gate_is_idle() -> None:
     assert idle(rules, records) == ["mem*::re*:1", "recal:1"]
 
 
-def test_a_run_whose_comparison_leaves_something_out_is_refused_before_work(project: Project) -> None:
+def test_a_run_whose_comparison_leaves_something_out_fails(project: Project) -> None:
+    fail = "--lmcompose-compare-fail=perplexity:50%"
     assert project.run("--lmcompose-save=v1", compose=("nudge", "round")).ret == pytest.ExitCode.OK
-    result = project.run("--lmcompose-compare-fail=perplexity:50%", compose=("round",))
+    result = project.run(fail, compose=("round",))
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=1)
     said = "--lmcompose-compare-fail='perplexity:50%': the baseline 0001_v1 has nudge, and no test is about that"
-    assert result.ret == pytest.ExitCode.USAGE_ERROR and said in result.stderr.str() + result.stdout.str()
-    assert "step 1/1" not in result.stdout.str()
+    assert f"failed: {said}" in result.stdout.str()
+    assert project.run(fail.replace("=", "=round::"), compose=("round",)).ret == pytest.ExitCode.OK
+    assert project.run(fail, "--lmcompose-update-baseline", compose=("round",)).ret == pytest.ExitCode.OK
+    assert project.run(fail, compose=("round",)).ret == pytest.ExitCode.OK
 
 
 def test_a_test_that_asks_for_no_gates_judges_nothing(project: Project) -> None:
