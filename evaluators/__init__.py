@@ -3,7 +3,8 @@
     from evaluators import EditCase, Probe, measure_editing
     measurements = measure_editing(model, tokenizer, cases)
 
-Knows neither pytest nor the interventions. Importing it imports no torch.
+Knows neither pytest nor the interventions, except for `interventions.tokens`: how text becomes tokens is the
+same for both. Importing it imports no torch.
 """
 
 from __future__ import annotations

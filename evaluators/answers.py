@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from evaluators.continuations import Scored, score
 from evaluators.encoding import Pair, check_length, encode_pairs, meaningless_ids, padding_id
-from evaluators.generation import greedy, stop_ids
+from evaluators.generation import go_on, stop_ids
 from evaluators.measurement import EvaluationError
 from evaluators.state import borrowed
 
@@ -156,9 +156,10 @@ def _generate(
         paths[tuple(pair.prompt)].append((pair.target, scored.said))
     known = [_read_off(paths[tuple(pair.prompt)], len(pair.target), stops) for pair in asked]
     missing = [i for i, said in enumerate(known) if said is None]
-    prompts = [probes[i].prompt.rstrip(" ") for i in missing]
+    prompts = [probes[i].prompt for i in missing]
     budgets = [len(asked[i].target) for i in missing]
-    rest = dict(zip(missing, greedy(model, tokenizer, prompts, budgets, batch_size), strict=True))
+    said_after = go_on(model, tokenizer, [asked[i].prompt for i in missing], prompts, budgets, batch_size)
+    rest = dict(zip(missing, said_after, strict=True))
     return [rest[i] if said is None else said for i, said in enumerate(known)]
 
 

@@ -8,13 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from evaluators.measurement import EvaluationError
-
-
-class Pair(NamedTuple):
-    """The ids of a prompt, special tokens at its start included, and of the text that follows it."""
-
-    prompt: list[int]
-    target: list[int]
+from interventions.tokens import Pair as Pair
+from interventions.tokens import join, read
 
 
 class Batch(NamedTuple):
@@ -27,38 +22,30 @@ class Batch(NamedTuple):
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the ids of each text as the model reads a beginning: with BOS if the tokenizer adds it.
 
-    Never truncates, and drops an EOS that the tokenizer appends, since the text goes on.
+    Never truncates, and ends with no special token, since the text goes on.
     Raises EvaluationError for a text without any token.
     """
-    if not texts:
-        return []
-    encoded: list[list[int]] = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
-    eos = tokenizer.eos_token
-    for row, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-        if eos and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):
-            ids.pop()
-        if not ids:
-            raise EvaluationError(f"text {row} ({text!r}) has no tokens; give a prompt that is not empty")
-    return encoded
+    rows = [row.ids for row in read(tokenizer, texts)]
+    _check(rows, texts)
+    return rows
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
-    """Return the ids of (prompt, target) pairs, written with one space between the two.
+    """Return the ids of (prompt, target) pairs as `interventions.tokens.join` splits them, editors' text included.
 
-    The target's ids are those that it has after its prompt; only where a token would span the
-    border is it encoded alone. Special tokens are never part of a target.
+    Raises EvaluationError for a prompt of which nothing is left to begin with.
     """
-    prompts = [prompt.rstrip(" ") for prompt, _ in pairs]
-    prompt_ids = encode(tokenizer, prompts)
-    together = encode(tokenizer, [f"{p} {target}" for p, (_, target) in zip(prompts, pairs, strict=True)])
-    result = []
-    for head, whole, (_, target) in zip(prompt_ids, together, pairs, strict=True):
-        if whole[: len(head)] == head:
-            tail = whole[len(head) :]
-        else:
-            tail = tokenizer(f" {target}", add_special_tokens=False, verbose=False)["input_ids"]
-        result.append(Pair(head, tail))
-    return result
+    joined = join(tokenizer, pairs)
+    _check([pair.prompt for pair in joined], [prompt for prompt, _ in pairs])
+    return joined
+
+
+def _check(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
+    for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
+        if not ids:
+            raise EvaluationError(
+                f"text {row} ({text!r}) has no tokens to start from; give a prompt that is not empty, or a longer one"
+            )
 
 
 def meaningless_ids(tokenizer: Any) -> frozenset[int]:

@@ -29,12 +29,23 @@ def greedy(
     Raises EvaluationError for an empty prompt, a prompt that does not fit the model, and logits
     that are NaN or infinite.
     """
-    if batch_size < 1:
-        raise EvaluationError(f"batch_size is {batch_size}; it must be at least 1")
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(budgets) != len(prompts):
         raise EvaluationError(f"max_new_tokens has {len(budgets)} numbers for {len(prompts)} prompts")
-    encoded = encode(tokenizer, prompts)
+    return go_on(model, tokenizer, encode(tokenizer, prompts), prompts, budgets, batch_size)
+
+
+def go_on(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    prompts: Sequence[str],
+    budgets: Sequence[int],
+    batch_size: int,
+) -> list[list[int]]:
+    """Return what `greedy` does, after the ids `encoded`; errors name them by `prompts`."""
+    if batch_size < 1:
+        raise EvaluationError(f"batch_size is {batch_size}; it must be at least 1")
     for prompt, ids, budget in zip(prompts, encoded, budgets, strict=True):
         check_length(model, len(ids) + budget, f"prompt {prompt!r} with {budget} new tokens")
 

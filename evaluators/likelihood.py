@@ -21,7 +21,7 @@ class LogLikelihood(NamedTuple):
 def log_likelihood(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = 32
 ) -> list[LogLikelihood]:
-    """Return log p(target | prompt) of each (prompt, target), one space between the two.
+    """Return log p(target | prompt) of each (prompt, target), joined as `interventions.tokens.join` does.
 
     Only the target's tokens are scored and no BOS stands between prompt and target. Computed in
     float32 whatever the model's dtype; broken logits give NaN, which no gate passes.

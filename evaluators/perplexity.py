@@ -15,6 +15,7 @@ from evaluators.continuations import score
 from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
 from evaluators.measurement import EvaluationError, Measurement, ratio_error
 from evaluators.state import borrowed
+from interventions.tokens import frame, running, windows
 
 
 class Window(NamedTuple):
@@ -38,31 +39,30 @@ def measure_perplexity(
 
     The texts are joined by `separator` (blank lines; `tokenizer.eos_token` is another good choice),
     encoded once and cut into windows of `window` tokens, the last one shorter. Each window is read
-    alone, after BOS where the tokenizer has one: BOS is context and never scored. Without BOS the
-    window's first token is the context. Windows of equal length in tokens make perplexities
-    comparable between the states of a model, and between models of one tokenizer.
+    alone, as a text: after BOS where the tokenizer puts one before every text, and it is context and
+    never scored. Elsewhere the window's first token is the context. Windows of equal length in tokens
+    make perplexities comparable between the states of a model, and between models of one tokenizer.
 
     Samples are the mean NLL of each window; the standard error treats windows as the independent
     units (delta method). Broken logits make the value NaN, or infinite, and the note says so.
     Raises EvaluationError for a text without scored tokens and a window longer than the model reads.
     """
-    bos = tokenizer.bos_token_id
-    if window < (1 if bos is not None else 2):
+    start = frame(tokenizer).start
+    if window < (1 if start else 2):
         raise EvaluationError(f"{metric}: a window of {window} tokens leaves nothing to score; take a longer one")
-    check_length(model, window + (bos is not None), f"{metric}: a window of {window} tokens")
-    ids = tokenizer(separator.join(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
-    rows = [piece if bos is None else [bos, *piece] for piece in pieces]
-    rows = [row for row in rows if len(row) > 1]
+    check_length(model, window + len(start), f"{metric}: a window of {window} tokens")
+    rows = windows(tokenizer, running(tokenizer, texts, separator=separator), window)
+    context = max(1, len(start))
+    rows = [row for row in rows if len(row) > context]
     if not rows:
         raise EvaluationError(f"{metric}: the text has no tokens to score; is the file empty?")
 
     with borrowed(model, tokenizer):
-        windows = _score(model, rows, batch_size)
-    note = f"{len(windows)} windows of {window} tokens, {sum(w.tokens for w in windows)} tokens scored, " + (
-        "each window after BOS" if bos is not None else "the first token of each window is context"
+        scored = _score(model, rows, context, batch_size)
+    note = f"{len(scored)} windows of {window} tokens, {sum(w.tokens for w in scored)} tokens scored, " + (
+        "each window after BOS" if start else "the first token of each window is context"
     )
-    return _summarise(metric, windows, note, "windows")
+    return _summarise(metric, scored, note, "windows")
 
 
 def measure_answer_perplexity(
@@ -126,8 +126,11 @@ def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) ->
     return Measurement(metric, value, error, len(windows), False, samples, note, weights)
 
 
-def _score(model: Any, rows: Sequence[list[int]], batch_size: int) -> list[Window]:
-    """Score rows in order; only rows of one length share a batch, so that nothing is padded."""
+def _score(model: Any, rows: Sequence[list[int]], context: int, batch_size: int) -> list[Window]:
+    """Score rows in order, each after its first `context` tokens.
+
+    Only rows of one length share a batch, so that nothing is padded.
+    """
     windows = []
     for _, same in groupby(rows, key=len):
         group = list(same)
@@ -136,8 +139,9 @@ def _score(model: Any, rows: Sequence[list[int]], batch_size: int) -> list[Windo
             logits = model(
                 input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False
             ).logits  # (rows, length, vocabulary)
-            targets = batch[:, 1:].to(logits.device)
-            losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
+            targets = batch[:, context:].to(logits.device)
+            predicted = logits[:, context - 1 : -1]
+            losses = cross_entropy(predicted.float().flatten(0, 1), targets.flatten(), reduction="none")
             totals = losses.view(targets.shape).double().sum(dim=1)
             windows += [Window(nll, targets.shape[1]) for nll in totals.tolist()]
     return windows

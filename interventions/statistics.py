@@ -6,7 +6,7 @@ matrix and the mean absolute value, MEMIT the second moment at the MLP output pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,9 +17,13 @@ from interventions.anatomy import Linear, module_device
 from interventions.early_exit import SeenEnough, run_until_seen
 from interventions.modes import keep_modes
 from interventions.padding import pad_right, padding_id
+from interventions.tokens import frame, running, windows
 from interventions.types import InterventionError
 
 Batch = dict[str, Tensor]
+
+TOKENS_PER_COLUMN = 4
+"""Fewer leave sums over the inputs of a linear mostly noise."""
 
 
 @dataclass
@@ -127,24 +131,60 @@ def token_batches(
     right; longest batches come first, so that a lack of memory shows at once. The tokenizer's own
     padding and truncation settings are neither used nor changed.
     """
+    chosen = texts if max_texts is None else texts[:max_texts]
+    _check_texts(chosen)
+    rows = [tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"][:max_tokens] for text in chosen]
+    return _batches(rows, padding_id(tokenizer), batch_size, batch_tokens)
+
+
+def window_batches(
+    tokenizer: Any, texts: Sequence[str], *, samples: int, max_tokens: int, batch_tokens: int | None = None
+) -> list[Batch]:
+    """Let the texts run on, a blank line between them, and batch the first `samples` windows of `max_tokens`.
+
+    Each window starts as the tokenizer starts a text. What is left of the text at the end makes a
+    shorter one. Batches are as those of `token_batches`.
+    """
+    _check_texts(texts)
+    size = max_tokens - len(frame(tokenizer).start)
+    if size < 1:
+        raise InterventionError(
+            f"max_tokens={max_tokens} leaves no room for text beside the tokenizer's special tokens: raise it"
+        )
+    rows = windows(tokenizer, running(tokenizer, texts, most=samples * size), size)
+    return _batches(rows, padding_id(tokenizer), None, batch_tokens)
+
+
+def scarce(method: str, tokens: int, columns: Mapping[str, int], remedy: str) -> str | None:
+    """Return a warning where `tokens` are fewer than 4 for each column that a linear has, by what it is called."""
+    few = {name: width for name, width in columns.items() if tokens < TOKENS_PER_COLUMN * width}
+    if not few:
+        return None
+    widest = max(few.values())
+    return (
+        f"{method}: {tokens} calibration tokens are {tokens / widest:.2f} for each of the {widest} columns of "
+        f"{', '.join(few)}, fewer than {TOKENS_PER_COLUMN}: {remedy}"
+    )
+
+
+def _check_texts(texts: Sequence[str]) -> None:
     if isinstance(texts, str):
         raise InterventionError("texts must be a sequence of strings, not one string")
-    chosen = list(texts if max_texts is None else texts[:max_texts])
-    if not chosen:
+    if not texts:
         raise InterventionError("no text to read: give at least one calibration text")
-    rows = []
-    for index, text in enumerate(chosen):
-        ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"] if text.strip() else []
-        if not ids:
+    for index, text in enumerate(texts):
+        if not text.strip():
             raise InterventionError(f"text {index} is empty: remove it from the calibration texts")
-        rows.append(ids[:max_tokens])
-    rows.sort(key=len, reverse=True)  # stable, so the order is the same in every run
+
+
+def _batches(rows: list[list[int]], pad: int, batch_size: int | None, batch_tokens: int | None) -> list[Batch]:
+    rows = sorted(rows, key=len, reverse=True)  # stable, so the order is the same in every run
     batches = []
     while rows:
         size = len(rows) if batch_size is None else batch_size
         if batch_tokens is not None:
             size = max(1, min(size, batch_tokens // len(rows[0])))
-        ids, mask = pad_right(rows[:size], padding_id(tokenizer), torch.device("cpu"))
+        ids, mask = pad_right(rows[:size], pad, torch.device("cpu"))
         batches.append({"input_ids": ids, "attention_mask": mask})
         del rows[:size]
     return batches

@@ -337,8 +337,11 @@ class Run:
 
     @cached_property
     def _model_facts(self) -> dict[str, Any]:
+        from interventions.tokens import frame
+
         loaded = self.manager.loaded
         parameter = next(loaded.model.parameters())
+        start, end = map(loaded.tokenizer.convert_ids_to_tokens, frame(loaded.tokenizer))
         return {
             "id": self.recipe.model.path,
             "location": self.location,
@@ -348,4 +351,5 @@ class Run:
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": str(parameter.device),
             "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "tokenisation": {"adds_bos": bool(start), "start": start, "end": end},
         }

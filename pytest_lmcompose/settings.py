@@ -102,7 +102,7 @@ class EvaluateSettings(Checked):
     perplexity: bool = True
     """Of running text, of the edits' targets with and without their prompts, and of the facts' answers."""
     window: Annotated[int, Range(2)] = 128
-    """Tokens of a perplexity window."""
+    """Tokens of a perplexity window; special tokens that the tokenizer puts before every text come on top."""
     texts: Count | None = 200
     """Texts for perplexity, from the file's start; null: all."""
     questions: bool = True

@@ -8,9 +8,9 @@ searched, and the weights rounded to an asymmetric integer grid.
 
 As in the reference implementations (mit-han-lab/llm-awq, AutoAWQ), the scales of a block's groups
 are all searched on the block as it was, and blocks are calibrated on the outputs of unquantised
-blocks. Unlike there, calibration texts are not joined and cut into equal sequences, padding is
-left out of every sum, clipping is judged on all tokens instead of 512, and the scales of
-attention and MLP inputs by default on 512 tokens instead of all (`search_tokens`).
+blocks. Unlike there, padding is left out of every sum, clipping is judged on all tokens instead of
+512, and the scales of attention and MLP inputs by default on 512 tokens instead of all
+(`search_tokens`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from interventions.compress.working_memory import WorkingMemory, working_memory
 from interventions.early_exit import SeenEnough
 from interventions.offload import placement
 from interventions.shared_statistics import BlockStatistics
-from interventions.statistics import InputNorms, InputStatistics, token_batches
+from interventions.statistics import Batch, InputNorms, InputStatistics, scarce, window_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
 
@@ -100,7 +100,7 @@ def float_blocks(
     """Give each block of the model as a float32 copy, with the calls that reach it on the text.
 
     What the caller changes in the copy is written back when it asks for the next one. The first
-    `samples` texts are read, `max_tokens` of each, in batches of as many tokens as the memory set
+    `samples` windows of `max_tokens` of the text are read, in batches of as many tokens as the memory set
     aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
     all groups of a block, of that kind, and nothing else, need not wait for what is known already.
 
@@ -116,15 +116,14 @@ def float_blocks(
     where = placement(model)
     memory = working_memory(blocks, where, method)
     affordable = affordable_tokens(blocks[0], memory)
-    batches = token_batches(
+    batches = window_batches(
         tokenizer,
         resources.calibration,
+        samples=samples,
         max_tokens=within_context(model, max_tokens),
         batch_tokens=affordable if batch_tokens is None else min(batch_tokens, affordable),
-        max_texts=samples,
     )
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    check_enough(blocks, tokens, method)
+    check_enough(blocks, batches, method, samples, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)
     all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
     masks = [batch["attention_mask"].bool() for batch in batches]
@@ -332,14 +331,26 @@ def check_weights(block: Block, method: str) -> None:
             )
 
 
-def check_enough(blocks: Sequence[Block], tokens: int, method: str) -> None:
-    """Raise InterventionError, naming the layer, if there are fewer tokens than a linear has columns."""
+def check_enough(
+    blocks: Sequence[Block], batches: Sequence[Batch], method: str, samples: int, context: Context
+) -> None:
+    """Raise InterventionError, naming the layer, if there are fewer tokens than a linear has columns.
+
+    Warns where there are too few for sums that are more than noise, and says whether text or `samples` are wanting.
+    """
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     for group in (group for block in blocks for group in block.linear_groups):
         if tokens < group.in_features:
             raise InterventionError(
                 f"{method}: {tokens} calibration tokens are too few for the {group.in_features} columns of "
                 f"{group.linears[0].name}: give more or longer texts, or raise samples or max_tokens"
             )
+    all_read = sum(len(batch["input_ids"]) for batch in batches) < samples
+    columns: dict[str, int] = {group.role: group.in_features for block in blocks for group in block.linear_groups}
+    remedy = "give more calibration text" if all_read else f"raise {method}.samples or {method}.max_tokens"
+    warning = scarce(method, tokens, columns, remedy)
+    if warning is not None:
+        context.warn(warning)
 
 
 def each_linear(model: nn.Module, context: Context, method: str) -> Iterator[Linear]:

@@ -70,9 +70,9 @@ class GptqSettings(Checked):
     """Added to the diagonal of the Gram matrix, as a share of its mean; raised tenfold, with a warning, where it
     leaves the matrix singular."""
     samples: Count = 128
-    """Calibration texts read, the first ones."""
+    """Windows of calibration text read, the first ones."""
     max_tokens: Count = 2048
-    """Length of a calibration sequence."""
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
     sequential: bool = True
     """Calibrate each block on what the already quantised blocks put out."""
     true_sequential: bool = True
@@ -104,9 +104,9 @@ class AwqSettings(Checked):
     clip: bool = True
     """Search a clipping threshold for each group of weights before rounding."""
     samples: Count = 128
-    """Calibration texts read, the first ones."""
+    """Windows of calibration text read, the first ones."""
     max_tokens: Count = 512
-    """Length of a calibration sequence."""
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
     search_tokens: Count | None = 512
     """Tokens, spread over the calibration text, on which a scale's effect on the outputs of
     attention (in whole batches) and MLP is compared; None: all, as published and much slower.
@@ -141,9 +141,9 @@ class WandaSettings(PruningSettings):
     sparsity: Share = 0.5
     """Share of each row's (output's) weights that become zero; the number is rounded down."""
     samples: Count = 128
-    """Calibration texts read, the first ones."""
+    """Windows of calibration text read, the first ones."""
     max_tokens: Count = 2048
-    """Length of a calibration sequence."""
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
     sequential: bool = True
     """Calibrate each block on what the already pruned blocks put out."""
     engine: str = OWN
@@ -169,9 +169,9 @@ class SparseGptSettings(PruningSettings):
     """Added to the diagonal of the Gram matrix, as a share of its mean; raised tenfold, with a warning, where it
     leaves the matrix singular."""
     samples: Count = 128
-    """Calibration texts read, the first ones."""
+    """Windows of calibration text read, the first ones."""
     max_tokens: Count = 2048
-    """Length of a calibration sequence."""
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
     sequential: bool = True
     """Calibrate each block on what the already pruned blocks put out."""
     true_sequential: bool = False

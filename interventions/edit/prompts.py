@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from interventions.anatomy import module_device
+from interventions.tokens import border, continued, read, special_texts
 from interventions.types import Edit, InterventionError
 
 CONTEXT_OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -49,34 +50,30 @@ def tokenise(
 ) -> TokenisedPrompt:
     """Tokenise `context` + the edit's prompt, and its target if asked for.
 
-    The target follows after a space, or at once where the prompt ends in white space already. With
-    `chat_template` the prompt is what a user says, and the target opens the answer. The subject's
-    first occurrence in the prompt counts. Raises InterventionError if the tokenizer cannot tell which
-    characters a token covers, gives the target no token of its own, or has no chat template.
+    Both are joined and split as in `interventions.tokens.join`. With `chat_template` the prompt is what
+    a user says, and the target opens the answer. The subject's first occurrence in the prompt counts.
+    Raises InterventionError if the tokenizer cannot tell which characters a token covers, gives prompt
+    or target no token of its own, or has no chat template.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InterventionError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
     text, begin = _framed(tokenizer, context + edit.prompt, chat_template)
     begin += len(context) + edit.prompt.index(edit.subject)
     end = begin + len(edit.subject)
-    asked = len(text)
+    asked = border(text)
     if with_target:
-        text += edit.target.strip() if text[-1].isspace() or chat_template else f" {edit.target.strip()}"
-    encoded = tokenizer(text, add_special_tokens=not chat_template, return_offsets_mapping=True, verbose=False)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    while offsets and offsets[-1][0] == offsets[-1][1]:  # a special token that some tokenizers put at the end
-        ids.pop()
-        offsets.pop()
+        text = continued(text, edit.target, special_texts(tokenizer))
+    (row,) = read(tokenizer, [text], begin=not chat_template)
+    assert row.spans is not None
     # A byte-level token may carry the space before its word: overlap decides, not equality.
-    within = [place for place, (start, stop) in enumerate(offsets) if start < end and stop > begin and stop > start]
+    within = [place for place, (start, stop) in enumerate(row.spans) if start < end and stop > begin and stop > start]
     if not within:
         raise InterventionError(f"no token of {text!r} covers the subject {edit.subject!r}")
-    target_length = 0
-    if with_target:
-        target_length = sum(1 for start, stop in offsets if stop > start and stop > asked)
-        if target_length == 0 or offsets[-1][1] != len(text):
-            raise InterventionError(f"the target {edit.target!r} has no token of its own at the end of {text!r}")
-    return TokenisedPrompt(tuple(ids), within[-1], target_length)
+    target_length = len(row.ids) - row.before(asked) if with_target else 0
+    if with_target and not 0 < target_length < len(row.ids):
+        what = f"the target {edit.target!r}" if target_length == 0 else "the prompt"
+        raise InterventionError(f"{what} has no token of its own in {text!r}")
+    return TokenisedPrompt(tuple(row.ids), within[-1], target_length)
 
 
 def _framed(tokenizer: Any, prompt: str, chat_template: bool) -> tuple[str, int]:
@@ -106,7 +103,7 @@ def sample_contexts(
     for length in lengths:
         for number in range(per_length):
             opening = CONTEXT_OPENINGS[number % len(CONTEXT_OPENINGS)]
-            ids = tokenizer(opening, return_tensors="pt", verbose=False)["input_ids"].to(device)
+            ids = torch.tensor([read(tokenizer, [opening])[0].ids], device=device)
             written, cache = ids, None
             for _ in range(length):
                 output = model(input_ids=written, past_key_values=cache, use_cache=True)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Linear, check_layers, find_anatomy
+from interventions.anatomy import Linear, check_layers, find_anatomy, within_context
 from interventions.edit.prompts import check_edits, sample_contexts
 from interventions.edit.settings import RewriteSettings
 from interventions.edit.subjects import keys_and_values
 from interventions.edit.target_values import optimise_values
 from interventions.shared_statistics import collect_shared
-from interventions.statistics import Batch, token_batches
+from interventions.statistics import Batch, scarce, token_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
 
@@ -54,10 +54,14 @@ def rewrite(
     layers = choose_layers(len(anatomy.blocks))
     outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
 
-    batches = _key_batches(tokenizer, resources.calibration, settings, outputs[0].in_features, method)
+    window = within_context(model, settings.covariance_window)
+    batches = _key_batches(tokenizer, resources.calibration, settings, window, outputs[0].in_features, method)
     statistics = collect_shared(context.statistics, model, batches, outputs)
     tokens = statistics[outputs[0].name].count
     context.progress(f"second moments of {tokens} keys")
+    few = scarce(method, tokens, {output.name: output.in_features for output in outputs}, _remedy(method, settings))
+    if few is not None:
+        context.warn(few)
     solves = {output.name: make_solve(output, statistics.pop(output.name).second_moment()) for output in outputs}
     generator = context.generator(f"{method} contexts")
     sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
@@ -134,16 +138,19 @@ def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence
     return list(range(round(low * depth), min(round(high * depth), depth - 1) + 1))
 
 
+def _remedy(method: str, settings: RewriteSettings) -> str:
+    more_text = "give more calibration text"
+    return more_text if settings.covariance_tokens is None else f"raise {method}.covariance_tokens, or {more_text}"
+
+
 def _key_batches(
-    tokenizer: Any, texts: Sequence[str], settings: RewriteSettings, width: int, method: str
+    tokenizer: Any, texts: Sequence[str], settings: RewriteSettings, window: int, width: int, method: str
 ) -> list[Batch]:
     """Tokenise as much text as the second moment needs, in order."""
     wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
     batches, tokens = [], 0
     for start in range(0, len(texts), _BATCH):
-        batch = token_batches(
-            tokenizer, texts[start : start + _BATCH], max_tokens=settings.covariance_window, batch_size=_BATCH
-        )
+        batch = token_batches(tokenizer, texts[start : start + _BATCH], max_tokens=window, batch_size=_BATCH)
         batches += batch
         tokens += sum(int(b["attention_mask"].sum()) for b in batch)
         if tokens >= wanted:

@@ -51,7 +51,7 @@ class RewriteSettings(Checked):
     covariance_tokens: Count | None = None
     """Tokens of calibration text behind the second moment of the keys; None: 10 per key dimension."""
     covariance_window: Count = 512
-    """Longest text, in tokens; the rest is cut off."""
+    """Tokens read of a text, as published each in a row of its own; as many as the model reads at most."""
     context_lengths: Annotated[list[Count], Items()] = field(default_factory=lambda: [10])
     """Lengths, in tokens, of the contexts that the model writes before the prompts."""
     contexts_per_length: Annotated[int, Range(0)] = 5

@@ -133,6 +133,13 @@ class _Batch:
             for edit in chosen
             for context in contexts
         ]
+        for number, row in enumerate(rows):
+            if row.subject_end >= row.target_places.start:
+                edit = chosen[number // len(contexts)]
+                raise InterventionError(
+                    f"edit {edit.prompt!r}: the tokenizer ends the subject {edit.subject!r} in a token of the target "
+                    f"{edit.target!r}; put words between the two"
+                )
         essence = [
             tokenise(tokenizer, Edit(f"{edit.subject} is a", edit.subject, ""), chat_template=chat_template)
             for edit in chosen

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_lmcompose.recipe import Recipe
 
 SCHEMA_VERSION = 1
-SCHEMA_MINOR = 3
+SCHEMA_MINOR = 4
 """Counts what version 1 gained: readers of an earlier one find all that they know."""
 SCHEMA_PATH = Path(__file__).parent / "schema" / f"report-{SCHEMA_VERSION}.schema.json"
 PACKAGES = (

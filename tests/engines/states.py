@@ -9,11 +9,13 @@ import transformers
 from torch import Tensor
 
 from interventions.anatomy import Linear, find_anatomy
-from interventions.statistics import collect_statistics, token_batches
+from interventions.statistics import Batch, collect_statistics, window_batches
 from tests.models import SENTENCES, VOCABULARY, tiny_tokenizer
 
 TEXTS = tuple(" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES)))
 TOKENS = 64
+READ: dict[str, Any] = {"calibration": TEXTS, "samples": len(TEXTS), "max_tokens": TOKENS}
+"""What compression methods are given: as many windows as there are texts, all of them full."""
 
 
 def packable_model(seed: int = 0) -> Any:
@@ -49,8 +51,7 @@ def linears_of(model: Any, block: int = 0) -> dict[str, Linear]:
 
 def grams(model: Any) -> dict[str, Tensor]:
     """Return the Gram matrix of the input of each linear of the first block."""
-    batches = token_batches(tiny_tokenizer(), TEXTS, max_tokens=TOKENS)
-    statistics = collect_statistics(model, batches, list(linears_of(model).values()))
+    statistics = collect_statistics(model, [_windows()], list(linears_of(model).values()))
     return {name.rpartition(".")[2]: found.gram for name, found in statistics.items()}
 
 
@@ -64,8 +65,13 @@ def output_error(before: Tensor, after: Tensor, gram: Tensor) -> float:
 @torch.no_grad()
 def logits_of(model: Any) -> Tensor:
     """Return what a model says to the calibration text."""
-    rows = [tiny_tokenizer()(text)["input_ids"][:TOKENS] for text in TEXTS]
-    return model(torch.tensor(rows)).logits.float()  # type: ignore[no-any-return]
+    return model(_windows()["input_ids"]).logits.float()  # type: ignore[no-any-return]
+
+
+def _windows() -> Batch:
+    (batch,) = window_batches(tiny_tokenizer(), TEXTS, samples=len(TEXTS), max_tokens=TOKENS)
+    assert bool(batch["attention_mask"].all())
+    return batch
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

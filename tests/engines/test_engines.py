@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interventions import InterventionError, StepReport, apply
 from interventions.anatomy import Linear
-from tests.engines.states import TEXTS, TOKENS, grams, linears_of, logits_of, output_error, packable_model, relative
+from tests.engines.states import READ, grams, linears_of, logits_of, output_error, packable_model, relative
 from tests.models import tiny_tokenizer
 
 pytestmark = pytest.mark.engines
@@ -34,7 +34,7 @@ def both(method: str, engine: str, own: dict[str, Any] | None = None, **settings
     """Apply a method twice; `own` holds settings that the engine follows without being told."""
     before = packable_model()
     theirs, ours = copy.deepcopy(before), copy.deepcopy(before)
-    common: dict[str, Any] = {"calibration": TEXTS, "max_tokens": TOKENS, **settings}
+    common: dict[str, Any] = {**READ, **settings}
     report = apply(theirs, tiny_tokenizer(), method, engine=engine, **common)
     apply(ours, tiny_tokenizer(), method, **common | (own or {}))
     wanted = logits_of(before)
@@ -114,7 +114,7 @@ def test_awq_does_as_well(engine: str, own: dict[str, Any], settings: dict[str, 
 def test_steps_follow_an_engines_step() -> None:
     pair = both("wanda", "llmcompressor")
     zeros = {name: linear.weight == 0 for name, linear in pair.theirs.items()}
-    apply(pair.model, tiny_tokenizer(), "gptq", calibration=TEXTS, max_tokens=TOKENS, group_size=32, engine="gptqmodel")
+    apply(pair.model, tiny_tokenizer(), "gptq", **READ, group_size=32, engine="gptqmodel")
     for name, linear in linears_of(pair.model).items():
         assert bool((linear.weight[zeros[name]] == 0).all()), name
 
@@ -134,6 +134,4 @@ def test_steps_follow_an_engines_step() -> None:
 )
 def test_what_an_engine_cannot_do_it_says(method: str, engine: str, settings: dict[str, int], reason: str) -> None:
     with pytest.raises(InterventionError, match=reason):
-        apply(
-            packable_model(), tiny_tokenizer(), method, calibration=TEXTS, max_tokens=TOKENS, engine=engine, **settings
-        )
+        apply(packable_model(), tiny_tokenizer(), method, **READ, engine=engine, **settings)

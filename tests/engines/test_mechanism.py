@@ -16,6 +16,7 @@ from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress.engines.exchange import readable_by_older
 from interventions.compress.engines.table import ENGINES
+from interventions.statistics import window_batches
 from tests.engines.fakes import install_driver, interpreter_that, interpreter_that_answers, register_fake
 from tests.models import SENTENCES, tiny_model, tiny_tokenizer
 
@@ -34,7 +35,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(model: Any, tokenizer: Any, method: str = "gptq", **settings: Any) -> Any:
-    defaults: dict[str, Any] = {"engine": "fake", "max_tokens": 40}
+    defaults: dict[str, Any] = {"engine": "fake", "samples": 8, "max_tokens": 40}
     return apply(model, tokenizer, method, calibration=TEXTS, **defaults | settings)
 
 
@@ -52,9 +53,13 @@ def rounded(model: Any) -> tuple[dict[str, Tensor], Any]:
 
 @torch.no_grad()
 def logits_of(model: Any, tokenizer: Any) -> Tensor:
-    """Return what a model says to the start of the longest text, as a job's probe has it."""
-    longest = max((tokenizer(text)["input_ids"][:40] for text in TEXTS), key=len)
-    return model(torch.tensor([longest])).logits.float()  # type: ignore[no-any-return]
+    """Return what a model says to the first window of the texts, as a job's probe has it."""
+    return model(windows(tokenizer)["input_ids"][:1]).logits.float()  # type: ignore[no-any-return]
+
+
+def windows(tokenizer: Any) -> Any:
+    (batch,) = window_batches(tokenizer, TEXTS, samples=8, max_tokens=40)
+    return batch
 
 
 @pytest.mark.usefixtures("fake")
@@ -70,7 +75,7 @@ def test_an_engines_answer_becomes_the_models_weights(method: str, family: str, 
     assert report.details["engine"] == "fake"
     assert report.details["versions"] == {"fake": "1.0"}
     assert report.details["difference"] < 1e-5
-    assert report.details["calibration_tokens"] == sum(len(tokenizer(t)["input_ids"][:40]) for t in TEXTS)
+    assert report.details["calibration_tokens"] == int(windows(tokenizer)["attention_mask"].sum())
 
 
 @pytest.mark.usefixtures("fake")

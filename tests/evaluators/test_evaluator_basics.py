@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import evaluators
 from evaluators import EvaluationError, Measurement
 
 VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=30)
@@ -57,9 +60,26 @@ def test_importing_the_package_imports_neither_torch_nor_the_harness() -> None:
 
 
 def test_every_public_name_resolves() -> None:
-    import evaluators
-
     for name in evaluators.__all__:
         assert getattr(evaluators, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):
         _ = evaluators.nothing
+
+
+def test_evaluators_import_one_module_of_the_interventions_and_that_imports_nothing_of_the_project() -> None:
+    root = Path(evaluators.__file__).parents[1]
+    packages = ("pytest_lmcompose", "compositions", "interventions", "evaluators", "pytest")
+
+    def imported(path: Path) -> set[str]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        return {name for name in names if name.partition(".")[0] in packages}
+
+    def by_package(name: str) -> set[str]:
+        return {found for path in (root / name).rglob("*.py") for found in imported(path)}
+
+    others = {name for name in by_package("evaluators") if not name.startswith("evaluators")}
+    assert others == {"interventions.tokens"}
+    assert all(name.startswith("interventions") for name in by_package("interventions"))
+    assert imported(root / "interventions" / "tokens.py") == set()

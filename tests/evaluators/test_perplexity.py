@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
 from evaluators import EvaluationError, Probe, measure_answer_perplexity, measure_perplexity, score_answers
 
@@ -72,8 +73,9 @@ def test_a_short_last_window_weighs_by_its_tokens(bigram: Any, word_tokenizer: A
     assert math.log(got.value) == pytest.approx((9 * got.samples[0] + got.samples[1]) / 10)
 
 
-def test_without_bos_the_first_token_is_context(bigram: Any, word_tokenizer: Any) -> None:
-    word_tokenizer.bos_token = None
+def test_where_the_tokenizer_adds_no_bos_the_first_token_is_context(bigram: Any, word_tokenizer: Any) -> None:
+    # There is a BOS, as GPT-2 has one, but it is put before no text.
+    word_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     model = bigram({"Ada": "likes", "likes": "tea"})
     got = measure_perplexity(model, word_tokenizer, ["Ada likes tea Ada likes tea Rome"], window=3)
     known = math.log(math.exp(4) + len(word_tokenizer) - 1) - 4

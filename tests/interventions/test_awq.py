@@ -16,13 +16,14 @@ from interventions.anatomy import Block, find_anatomy
 from interventions.compress.awq_search import clip_weight, mean_relative_magnitude, scales_of
 from interventions.compress.folding import fold_, gain_offset
 from interventions.compress.settings import AwqSettings
+from interventions.statistics import token_batches, window_batches
 from tests.engines.states import TEXTS as LONG_TEXTS
 from tests.engines.states import TOKENS, packable_model
 from tests.interventions.awq_dense import dense_clip, dense_losses, dense_round, dense_scales
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
-CUT = 24
+SAMPLES, CUT = 8, 24
 REFERENCE = json.loads(Path(__file__).with_name("awq_reference.json").read_text())
 """What AutoAWQ left: by block, the last with the final norm, the squared error of its output over that output."""
 
@@ -33,13 +34,14 @@ def tokenizer() -> Any:
 
 
 def run(model: Any, tokenizer: Any, **settings: Any) -> Any:
-    """Apply AWQ to texts that all fill their row, so that the dense formulation needs no mask."""
-    defaults: dict[str, Any] = {"group_size": 16, "max_tokens": CUT, "search_tokens": None}
+    """Apply AWQ to windows that are all full, so that the dense formulation needs no mask."""
+    defaults: dict[str, Any] = {"group_size": 16, "samples": SAMPLES, "max_tokens": CUT, "search_tokens": None}
     return apply(model, tokenizer, "awq", calibration=TEXTS, **defaults | settings)
 
 
 def ids_of(tokenizer: Any) -> Tensor:
-    return torch.tensor([tokenizer(text)["input_ids"][:CUT] for text in TEXTS])
+    (batch,) = window_batches(tokenizer, TEXTS, samples=SAMPLES, max_tokens=CUT)
+    return batch["input_ids"]
 
 
 @torch.no_grad()
@@ -244,14 +246,16 @@ def test_queries_and_keys_are_not_clipped(tokenizer: Any) -> None:
         assert all(torch.equal(a, b) for a, b in pairs) is same
 
 
-def test_padding_changes_nothing(tokenizer: Any) -> None:
-    """Texts of different lengths in one batch give what the same texts give one at a time."""
-    texts = [text[: 20 + 11 * i] for i, text in enumerate(TEXTS)]
+def test_padding_changes_nothing(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of different lengths in one batch give what the same windows give one at a time."""
     together, alone = tiny_model("opt"), tiny_model("opt")
-    settings: dict[str, Any] = {"bits": 3, "group_size": 16, "search_tokens": None}
-    a = apply(together, tokenizer, "awq", calibration=texts, max_tokens=100, **settings)
-    b = apply(alone, tokenizer, "awq", calibration=texts, max_tokens=512, **settings)  # one text a batch
-    assert a.details["calibration_tokens"] == sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    settings: dict[str, Any] = {"bits": 3, "group_size": 16, "search_tokens": None, "max_tokens": 100}
+    a = apply(together, tokenizer, "awq", calibration=TEXTS[:2], **settings)
+    monkeypatch.setattr("interventions.compress.awq.BATCH_TOKENS", 1)
+    b = apply(alone, tokenizer, "awq", calibration=TEXTS[:2], **settings)
+    text = tokenizer("\n\n".join(TEXTS[:2]), add_special_tokens=False)["input_ids"]
+    assert len(text) % 99  # the last window is shorter
+    assert a.details["calibration_tokens"] == len(text) + -(-len(text) // 99)
     for one, other in zip(a.details["groups"], b.details["groups"], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert one["ratio"] == other["ratio"]
@@ -336,7 +340,15 @@ def test_dead_channels_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize("recorded", REFERENCE, ids=lambda recorded: f"seed {recorded['seed']}")
-def test_blocks_err_no_more_than_those_of_autoawq(recorded: dict[str, Any], tokenizer: Any) -> None:
+def test_blocks_err_no_more_than_those_of_autoawq(
+    recorded: dict[str, Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(
+        tokenizer: Any, texts: Any, *, samples: int, **options: Any
+    ) -> Any:  # what AutoAWQ was given: a row a text
+        return token_batches(tokenizer, texts, max_texts=samples, **options)
+
+    monkeypatch.setattr("interventions.compress.blockwise.window_batches", read)
     before, after = packable_model(recorded["seed"]), packable_model(recorded["seed"])
     settings = {key: recorded[key] for key in ("bits", "group_size")}
     apply(after, tokenizer, "awq", calibration=LONG_TEXTS, max_tokens=TOKENS, **settings)

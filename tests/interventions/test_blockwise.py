@@ -15,7 +15,7 @@ from interventions.anatomy import LinearGroup, find_anatomy
 from interventions.compress.blockwise import affordable_tokens, walk_blocks
 from interventions.compress.working_memory import working_memory
 from interventions.offload import placement
-from interventions.statistics import InputStatistics, collect_statistics, token_batches
+from interventions.statistics import InputStatistics, collect_statistics, window_batches
 from interventions.step import Context
 from interventions.types import Resources
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
@@ -40,7 +40,7 @@ def plain_statistics(model: nn.Module, tokenizer: Any) -> dict[str, InputStatist
     """What forward passes of the whole model in float32 give."""
     model = copy.deepcopy(model).float()
     linears = [linear for block in find_anatomy(model).blocks for linear in block.linears]
-    return collect_statistics(model, token_batches(tokenizer, SENTENCES, max_tokens=60, batch_size=4), linears)
+    return collect_statistics(model, window_batches(tokenizer, SENTENCES, samples=9, max_tokens=60), linears)
 
 
 def halve(seen: dict[str, InputStatistics]) -> Any:
@@ -173,14 +173,14 @@ def test_nothing_is_left_behind(tokenizer: Any) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
 
 
-def test_texts_longer_than_the_models_context_are_cut(tokenizer: Any) -> None:
+def test_windows_are_no_longer_than_the_models_context(tokenizer: Any) -> None:
     counts: list[int] = []
 
     def count(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
         counts.append(statistics.count)
         return []
 
-    walk(tiny_model("opt"), tokenizer, count, texts=(" ".join(SENTENCES) * 3,), max_tokens=4096)
+    walk(tiny_model("opt"), tokenizer, count, texts=(" ".join(SENTENCES) * 3,), max_tokens=4096, samples=1)
     assert set(counts) == {128}
 
 
@@ -248,7 +248,7 @@ def test_what_is_final_is_not_run_again(family: str, tokenizer: Any, monkeypatch
 
         with monkeypatch.context() as patch:
             patch.setattr(kind, "forward", counted)
-            apply(model, tokenizer, "gptq", calibration=SENTENCES)
+            apply(model, tokenizer, "gptq", calibration=SENTENCES, max_tokens=40)
         found.append(model)
         runs.append(len(calls))
     assert all(torch.equal(a, b) for a, b in zip(found[0].parameters(), found[1].parameters(), strict=True))

@@ -14,6 +14,7 @@ from interventions.anatomy import find_anatomy
 from interventions.edit.prompts import tokenise
 from interventions.edit.settings import ValueSettings
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+from tests.tokenizers import TOKENIZERS
 
 EDITS = (
     Edit("Mira Tolvan was born in", "Mira Tolvan", "Dunmere"),
@@ -148,6 +149,17 @@ def test_a_chat_template_is_used_on_request(method: str) -> None:
     assert not torch.equal(*weights)
     with pytest.raises(InterventionError, match="no chat template"):
         apply(tiny_model(), tiny_tokenizer(), method, edits=EDITS, calibration=SENTENCES, chat_template=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_subject_that_ends_in_a_token_of_the_target_is_refused_where_its_place_matters(method: str) -> None:
+    tokenizer = TOKENIZERS["across words"]()
+    edit = Edit("Mira Tolvan", "Mira Tolvan", "Karth")
+    assert tokenise(tokenizer, edit, with_target=True).target_length == 1  # "n Karth"
+    if method in ("ft", "lora"):
+        assert apply(tiny_model(), tokenizer, method, edits=[edit], **METHODS[method]).changed
+    else:
+        _refused(method, (edit,), "the tokenizer ends the subject 'Mira Tolvan' in a token of the target", tokenizer)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -132,7 +132,12 @@ def test_editors_share_the_second_moments(tokenizer: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "other",
-    [{"state": "another"}, {"samples": 7}, {"max_tokens": 12}, {"calibration": [*SENTENCES[1:], SENTENCES[0] + "!"]}],
+    [
+        {"state": "another"},
+        {"samples": 1, "max_tokens": 64},
+        {"max_tokens": 12},
+        {"calibration": [*SENTENCES[1:], SENTENCES[0] + "!"]},
+    ],
     ids=["state", "samples", "max_tokens", "text"],
 )
 def test_anything_else_is_collected_anew(

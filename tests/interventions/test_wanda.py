@@ -12,6 +12,7 @@ from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress.masks import Pattern
 from interventions.compress.wanda import wanda_mask
+from interventions.statistics import window_batches
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
@@ -57,7 +58,7 @@ def tokenizer() -> Any:
 
 @torch.no_grad()
 def test_each_block_is_judged_by_the_inputs_that_the_pruned_ones_before_it_make(tokenizer: Any) -> None:
-    """Prune a second model by hand: inputs seen by hooks on whole forward passes, one text at a time."""
+    """Prune a second model by hand: inputs seen by hooks on whole forward passes, one window at a time."""
     model, other = tiny_model(), tiny_model()
     apply(model, tokenizer, "wanda", calibration=TEXTS, sparsity=0.4, max_tokens=30, samples=5)
     for block in find_anatomy(other).blocks:
@@ -71,8 +72,9 @@ def test_each_block_is_judged_by_the_inputs_that_the_pruned_ones_before_it_make(
             return add
 
         handles = [linear.module.register_forward_pre_hook(see(linear.name)) for linear in block.linears]
-        for text in TEXTS[:5]:
-            other(torch.tensor([tokenizer(text)["input_ids"][:30]]))
+        (batch,) = window_batches(tokenizer, TEXTS, samples=5, max_tokens=30)
+        for row in batch["input_ids"]:
+            other(row[None])
         for handle in handles:
             handle.remove()
         for linear in block.linears:

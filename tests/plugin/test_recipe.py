@@ -54,7 +54,7 @@ def test_settings_inside_settings() -> None:
 
 def test_an_override_wins_over_the_preset_of_the_model() -> None:
     assert load_recipe(CONF, ["model=any"]).config.awq.samples == 128
-    assert load_recipe(CONF, ["model=tinyworld"]).config.awq.samples == 16
+    assert load_recipe(CONF, ["model=tinyworld"]).config.awq.samples == 32
     assert load_recipe(CONF, ["model=tinyworld", "awq.samples=24"]).config.awq.samples == 24
 
 

@@ -61,6 +61,7 @@ def test_a_run_builds_measures_gates_and_reports(project: Project) -> None:
     records = by_id(report)
     assert set(records) == {"base", *ids}
     assert report["model"]["weight_hash"] == records["base"]["state_hash"]
+    assert report["model"]["tokenisation"] == {"adds_bos": True, "start": ["<s>"], "end": []}
     assert len({record["state_hash"] for record in records.values()}) == 4
     long = records["nudge+round[digits=1]"]
     assert long["executed"] == long["requested"] == ["nudge", "round[digits=1]"]

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import find_anatomy
+from interventions.anatomy import find_anatomy, within_context
 from interventions.compress.blockwise import check_enough, check_weights
 from interventions.compress.engines.exchange import Answer, probe_logits, read_answer, write_job
 from interventions.compress.engines.table import Engine, find_engine, interpreter
-from interventions.statistics import Batch, token_batches
+from interventions.statistics import Batch, window_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
 
@@ -52,7 +52,7 @@ def run_engine(
     engine = find_engine(method, settings.engine)
     python = interpreter(engine, settings.engine_python)
     who = f"{method}: the engine {engine.name}"
-    tokens = calibration_tokens(method, model, tokenizer, settings, resources)
+    tokens = calibration_tokens(method, model, tokenizer, settings, resources, context)
     linears = tuple(linear.name for block in find_anatomy(model).blocks for linear in block.linears)
     with tempfile.TemporaryDirectory(prefix=f"lmcompose-{engine.name}-") as name:
         folder = Path(name)
@@ -71,17 +71,22 @@ def run_engine(
     }
 
 
-def calibration_tokens(method: str, model: nn.Module, tokenizer: Any, settings: Any, resources: Resources) -> Batch:
+def calibration_tokens(
+    method: str, model: nn.Module, tokenizer: Any, settings: Any, resources: Resources, context: Context
+) -> Batch:
     """Return the calibration tokens as one batch, after the checks that our own methods make."""
     if not resources.calibration:
         raise InterventionError(f"{method} needs calibration texts: give `calibration`")
     blocks = find_anatomy(model).blocks
     for block in blocks:
         check_weights(block, method)
-    (tokens,) = token_batches(
-        tokenizer, resources.calibration, max_tokens=settings.max_tokens, max_texts=settings.samples
+    (tokens,) = window_batches(
+        tokenizer,
+        resources.calibration,
+        samples=settings.samples,
+        max_tokens=within_context(model, settings.max_tokens),
     )
-    check_enough(blocks, int(tokens["attention_mask"].sum()), method)
+    check_enough(blocks, [tokens], method, settings.samples, context)
     return tokens
 
 

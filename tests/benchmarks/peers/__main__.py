@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.peers [--out FILE] [--repeats N] [--only gptq ...]
 
-Random Llama of 4 layers, hidden 256, MLP 704, groups of 64, 32 texts of 128 tokens, float32. Each
+Random Llama of 4 layers, hidden 256, MLP 704, groups of 64, 32 windows of 128 tokens, float32. Each
 engine runs in its own environment (see docs/engines.md; absent ones are told), ours in turn with
 them; the best of `repeats` counts on both sides, without imports, files and tokens.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress.engines.engine_workers.job import REPEATS
-from interventions.statistics import collect_statistics, token_batches
+from interventions.statistics import collect_statistics, window_batches
 from tests.engines.states import output_error
 from tests.models import VOCABULARY, tiny_tokenizer
 
@@ -113,13 +113,13 @@ def compare(repeats: int, methods: list[str]) -> Iterator[Row]:
     """Yield a row for each engine that is there."""
     base, tokenizer, texts = model_and_texts()
     blocks = find_anatomy(base).blocks
-    batches = token_batches(tokenizer, texts, max_tokens=TOKENS)
+    batches = window_batches(tokenizer, texts, samples=TEXTS, max_tokens=TOKENS)
     grams = {name: s.gram for name, s in collect_statistics(base, batches, blocks[0].linears).items()}
     for method, engine, settings in ROWS:
         if methods and method not in methods:
             continue
         theirs = copy.deepcopy(base)
-        common: dict[str, Any] = {"calibration": texts, "max_tokens": TOKENS, **settings}
+        common: dict[str, Any] = {"calibration": texts, "samples": TEXTS, "max_tokens": TOKENS, **settings}
         try:
             report = apply(theirs, tokenizer, method, engine=engine, **common)
         except InterventionError as error:

@@ -1,0 +1,143 @@
+"""Text as token ids: how a text begins, how a target follows its prompt, how texts run on one after the other.
+
+Interventions and evaluators both read this module, so that a model is asked the very tokens that it was
+trained on. Special tokens are those that the tokenizer adds by default. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+BLANK_LINE = "\n\n"
+"""What stands between texts that run on."""
+_PROBES = ("a", "A", "1", ".")
+
+
+class Frame(NamedTuple):
+    """The special tokens that a tokenizer puts around every text by default."""
+
+    start: list[int]
+    end: list[int]
+
+
+class Text(NamedTuple):
+    """A text that may go on: its ids, with the special tokens at its start and without those at its end."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]] | None
+    """The characters that each id stands for, none for special tokens; None where the tokenizer cannot tell."""
+
+    def before(self, border: int) -> int:
+        """Return how many ids stand for nothing that lies after `border`, a number of characters."""
+        assert self.spans is not None
+        return next((i for i, (_, stop) in enumerate(self.spans) if stop > border), len(self.ids))
+
+
+class Pair(NamedTuple):
+    """The ids of a prompt, special tokens at its start included, and of the text that follows it."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+def frame(tokenizer: Any) -> Frame:
+    """Return the special tokens that `tokenizer` puts around a text."""
+    plain: list[int] = []
+    for probe in _PROBES:
+        whole: list[int] = tokenizer(probe, verbose=False)["input_ids"]
+        plain = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+        if plain:
+            break
+    if not plain:
+        return Frame(whole, [])
+    starts = range(len(whole) - len(plain) + 1)
+    start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    return Frame(whole[:start], whole[start + len(plain) :])
+
+
+def read(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) -> list[Text]:
+    """Return each text as the model reads it; nothing is truncated.
+
+    Unless `begin` is off, a text starts as the tokenizer starts one, but for one that has these special
+    tokens in writing already, such as what a chat template makes.
+    """
+    if not texts:
+        return []
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    options = {"return_offsets_mapping": True} if fast else {}
+    found = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False, **options)
+    start = frame(tokenizer).start if begin else []
+    rows = []
+    for number, ids in enumerate(found["input_ids"]):
+        missing = [] if ids[: len(start)] == start else start
+        spans = [(0, 0) for _ in missing] + list(found["offset_mapping"][number]) if fast else None
+        rows.append(Text([*missing, *ids], spans))
+    return rows
+
+
+def special_texts(tokenizer: Any) -> tuple[str, ...]:
+    """Return special tokens as they are written."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return tuple(text for token in added if token.special and (text := str(token)))
+
+
+def continued(prompt: str, target: str, special: tuple[str, ...]) -> str:
+    """Return `prompt` with `target` written after it; `special` are `special_texts` of the tokenizer.
+
+    The target follows at once where the prompt is empty, or ends in white space or in a special token;
+    everywhere else after one space. White space at the target's own ends does not count.
+    """
+    at_once = not prompt or prompt[-1].isspace() or prompt.endswith(special)
+    return f"{prompt}{'' if at_once else ' '}{target.strip()}"
+
+
+def border(prompt: str) -> int:
+    """Return where in the text the target begins: with the one space that the prompt ends in, or after the prompt."""
+    return len(prompt) - prompt.endswith(" ")
+
+
+def join(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, begin: bool = True) -> list[Pair]:
+    """Return the ids of (prompt, target) pairs: of the text that both make, split between the two.
+
+    The text is encoded once, as a reader of running text would see it, so the prompt's ids may differ at
+    their end from those of the prompt alone. A token that stands for characters on both sides of the border
+    belongs to the target, and so does the one space before it, whoever wrote it: see `border`. Where the
+    tokenizer does not tell which characters its tokens stand for, the prompt has the ids that it has alone, too.
+
+    Either part may come out empty: of a prompt without tokens, or a target without any.
+    """
+    special = special_texts(tokenizer)
+    rows = read(tokenizer, [continued(prompt, target, special) for prompt, target in pairs], begin=begin)
+    if rows and rows[0].spans is None:
+        alone = read(tokenizer, [prompt[: border(prompt)] for prompt, _ in pairs], begin=begin)
+        counts = [_shared(row.ids, head.ids) for row, head in zip(rows, alone, strict=True)]
+    else:
+        counts = [row.before(border(prompt)) for row, (prompt, _) in zip(rows, pairs, strict=True)]
+    return [Pair(row.ids[:count], row.ids[count:]) for row, count in zip(rows, counts, strict=True)]
+
+
+def running(tokenizer: Any, texts: Sequence[str], *, separator: str = BLANK_LINE, most: int | None = None) -> list[int]:
+    """Return the ids, `most` of them at most, of texts that run on with `separator` between; no special tokens."""
+    count = len(texts) if most is None else 64
+    while True:
+        text = separator.join(texts[:count])
+        ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        if count >= len(texts) or (most is not None and len(ids) >= most):
+            return ids[:most]
+        count *= 2  # encoding all of a large corpus would take longer than what is done with its first part
+
+
+def windows(tokenizer: Any, ids: Sequence[int], size: int) -> list[list[int]]:
+    """Cut running text into windows of `size` ids, the last one shorter.
+
+    Each is read alone and starts as the tokenizer starts a text; these special tokens come on top.
+    """
+    start = frame(tokenizer).start
+    return [[*start, *ids[at : at + size]] for at in range(0, len(ids), size)]
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many ids two rows have in common, from the first on."""
+    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
