@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import Linear, check_layers, find_anatomy, within_context
-from interventions.edit.prompts import check_edits, sample_contexts
+from interventions.edit.arrival import Arrival
+from interventions.edit.prompts import check_edits, sample_contexts, tokenise
 from interventions.edit.settings import RewriteSettings
 from interventions.edit.subjects import keys_and_values
-from interventions.edit.target_values import optimise_values
+from interventions.edit.target_values import TargetValues, optimise_values
+from interventions.padding import padding_id
 from interventions.shared_statistics import collect_shared
 from interventions.statistics import Batch, scarce, token_batches
 from interventions.step import Context
@@ -28,6 +30,8 @@ Solve = Callable[[Tensor, Tensor], Tensor]
 """From keys (d_k, n) and residuals (d_out, n) to the update of a weight, (d_out, d_k) float64."""
 
 _BATCH = 32
+_PROBED = 8
+_ENOUGH = 0.9
 
 
 def rewrite(
@@ -40,13 +44,15 @@ def rewrite(
     method: str,
     choose_layers: Callable[[int], list[int]],
     make_solve: Callable[[Linear, Tensor], Solve],
+    remedy: str,
 ) -> dict[str, Any]:
     """Make all of `resources.edits`, batch after batch, in place; return the details of the step.
 
     `choose_layers` gives the blocks to edit from the number of blocks; `make_solve` prepares the
     solve of one projection from the second moment of its keys, which is that of the model before
     the first batch, on `resources.calibration`. Where there are several layers, each takes its
-    share of what is still wanting, so that errors of the earlier ones are made up for.
+    share of what is still wanting, so that errors of the earlier ones are made up for. `remedy` says
+    which setting to change where edits reach little of their target values.
     """
     edits = resources.edits
     check_edits(edits)
@@ -66,10 +72,17 @@ def rewrite(
     generator = context.generator(f"{method} contexts")
     sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
     contexts = ["", *sampled]
+    prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
+    pad = padding_id(tokenizer)
+    gains = [
+        Arrival(model, anatomy.blocks[layer], prompts[:_PROBED], pad).gain(output.out_features)
+        for layer, output in zip(layers, outputs, strict=True)
+    ]
 
     weights = {output.name: _EditedWeight(output) for output in outputs}
     size = settings.batch_size or len(edits)
     reports: list[dict[str, Any]] = []
+    values: list[TargetValues] = []
     for start in range(0, len(edits), size):
         chosen = edits[start : start + size]
         found = optimise_values(
@@ -83,12 +96,16 @@ def rewrite(
             context.progress,
             chat_template=settings.chat_template,
             first=start,
+            gain=gains[-1],
         )
-        for position, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
+        values.append(found)
+        for position, (layer, output, gain) in enumerate(zip(layers, outputs, gains, strict=True)):
             keys, reached = keys_and_values(
                 model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=settings.chat_template
             )
-            residuals = (found.z - reached) / (len(layers) - position)
+            wanted = (found.z - reached) / (len(layers) - position)
+            arrival = None if gain.linear else Arrival(model, anatomy.blocks[layer], prompts[start : start + size], pad)
+            residuals = wanted / gain.factor if arrival is None else arrival.solve(wanted, gain.factor)
             weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
         numbers = zip(chosen, found.nll.tolist(), found.steps.tolist(), found.moved.tolist(), strict=True)
         reports += [
@@ -96,14 +113,35 @@ def rewrite(
             for edit, nll, steps, moved in numbers
         ]
         context.progress(f"{method}: {len(reports)} of {len(edits)} edits made")
+    start_values, z = (torch.cat([getattr(found, name) for found in values]) for name in ("start", "z"))
+    _, now = keys_and_values(
+        model, tokenizer, anatomy, edits, [""], layers[-1], chat_template=settings.chat_template
+    )
+    shares = shares_reached(start_values, z, now).tolist()
+    short = [share for share in shares if share < _ENOUGH]
+    if short:
+        context.warn(
+            f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their hidden state in "
+            f"layer {layers[-1]} (the least {min(short):.2f}); {remedy}"
+        )
     return {
         "layers": layers,
         "batches": -(-len(edits) // size),
         "covariance_tokens": tokens,
         "contexts": contexts,
         "updates": {output.parameter_name: weights[output.name].change() for output in outputs},
-        "edits": reports,
+        "edits": [{**report, "reached": share} for report, share in zip(reports, shares, strict=True)],
     }
+
+
+def shares_reached(start: Tensor, wanted: Tensor, now: Tensor) -> Tensor:
+    """Return how much of the way from `start` to `wanted` each row of `now` has come, (rows,).
+
+    It is the component of the change along the wanted one, over that one's length; 1.0 where none is wanted.
+    """
+    way = wanted - start
+    length = (way * way).sum(dim=1)
+    return torch.where(length > 0, ((now - start) * way).sum(dim=1) / length, 1.0)
 
 
 class _EditedWeight:
