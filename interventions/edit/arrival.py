@@ -63,7 +63,7 @@ class Arrival:
     @torch.no_grad()
     def outputs(self, changes: Tensor) -> Tensor:
         """Return the block's outputs at the subjects, (prompts, hidden) float32, with `changes` made to the MLP's."""
-        parts = changes.split([len(chunk.places) for chunk in self._chunks])
+        parts = torch.split(changes, _BATCH)
         return torch.cat([self._run(chunk, part) for chunk, part in zip(self._chunks, parts, strict=True)])
 
     @torch.no_grad()
@@ -92,10 +92,8 @@ class Arrival:
 
         For blocks that are not linear; `factor` is that of their gain.
         """
-        parts = wanted.split([len(chunk.places) for chunk in self._chunks])
-        return torch.cat(
-            [self._nearest(chunk, part, factor) for chunk, part in zip(self._chunks, parts, strict=True)]
-        )
+        parts = torch.split(wanted, _BATCH)
+        return torch.cat([self._nearest(chunk, part, factor) for chunk, part in zip(self._chunks, parts, strict=True)])
 
     def _nearest(self, chunk: _Chunk, wanted: Tensor, factor: float) -> Tensor:
         """Minimise the squared distance from what is wanted, relative to its own, from the first-order answer on."""
@@ -105,12 +103,12 @@ class Arrival:
         change = (wanted / factor / scale).requires_grad_()
         optimizer = torch.optim.LBFGS([change], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
 
-        def distance() -> Tensor:
+        def distance() -> float:
             optimizer.zero_grad()
             missed = (self._run(chunk, change * scale) - goal) / (scale * factor)
             loss = missed.square().sum()
             loss.backward(inputs=[change])
-            return loss
+            return float(loss.detach())
 
         with torch.enable_grad():
             optimizer.step(distance)  # type: ignore[no-untyped-call]
@@ -123,14 +121,16 @@ class Arrival:
         def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             rows = output.detach().reshape(len(every), -1, output.shape[-1])
             added = changes.to(output.dtype)
-            return rows.index_put((every, chunk.places), added, accumulate=True).reshape(output.shape)
+            changed: Tensor = rows.index_put((every, chunk.places), added, accumulate=True)
+            return changed.reshape(output.shape)
 
         handle = self._block.mlp_output.module.register_forward_hook(change)
         try:
             output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
         finally:
             handle.remove()
-        return output[every, chunk.places].float()
+        found: Tensor = output[every, chunk.places].float()
+        return found
 
 
 class _Chunk(NamedTuple):

@@ -8,17 +8,19 @@ in the solve: in how they keep what other keys yield.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Linear, check_layers, find_anatomy, within_context
+from interventions.anatomy import Linear, check_layers, find_anatomy, module_device, within_context
 from interventions.edit.arrival import Arrival
 from interventions.edit.prompts import check_edits, sample_contexts, tokenise
 from interventions.edit.settings import RewriteSettings
 from interventions.edit.subjects import keys_and_values
+from interventions.edit.target_loss import all_nll, target_batches
 from interventions.edit.target_values import TargetValues, optimise_values
 from interventions.padding import padding_id
 from interventions.shared_statistics import collect_shared
@@ -32,6 +34,9 @@ Solve = Callable[[Tensor, Tensor], Tensor]
 _BATCH = 32
 _PROBED = 8
 _ENOUGH = 0.9
+"""Share of the wanted change of a hidden state below which an edit that is not made is warned about."""
+_UNLIKELY = math.log(2)
+"""Negative log-likelihood of a target, in nats a token, above which an edit counts as not made: that of one half."""
 
 
 def rewrite(
@@ -97,6 +102,7 @@ def rewrite(
             chat_template=settings.chat_template,
             first=start,
             gain=gains[-1],
+            cached=values[-1].cached if values else None,
         )
         values.append(found)
         for position, (layer, output, gain) in enumerate(zip(layers, outputs, gains, strict=True)):
@@ -114,15 +120,16 @@ def rewrite(
         ]
         context.progress(f"{method}: {len(reports)} of {len(edits)} edits made")
     start_values, z = (torch.cat([getattr(found, name) for found in values]) for name in ("start", "z"))
-    _, now = keys_and_values(
-        model, tokenizer, anatomy, edits, [""], layers[-1], chat_template=settings.chat_template
-    )
+    _, now = keys_and_values(model, tokenizer, anatomy, edits, [""], layers[-1], chat_template=settings.chat_template)
     shares = shares_reached(start_values, z, now).tolist()
-    short = [share for share in shares if share < _ENOUGH]
+    texts = target_batches(tokenizer, edits, _BATCH, module_device(model), chat_template=settings.chat_template)
+    after = all_nll(model, anatomy.head, texts).tolist()
+    # Methods weigh other keys against the edits' own, so a smaller share is by design; it is enough for those made.
+    short = [share for share, nll in zip(shares, after, strict=True) if share < _ENOUGH and nll > _UNLIKELY]
     if short:
         context.warn(
-            f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their hidden state in "
-            f"layer {layers[-1]} (the least {min(short):.2f}); {remedy}"
+            f"{len(short)} of {len(edits)} edits are not made: they reach less than {_ENOUGH} of the change of their "
+            f"hidden state in layer {layers[-1]} (the least {min(short):.2f}); {remedy}"
         )
     return {
         "layers": layers,
@@ -130,7 +137,10 @@ def rewrite(
         "covariance_tokens": tokens,
         "contexts": contexts,
         "updates": {output.parameter_name: weights[output.name].change() for output in outputs},
-        "edits": [{**report, "reached": share} for report, share in zip(reports, shares, strict=True)],
+        "edits": [
+            {**report, "reached": share, "nll_after": nll}
+            for report, share, nll in zip(reports, shares, after, strict=True)
+        ],
     }
 
 

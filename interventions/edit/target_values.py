@@ -39,6 +39,8 @@ class TargetValues:
     """(edits,) its first part: mean negative log-likelihood of the target tokens over the contexts."""
     steps: Tensor
     """(edits,) updates taken."""
+    cached: bool
+    """Whether a `Tail` of this model may be cached."""
     moved: Tensor
     """(edits,) the norm of the change of the hidden state over the norm of the state."""
 
@@ -56,6 +58,7 @@ def optimise_values(
     chat_template: bool = False,
     first: int = 0,
     gain: Gain = ADDED,
+    cached: bool | None = None,
 ) -> TargetValues:
     """Find z for every edit: the output of block `layer` at the subject's last token.
 
@@ -65,12 +68,12 @@ def optimise_values(
     Minimises, per edit, NLL of the target over `contexts` (the first one empty), plus the
     KL divergence at the subject in "{subject} is a" from what the model says now, plus weight decay
     on the change; where edits have one subject, the sum over them. Raises InterventionError naming the
-    edit whose loss is not finite; `first` is the number of the first edit in such errors.
+    edit whose loss is not finite; `first` is the number of the first edit in such errors. `cached` is what
+    an earlier call found; None: find out.
     """
 
     prompts = [tokenise(tokenizer, edit, chat_template=chat_template) for edit in edits]
     arrival = None if gain.linear else Arrival(model, anatomy.blocks[layer], prompts, padding_id(tokenizer))
-    cached: bool | None = None
 
     def make_batch(which: list[int]) -> _Batch:
         texts = _Texts(tokenizer, edits, contexts, which, chat_template)
@@ -123,7 +126,7 @@ def optimise_values(
             batch = make_batch(active.nonzero()[:, 0].tolist())
     found = delta.detach()[owner]
     z = start + found if arrival is None else arrival.outputs(found / gain.factor)
-    return TargetValues(z, start, loss, nll, steps, (z - start).norm(dim=1) / start_norm)
+    return TargetValues(z, start, loss, nll, steps, cached, (z - start).norm(dim=1) / start_norm)
 
 
 class _Texts:
