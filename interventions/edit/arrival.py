@@ -1,4 +1,4 @@
-"""What of a change of an MLP's output arrives behind its block, and the change that makes something arrive.
+"""What of a change of an MLP's output arrives behind its block.
 
 Most blocks add the MLP's output to the hidden state as it is. Some multiply it by a constant first, and
 some normalise it, or the sum: there a change arrives as a multiple, or bent onto an ellipsoid. Which of
@@ -87,42 +87,14 @@ class Arrival:
         arrives = self._run(chunk, small) - before
         return Gain(float(arrives.norm() / small.norm()), linear=False)
 
-    def solve(self, wanted: Tensor, factor: float) -> Tensor:
-        """Return the changes of the MLP's output by which as much as possible of `wanted` (prompts, hidden) arrives.
-
-        For blocks that are not linear; `factor` is that of their gain.
-        """
-        parts = torch.split(wanted, _BATCH)
-        return torch.cat([self._nearest(chunk, part, factor) for chunk, part in zip(self._chunks, parts, strict=True)])
-
-    def _nearest(self, chunk: _Chunk, wanted: Tensor, factor: float) -> Tensor:
-        """Minimise the squared distance from what is wanted, relative to its own, from the first-order answer on."""
-        with torch.no_grad():
-            goal = self._run(chunk, torch.zeros_like(wanted)) + wanted
-        scale = wanted.norm(dim=1, keepdim=True).clamp_min(torch.finfo(wanted.dtype).tiny) / factor
-        change = (wanted / factor / scale).requires_grad_()
-        optimizer = torch.optim.LBFGS([change], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
-
-        def distance() -> float:
-            optimizer.zero_grad()
-            missed = (self._run(chunk, change * scale) - goal) / (scale * factor)
-            loss = missed.square().sum()
-            loss.backward(inputs=[change])
-            return float(loss.detach())
-
-        with torch.enable_grad():
-            optimizer.step(distance)  # type: ignore[no-untyped-call]
-        return (change * scale).detach()
-
     def _run(self, chunk: _Chunk, changes: Tensor) -> Tensor:
         """Run the block on one chunk; return its output at the subjects, (rows, hidden) float32."""
         every = torch.arange(len(chunk.places), device=chunk.places.device)
 
         def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows = output.detach().reshape(len(every), -1, output.shape[-1])
+            rows: Tensor = output.detach().reshape(len(every), -1, output.shape[-1])
             added = changes.to(output.dtype)
-            changed: Tensor = rows.index_put((every, chunk.places), added, accumulate=True)
-            return changed.reshape(output.shape)
+            return rows.index_put((every, chunk.places), added, accumulate=True).reshape(output.shape)
 
         handle = self._block.mlp_output.module.register_forward_hook(change)
         try:

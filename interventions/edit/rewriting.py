@@ -26,7 +26,7 @@ from interventions.padding import padding_id
 from interventions.shared_statistics import collect_shared
 from interventions.statistics import Batch, scarce, token_batches
 from interventions.step import Context
-from interventions.types import InterventionError, Resources
+from interventions.types import Edit, InterventionError, Resources
 
 Solve = Callable[[Tensor, Tensor], Tensor]
 """From keys (d_k, n) and residuals (d_out, n) to the update of a weight, (d_out, d_k) float64."""
@@ -84,12 +84,10 @@ def rewrite(
         for layer, output in zip(layers, outputs, strict=True)
     ]
 
-    weights = {output.name: _EditedWeight(output) for output in outputs}
-    size = settings.batch_size or len(edits)
-    reports: list[dict[str, Any]] = []
-    values: list[TargetValues] = []
-    for start in range(0, len(edits), size):
-        chosen = edits[start : start + size]
+    cached: bool | None = None
+
+    def find_values(start: int, chosen: Sequence[Edit]) -> TargetValues:
+        nonlocal cached
         found = optimise_values(
             model,
             tokenizer,
@@ -102,26 +100,40 @@ def rewrite(
             chat_template=settings.chat_template,
             first=start,
             gain=gains[-1],
-            cached=values[-1].cached if values else None,
+            cached=cached,
         )
-        values.append(found)
+        cached = found.cached
+        return found
+
+    weights = {output.name: _EditedWeight(output) for output in outputs}
+    size = settings.batch_size or len(edits)
+    reports: list[dict[str, Any]] = []
+    starts: list[Tensor] = []
+    values: list[Tensor] = []
+    for start in range(0, len(edits), size):
+        chosen = edits[start : start + size]
+        found = find_values(start, chosen)
+        at_first = found.start
         for position, (layer, output, gain) in enumerate(zip(layers, outputs, gains, strict=True)):
             keys, reached = keys_and_values(
                 model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=settings.chat_template
             )
-            wanted = (found.z - reached) / (len(layers) - position)
-            arrival = None if gain.linear else Arrival(model, anatomy.blocks[layer], prompts[start : start + size], pad)
-            residuals = wanted / gain.factor if arrival is None else arrival.solve(wanted, gain.factor)
+            if gain.linear or layer != layers[-1]:
+                residuals = (found.z - reached) / (len(layers) - position) / gain.factor
+            else:  # what is in reach has changed with the layers below
+                found = find_values(start, chosen) if position else found
+                residuals = found.change
             weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
+        starts.append(at_first)
+        values.append(found.z)
         numbers = zip(chosen, found.nll.tolist(), found.steps.tolist(), found.moved.tolist(), strict=True)
         reports += [
             {"prompt": edit.prompt, "target": edit.target, "nll": nll, "steps": steps, "moved": moved}
             for edit, nll, steps, moved in numbers
         ]
         context.progress(f"{method}: {len(reports)} of {len(edits)} edits made")
-    start_values, z = (torch.cat([getattr(found, name) for found in values]) for name in ("start", "z"))
     _, now = keys_and_values(model, tokenizer, anatomy, edits, [""], layers[-1], chat_template=settings.chat_template)
-    shares = shares_reached(start_values, z, now).tolist()
+    shares = shares_reached(torch.cat(starts), torch.cat(values), now).tolist()
     texts = target_batches(tokenizer, edits, _BATCH, module_device(model), chat_template=settings.chat_template)
     after = all_nll(model, anatomy.head, texts).tolist()
     # Methods weigh other keys against the edits' own, so a smaller share is by design; it is enough for those made.

@@ -33,6 +33,8 @@ class TargetValues:
     """(edits, hidden) float32."""
     start: Tensor
     """(edits, hidden) float32: what the model had there."""
+    change: Tensor
+    """(edits, width) float32: the change of the MLP's output by which z arrives in the bare prompt."""
     loss: Tensor
     """(edits,) the loss at which each edit stopped: NLL + KL + weight decay, in nats."""
     nll: Tensor
@@ -126,7 +128,7 @@ def optimise_values(
             batch = make_batch(active.nonzero()[:, 0].tolist())
     found = delta.detach()[owner]
     z = start + found if arrival is None else arrival.outputs(found / gain.factor)
-    return TargetValues(z, start, loss, nll, steps, cached, (z - start).norm(dim=1) / start_norm)
+    return TargetValues(z, start, found / gain.factor, loss, nll, steps, cached, (z - start).norm(dim=1) / start_norm)
 
 
 class _Texts:
