@@ -64,7 +64,7 @@ MORE: dict[str, tuple[Callable[[], transformers.PretrainedConfig], Layout | None
         ),
         None,
     ),
-    "gemma2": (lambda: transformers.Gemma2Config(**SIZE, **GEMMA, final_logit_softcapping=5.0), None),
+    "gemma2": (lambda: transformers.Gemma2Config(**SIZE, **GEMMA, final_logit_softcapping=30.0), None),
     "gemma3": (lambda: transformers.Gemma3TextConfig(**SIZE, **GEMMA), None),
     "olmo2": (lambda: transformers.Olmo2Config(**SIZE), GATED),
     "cohere": (lambda: transformers.CohereConfig(**SIZE), GATED),
@@ -76,6 +76,7 @@ MORE: dict[str, tuple[Callable[[], transformers.PretrainedConfig], Layout | None
         lambda: transformers.NemotronConfig(**SIZE),
         _layout("nemotron", "mlp.up_proj", mlp_out="mlp.down_proj"),
     ),
+    "llama": (lambda: transformers.LlamaConfig(**SIZE), None),
     "stablelm": (lambda: transformers.StableLmConfig(**SIZE), None),
     "olmo": (lambda: transformers.OlmoConfig(**SIZE, clip_qkv=1.0), None),
 }
@@ -152,9 +153,9 @@ def _block_output(model: nn.Module, tokenizer: Any, edit: Edit, layer: int) -> T
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("memit", {"layers": [0], "covariance_weight": 1e-7}),
+        ("memit", {"layers": [1], "covariance_weight": 1e-7}),
         ("memit", {"layers": [0, 1], "covariance_weight": 1e-7}),
-        ("rome", {"layer": 0, "batch_size": None}),
+        ("rome", {"layer": 1, "batch_size": None}),
     ],
     ids=["memit", "memit of two layers", "rome"],
 )
@@ -162,16 +163,17 @@ def _block_output(model: nn.Module, tokenizer: Any, edit: Edit, layer: int) -> T
 def test_edits_arrive_and_are_said(family: str, method: str, settings: dict[str, Any], tokenizer: Any) -> None:
     model = _model(family)
     with torch.no_grad():  # a random model is sure of nothing: let hidden states decide
-        model.lm_head.weight.mul_(200 if family == "granite" else 10)
-    layer = 1 if settings.get("layers") == [0, 1] else 0
-    before = [_block_output(model, tokenizer, edit, layer) for edit in EDITS]
+        model.lm_head.weight.mul_(100 if family == "granite" else 10)
+    before = [_block_output(model, tokenizer, edit, 1) for edit in EDITS]
     report = apply(model, tokenizer, method, edits=EDITS, calibration=SENTENCES, contexts_per_length=0, z=Z, **settings)
     made = report.details["edits"]
     assert [edit["reached"] > 0.9 for edit in made] == [True, True]
     assert not [warning for warning in report.warnings if "reach" in warning]
-    for edit, start, entry in zip(EDITS, before, made, strict=True):
-        change = (_block_output(model, tokenizer, edit, layer) - start).norm()
-        assert float(change) >= 0.9 * entry["moved"] * float(start.norm()) * 0.99
+    if method == "rome" or len(settings["layers"]) == 1:  # then `moved` counts from the first state
+        for edit, start, entry in zip(EDITS, before, made, strict=True):
+            change = float((_block_output(model, tokenizer, edit, 1) - start).norm())
+            assert change == pytest.approx(entry["moved"] * float(start.norm()), rel=0.1)
+    for edit in EDITS:
         row = tokenise(tokenizer, edit, with_target=True)
         with torch.no_grad():
             says = model(torch.tensor([row.ids])).logits[0].argmax(dim=-1)
