@@ -53,6 +53,7 @@ def alphaedit(
         method="alphaedit",
         choose_layers=choose_layers,
         make_solve=make_solve,
+        remedy="lower alphaedit.ridge or raise alphaedit.nullspace_threshold",
     )
     return {**details, "free_directions": free}
 

@@ -38,4 +38,5 @@ def memit(
         method="memit",
         choose_layers=choose_layers,
         make_solve=make_solve,
+        remedy="lower memit.covariance_weight",
     )

@@ -8,26 +8,35 @@ in the solve: in how they keep what other keys yield.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Linear, check_layers, find_anatomy, within_context
-from interventions.edit.prompts import check_edits, sample_contexts
+from interventions.anatomy import Linear, check_layers, find_anatomy, module_device, within_context
+from interventions.edit.arrival import Arrival
+from interventions.edit.prompts import check_edits, sample_contexts, tokenise
 from interventions.edit.settings import RewriteSettings
 from interventions.edit.subjects import keys_and_values
-from interventions.edit.target_values import optimise_values
+from interventions.edit.target_loss import all_nll, target_batches
+from interventions.edit.target_values import TargetValues, optimise_values
+from interventions.padding import padding_id
 from interventions.shared_statistics import collect_shared
 from interventions.statistics import Batch, scarce, token_batches
 from interventions.step import Context
-from interventions.types import InterventionError, Resources
+from interventions.types import Edit, InterventionError, Resources
 
 Solve = Callable[[Tensor, Tensor], Tensor]
 """From keys (d_k, n) and residuals (d_out, n) to the update of a weight, (d_out, d_k) float64."""
 
 _BATCH = 32
+_PROBED = 8
+_ENOUGH = 0.9
+"""Share of the wanted change of a hidden state below which an edit that is not made is warned about."""
+_UNLIKELY = math.log(2)
+"""Negative log-likelihood of a target, in nats a token, above which an edit counts as not made: that of one half."""
 
 
 def rewrite(
@@ -40,13 +49,15 @@ def rewrite(
     method: str,
     choose_layers: Callable[[int], list[int]],
     make_solve: Callable[[Linear, Tensor], Solve],
+    remedy: str,
 ) -> dict[str, Any]:
     """Make all of `resources.edits`, batch after batch, in place; return the details of the step.
 
     `choose_layers` gives the blocks to edit from the number of blocks; `make_solve` prepares the
     solve of one projection from the second moment of its keys, which is that of the model before
     the first batch, on `resources.calibration`. Where there are several layers, each takes its
-    share of what is still wanting, so that errors of the earlier ones are made up for.
+    share of what is still wanting, so that errors of the earlier ones are made up for. `remedy` says
+    which setting to change where edits reach little of their target values.
     """
     edits = resources.edits
     check_edits(edits)
@@ -66,12 +77,17 @@ def rewrite(
     generator = context.generator(f"{method} contexts")
     sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
     contexts = ["", *sampled]
+    prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
+    pad = padding_id(tokenizer)
+    gains = [
+        Arrival(model, anatomy.blocks[layer], prompts[:_PROBED], pad).gain(output.out_features)
+        for layer, output in zip(layers, outputs, strict=True)
+    ]
 
-    weights = {output.name: _EditedWeight(output) for output in outputs}
-    size = settings.batch_size or len(edits)
-    reports: list[dict[str, Any]] = []
-    for start in range(0, len(edits), size):
-        chosen = edits[start : start + size]
+    cached: bool | None = None
+
+    def find_values(start: int, chosen: Sequence[Edit]) -> TargetValues:
+        nonlocal cached
         found = optimise_values(
             model,
             tokenizer,
@@ -83,27 +99,71 @@ def rewrite(
             context.progress,
             chat_template=settings.chat_template,
             first=start,
+            gain=gains[-1],
+            cached=cached,
         )
-        for position, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
+        cached = found.cached
+        return found
+
+    weights = {output.name: _EditedWeight(output) for output in outputs}
+    size = settings.batch_size or len(edits)
+    reports: list[dict[str, Any]] = []
+    starts: list[Tensor] = []
+    values: list[Tensor] = []
+    for start in range(0, len(edits), size):
+        chosen = edits[start : start + size]
+        found = find_values(start, chosen)
+        at_first = found.start
+        for position, (layer, output, gain) in enumerate(zip(layers, outputs, gains, strict=True)):
             keys, reached = keys_and_values(
                 model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=settings.chat_template
             )
-            residuals = (found.z - reached) / (len(layers) - position)
+            if gain.linear or layer != layers[-1]:
+                residuals = (found.z - reached) / (len(layers) - position) / gain.factor
+            else:  # what is in reach has changed with the layers below
+                found = find_values(start, chosen) if position else found
+                residuals = found.change
             weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
+        starts.append(at_first)
+        values.append(found.z)
         numbers = zip(chosen, found.nll.tolist(), found.steps.tolist(), found.moved.tolist(), strict=True)
         reports += [
             {"prompt": edit.prompt, "target": edit.target, "nll": nll, "steps": steps, "moved": moved}
             for edit, nll, steps, moved in numbers
         ]
         context.progress(f"{method}: {len(reports)} of {len(edits)} edits made")
+    _, now = keys_and_values(model, tokenizer, anatomy, edits, [""], layers[-1], chat_template=settings.chat_template)
+    shares = shares_reached(torch.cat(starts), torch.cat(values), now).tolist()
+    texts = target_batches(tokenizer, edits, _BATCH, module_device(model), chat_template=settings.chat_template)
+    after = all_nll(model, anatomy.head, texts).tolist()
+    # Methods weigh other keys against the edits' own, so a smaller share is by design; it is enough for those made.
+    short = [share for share, nll in zip(shares, after, strict=True) if share < _ENOUGH and nll > _UNLIKELY]
+    if short:
+        context.warn(
+            f"{len(short)} of {len(edits)} edits are not made: they reach less than {_ENOUGH} of the change of their "
+            f"hidden state in layer {layers[-1]} (the least {min(short):.2f}); {remedy}"
+        )
     return {
         "layers": layers,
         "batches": -(-len(edits) // size),
         "covariance_tokens": tokens,
         "contexts": contexts,
         "updates": {output.parameter_name: weights[output.name].change() for output in outputs},
-        "edits": reports,
+        "edits": [
+            {**report, "reached": share, "nll_after": nll}
+            for report, share, nll in zip(reports, shares, after, strict=True)
+        ],
     }
+
+
+def shares_reached(start: Tensor, wanted: Tensor, now: Tensor) -> Tensor:
+    """Return how much of the way from `start` to `wanted` each row of `now` has come, (rows,).
+
+    It is the component of the change along the wanted one, over that one's length; 1.0 where none is wanted.
+    """
+    way = wanted - start
+    length = (way * way).sum(dim=1)
+    return torch.where(length > 0, ((now - start) * way).sum(dim=1) / length, 1.0)
 
 
 class _EditedWeight:

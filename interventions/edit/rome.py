@@ -41,6 +41,7 @@ def rome(
         method="rome",
         choose_layers=lambda depth: [_chosen_layer(settings, depth)],
         make_solve=make_solve,
+        remedy="make fewer edits, or set rome.contexts_per_length lower",
     )
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import Anatomy, module_device
+from interventions.edit.arrival import ADDED, Arrival, Gain
 from interventions.edit.prompts import tokenise
 from interventions.edit.settings import ValueSettings
-from interventions.edit.tail import Tail
+from interventions.edit.tail import Tail, open_tail
 from interventions.padding import padding_id
 from interventions.types import Edit, InterventionError
 
@@ -30,12 +31,18 @@ class TargetValues:
 
     z: Tensor
     """(edits, hidden) float32."""
+    start: Tensor
+    """(edits, hidden) float32: what the model had there."""
+    change: Tensor
+    """(edits, width) float32: the change of the MLP's output by which z arrives in the bare prompt."""
     loss: Tensor
     """(edits,) the loss at which each edit stopped: NLL + KL + weight decay, in nats."""
     nll: Tensor
     """(edits,) its first part: mean negative log-likelihood of the target tokens over the contexts."""
     steps: Tensor
     """(edits,) updates taken."""
+    cached: bool
+    """Whether a `Tail` of this model may be cached."""
     moved: Tensor
     """(edits,) the norm of the change of the hidden state over the norm of the state."""
 
@@ -52,20 +59,31 @@ def optimise_values(
     *,
     chat_template: bool = False,
     first: int = 0,
+    gain: Gain = ADDED,
+    cached: bool | None = None,
 ) -> TargetValues:
     """Find z for every edit: the output of block `layer` at the subject's last token.
+
+    Any state may be z where the block's `gain` says that any can be reached by changing its MLP's output;
+    elsewhere the change of that output is optimised, and z is what then arrives.
 
     Minimises, per edit, NLL of the target over `contexts` (the first one empty), plus the
     KL divergence at the subject in "{subject} is a" from what the model says now, plus weight decay
     on the change; where edits have one subject, the sum over them. Raises InterventionError naming the
-    edit whose loss is not finite; `first` is the number of the first edit in such errors.
+    edit whose loss is not finite; `first` is the number of the first edit in such errors. `cached` is what
+    an earlier call found; None: find out.
     """
 
+    prompts = [tokenise(tokenizer, edit, chat_template=chat_template) for edit in edits]
+    arrival = None if gain.linear else Arrival(model, anatomy.blocks[layer], prompts, padding_id(tokenizer))
+
     def make_batch(which: list[int]) -> _Batch:
-        return _Batch(model, tokenizer, anatomy, edits, contexts, layer, which, chat_template)
+        texts = _Texts(tokenizer, edits, contexts, which, chat_template)
+        return _Batch(model, anatomy, layer, texts, gain, padding_id(tokenizer), cached)
 
     batch = make_batch(list(range(len(edits))))
-    start = batch.start  # h, (edits, hidden)
+    cached = batch.cached
+    start = batch.start if arrival is None else arrival.outputs(torch.zeros_like(batch.start))  # h, (edits, hidden)
     start_norm = start.norm(dim=1)
     subjects = {subject: number for number, subject in enumerate(dict.fromkeys(edit.subject for edit in edits))}
     owner = torch.tensor([subjects[edit.subject] for edit in edits], device=start.device)
@@ -109,47 +127,62 @@ def optimise_values(
         if left <= len(which) // 2:  # worth a pass through the model: the others need no more work
             batch = make_batch(active.nonzero()[:, 0].tolist())
     found = delta.detach()[owner]
-    return TargetValues(start + found, loss, nll, steps, found.norm(dim=1) / start_norm)
+    z = start + found if arrival is None else arrival.outputs(found / gain.factor)
+    return TargetValues(z, start, found / gain.factor, loss, nll, steps, cached, (z - start).norm(dim=1) / start_norm)
 
 
-class _Batch:
-    """The rows of some of the edits: every context with its prompt and target, and the essence prompt."""
+class _Texts:
+    """Some of the edits as text: every context with its prompt and target, then the essence prompts."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        anatomy: Anatomy,
-        edits: Sequence[Edit],
-        contexts: Sequence[str],
-        layer: int,
-        which: list[int],
-        chat_template: bool,
+        self, tokenizer: Any, edits: Sequence[Edit], contexts: Sequence[str], which: list[int], chat_template: bool
     ) -> None:
-        device = module_device(model)
         chosen = [edits[number] for number in which]
-        rows = [
+        self.which = which
+        self.per_edit = len(contexts)
+        self.rows = [
             tokenise(tokenizer, edit, context, with_target=True, chat_template=chat_template)
             for edit in chosen
             for context in contexts
         ]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(self.rows):
             if row.subject_end >= row.target_places.start:
                 edit = chosen[number // len(contexts)]
                 raise InterventionError(
                     f"edit {edit.prompt!r}: the tokenizer ends the subject {edit.subject!r} in a token of the target "
                     f"{edit.target!r}; put words between the two"
                 )
-        essence = [
+        self.essence = [
             tokenise(tokenizer, Edit(f"{edit.subject} is a", edit.subject, ""), chat_template=chat_template)
             for edit in chosen
         ]
-        subjects = [row.subject_end for row in rows + essence]
-        self._tail = Tail(
-            model, anatomy, layer, [row.ids for row in rows + essence], subjects, padding_id(tokenizer)
-        )  # in the tail's suffixes, the subject's last token is the first
-        count, per_edit = len(chosen), len(contexts)
-        self.which = torch.tensor(which, device=device)
+
+
+class _Batch:
+    """The rows of some of the edits, ready to be run with changes at their subjects."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        layer: int,
+        texts: _Texts,
+        gain: Gain,
+        pad: int,
+        cached: bool | None,
+    ) -> None:
+        device = module_device(model)
+        rows, per_edit, count = texts.rows, texts.per_edit, len(texts.which)
+        ids = [row.ids for row in rows + texts.essence]
+        subjects = [row.subject_end for row in rows + texts.essence]
+        inside = not gain.linear
+        if cached is None:
+            cached = open_tail(model, anatomy, layer, ids, subjects, pad, inside=inside)
+        self.cached = cached
+        # In the tail's suffixes, the subject's last token is the first.
+        self._tail = Tail(model, anatomy, layer, ids, subjects, pad, inside=inside, cached=cached)
+        self._unit = gain.factor if inside else 1.0
+        self.which = torch.tensor(texts.which, device=device)
         """Numbers of the edits that are in the batch."""
         self._owner = torch.tensor([n // per_edit for n in range(len(rows))] + list(range(count)), device=device)
         # Logits are needed before each target token, and at the subject of the essence prompts.
@@ -164,12 +197,12 @@ class _Batch:
         self._asked_places = torch.cat([target_places - 1, torch.zeros_like(essences)])
         bare = torch.arange(count, device=device) * per_edit  # each edit's first context is the empty one
         self.start = self._tail.hidden[bare, 0].float()
-        """What the model has at the subjects of the bare prompts, (edits of the batch, hidden)."""
+        """What is changed, at the subjects of the bare prompts, (edits of the batch, hidden)."""
 
     def __call__(self, changes: Tensor) -> tuple[Tensor, Tensor]:
         """Return each edit's NLL and its log-probabilities at the essence, with `changes` (all edits, hidden) added."""
         hidden = self._tail.hidden.clone()
-        hidden[:, 0] += changes[self.which[self._owner]].to(hidden.dtype)
+        hidden[:, 0] += (changes[self.which[self._owner]] / self._unit).to(hidden.dtype)
         logits = self._tail.logits(hidden, self._asked_rows, self._asked_places)
         targets = len(self._target_ids)
         log_p = logits[:targets].log_softmax(dim=1).gather(1, self._target_ids[:, None])[:, 0]

@@ -111,5 +111,5 @@ def test_a_known_loss_passes_while_it_is_one(tmp_path: Path) -> None:
 )
 def test_rules_that_could_not_be_judged_are_refused(tmp_path: Path, rule: str) -> None:
     (tmp_path / "thresholds.yaml").write_text(f"'*': {{{rule}}}")
-    with pytest.raises(ThresholdError, match="average_bits|perplexity|known"):
+    with pytest.raises(ThresholdError, match=r"average_bits|perplexity|known"):
         read_rules(tmp_path / "thresholds.yaml")
