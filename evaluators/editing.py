@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evaluators.answers import Answer, Probe, Scores, answer_probes
-from evaluators.measurement import EvaluationError, Measurement
+from evaluators.measurement import EvaluationError, Measurement, shown
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,12 @@ def measure_editing(
             continue
         clusters = [p.case for p, _ in chosen]
         note = f"{len(chosen)} prompts of {len(set(clusters))} edits, greedy, as many tokens as the answer has"
+        said = [shown(tokenizer.decode(a.generated or (), skip_special_tokens=True)) for _, a in chosen]
         for kind in Scores._fields:
             samples = [getattr(a.scores, kind) for _, a in chosen]
-            measurements.append(Measurement.mean(f"edit_{aspect}_{kind}", samples, note=note, clusters=clusters))
+            kept = said if kind == "exact" else []
+            name = f"edit_{aspect}_{kind}"
+            measurements.append(Measurement.mean(name, samples, note=note, clusters=clusters, answers=kept))
         measurements += _margins(aspect, chosen)
         if aspect == "locality" and unedited is not None:
             samples = [_agreement(a, _before(unedited, p)) for p, a in chosen]

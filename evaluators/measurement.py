@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+_LONGEST_ANSWER = 80
+
 
 class EvaluationError(Exception):
     """Data or a model that cannot be measured; the message names the file, record or metric."""
@@ -32,6 +34,8 @@ class Measurement:
     """How much each sample counts in the value, such as the tokens of a window; empty: all alike."""
     clusters: tuple[int, ...] = ()
     """A label a sample: samples of one cluster are no independent units; empty: every sample is one."""
+    answers: tuple[str, ...] = ()
+    """What the model said to each sample, see `shown`; empty where it said nothing, or that is not kept."""
 
     @classmethod
     def mean(
@@ -42,6 +46,7 @@ class Measurement:
         higher_is_better: bool = True,
         note: str = "",
         clusters: Sequence[Hashable] | None = None,
+        answers: Sequence[str] = (),
     ) -> Measurement:
         """Make the mean of `samples` and its standard error.
 
@@ -57,7 +62,9 @@ class Measurement:
         value = total(samples) / n
         error = ratio_error(per_unit([sample - value for sample in samples], clusters), n)
         labels = _numbered(clusters or ())
-        return cls(metric, value, error, n, higher_is_better, tuple(samples), note, clusters=labels)
+        return cls(
+            metric, value, error, n, higher_is_better, tuple(samples), note, clusters=labels, answers=tuple(answers)
+        )
 
     @property
     def is_mean(self) -> bool:
@@ -66,6 +73,12 @@ class Measurement:
             return False
         mean = total(self.samples) / len(self.samples)
         return math.isclose(mean, self.value, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def shown(text: str) -> str:
+    """Return an answer of a model as reports keep it: on one line, and not longer than 80 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_ANSWER else line[: _LONGEST_ANSWER - 1] + "…"
 
 
 def per_unit(values: Sequence[float], clusters: Sequence[Hashable] | None) -> list[float]:

@@ -21,7 +21,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.evaluator import evaluate
 
 from evaluators.harness import SharedContextLM
-from evaluators.measurement import EvaluationError, Measurement
+from evaluators.measurement import EvaluationError, Measurement, shown
 from evaluators.question_tasks import load_tasks
 from evaluators.state import borrowed
 
@@ -121,8 +121,9 @@ def pool(metric: str, measurements: Sequence[Measurement]) -> Measurement:
         what = "nothing to pool" if not measurements else "some measurements are better high, others low"
         raise EvaluationError(f"{metric}: {what}")
     samples = [sample for m in measurements for sample in m.samples]
+    answers = [answer for m in measurements for answer in m.answers] if all(m.answers for m in measurements) else ()
     note = "pooled over " + ", ".join(m.metric for m in measurements)
-    return Measurement.mean(metric, samples, higher_is_better=directions.pop(), note=note)
+    return Measurement.mean(metric, samples, higher_is_better=directions.pop(), note=note, answers=answers)
 
 
 def _measurements(
@@ -142,8 +143,21 @@ def _measurements(
         kind += f",{label}" if len(by_filter) > 1 else ""
         note = f"lm-eval {metric}, {fewshot}-shot, {how}"
         outcomes = _outcomes(name, task, metric, chosen, broken)
-        measurements.append(Measurement.mean(f"{kind}/{name}", outcomes, higher_is_better=better, note=note))
+        said = [_chosen(task, sample) for sample in sorted(chosen, key=lambda s: s["doc_id"])]
+        measurements.append(
+            Measurement.mean(f"{kind}/{name}", outcomes, higher_is_better=better, note=note, answers=said)
+        )
     return measurements
+
+
+def _chosen(task: Any, sample: dict[str, Any]) -> str:
+    """Return the model's answer to a question: the choice that is likeliest to it, or what it generated."""
+    responses = sample["filtered_resps"]
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return shown(str(responses[0])) if responses else ""
+    likeliest = max(range(len(responses)), key=lambda i: responses[i][0])
+    arguments = sample["arguments"]
+    return shown(str(arguments[likeliest][1])) if likeliest < len(arguments) else ""
 
 
 def _outcomes(

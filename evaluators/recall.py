@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluators.answers import Likelihood, Probe, score_answers
-from evaluators.measurement import EvaluationError, Measurement
+from evaluators.measurement import EvaluationError, Measurement, shown
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,16 @@ def measure_recall(
         for likelihood in found
     ]
     note = "greedy, exact token sequence"
-    measurements = [Measurement.mean("recall", outcomes, note=note)]
+    measurements = [Measurement.mean("recall", outcomes, note=note, answers=[_said(tokenizer, one) for one in found])]
     for relation in sorted({fact.relation for fact in facts}):
         chosen = [x for x, fact in zip(outcomes, facts, strict=True) if fact.relation == relation]
         measurements.append(Measurement.mean(f"recall/{relation}", chosen, note=note))
     return measurements
+
+
+def _said(tokenizer: Any, likelihood: Likelihood) -> str:
+    """Return the model's own answer as far as the pass over the right one tells it: to the first token that differs."""
+    said = list(likelihood.scored.said)
+    same = next((i for i, (x, y) in enumerate(zip(said, likelihood.ids, strict=False)) if x != y), len(said))
+    text = str(tokenizer.decode(said[: same + 1], skip_special_tokens=True))
+    return shown(text + "…" if same + 1 < len(said) else text)

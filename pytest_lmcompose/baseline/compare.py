@@ -130,6 +130,7 @@ def measurement_of(run: Measured, measured: Measured) -> Measurement:
         measured["note"],
         tuple(float(x) for x in run.get("weights", ())),
         clusters_of(run),
+        tuple(run.get("answers", ())),
     )
 
 

@@ -6,10 +6,10 @@ A run is named by the path of its report, or by its name or number in the folder
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import pytest
@@ -20,7 +20,12 @@ from pytest_lmcompose.cli.problems import FAILED, Refused
 from pytest_lmcompose.report.outputs import BY_ID, GROUPS, Layout
 from pytest_lmcompose.report.text import visible
 
+if TYPE_CHECKING:
+    from pytest_lmcompose.baseline.compare import Row
+
 Document = Mapping[str, Any]
+_SAMPLES = 3
+"""Samples whose answers a comparison shows of a metric of a composition."""
 
 _STORAGE = click.option(
     "--storage",
@@ -80,7 +85,7 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
     import dataclasses
 
     from pytest_lmcompose.baseline.compare import compare_reports
-    from pytest_lmcompose.report.compared import BAD
+    from pytest_lmcompose.report.compared import is_bad
 
     (old_path, before), (new_path, after) = load(old, storage), load(new, storage)
     found = compare_reports(before, after)
@@ -92,10 +97,28 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
         click.echo(json.dumps(dataclasses.asdict(dataclasses.replace(found, rows=rows)), indent=1))
     else:
         _write_comparison(old_path, new_path, found, rows, every)
+        for line in _answers(before, after, rows):
+            click.echo(line)
     if found.problem is not None:
         raise Refused(f"{old_path} and {new_path} cannot be compared: {found.problem}")
-    if fail and any(row.verdict in BAD for row in rows):
+    if fail and any(is_bad(row) for row in rows):
         raise click.exceptions.Exit(FAILED)
+
+
+def _answers(before: Mapping[str, Any], after: Mapping[str, Any], rows: Iterable[Row]) -> Iterator[str]:
+    """Yield what the model said before and says now, for some samples of each metric that changed."""
+    from pytest_lmcompose.report.text import visible
+    from pytest_lmcompose.report.view import changed_samples
+
+    old, new = ({record["id"]: record for record in report["compositions"]} for report in (before, after))
+    for row in rows:
+        if row.verdict not in ("better", "worse") or row.composition not in old or row.composition not in new:
+            continue
+        one, other = old[row.composition], new[row.composition]
+        for found in changed_samples(one, other, [row.metric], after, _SAMPLES):
+            if any(m.get("answers") for m in other["measurements"] if m["metric"] == row.metric):
+                yield visible(f"{row.composition}  {row.metric}: {found.worse} worse, {found.better} better, such as")
+                yield from (visible(f"  {s.label}: {s.before} -> {s.after}") for s in found.shown)
 
 
 @click.command()

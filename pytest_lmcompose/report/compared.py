@@ -14,11 +14,17 @@ from pytest_lmcompose.report.record import Record
 from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
 from pytest_lmcompose.report.text import visible
 
-BAD = ("worse", "gone", "unknown")
 QUIET = ("equal", "same")
 _HEAD = ("composition  metric", "old", "new", "change", "p (Holm)", "verdict")
 _VERSIONS = 6
 """Other versions that are named, unless all are asked for."""
+
+
+def is_bad(row: Row) -> bool:
+    """Say whether a row has to be looked at: worse, also of what is read off the weights, lost, or not comparable."""
+    if row.verdict == "changed":
+        return row.difference is None or (row.difference > 0) != row.higher_is_better
+    return row.verdict in ("worse", "gone", "unknown")
 
 
 def comparison_rows(rows: Iterable[Row], failed: Collection[tuple[str, str]] = ()) -> list[list[Cell]]:
@@ -32,7 +38,7 @@ def comparison_rows(rows: Iterable[Row], failed: Collection[tuple[str, str]] = (
             MISSING if row.p_holm is None else f"{row.p_holm:.2g}",
             row.verdict + (f": {row.note}" if row.note else ""),
         ]
-        bad = row.verdict in BAD or (row.composition, row.metric) in failed
+        bad = is_bad(row) or (row.composition, row.metric) in failed
         table.append([Cell(f"{row.composition}  {row.metric}", bad), *map(Cell, cells)])
     return table
 

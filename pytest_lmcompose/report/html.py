@@ -100,8 +100,8 @@ def render(document: Document, baseline: Document | None = None) -> str:
     environment.filters["number"] = number
     environment.filters["pretty"] = _pretty
     records = document["compositions"]
-    metrics = headline_metrics(records)
     judged = verdicts(records)
+    metrics = _by_weight(headline_metrics(records), records)
     drawn = _figures(document, metrics)
     stored = against(document, baseline)
     scripts = [_vega() if drawn else "", (TEMPLATES / "page.js").read_text(encoding="utf-8")]
@@ -126,6 +126,14 @@ def render(document: Document, baseline: Document | None = None) -> str:
         missing=MISSING,
     )
     return str(page)
+
+
+def _by_weight(metrics: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """Return metrics with those first whose gates failed, then those that were judged."""
+    gates = [gate for record in records for gate in record["gates"]]
+    failed = {gate["metric"] for gate in gates if not gate["passed"]}
+    judged = {gate["metric"] for gate in gates}
+    return sorted(metrics, key=lambda metric: (metric not in failed, metric not in judged))
 
 
 def _figures(document: Document, metrics: Sequence[str]) -> dict[str, Figure]:

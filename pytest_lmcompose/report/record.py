@@ -29,7 +29,7 @@ Measured = Mapping[str, Any]
 """A measurement, or one of its repeats, as plain data."""
 PROPERTY = "lmcompose"
 """Name of the user property of a test's report."""
-_OF_A_REPEAT = ("value", "nonfinite", "stderr", "n", "samples", "weights", "clusters")
+_OF_A_REPEAT = ("value", "nonfinite", "stderr", "n", "samples", "weights", "clusters", "answers")
 
 
 def encode(result: Result, model: dict[str, Any] | None) -> str:
@@ -158,7 +158,7 @@ def _fields(measurement: Measurement) -> dict[str, Any]:
     fields = dict(vars(measurement))  # `asdict` would copy each of thousands of samples
     if not math.isfinite(measurement.value):
         fields["nonfinite"] = str(measurement.value)
-    for name in ("weights", "clusters"):
+    for name in ("weights", "clusters", "answers"):
         if not fields[name]:
             del fields[name]
     return fields

@@ -184,7 +184,7 @@ def changed_samples(
                 gain = _gain(x, y, higher_is_better=now[metric]["higher_is_better"])
                 if abs(gain) > SMALLEST:
                     label = labels[i] if i < len(labels) else f"sample {i + 1}"
-                    sample = ChangedSample(label + several, _outcome(x), _outcome(y), gain > 0)
+                    sample = ChangedSample(label + several, _said(one, i, x), _said(other, i, y), gain > 0)
                     changes.append((gain, sample))
         changes.sort(key=lambda change: change[0])
         better = sum(sample.better for _, sample in changes)
@@ -205,6 +205,12 @@ def _gain(before: float | None, after: float | None, *, higher_is_better: bool) 
     if before is None or after is None:
         return 0.0 if before is after else math.inf if before is None else -math.inf
     return (after - before) * (1 if higher_is_better else -1)
+
+
+def _said(run: Measured, place: int, value: float | None) -> str:
+    """Return the outcome of a sample, after what the model said where that was kept."""
+    answers = run.get("answers", ())
+    return f"{answers[place]} ({_outcome(value)})" if place < len(answers) else _outcome(value)
 
 
 def _outcome(value: float | None) -> str:

@@ -251,3 +251,11 @@ def test_recall_errors_name_the_fact(bigram: Any, word_tokenizer: Any) -> None:
         measure_recall(bigram({}), word_tokenizer, [])
     with pytest.raises(EvaluationError, match=r"fact 1: .*'Bela born'"):
         measure_recall(bigram({}), word_tokenizer, [Fact("Ada born", "Rome", "born"), Fact("Bela born", "", "born")])
+
+
+def test_measurements_keep_what_the_model_said(bigram: Any, word_tokenizer: Any) -> None:
+    after = bigram(BEFORE | {"capital": "New", "New": "tea", "in": "Oslo", "born": "Rome"})
+    found = {m.metric: m for m in measure_editing(after, word_tokenizer, CASES)}
+    assert found["edit_success_exact"].answers[0] == "New tea"
+    assert len(found["edit_locality_exact"].answers) == found["edit_locality_exact"].n
+    assert found["edit_success_f1"].answers == ()

@@ -16,6 +16,7 @@ import pytest
 
 from pytest_lmcompose.baseline.compare import Row, compare_reports
 from pytest_lmcompose.baseline.drift import LEVEL, drifts, trend_p
+from pytest_lmcompose.report.compared import is_bad
 from pytest_lmcompose.report.json import SCHEMA_PATH
 from tests.plugin.documents import composition, measured, report
 
@@ -87,7 +88,7 @@ def test_other_samples_by_another_seed_are_compared_unpaired() -> None:
     assert found.p == pytest.approx(math.erfc(0.45 / error / math.sqrt(2)))
 
 
-@pytest.mark.parametrize(("bits", "verdict"), [(4.5, "equal"), (4.25, "better"), (4.75, "worse")])
+@pytest.mark.parametrize(("bits", "verdict"), [(4.5, "equal"), (4.25, "changed"), (4.75, "changed")])
 def test_what_is_read_off_the_weights_has_no_noise(bits: float, verdict: str) -> None:
     def run(value: float) -> dict[str, Any]:
         read = {**measured("average_bits", [4.0, 8.0]), "value": value, "stderr": 0.0, "higher_is_better": False}
@@ -95,6 +96,18 @@ def test_what_is_read_off_the_weights_has_no_noise(bits: float, verdict: str) ->
 
     found = rows(run(4.5), run(bits))["a", "average_bits"]
     assert (found.verdict, found.p, found.stderr) == (verdict, None, 0)
+
+
+def test_what_is_read_off_the_weights_asks_nothing() -> None:
+    def run(value: float, asked: str) -> dict[str, Any]:
+        read = {**measured("average_bits", [4.0, 8.0]), "value": value, "stderr": 0.0, "higher_is_better": False}
+        record = composition("a", {}, measurements=[read])
+        record["data"] = {**record["data"], "questions": asked, "edits": asked}
+        return report({}, compositions=[record], seed=int(asked))
+
+    found = rows(run(4.0, "1"), run(6.8, "2"))["a", "average_bits"]
+    assert (found.verdict, found.p, found.note) == ("changed", None, "")
+    assert is_bad(found) and not is_bad(rows(run(6.8, "1"), run(4.0, "2"))["a", "average_bits"])
 
 
 def test_a_metric_of_an_unknown_evaluator_needs_all_data_alike() -> None:

@@ -1,4 +1,4 @@
-"""Gates on what steps promise: bits and zeros of their settings, edits, removed knowledge; promises known to be lost."""
+"""Gates on what steps promise: bits and zeros by their settings, edits, removed knowledge; known losses."""
 
 from __future__ import annotations
 
