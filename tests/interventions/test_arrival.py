@@ -169,11 +169,9 @@ def test_edits_arrive_and_are_said(family: str, method: str, settings: dict[str,
     made = report.details["edits"]
     assert [edit["reached"] > 0.9 for edit in made] == [True, True]
     assert not [warning for warning in report.warnings if "reach" in warning]
-    if method == "rome" or len(settings["layers"]) == 1:  # then `moved` counts from the first state
-        for edit, start, entry in zip(EDITS, before, made, strict=True):
-            change = float((_block_output(model, tokenizer, edit, 1) - start).norm())
-            assert change == pytest.approx(entry["moved"] * float(start.norm()), rel=0.1)
-    for edit in EDITS:
+    for edit, start, entry in zip(EDITS, before, made, strict=True):
+        change = float((_block_output(model, tokenizer, edit, 1) - start).norm())
+        assert change == pytest.approx(entry["moved"] * float(start.norm()), rel=0.1)
         row = tokenise(tokenizer, edit, with_target=True)
         with torch.no_grad():
             says = model(torch.tensor([row.ids])).logits[0].argmax(dim=-1)
