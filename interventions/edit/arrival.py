@@ -17,9 +17,11 @@ from interventions.anatomy import Block, first_output, module_device
 from interventions.early_exit import SeenEnough, run_until_seen
 from interventions.edit.prompts import TokenisedPrompt
 from interventions.padding import pad_right
+from interventions.types import InterventionError
 
 _BATCH = 32
-_SMALL = 0.01
+_SMALL = 0.1
+_EXACT = 0.01
 
 
 class Gain(NamedTuple):
@@ -41,6 +43,7 @@ class Arrival:
     def __init__(self, model: nn.Module, block: Block, prompts: Sequence[TokenisedPrompt], pad: int) -> None:
         self._block = block
         self._chunks: list[_Chunk] = []
+        self._put_out = torch.empty(0)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,20 +73,26 @@ class Arrival:
     def gain(self, width: int) -> Gain:
         """Measure the block's gain with random changes of its MLP's output, of `width` features.
 
-        Large changes, of the norm of the block's output, tell whether it is linear, small ones how it begins.
+        Large changes, of the norm of the block's output, tell whether it is linear; small ones, next to the
+        MLP's output, how it begins. Raises InterventionError for a block that passes nothing on.
         """
         chunk = self._chunks[0]
         generator = torch.Generator().manual_seed(0)
-        count = len(chunk.places)
-        random = torch.randn(count, width, generator=generator).to(chunk.places.device)
+        random = torch.randn(len(chunk.places), width, generator=generator).to(chunk.places.device)
+        random /= random.norm(dim=1, keepdim=True)
         before = self._run(chunk, torch.zeros_like(random))
-        large = random * (before.norm(dim=1) / random.norm(dim=1))[:, None]
+        large = random * before.norm(dim=1, keepdim=True)
         arrives = self._run(chunk, large) - before
+        if not bool(arrives.any()):
+            raise InterventionError(
+                f"{self._block.name}: no change of the MLP's output arrives behind the block; edit other layers"
+            )
         factor = float((arrives * large).sum() / (large * large).sum())
-        noise = torch.finfo(next(self._block.module.parameters()).dtype).eps ** 0.5
-        if float((arrives - factor * large).norm()) <= noise * float(large.norm()):
-            return Gain(1.0 if abs(factor - 1) < min(noise, _SMALL) else factor, linear=True)
-        small = _SMALL * large
+        eps = torch.finfo(next(self._block.module.parameters()).dtype).eps
+        rounding = eps / 2 * float(before.norm())
+        if float((arrives - factor * large).norm()) <= eps**0.5 * float(arrives.norm()) + rounding:
+            return Gain(1.0 if abs(factor - 1) < min(eps**0.5, _EXACT) else factor, linear=True)
+        small = _SMALL * random * self._put_out.norm(dim=1, keepdim=True)
         arrives = self._run(chunk, small) - before
         return Gain(float(arrives.norm() / small.norm()), linear=False)
 
@@ -93,6 +102,7 @@ class Arrival:
 
         def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             rows: Tensor = output.detach().reshape(len(every), -1, output.shape[-1])
+            self._put_out = rows[every, chunk.places].float()
             added = changes.to(output.dtype)
             return rows.index_put((every, chunk.places), added, accumulate=True).reshape(output.shape)
 

@@ -126,7 +126,8 @@ def rewrite(
             weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
         starts.append(at_first)
         values.append(found.z)
-        numbers = zip(chosen, found.nll.tolist(), found.steps.tolist(), found.moved.tolist(), strict=True)
+        moved = (found.z - at_first).norm(dim=1) / at_first.norm(dim=1)
+        numbers = zip(chosen, found.nll.tolist(), found.steps.tolist(), moved.tolist(), strict=True)
         reports += [
             {"prompt": edit.prompt, "target": edit.target, "nll": nll, "steps": steps, "moved": moved}
             for edit, nll, steps, moved in numbers

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from interventions.anatomy import Anatomy, first_output, module_device
+from interventions.edit.logits import logits_at
 from interventions.padding import pad_left, pad_right
 from interventions.types import InterventionError
 
@@ -94,23 +95,10 @@ class Tail:
         if self._whole.shape != hidden.shape:
             every = torch.arange(len(hidden), device=hidden.device)[:, None]
             hidden = self._whole.index_put((every, self._columns), hidden)
-        columns = places + self._begins[rows]
-        count, picked = len(hidden), False
         hidden = hidden.reshape(first_output(self._output).shape)
         output = (hidden, *self._output[1:]) if isinstance(self._output, tuple) else hidden
-
-        def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            nonlocal picked
-            picked = True
-            return (_by_rows(args[0], count)[rows, columns][None], *args[1:])
-
-        handle = self._head.register_forward_pre_hook(pick)
-        try:
-            with _returning({**self._below, self._site: output}):
-                logits: Tensor = self._model(**self._arguments).logits
-        finally:
-            handle.remove()
-        return (logits[0] if picked else logits[rows, columns]).float()
+        with _returning({**self._below, self._site: output}):
+            return logits_at(self._model, self._head, self._arguments, rows, places + self._begins[rows])
 
 
 def open_tail(

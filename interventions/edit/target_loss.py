@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interventions.edit.logits import logits_at
 from interventions.edit.prompts import tokenise
 from interventions.padding import pad_right, padding_id
 from interventions.types import Edit, InterventionError
@@ -54,15 +55,8 @@ def target_nll(model: nn.Module, head: nn.Module, batch: TargetBatch) -> Tensor:
 
     The output head runs at those tokens alone.
     """
-
-    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][batch.rows, batch.places], *args[1:])
-
-    handle = head.register_forward_pre_hook(choose)
-    try:
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
-    finally:
-        handle.remove()
+    arguments = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+    logits = logits_at(model, head, arguments, batch.rows, batch.places)
     log_p = logits.log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
     total = torch.zeros(len(batch.which), device=log_p.device).index_add(0, batch.rows, -log_p)
     return total / torch.bincount(batch.rows, minlength=len(batch.which))

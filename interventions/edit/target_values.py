@@ -43,8 +43,6 @@ class TargetValues:
     """(edits,) updates taken."""
     cached: bool
     """Whether a `Tail` of this model may be cached."""
-    moved: Tensor
-    """(edits,) the norm of the change of the hidden state over the norm of the state."""
 
 
 def optimise_values(
@@ -128,7 +126,7 @@ def optimise_values(
             batch = make_batch(active.nonzero()[:, 0].tolist())
     found = delta.detach()[owner]
     z = start + found if arrival is None else arrival.outputs(found / gain.factor)
-    return TargetValues(z, start, found / gain.factor, loss, nll, steps, cached, (z - start).norm(dim=1) / start_norm)
+    return TargetValues(z, start, found / gain.factor, loss, nll, steps, cached)
 
 
 class _Texts:

@@ -1,0 +1,30 @@
+"""A model's logits at some places of a batch, without those of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def logits_at(model: nn.Module, head: nn.Module, arguments: Mapping[str, Any], rows: Tensor, places: Tensor) -> Tensor:
+    """Run `model` on `arguments`; return its logits (n, vocabulary) float32 at n pairs of a row and a place.
+
+    The output head, and what the model does to its output, runs at those tokens alone, as if they were one text.
+    """
+    count = len(arguments["input_ids"])
+    picked = False
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal picked
+        picked = True
+        return (args[0].reshape(count, -1, args[0].shape[-1])[rows, places][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        logits: Tensor = model(**arguments).logits
+    finally:
+        handle.remove()
+    # Some models have a head that they use without calling it.
+    return (logits[0] if picked else logits[rows, places]).float()
