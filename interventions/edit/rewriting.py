@@ -34,7 +34,7 @@ Solve = Callable[[Tensor, Tensor], Tensor]
 _BATCH = 32
 _PROBED = 8
 _ENOUGH = 0.9
-"""Share of the wanted change of a hidden state below which an edit that is not made is warned about."""
+"""Share of the wanted change of a hidden state below which a step warns of an edit."""
 _UNLIKELY = math.log(2)
 """Negative log-likelihood of a target, in nats a token, above which an edit counts as not made: that of one half."""
 
@@ -137,12 +137,14 @@ def rewrite(
     shares = shares_reached(torch.cat(starts), torch.cat(values), now).tolist()
     texts = target_batches(tokenizer, edits, _BATCH, module_device(model), chat_template=settings.chat_template)
     after = all_nll(model, anatomy.head, texts).tolist()
-    # Methods weigh other keys against the edits' own, so a smaller share is by design; it is enough for those made.
-    short = [share for share, nll in zip(shares, after, strict=True) if share < _ENOUGH and nll > _UNLIKELY]
+    short = [(share, nll) for share, nll in zip(shares, after, strict=True) if share < _ENOUGH]
     if short:
+        # Methods weigh other keys against the edits' own, so a smaller share can be enough: the targets tell.
+        lost = sum(nll > _UNLIKELY for _, nll in short)
         context.warn(
-            f"{len(short)} of {len(edits)} edits are not made: they reach less than {_ENOUGH} of the change of their "
-            f"hidden state in layer {layers[-1]} (the least {min(short):.2f}); {remedy}"
+            f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their hidden state in layer "
+            f"{layers[-1]} (the least {min(short)[0]:.2f}), and {lost} of them leave their target less likely than not; "
+            f"{remedy}"
         )
     return {
         "layers": layers,

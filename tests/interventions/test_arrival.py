@@ -178,14 +178,14 @@ def test_edits_arrive_and_are_said(family: str, method: str, settings: dict[str,
         assert [int(says[place - 1]) for place in row.target_places] == [row.ids[place] for place in row.target_places]
 
 
-def test_edits_that_are_not_made_are_counted_in_one_warning(tokenizer: Any) -> None:
+def test_edits_that_reach_too_little_are_counted_in_one_warning(tokenizer: Any) -> None:
     report = apply(
         tiny_model(), tokenizer, "memit", edits=EDITS, calibration=SENTENCES, layers=[0], covariance_weight=1e4
     )
     (warning,) = [warning for warning in report.warnings if "reach" in warning]
     least = min(edit["reached"] for edit in report.details["edits"])
-    assert warning.startswith("2 of 2 edits are not made")
-    assert f"(the least {least:.2f}); lower memit.covariance_weight" in warning
+    assert warning.startswith("2 of 2 edits reach less than 0.9")
+    assert f"(the least {least:.2f}), and 2 of them leave their target less likely than not; lower memit." in warning
 
 
 @pytest.mark.parametrize(
