@@ -207,7 +207,8 @@ def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleL
         _check_coverage(block, layout)
         blocks.append(block)
     parent_name = list_name.rpartition(".")[0]
-    final_norm = _submodule(model.get_submodule(parent_name), layout.final_norm)
+    parent = model.get_submodule(parent_name)
+    final_norm = _submodule(parent, layout.final_norm) or _norm_after(parent, modules)
     parts = {
         "input embeddings": _call(model, "get_input_embeddings"),
         "output head": _call(model, "get_output_embeddings"),
@@ -221,6 +222,16 @@ def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleL
         final_norm if final_norm is not None else nn.Identity(),
         parts["output head"],  # type: ignore[arg-type]
     )
+
+
+def _norm_after(parent: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:
+    """Return the first sibling after the list of blocks that has nothing but vectors: a norm by whatever name."""
+    siblings = list(parent.children())
+    for module in siblings[siblings.index(blocks) + 1 :]:
+        parameters = list(module.parameters())
+        if parameters and all(p.dim() == 1 for p in parameters):
+            return module
+    return None
 
 
 def _call(model: nn.Module, method: str) -> nn.Module | None:

@@ -12,14 +12,13 @@ import pytest
 def usage_errors() -> Iterator[None]:
     """Turn errors in what the user asked for into pytest's own kind."""
     from pytest_lmcompose.baseline.storage import StorageError
-    from pytest_lmcompose.errors import ModelError
+    from pytest_lmcompose.errors import RecipeError
     from pytest_lmcompose.gates.thresholds import ThresholdError
-    from pytest_lmcompose.recipe import RecipeError
     from pytest_lmcompose.report.files import TargetError
 
     try:
         yield
-    except (RecipeError, ThresholdError, StorageError, ModelError, TargetError) as error:
+    except (RecipeError, ThresholdError, StorageError, TargetError) as error:
         raise pytest.UsageError(f"lmcompose: {error}") from None
     except OSError as error:  # such as a name that is too long for a file
         raise pytest.UsageError(f"lmcompose: {error.filename}: {error.strerror}") from None
@@ -49,11 +48,10 @@ def _says_everything(error: Exception) -> bool:
     from evaluators.measurement import EvaluationError
     from interventions.types import InterventionError
     from pytest_lmcompose.baseline.storage import StorageError
-    from pytest_lmcompose.errors import BuildError, ModelError
+    from pytest_lmcompose.errors import BuildError, RecipeError
     from pytest_lmcompose.gates.thresholds import ThresholdError
-    from pytest_lmcompose.recipe import RecipeError
     from pytest_lmcompose.world.records import WorldError
 
     if isinstance(error, BuildError):
         return isinstance(error.__cause__, InterventionError)
-    return isinstance(error, (RecipeError, ThresholdError, StorageError, WorldError, EvaluationError, ModelError))
+    return isinstance(error, (RecipeError, ThresholdError, StorageError, WorldError, EvaluationError))

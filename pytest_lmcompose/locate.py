@@ -25,8 +25,9 @@ def model_overrides(name: str, conf: Path, folder: Path) -> tuple[str, ...]:
     if name in known:
         return (f"model={name}",)
     path = folder / os.path.expanduser(name)
+    if path.exists() and not (path / "config.json").is_file():
+        check_folder(path)  # which says what it is instead
     if path.exists():
-        check_folder(path)
         return ("model=any", f"model.path={quoted(str(path))}")
     if _is_path(name, path):
         raise RecipeError(f"no such model folder: {path}.{near_names(name, known)}")

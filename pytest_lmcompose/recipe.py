@@ -30,6 +30,7 @@ from interventions.ranges import SettingError, check_settings, check_value, fiel
 from interventions.registry import UnknownMethod, find_method, methods
 from interventions.types import InterventionError
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse, permutations
+from pytest_lmcompose.errors import RecipeError as RecipeError
 from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSettings, WorldSettings
 
 near_names = partial(names.near_names, cutoff=0.5)
@@ -41,10 +42,6 @@ _SECTIONS: dict[str, type] = {
     "evaluate": EvaluateSettings,
     "suite": SuiteSettings,
 }
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be composed; the message names the key and lists near ones."""
 
 
 @dataclasses.dataclass(frozen=True)

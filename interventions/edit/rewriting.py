@@ -142,9 +142,9 @@ def rewrite(
         # Methods weigh other keys against the edits' own, so a smaller share can be enough: the targets tell.
         lost = sum(nll > _UNLIKELY for _, nll in short)
         context.warn(
-            f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their hidden state in layer "
-            f"{layers[-1]} (the least {min(short)[0]:.2f}), and {lost} of them leave their target less likely than not; "
-            f"{remedy}"
+            f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their hidden state in "
+            f"layer {layers[-1]} (the least {min(short)[0]:.2f}), and {lost} of them leave their target less likely "
+            f"than not; {remedy}"
         )
     return {
         "layers": layers,

@@ -93,7 +93,7 @@ def _read(settings: ModelSettings, location: str, device: torch.device, spread: 
         model, found = loaded
         _check_complete(location, found)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
-    except (ModelError, RecipeError):
+    except RecipeError:
         raise
     except Exception as error:  # transformers, the hub and a model's own code raise every kind
         raise ModelError(_explained(location, error, settings.trust_remote_code)) from error

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluators.task_files import task_files
 from pytest_lmcompose.store.address import address, hash_files
 
 if TYPE_CHECKING:
@@ -60,5 +59,7 @@ def question_files(world: WorldSettings, evaluate: EvaluateSettings, folder: Pat
     """Return the hash of the files that the question tasks of a run are read from, wherever they stand."""
     if world.tasks is None or not evaluate.questions:
         return ""
+    from evaluators.task_files import task_files
+
     names = [*evaluate.tasks, *(name for pool in world.pools.values() for name in pool)]
     return hash_files(task_files(folder / world.tasks, names))

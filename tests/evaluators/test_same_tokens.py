@@ -53,7 +53,7 @@ class Parrot(torch.nn.Module):
         super().__init__()
         self.follows = {tuple(text[:i]): text[i] for text in texts for i in range(len(text))}
         self.size = size
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:

@@ -224,7 +224,7 @@ def test_the_baseline_is_updated_only_from_committed_files(stored: Project) -> N
     fail = f"--lmcompose-compare-fail={METRIC}:5%"
     done = stored.run(update, fail, *WORSE, compose=(ID,))
     assert done.ret == pytest.ExitCode.OK  # the run takes the place of what it is worse than
-    done.stdout.fnmatch_lines([f"{ID}  average_bits!  *worse", "of 30 metrics *"])
+    done.stdout.fnmatch_lines([f"{ID}  average_bits!  *changed", "of 30 metrics *"])
     assert runs(stored) == ["0001_v1.json", "0002_v1.json"]  # the history stays
     kept = read_report(stored.path / ".lmcompose" / "0002_v1.json")
     assert re.fullmatch(r"[0-9a-f]{40}", kept["stored"].pop("commit"))

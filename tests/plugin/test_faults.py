@@ -81,7 +81,7 @@ def check_store(project: Project, states: set[str] = STATES) -> None:
     told: list[str] = []
     store = Store(project.path / "store", 10**9, told.append)
     entries = store.entries()
-    assert all(store.read(entry.folder.name) is not None for entry in entries) and told == []
+    assert all(store.read(e.folder.name, store.about(e)[0]) is not None for e in entries) and told == []
     kinds = [store.about(entry) for entry in entries]
     assert {about["composition"] for kind, about in kinds if kind == "state"} == states
 
@@ -181,6 +181,10 @@ def test_a_full_disk_keeps_what_it_has_and_stops_no_run(shared: Project) -> None
             assert result.stdout.str().count("going on without storing") == 1
             store = Store(shared.path / "store", 10**9, told.append)
             entries = store.entries()
-            assert entries and all(store.read(entry.folder.name) is not None for entry in entries) and told == []
+            assert (
+                entries
+                and all(store.read(e.folder.name, store.about(e)[0]) is not None for e in entries)
+                and told == []
+            )
     for report in ("first.json", "again.json") if reports else ():
         check_same_as_undisturbed(shared, report)

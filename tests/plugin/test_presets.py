@@ -225,8 +225,8 @@ TINYWORLD: dict[str, dict[str, Any]] = {
     "gd": {"samples": 150, "batch_size": 2, "retain_batch_size": 4, "accumulation": 1, "retain_weight": 9.5},
     "npo": {"epochs": 1, "beta": 0.005, "forget_weight": 0.012, "retain_weight": 1.4},
     "memit": {"layers": [0, 1, 2], "covariance_weight": 1000.0},
-    "awq": {"bits": 4, "samples": 16, "search_tokens": 128, "max_tokens": 512},
-    "gptq": {"bits": 4, "samples": 32, "symmetric": False, "max_tokens": 2048},
+    "awq": {"bits": 4, "samples": 32, "search_tokens": 128, "max_tokens": 128},
+    "gptq": {"bits": 4, "samples": 32, "symmetric": False, "max_tokens": 128},
 }  # fmt: skip
 
 
