@@ -137,19 +137,19 @@ class Session:
 
     def unmatched(self) -> list[str]:
         """Return why expressions of the command line would judge nothing."""
-        from pytest_lmcompose.report.planned import unmatched
-
         if self.planned is None or not self.options.keeping.fail:
             return []
+        from pytest_lmcompose.report.planned import unmatched
+
         return list(unmatched(self.run.rules, self.planned.judged))
 
     def dropped(self) -> list[str]:
         """Return which expressions of the command line hold for compositions that nobody tests any more."""
-        from pytest_lmcompose.report.planned import dropped
-
         keeping, baseline = self.options.keeping, self.run.baseline
         if self.planned is None or not keeping.fail or baseline is None or keeping.update:
             return []
+        from pytest_lmcompose.report.planned import dropped
+
         return list(dropped(self.run.rules, self.planned.tested, baseline))
 
     def baseline_for_workers(self) -> str | None:

@@ -53,8 +53,11 @@ class Parrot(torch.nn.Module):
         super().__init__()
         self.follows = {tuple(text[:i]): text[i] for text in texts for i in range(len(text))}
         self.size = size
-        self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+        self.device, self.dtype, self.generation_config = torch.device("cpu"), torch.float32, None
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(), to_dict=lambda: {})
+
+    def get_input_embeddings(self) -> Any:
+        return SimpleNamespace(num_embeddings=self.size)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
         logits = torch.zeros(*input_ids.shape, self.size)
