@@ -374,7 +374,8 @@ def _with_power(noise: str, runs: Sequence[Measurement], base: Sequence[Measurem
         floor = noise_floor(runs, base, name)
     except EvaluationError:
         return noise
-    return f"{noise.removesuffix(')')}; a paired test {finds(floor)})"
+    what = "drop" if runs[0].higher_is_better else "rise"
+    return f"{noise.removesuffix(')')}; a paired test {finds(floor, what=what)})"
 
 
 def _with_worse(noise: str, runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> str:

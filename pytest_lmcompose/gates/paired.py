@@ -47,6 +47,8 @@ class Paired:
     """Independent units, where these are groups of samples, such as the prompts of one edit; else 0."""
     smallest_p: float = 0.0
     """That these samples can reach, where all that can get worse does: a half to the power of right answers."""
+    rises: bool = False
+    """Whether the metric gets worse by rising, so that a drop is a rise of its value."""
 
 
 class Change(NamedTuple):
@@ -116,6 +118,7 @@ def compare_with_base(
         alpha / gates,
         len(set(clusters or ())),
         _smallest_p(before, better) if found.test == MCNEMAR else 0.0,
+        not better,
     )
     return paired, value
 
@@ -146,16 +149,17 @@ def describe(paired: Paired) -> str:
     """Return what a verdict says of its comparison."""
     error = "unknown" if paired.stderr is None else f"{paired.stderr:.3g}"
     units = f" in {paired.clusters} groups" if paired.clusters else ""
+    what = "rise" if paired.rises else "drop"
     return (
         f"p = {paired.p:.3g}, after Holm over {paired.gates} gate{'s' * (paired.gates != 1)} {paired.p_holm:.3g} "
-        f"({paired.test}, n = {paired.n}{units}, drop {paired.drop:.4g} with standard error {error}; "
-        f"{finds(paired.smallest_drop, paired.power, paired.level)})"
+        f"({paired.test}, n = {paired.n}{units}, {what} {paired.drop:.4g} with standard error {error}; "
+        f"{finds(paired.smallest_drop, paired.power, paired.level, what)})"
     )
 
 
-def finds(smallest: float | None, power: float = POWER, level: float = LEVEL) -> str:
-    """Return what a verdict says of the smallest drop it could have found; None: it finds none."""
-    drops = "no drop" if smallest is None else f"drops from {smallest:.3g}"
+def finds(smallest: float | None, power: float = POWER, level: float = LEVEL, what: str = "drop") -> str:
+    """Return what a verdict says of the smallest drop, or rise, that it finds; None: it finds none."""
+    drops = f"no {what}" if smallest is None else f"{what}s from {smallest:.3g}"
     return f"finds {drops} with {power:.0%} power at level {level:.3g}"
 
 

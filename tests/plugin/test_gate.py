@@ -178,6 +178,7 @@ def test_a_paired_gate_says_what_it_found_and_could_have_found(tmp_path: Path, b
     base, worse, noise = (answers(n, better=better) for n in (90, 80, 89))
     found = only(judge(rules(tmp_path, NO_DROP), "memit", [worse], [base], gates=4))
     value, before = (0.8, 0.9) if better else (0.2, 0.1)
+    what = "drop" if better else "rise"
     assert found.paired is not None
     assert (found.passed, found.value, found.base_value) == (False, pytest.approx(value), pytest.approx(before))
     assert found.paired.p == 2**-10  # ten answers lost, none won
@@ -185,8 +186,8 @@ def test_a_paired_gate_says_what_it_found_and_could_have_found(tmp_path: Path, b
     # Seven losses and no gain are significant at 0.0125, and binom.sf(6, 100, 0.0894) is 0.8.
     assert found.message == (
         f"memit  m = {value:g} is worse than {before:g} of the base model at no_drop_p 0.05: p = 0.000977, after Holm "
-        "over 4 gates 0.000977 (exact McNemar, n = 100, drop 0.1 with standard error 0.0302; "
-        "finds drops from 0.0894 with 80% power at level 0.0125)"
+        f"over 4 gates 0.000977 (exact McNemar, n = 100, {what} 0.1 with standard error 0.0302; "
+        f"finds {what}s from 0.0894 with 80% power at level 0.0125)"
     )
     passing = only(judge(rules(tmp_path, NO_DROP), "memit", [noise], [base]))
     assert passing.passed and " is not worse than " in passing.message
