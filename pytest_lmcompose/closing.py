@@ -51,7 +51,7 @@ class Closing:
         self._stopped = stopped
         if self._collected.records and self._session.run.journal is not None and not stopped:
             self._session.run.journal.ended()
-        if "run" in self._session.__dict__:  # what an interrupted test had done, and no report tells
+        if self._session.in_use:  # what an interrupted test had done, and no report tells
             for result in self._session.run.touched.values():
                 self._collected.add(*decode(encode(result, self._session.run.model_facts())))
         self._collected.shard = self._options.shard
@@ -97,7 +97,7 @@ class Closing:
 
     @property
     def _has_baseline(self) -> bool:
-        return "run" in self._session.__dict__ and self._session.run.__dict__.get("baseline") is not None
+        return self._session.in_use and self._session.run.__dict__.get("baseline") is not None
 
     def _among_stored(self, session: pytest.Session, report: dict[str, Any]) -> dict[str, Any]:
         """Compare a finished run with stored ones, and store it; return what its report says of it."""

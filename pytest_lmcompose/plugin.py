@@ -6,7 +6,8 @@ Anything that imports torch comes later, so this is the place for its defaults.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pytest_lmcompose.states.build import ModelState
 
 CATEGORIES = ("edit", "unlearn", "compress")
+_HOLDS_FAILURES = re.compile(r"contains \d+ failed subtests?")
+"""All that pytest says of a test whose subtests failed."""
 SESSION = pytest.StashKey[Session]()
 
 threads.set_defaults(os.environ, threads.available_cores())
@@ -179,6 +182,14 @@ class _Reporting:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._session.receive(report)
+
+    @pytest.hookimpl(wrapper=True)  # around pytest's own, which finds out that subtests have failed
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> Generator[None, Any, Any]:
+        """Count a failed gate once: its subtest has failed, and the test that holds it says only so."""
+        found = yield
+        if self._session.in_use and report.failed and _HOLDS_FAILURES.fullmatch(str(report.longrepr)):
+            return "", "", ""
+        return found
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:

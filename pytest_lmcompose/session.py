@@ -154,7 +154,7 @@ class Session:
 
     def baseline_for_workers(self) -> str | None:
         """Return the file of the stored run to compare with, empty if there is none; None if none was looked for."""
-        if "run" not in self.__dict__ or "baseline" not in self.run.__dict__:
+        if not self.in_use or "baseline" not in self.run.__dict__:
             return None
         return "" if self.run.baseline is None else str(self.run.baseline.path)
 
@@ -197,6 +197,11 @@ class Session:
         with plain_failures(self._stop):
             return self.judging.gates(composition)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether anything of this plugin was asked for."""
+        return "run" in self.__dict__
+
     def _count(self) -> None:
         """Let the run say how many of the compositions are measured; workers do not know what others do."""
         if self.writes:
@@ -232,7 +237,7 @@ class Session:
         over = self._remaining.done(composition)
         if self._keeps_subtrees and following is not None:
             over = tuple(state for state in composition.prefixes() if state not in following.prefixes())
-        if "run" in self.__dict__:
+        if self.in_use:
             compared = [p for c in self.judging.compared_with(composition) for p in c.prefixes()]
             self.run.release((*over, *(state for state in compared if not self._remaining.needs(state))))
 
@@ -295,7 +300,7 @@ class Session:
 
     def send(self, item: pytest.Item) -> None:
         """Attach what is new to the reports of a test: the only channel that survives a crash."""
-        if "run" not in self.__dict__:
+        if not self.in_use:
             return
         touched, self.run.touched = self.run.touched, {}
         for composition, result in touched.items():
@@ -306,7 +311,7 @@ class Session:
 
     def describe(self, item: pytest.Item, composition: Composition) -> None:
         """Tell JUnit what the test of a composition found."""
-        result = self.run.results.get(composition) if "run" in self.__dict__ else None
+        result = self.run.results.get(composition) if self.in_use else None
         if result is not None:
             item.user_properties += properties_of(result)
 

@@ -142,3 +142,29 @@ def test_flags_of_the_table_and_colour_on_a_terminal_only(project: Project) -> N
 )
 def test_refused(refused: Callable[..., str], arguments: str, message: str) -> None:
     assert message in refused(arguments)
+
+
+SUBTESTS = """
+import pytest
+
+def test_it(composition, gates, subtests):
+    for gate in gates:
+        with subtests.test(gate.metric):
+            if not gate.passed:
+                pytest.fail(gate.message, pytrace=False)
+"""
+
+
+def test_a_failed_gate_is_counted_once_and_the_end_says_what_to_try(project: Project) -> None:
+    project.pytester.makepyfile(test_inner=SUBTESTS)
+    (project.path / "thresholds.yaml").write_text("'*': {perplexity: {max: 1}, edit_success_f1: {min: 0}}")
+    result = project.run(compose=("nudge",))
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert result.parseoutcomes() == {"failed": 1}
+    result.stdout.fnmatch_lines(
+        [
+            "lmcompose: 1 composition of the model *, on the world *",
+            "nudge  [[]1/1[]]: * s to measure",
+            "next: perplexity: *",
+        ]
+    )
