@@ -39,7 +39,7 @@ class Reading(NamedTuple):
 
 
 _found: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
-"""By model, and by what of it the answer depends on."""
+"""By model, and by the properties that the answer depends on."""
 
 
 def reading(model: Any, fill: int, longest: int = 0) -> Reading:

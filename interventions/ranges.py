@@ -168,9 +168,9 @@ def field_types(kind: type) -> dict[str, Any]:
 
 
 def check_value(key: str, hint: Any, value: Any) -> None:
-    """Check a value that shall become a field of type `hint`; raises SettingError that begins with `key`.
+    """Check a value for a field of type `hint`; raises SettingError that begins with `key`.
 
-    What shall become a dataclass may be a mapping with some of its keys.
+    A dataclass may be given as a mapping with some of its keys.
     """
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         known = field_types(typing.cast(type, hint))
