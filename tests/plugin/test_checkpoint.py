@@ -181,7 +181,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(
 
 
 def test_a_file_and_an_absent_hub_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="is a GGUF file: name a folder"):
         load_model(ModelSettings(), str(tmp_path / "model.gguf"), CPU)
