@@ -70,9 +70,11 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }
 
 
-def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """Build a random model of two blocks whose norms, biases and channel sizes are not trivial."""
-    config = CONFIGS[family]()
+def tiny_model(
+    family: str | transformers.PretrainedConfig = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Build a random model of two blocks, or of a config, whose norms, biases and channel sizes are not trivial."""
+    config = CONFIGS[family]() if isinstance(family, str) else family
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]

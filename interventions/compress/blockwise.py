@@ -131,7 +131,7 @@ def float_blocks(
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     check_enough(blocks, tokens, method)
     if scaled:
-        warn_of_unscaled(blocks, method, context)
+        warn_of_unscaled(unscaled(blocks, method, context), method, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)
     all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
     masks = [batch["attention_mask"].bool() for batch in batches]
@@ -349,17 +349,22 @@ def check_enough(blocks: Sequence[Block], tokens: int, method: str) -> None:
             )
 
 
-def warn_of_unscaled(blocks: Sequence[Block], method: str, context: Context) -> None:
-    """Warn about the groups whose declared operation before them cannot absorb a scaling of their input."""
+def unscaled(blocks: Sequence[Block], method: str, context: Context) -> list[str]:
+    """Return, by their first linear, the groups whose input the operation declared before them cannot scale."""
     names = []
     for block in blocks:
-        context.progress(f"{method}: which scales block {block.index + 1} of {len(blocks)} can take up")
+        context.progress(f"{method}: trying where block {block.index + 1} of {len(blocks)} can take up scales")
         names += [g.linears[0].name for g in block.linear_groups if g.declared is not None and g.previous is None]
+    return names
+
+
+def warn_of_unscaled(names: Sequence[str], method: str, context: Context) -> None:
+    """Warn, in one sentence, about groups of linears that are quantised without scales."""
     if names:
-        more = f" and {len(names) - 1} other groups of layers" if len(names) > 1 else ""
+        others = f" (and that of {len(names) - 1} more groups of layers)" if len(names) > 1 else ""
         context.warn(
-            f"{method}: the input of {names[0]}{more} cannot be scaled: run with scales folded into the operation "
-            "before it, the block puts out something else. These layers are quantised without scales."
+            f"{method}: the input of {names[0]}{others} cannot be scaled: a run of the block with scales folded into "
+            "the operation before gave another output. These layers are quantised without scales."
         )
 
 
