@@ -353,7 +353,7 @@ def unscaled(blocks: Sequence[Block], method: str, context: Context) -> list[str
     """Return, by their first linear, the groups whose input the operation declared before them cannot scale."""
     names = []
     for block in blocks:
-        context.progress(f"{method}: trying where block {block.index + 1} of {len(blocks)} can take up scales")
+        context.progress(f"{method}: trial of scales in block {block.index + 1} of {len(blocks)}")
         names += [g.linears[0].name for g in block.linear_groups if g.declared is not None and g.previous is None]
     return names
 
@@ -361,10 +361,10 @@ def unscaled(blocks: Sequence[Block], method: str, context: Context) -> list[str
 def warn_of_unscaled(names: Sequence[str], method: str, context: Context) -> None:
     """Warn, in one sentence, about groups of linears that are quantised without scales."""
     if names:
-        others = f" (and that of {len(names) - 1} more groups of layers)" if len(names) > 1 else ""
+        others = f" and {len(names) - 1} more groups of layers" if len(names) > 1 else ""
         context.warn(
-            f"{method}: the input of {names[0]}{others} cannot be scaled: a run of the block with scales folded into "
-            "the operation before gave another output. These layers are quantised without scales."
+            f"{method}: no scales for {names[0]}{others}, which are rounded as they are: in a trial run, folding "
+            "scales into the operation before changed what the block computes"
         )
 
 

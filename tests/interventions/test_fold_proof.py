@@ -232,8 +232,7 @@ def test_compression_at_eight_bits_is_about_as_good_as_rounding(family: str, tok
         if method == "awq":
             (warning,) = report.warnings
             lost = next(g for g in find_anatomy(model).blocks[0].linear_groups if g.declared and not g.previous)
-            assert f"awq: the input of {lost.linears[0].name}" in warning
-            assert "without scales" in warning
+            assert f"awq: no scales for {lost.linears[0].name} and " in warning
     assert 0 < errors["rtn"] < 0.03
     assert errors["awq"] < 1.25 * errors["rtn"]
     assert errors["gptq"] < 1.25 * errors["rtn"]

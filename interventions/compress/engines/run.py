@@ -57,8 +57,8 @@ def run_engine(
     blocks = find_anatomy(model).blocks
     if method == "awq" and (names := unscaled(blocks, method, context)):
         raise InterventionError(
-            f"{who} may fold scales into the operation before {names[0]}, after which this model's blocks compute "
-            f"something else; use engine={OWN}, which does not"
+            f"{who} may fold scales into the operation before {names[0]}, which changes what this model computes: "
+            f"use engine={OWN}, which leaves them out there"
         )
     linears = tuple(linear.name for block in blocks for linear in block.linears)
     with tempfile.TemporaryDirectory(prefix=f"lmcompose-{engine.name}-") as name:
