@@ -7,6 +7,7 @@ Methods ask here instead of naming modules. What a block looks like is declared 
 from __future__ import annotations
 
 import collections
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -206,8 +207,12 @@ def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleL
         block = Block(index, name, module, groups)
         _check_coverage(block, layout)
         blocks.append(block)
-    parent_name = list_name.rpartition(".")[0]
-    parent = model.get_submodule(parent_name)
+    parent = model.get_submodule(list_name.rpartition(".")[0])
+    if "past_key_values" not in inspect.signature(parent.forward).parameters:
+        raise InterventionError(
+            f"{type(model).__name__}: looks like {layout.name} but {type(parent).__name__} takes no past_key_values: "
+            "models without a cache of keys and values are not supported"
+        )
     final_norm = _submodule(parent, layout.final_norm) or _norm_after(parent, modules)
     parts = {
         "input embeddings": _call(model, "get_input_embeddings"),
@@ -298,7 +303,9 @@ def module_device(module: nn.Module) -> torch.device:
 
 def within_context(model: nn.Module, max_tokens: int) -> int:
     """Return `max_tokens`, or the model's own limit if that is lower: there may be no positions beyond it."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
     return max_tokens if limit is None else min(max_tokens, limit)
 
 
@@ -311,5 +318,5 @@ def check_layers(setting: str, layers: Sequence[int], depth: int) -> list[int]:
 
 
 def first_output(output: Any) -> Tensor:
-    """Return a module's output, or the first of several: some architectures' blocks return a tuple or a list."""
-    return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]
+    """Return a module's output, or the first of several: some architectures' blocks return a tuple."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

@@ -127,7 +127,7 @@ def float_blocks(
     )
     check_enough(blocks, batches, method, samples, context)
     if scaled:
-        warn_of_unscaled(blocks, method, context)
+        warn_of_unscaled(unscaled(blocks, method, context), method, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)
     all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
     masks = [batch["attention_mask"].bool() for batch in batches]
@@ -357,17 +357,22 @@ def check_enough(
         context.warn(warning)
 
 
-def warn_of_unscaled(blocks: Sequence[Block], method: str, context: Context) -> None:
-    """Warn about the groups whose declared operation before them cannot absorb a scaling of their input."""
+def unscaled(blocks: Sequence[Block], method: str, context: Context) -> list[str]:
+    """Return, by their first linear, the groups whose input the operation declared before them cannot scale."""
     names = []
     for block in blocks:
-        context.progress(f"{method}: which scales block {block.index + 1} of {len(blocks)} can take up")
+        context.progress(f"{method}: trial of scales in block {block.index + 1} of {len(blocks)}")
         names += [g.linears[0].name for g in block.linear_groups if g.declared is not None and g.previous is None]
+    return names
+
+
+def warn_of_unscaled(names: Sequence[str], method: str, context: Context) -> None:
+    """Warn, in one sentence, about groups of linears that are quantised without scales."""
     if names:
-        more = f" and {len(names) - 1} other groups of layers" if len(names) > 1 else ""
+        others = f" and {len(names) - 1} more groups of layers" if len(names) > 1 else ""
         context.warn(
-            f"{method}: the input of {names[0]}{more} cannot be scaled: run with scales folded into the operation "
-            "before it, the block puts out something else. These layers are quantised without scales."
+            f"{method}: no scales for {names[0]}{others}, which are rounded as they are: in a trial run, folding "
+            "scales into the operation before changed what the block computes"
         )
 
 

@@ -118,7 +118,7 @@ class _Passer:
             calls.append(call if with_hidden else call.on(call.hidden.new_empty(0)))
             if self.shape_of is None:  # some blocks return a tuple: ask the first one
                 output = forward(*arguments, **keywords)
-                rest = output[1:] if isinstance(output, tuple | list) else None
+                rest = output[1:] if isinstance(output, tuple) else None
                 self.shape_of = (lambda hidden: hidden) if rest is None else (lambda hidden: (hidden, *rest))
             return self.shape_of(arguments[0] if arguments else keywords["hidden_states"])
 

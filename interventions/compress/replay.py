@@ -67,9 +67,7 @@ class Tail:
 def _shape(found: Any, output: Tensor) -> int | None:
     """Return how many values `found` has, 0 for a tensor; None where it is more than `output`."""
     values = found[1:] if isinstance(found, tuple) else ()
-    if isinstance(found, list) or any(value is not None for value in values):
-        return None
-    if not torch.equal(first_output(found), output):
+    if any(value is not None for value in values) or not torch.equal(first_output(found), output):
         return None
     return len(found) if isinstance(found, tuple) else 0
 

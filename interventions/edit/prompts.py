@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +96,9 @@ def sample_contexts(
 ) -> list[str]:
     """Let the model continue the opening words, `per_length` times for each length, in tokens.
 
-    Each text ends in ". ", ready to stand before a prompt. Sampled from the five likeliest tokens. A model without keys
-    and values of earlier tokens reads the whole text for each token.
+    Each text ends in ". ", ready to stand before a prompt. Sampled from the five likeliest tokens.
     """
     device = module_device(model)
-    keeps = {"past_key_values", "use_cache"} <= set(inspect.signature(model.forward).parameters)
     contexts = []
     for length in lengths:
         for number in range(per_length):
@@ -109,11 +106,8 @@ def sample_contexts(
             ids = torch.tensor([read(tokenizer, [opening])[0].ids], device=device)
             written, cache = ids, None
             for _ in range(length):
-                if keeps:
-                    output = model(input_ids=written, past_key_values=cache, use_cache=True)
-                    cache = output.past_key_values
-                else:
-                    output = model(input_ids=ids)
+                output = model(input_ids=written, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
                 values, tokens = output.logits[0, -1].float().topk(_TOP_K)
                 choice = torch.multinomial(values.softmax(dim=0).cpu(), 1, generator=generator)
                 written = tokens[choice.to(device)].reshape(1, 1)

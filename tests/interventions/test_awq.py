@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from interventions import InterventionError, apply
 from interventions.anatomy import Block, find_anatomy
 from interventions.compress.awq_search import clip_weight, mean_relative_magnitude, scales_of
-from interventions.compress.folding import fold_, gain_offset
+from interventions.compress.folding import gain_offset
 from interventions.compress.settings import AwqSettings
 from interventions.statistics import token_batches, window_batches
 from tests.engines.states import TEXTS as LONG_TEXTS
@@ -115,21 +115,6 @@ def test_scales_clipping_and_grids_reach_the_weights(clip: bool, tokenizer: Any)
     assert float(torch.cat(close).float().mean()) > 0.97
     norm = before.model.layers[0].input_layernorm.weight / scales["attention_in"]
     torch.testing.assert_close(after.model.layers[0].input_layernorm.weight, norm)
-
-
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_folding_alone_keeps_the_models_function(family: str, tokenizer: Any) -> None:
-    model = tiny_model(family)
-    wanted = logits(model, tokenizer)
-    generator = torch.Generator().manual_seed(3)
-    folded = 0
-    for block in find_anatomy(model).blocks:
-        for group in block.linear_groups:
-            if group.previous is not None:
-                fold_(group, torch.empty(group.in_features).uniform_(0.3, 3.0, generator=generator))
-                folded += 1
-    assert folded > 0
-    torch.testing.assert_close(logits(model, tokenizer), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_the_gain_of_a_norm_is_found_by_running_it() -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy, within_context
-from interventions.compress.blockwise import check_enough, check_weights
+from interventions.compress.blockwise import check_enough, check_weights, unscaled
 from interventions.compress.engines.exchange import Answer, probe_logits, read_answer, write_job
-from interventions.compress.engines.table import Engine, find_engine, interpreter
+from interventions.compress.engines.table import OWN, Engine, find_engine, interpreter
 from interventions.statistics import Batch, window_batches
 from interventions.step import Context
 from interventions.types import InterventionError, Resources
@@ -53,7 +53,13 @@ def run_engine(
     python = interpreter(engine, settings.engine_python)
     who = f"{method}: the engine {engine.name}"
     tokens = calibration_tokens(method, model, tokenizer, settings, resources, context)
-    linears = tuple(linear.name for block in find_anatomy(model).blocks for linear in block.linears)
+    blocks = find_anatomy(model).blocks
+    if method == "awq" and (names := unscaled(blocks, method, context)):
+        raise InterventionError(
+            f"{who} may fold scales into the operation before {names[0]}, which changes what this model computes: "
+            f"use engine={OWN}, which leaves them out there"
+        )
+    linears = tuple(linear.name for block in blocks for linear in block.linears)
     with tempfile.TemporaryDirectory(prefix=f"lmcompose-{engine.name}-") as name:
         folder = Path(name)
         probe = write_job(folder, model, tokens, method=method, settings=settings, linears=linears, seed=context.seed)
