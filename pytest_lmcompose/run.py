@@ -27,6 +27,7 @@ from pytest_lmcompose.gates.thresholds import (
     own_compositions,
     read_expression,
     read_rules,
+    without_losses,
 )
 from pytest_lmcompose.locate import model_location, model_overrides, world_folder
 from pytest_lmcompose.options import SUITE_FOLDER, Options
@@ -100,7 +101,11 @@ class Run:
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
         """The thresholds, then the expressions of the command line; raises ThresholdError."""
-        return (*read_rules(self.options.thresholds), *map(read_expression, self.options.keeping.fail))
+        rules = read_rules(self.options.thresholds)
+        own_file = self.options.thresholds == SUITE_FOLDER / "thresholds.yaml"
+        if own_file and not Path(self.location).is_relative_to(SUITE_FOLDER):
+            rules = without_losses(rules)  # which the suite accepts for its own model, and nobody for another
+        return (*rules, *map(read_expression, self.options.keeping.fail))
 
     @cached_property
     def baseline(self) -> Baseline | None:

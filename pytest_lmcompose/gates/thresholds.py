@@ -104,6 +104,11 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+def without_losses(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return the rules but for those that accept the loss of a promise."""
+    return tuple(rule for rule in rules if all(bound.kind != LOST for bound in rule.bounds))
+
+
 def check_compositions(rules: Iterable[Rule], path: Path, methods: Collection[str]) -> None:
     """Make sure that each rule may hold for a composition of `methods`; raises ThresholdError."""
     for rule in rules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from evaluators.measurement import Measurement
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.gates.gate import Verdict, judge
 from pytest_lmcompose.gates.thresholds import ThresholdError, read_rules
+from pytest_lmcompose.options import read_options
 from pytest_lmcompose.promises import promises
 from pytest_lmcompose.recipe import load_recipe
-from pytest_lmcompose.run import CONF
+from pytest_lmcompose.run import CONF, Run
 
 PROMISED = """
 "*":
@@ -113,3 +115,15 @@ def test_rules_that_could_not_be_judged_are_refused(tmp_path: Path, rule: str) -
     (tmp_path / "thresholds.yaml").write_text(f"'*': {{{rule}}}")
     with pytest.raises(ThresholdError, match=r"average_bits|perplexity|known"):
         read_rules(tmp_path / "thresholds.yaml")
+
+
+def test_losses_that_the_suite_accepts_are_accepted_for_its_own_model_alone(
+    tiny_model: Path, pytestconfig: pytest.Config
+) -> None:
+    options = read_options(pytestconfig)
+
+    def judged(model: str | None) -> list[str]:
+        rules = Run(dataclasses.replace(options, model=model), print).rules
+        return [bound.kind for rule in rules if rule.composition == "awq+memit" for bound in rule.bounds]
+
+    assert judged(None) == ["lost"] and judged(str(tiny_model)) == []
