@@ -47,8 +47,7 @@ class Closing:
         path = self._options.json
         if not self._session.writes or self._config.option.collectonly or self._options.plan:
             return
-        stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail)
-        self._stopped = stopped
+        stopped = self._stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail)
         if self._collected.records and self._session.run.journal is not None and not stopped:
             self._session.run.journal.ended()
         if self._session.in_use:  # what an interrupted test had done, and no report tells
@@ -151,8 +150,8 @@ class Closing:
 
     def _write_next(self, reporter: pytest.TerminalReporter) -> None:
         """Write what to do next: after failures, and after a run that was stopped."""
-        failed = [gate for record in self._collected.records.values() for gate in record["gates"] if not gate["passed"]]
-        for line in advice({gate["metric"]: gate["gate"] for gate in failed}):
+        gates = [gate for record in self._collected.records.values() for gate in record["gates"]]
+        for line in advice(gate["metric"] for gate in gates if not gate["passed"]):
             reporter.write_line(f"next: {line}", yellow=True)
         if self._stopped and self._session.run.journal is not None:
             reporter.write_line("lmcompose: stopped; add --lmcompose-resume to the same command to go on", yellow=True)

@@ -19,6 +19,7 @@ from pytest_lmcompose.baseline.reference import Baseline, architecture, architec
 from pytest_lmcompose.baseline.storage import StorageError
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
+from pytest_lmcompose.counter import Counter
 from pytest_lmcompose.gates.repeats import Repeat, pooled
 from pytest_lmcompose.gates.thresholds import (
     Rule,
@@ -48,32 +49,6 @@ if TYPE_CHECKING:
     from pytest_lmcompose.world.data import RunData
 
 CONF = SUITE_FOLDER / "conf"
-
-
-class Counter:
-    """Counts the compositions of a run that were measured, and says how long the others may take."""
-
-    def __init__(self) -> None:
-        self.expected: frozenset[Composition] = frozenset()
-        """Compositions to be measured, others than those that they are compared with; none where that is not known."""
-        self._began = time.perf_counter()
-        self._done: dict[Composition, int] = {}
-
-    def measured(self, composition: Composition, repeats: int) -> str:
-        """Count a repeat of `composition`; return `[3/7], about 2 min left: `, or nothing if that is not known."""
-        if composition not in self.expected:
-            return ""
-        self._done[composition] = self._done.get(composition, 0) + 1
-        done, total = sum(self._done.values()) / repeats, len(self.expected)
-        left = (time.perf_counter() - self._began) / done * (total - done)
-        return f"[{done:g}/{total}], {_about(left)} left: " if left > 0 else f"[{done:g}/{total}]: "
-
-
-def _about(seconds: float) -> str:
-    """Return a duration as an estimate is read."""
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 class Run:

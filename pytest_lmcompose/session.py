@@ -204,7 +204,7 @@ class Session:
 
     def _count(self) -> None:
         """Let the run say how many of the compositions are measured; workers do not know what others do."""
-        if self.writes:
+        if self.writes and not self.run.counter.expected:
             self.run.counter.expected = frozenset(self._expected)
 
     def _stop(self, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 _ADVICE = (
@@ -26,13 +26,12 @@ _ADVICE = (
 )
 
 
-def advice(failed: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each kind of metric that failed; `failed` maps metrics to the kind of their gate."""
-    left = dict(failed)
+def advice(failed: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each kind of metric among those whose gates failed."""
+    left = set(failed)
     for globs, line in _ADVICE:
-        found = [metric for metric in left if any(fnmatchcase(metric, glob) for glob in globs)]
-        for metric in found:
-            del left[metric]
+        found = {metric for metric in left if any(fnmatchcase(metric, glob) for glob in globs)}
+        left -= found
         if found:
             yield f"{', '.join(sorted(found))}: {line}"
     if left:

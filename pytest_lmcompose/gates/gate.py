@@ -31,7 +31,7 @@ from pytest_lmcompose.gates.paired import (
     is_exact,
     noise_floor,
 )
-from pytest_lmcompose.gates.promised import kept
+from pytest_lmcompose.gates.promised import hold
 from pytest_lmcompose.gates.repeats import find
 from pytest_lmcompose.gates.thresholds import (
     BASELINE,
@@ -182,7 +182,10 @@ def _verdicts(bound: Bound, state: _State, known: Mapping[str, Reference]) -> It
     verdict = Verdict(state.measurement.metric, bound.kind, bound.value, False, "", state.measurement.value)
     noise = _noise(state.measurement)
     if bound.kind in (PROMISED, LOST):
-        yield from _promised(bound, state, verdict, noise)
+        held = hold(bound, state.measurement, state.promises, state.composition)
+        if held is not None:
+            message = f"{state.label}{held.words} {noise}"
+            yield replace(verdict, threshold=held.limit, passed=held.passed, message=message)
         return
     if bound.of is None:
         yield _bounded(bound, state, verdict, bound.value, "", noise)
@@ -196,24 +199,6 @@ def _verdicts(bound: Bound, state: _State, known: Mapping[str, Reference]) -> It
         reference = known.get(name, Reference(_called(name), missing="it was not measured"))
         named = replace(verdict, reference=None if name == BASE else reference.name)
         yield _compared(bound, state, reference, named)
-
-
-def _promised(bound: Bound, state: _State, verdict: Verdict, noise: str) -> Iterator[Verdict]:
-    """Yield the verdict of a bound on what the steps promise; of a metric of which none does, nothing."""
-    found = kept(bound, state.measurement, state.promises, state.composition)
-    if bound.kind == LOST:
-        verdict = replace(verdict, threshold=None)
-        if found is None or found.passed:
-            said = "no step promises anything of it" if found is None else f"it keeps {found.words}"
-            message = f"{state.label}: said to be lost ({bound.note}), but {said}: remove the rule {noise}"
-            yield replace(verdict, message=message)
-        else:
-            message = f"{state.label} is lost, as is known: {bound.note} (promised {found.words}) {noise}"
-            yield replace(verdict, passed=True, message=message)
-    elif found is not None:
-        sign = (">=" if found.passed else "<") if found.lower else ("<=" if found.passed else ">")
-        message = f"{state.label} {sign} {found.words} {noise}"
-        yield replace(verdict, threshold=found.limit, passed=found.passed, message=message)
 
 
 def _compared(bound: Bound, state: _State, reference: Reference, verdict: Verdict) -> Verdict:

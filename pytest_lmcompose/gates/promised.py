@@ -12,35 +12,41 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import Measurement
-from pytest_lmcompose.gates.thresholds import Bound
+from pytest_lmcompose.gates.thresholds import LOST, PROMISABLE, Bound
 
 if TYPE_CHECKING:
     from pytest_lmcompose.promises import Promise
 
-_WHAT = (("average_bits", "bits"), ("sparsity", "sparsity"), ("edit_", "edit"), ("accuracy/", "unlearn"))
 
-
-class Kept(NamedTuple):
-    """Whether a metric keeps what the steps promise of it."""
+class Held(NamedTuple):
+    """A metric held against what the steps promise of it."""
 
     passed: bool
-    limit: float
-    lower: bool
-    """Whether the limit is one from below."""
+    limit: float | None
+    """None where the promise is said to be lost."""
+    words: str
+    """What follows the metric's value in a message."""
+
+
+def hold(bound: Bound, measurement: Measurement, promises: Sequence[Promise], composition: str) -> Held | None:
+    """Judge a metric by `promised` or `lost`; None for `promised`, where no step promises anything of it."""
+    found = _kept(bound, measurement, promises, composition)
+    if bound.kind != LOST:
+        return found and found.held
+    if found is not None and not found.held.passed:
+        return Held(True, None, f" is lost, as is known: {bound.note} (promised {found.words})")
+    said = "no step promises anything of it" if found is None else f"it keeps {found.words}"
+    return Held(False, None, f": said to be lost ({bound.note}), but {said}: remove the rule")
+
+
+class _Kept(NamedTuple):
+    held: Held
     words: str
     """What is promised, by which step, and what broke it."""
 
 
-def what_of(metric: str) -> str | None:
-    """Return which promises a metric measures; None: none."""
-    return next(
-        (what for name, what in _WHAT if metric == name or (name[-1] in "_/" and metric.startswith(name))), None
-    )
-
-
-def kept(bound: Bound, measurement: Measurement, promises: Sequence[Promise], composition: str) -> Kept | None:
-    """Hold a metric against what is promised of it; None where no step promises anything of it."""
-    what = what_of(measurement.metric)
+def _kept(bound: Bound, measurement: Measurement, promises: Sequence[Promise], composition: str) -> _Kept | None:
+    what = _what(measurement.metric)
     if what == "unlearn" and measurement.higher_is_better:
         return None  # of knowledge that is to stay
     found = [promise for promise in promises if promise.what == what]
@@ -56,7 +62,14 @@ def kept(bound: Bound, measurement: Measurement, promises: Sequence[Promise], co
     passed = measurement.value >= limit if lower else measurement.value <= limit
     words = f"{limit:.6g}, promised by {strictest.step}"
     if not passed and strictest.broken_by is not None:
-        words += f" and broken by {strictest.broken_by}: use {composition}+{strictest.step}"
-        if what == "unlearn":
-            words = words.partition(": use")[0]
-    return Kept(passed, limit, lower, words)
+        words += f" and broken by {strictest.broken_by}"
+        if what != "unlearn":  # which an attack has broken
+            words += f": use {composition}+{strictest.step}"
+    sign = (">=" if passed else "<") if lower else ("<=" if passed else ">")
+    return _Kept(Held(passed, limit, f" {sign} {words}"), words)
+
+
+def _what(metric: str) -> str | None:
+    """Return what steps promise of a metric; None: nothing."""
+    named = (name for name in PROMISABLE if metric == name or (name[-1] in "_/" and metric.startswith(name)))
+    return next((PROMISABLE[name] for name in named), None)

@@ -106,20 +106,18 @@ def _read(settings: ModelSettings, location: str, device: torch.device, spread: 
 
 def _check_complete(location: str, found: Mapping[str, Any]) -> None:
     """Raise ModelError where the stored tensors are not those of the model that the config describes."""
-    problems = (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has no place for"),
-        ("mismatched_keys", "has another shape of"),
-        ("error_msgs", "could not be read:"),
-    )
-    for kind, what in problems:
+    problems = {
+        "missing_keys": "the model {0} lacks {1}",
+        "unexpected_keys": "the model {0} stores {1}, for which its config.json has no place",
+        "mismatched_keys": "the model {0} has another shape of {1}",
+        "error_msgs": "the model {0} could not be read: {1}",
+    }
+    for kind, problem in problems.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found.get(kind) or ())
         if names:
-            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-            whole = f"the model {location} {what} {names[0]}{more}"
-            if kind == "unexpected_keys":
-                whole = f"the model {location} stores {names[0]}{more}, for which its config.json has no place"
-            raise ModelError(f"{whole}: weights and config.json do not belong together; save or download both again")
+            which = names[0] + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+            what = problem.format(location, which)
+            raise ModelError(f"{what}: weights and config.json do not belong together; save or download both again")
 
 
 def _explained(location: str, error: Exception, trusted: bool) -> str:

@@ -15,7 +15,8 @@ from pytest_lmcompose.composition import parse
 from pytest_lmcompose.recipe import RecipeError, load_recipe
 from pytest_lmcompose.settings import ModelSettings
 from pytest_lmcompose.states import load
-from pytest_lmcompose.states.build import StateManager, base_address
+from pytest_lmcompose.states.build import StateManager
+from pytest_lmcompose.states.identity import base_address
 from pytest_lmcompose.states.load import hash_weights, load_model
 from tests.plugin.conftest import ROOT
 
