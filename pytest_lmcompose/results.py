@@ -30,7 +30,7 @@ SCHEMA_VERSION: Literal[1] = 1
 SCHEMA_MINOR = 5
 """Counts what version 1 gained: readers of an earlier one find all that they know."""
 
-Whole = Annotated[int, Meta(ge=0)]
+Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -548,21 +548,21 @@ def decode(text: str | bytes) -> Report:
         found = _VERSION.decode(text)
     except msgspec.ValidationError as error:
         if "schema_version" in str(error) or "Expected `object`" in str(error):
-            raise ReportError("it is no report of pytest-lmcompose: it has no schema_version") from None
-        raise ReportError(str(error)) from None
+            raise ReportError("is no report of pytest-lmcompose: it has no schema_version") from None
+        raise ReportError(f"is damaged: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ReportError(f"broken or cut off: {error or 'lists in lists without end'}") from None
+        raise ReportError(f"is broken or cut off: {error or 'lists in lists without end'}") from None
     if found.schema_version != SCHEMA_VERSION or isinstance(found.schema_version, bool):
         later = isinstance(found.schema_version, int) and found.schema_version > SCHEMA_VERSION
         raise (LaterReportError if later else ReportError)(
-            f"it has the report schema {found.schema_version!a:.40}, and this version reads {SCHEMA_VERSION}"
+            f"has the report schema {found.schema_version!a:.40}, and this version reads {SCHEMA_VERSION}"
         )
     try:
         report = _REPORT.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ReportError(f"damaged: {error}") from None
+        raise ReportError(f"is damaged: {error}") from None
     for problem in contradictions(report):
-        raise ReportError(f"damaged: {problem}")
+        raise ReportError(f"is damaged: {problem}")
     return report
 
 

@@ -123,7 +123,7 @@ def keep(report: Report, keeping: Keeping, baseline: Baseline | None, root: Path
         name = keeping.save or f"auto-{head[:8]}" if head else keeping.save or "auto"
     how = "update" if keeping.update else "save" if keeping.save else "autosave"
     stored = Stored(name, how, ok, head, bool(head and changes(root, keeping.storage)))  # type: ignore[arg-type]
-    path = Storage(keeping.storage).save(changed(report, prompts=(), comparison=None, drift=None, stored=stored))
+    path = Storage(keeping.storage).save(changed(report, prompts=(), comparison=None, drift=None, stored=stored), name)
     return f"lmcompose: the run is stored as {path}" + ("" if ok else ", as one that failed")
 
 

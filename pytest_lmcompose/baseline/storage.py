@@ -11,10 +11,14 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from interventions.names import near_names
 from pytest_lmcompose.report.files import is_file, write_text
-from pytest_lmcompose.results import LaterReportError, Report, ReportError, decode, encode
+from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.results import LaterReportError, Report, ReportError, decode
 from pytest_lmcompose.store.locks import locked
 
 FOLDER = ".lmcompose"
@@ -85,17 +89,16 @@ class Storage:
             failed.append(run)
         return None, failed
 
-    def save(self, report: Report) -> Path:
-        """Store a run under the next number and its name; return its file. Raises OSError.
+    def save(self, report: Report, name: str) -> Path:
+        """Store a run under the next number; return its file. Raises OSError.
 
         Two processes that store at once get numbers of their own.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        assert report.stored is not None
         with locked(self.folder / ".lock", lambda seconds: None):
             number = max((run.number for run in self.runs()), default=0) + 1
-            path = self.folder / f"{number:04d}_{report.stored.name}.json"
-            write_text(path, encode(report) + "\n")
+            path = self.folder / f"{number:04d}_{name}.json"
+            write_text(path, msgspec.json.encode(compact(msgspec.to_builtins(report))).decode() + "\n")
         return path
 
 
@@ -108,9 +111,9 @@ def read_run(path: Path) -> Report:
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from None
     except LaterReportError as error:
-        raise StorageError(f"{path}: {error}; install the pytest-lmcompose that wrote it, or a later one") from None
+        raise StorageError(f"{path} {error}; install the pytest-lmcompose that wrote it, or a later one") from None
     except ReportError as error:
-        raise StorageError(f"{path}: {error}; store it again, or compare with another run") from None
+        raise StorageError(f"{path} {visible(str(error)):.300}; store it again, or compare with another run") from None
 
 
 def passed(report: Report) -> bool:
@@ -120,3 +123,14 @@ def passed(report: Report) -> bool:
     return report.status == "finished" and all(
         record.status == "measured" and not record.failed_metrics for record in report.compositions
     )
+
+
+def compact(value: Any) -> Any:
+    """Return plain data with whole numbers written as such: most samples are 0.0 or 1.0."""
+    if isinstance(value, dict):
+        return {key: compact(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [compact(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_lmcompose.composition import Composition, Step, parse
-from pytest_lmcompose.report.numbers import MISSING, number, value_text, with_error
+from pytest_lmcompose.report.numbers import MISSING, interval, number, value_text, with_error
 from pytest_lmcompose.report.sections import best_order
 from pytest_lmcompose.results import Composability, CompositionResult, Interval, Measured, OrderedSet, Share
 
@@ -77,9 +77,8 @@ def orders(
     text: str,
 ) -> Figure | None:
     """Return the heatmap of order_free_error or order_sensitivity: sets of steps by metric."""
-    entries = [
-        (e, interval) for e in found.orders if e.metric in metrics and (interval := getattr(e, kind)) is not None
-    ]
+    chosen = [entry for entry in found.orders if entry.metric in metrics]
+    entries = [(entry, of) for entry in chosen if (of := getattr(entry, kind)) is not None]
     if not entries:
         return None
     shades = _shades([_strength(entry, of, kind, size, floor) for entry, of in entries])

@@ -73,7 +73,8 @@ def _share(kind: _Share, states: Sequence[Measured]) -> tuple[float | None, floa
         share = kind.compute(*map(_joined, states))
     except EvaluationError as error:
         return None, None, states[-1].n, str(error)
-    return share.value, share.stderr, share.n, share.note
+    value = share.value if math.isfinite(share.value) else None  # NaN where there was nothing to share
+    return value, share.stderr, share.n, share.note
 
 
 def _joined(measured: Measured) -> Measurement:
