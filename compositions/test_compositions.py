@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.gates.gate import Verdict
+from pytest_lmcompose.results import Gate
 
 
-def test_composition(composition: Composition, gates: tuple[Verdict, ...], subtests: pytest.Subtests) -> None:
+def test_composition(composition: Composition, gates: tuple[Gate, ...], subtests: pytest.Subtests) -> None:
     """Every gate is a result of its own."""
     assert gates, f"no threshold applies to {composition}: a composition without a promise proves nothing"
     for gate in gates:

@@ -103,7 +103,7 @@ def summary(kind: type) -> str:
 def schema() -> str:
     """Return a table of properties for each kind of object in a report."""
     document = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))
-    parts = [f"Version {document['properties']['schema_version']['const']}. {document['description']}\n"]
+    parts = [f"Version {document['properties']['schema_version']['enum'][0]}. {document['description']}\n"]
     parts += [described("The document", document)]
     parts += [described(name, definition) for name, definition in document["$defs"].items()]
     return "\n".join(parts)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,10 +12,10 @@ from pytest_lmcompose.report.json import document, now, write
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
 from pytest_lmcompose.report.prompts import prompts
-from pytest_lmcompose.report.record import decode, encode
 from pytest_lmcompose.report.sections import write_composability, write_paired
 from pytest_lmcompose.report.terminal import Progress, write_summary
 from pytest_lmcompose.report.write import write_reports
+from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
 
 if TYPE_CHECKING:
     from pytest_lmcompose.baseline.history import Outcome
@@ -52,7 +51,7 @@ class Closing:
             self._session.run.journal.ended()
         if self._session.in_use:  # what an interrupted test had done, and no report tells
             for result in self._session.run.touched.values():
-                self._collected.add(*decode(encode(result, self._session.run.model_facts())))
+                self._collected.add(Message(self._session.run.model_facts(), result.record()))
         self._collected.shard = self._options.shard
         reported = (
             path is not None or self._options.outputs.wanted or self._options.keeping.wanted or self._has_baseline
@@ -82,7 +81,7 @@ class Closing:
             status=status,
         )
         tell = Progress(self._config)
-        report |= self._among_stored(session, report)
+        report = self._among_stored(session, report)
         if path is not None:
             try:
                 write(path, report)
@@ -90,7 +89,7 @@ class Closing:
                 tell(f"lmcompose: the report {path} could not be written: {error}")
                 session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         baseline = self._session.run.baseline if self._has_baseline else None
-        compared = None if baseline is None else baseline.document
+        compared = None if baseline is None else baseline.report
         if not write_reports(self._options.outputs, report, compared, tell):
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 
@@ -98,10 +97,10 @@ class Closing:
     def _has_baseline(self) -> bool:
         return self._session.in_use and self._session.run.__dict__.get("baseline") is not None
 
-    def _among_stored(self, session: pytest.Session, report: dict[str, Any]) -> dict[str, Any]:
-        """Compare a finished run with stored ones, and store it; return what its report says of it."""
+    def _among_stored(self, session: pytest.Session, report: Report) -> Report:
+        """Compare a finished run with stored ones, and store it; return the report with what it says of it."""
         if not self._collected.records:
-            return {}
+            return report
         from pytest_lmcompose.baseline.history import keep, outcome
 
         keeping, baseline = self._options.keeping, self._session.run.baseline
@@ -112,11 +111,11 @@ class Closing:
         except OSError as error:
             self._kept = f"lmcompose: the run could not be stored in {keeping.storage}: {error}"
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-        return self._outcome.sections() | {"unused_rules": [dataclasses.asdict(rule) for rule in self._unused()]}
+        return replace(self._outcome.added_to(report), unused_rules=tuple(self._unused()))
 
     def summarise(self, reporter: pytest.TerminalReporter) -> None:
         """Write the table, if there is anything to tell."""
-        records = list(self._collected.records.values())
+        records = self._collected.results
         if records:
             write_summary(reporter, records, self._wanted, self._options.outputs.layout)
             write_paired(reporter, records, self._collected.late)
@@ -127,7 +126,7 @@ class Closing:
             if path is not None and path.is_file():
                 reporter.write_line(f"lmcompose report: {path}")
 
-    def _plan(self) -> dict[str, Any] | None:
+    def _plan(self) -> Plan | None:
         """Return what the whole run tests; None where no process came to say it."""
         from pytest_lmcompose.report.planned import plan_section
 
@@ -146,34 +145,37 @@ class Closing:
             return found
         here = self._collected.records
         rules = [rule for rule in run.rules if options.shard is None or any(rule.covers(name) for name in here)]
-        return [f"--lmcompose-compare-fail={source!r}: this judged nothing" for source in idle(rules, [*here.values()])]
+        return [
+            f"--lmcompose-compare-fail={source!r}: this judged nothing"
+            for source in idle(rules, self._collected.results)
+        ]
 
     def _write_next(self, reporter: pytest.TerminalReporter) -> None:
         """Write what to do next: after failures, and after a run that was stopped."""
-        gates = [gate for record in self._collected.records.values() for gate in record["gates"]]
-        for line in advice(gate["metric"] for gate in gates if not gate["passed"]):
+        gates = [gate for record in self._collected.results for gate in record.gates]
+        for line in advice(gate.metric for gate in gates if not gate.passed):
             reporter.write_line(f"next: {line}", yellow=True)
         if self._stopped and self._session.run.journal is not None:
             reporter.write_line("lmcompose: stopped; add --lmcompose-resume to the same command to go on", yellow=True)
 
-    def _prompts(self) -> list[dict[str, Any]]:
+    def _prompts(self) -> tuple[Prompts, ...]:
         """Return what the samples asked; none where the data cannot be read, which the tests have told."""
         from pytest_lmcompose.world.records import WorldError
 
         if not self._collected.records:
-            return []
+            return ()
         try:
             data = dict(zip(self._session.run.seeds, self._session.run.data, strict=True))
         except (WorldError, OSError):
-            return []
+            return ()
         recipe = self._session.run.recipe
-        records = list(self._collected.records.values())
+        records = self._collected.results
         return prompts(data, records, recipe.world.pools, recipe.evaluate.question_limit)
 
     def _write_compared(self, reporter: pytest.TerminalReporter) -> None:
         from pytest_lmcompose.report.compared import write_outcome, write_unused
 
-        records = list(self._collected.records.values())
+        records = self._collected.results
         if self._outcome is not None:
             write_outcome(reporter, self._outcome, records, every=self._config.option.verbose > 0)
         write_unused(reporter, self._unused())
@@ -191,12 +193,12 @@ class Closing:
         from pytest_lmcompose.gates.thresholds import unused
 
         found = self._collected.records.values()
-        measured = {r["id"]: [m["metric"] for m in r["measurements"]] for r in found if r["status"] == "measured"}
+        measured = {r.id: [m.metric for m in r.measurements] for r in found if r.status == "measured"}
         return unused(self._session.run.rules, measured) if measured else []
 
     def _shown(self) -> list[str]:
         """Return the metrics of the terminal's tables."""
-        records = list(self._collected.records.values())
+        records = self._collected.results
         return chosen_metrics(records, self._wanted, self._options.outputs.layout.columns)
 
     def _wanted(self, metric: str) -> bool:

@@ -6,10 +6,11 @@ from evaluators.measurement import EvaluationError, Measurement
 from pytest_lmcompose.baseline.reference import UPDATE, Circumstances
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.errors import BuildError
-from pytest_lmcompose.gates.gate import Reference, Verdict, judge, paired_gates, settle
+from pytest_lmcompose.gates.gate import Reference, judge, paired_gates, settle
 from pytest_lmcompose.gates.paired import BASE_MODEL
 from pytest_lmcompose.gates.thresholds import BASELINE, compares_with, needs_baseline
 from pytest_lmcompose.promises import promises
+from pytest_lmcompose.results import Gate
 from pytest_lmcompose.run import Run
 
 
@@ -20,12 +21,12 @@ class Judging:
         self.run = run
         self.expected: tuple[Composition, ...] = ()
         """Compositions whose gates are going to be judged, here or in other workers; set before they are."""
-        self._paired: dict[Composition, tuple[Verdict, ...]] = {}
-        """Verdicts of compositions with paired gates."""
+        self._paired: dict[Composition, tuple[Gate, ...]] = {}
+        """Gates of compositions with paired gates."""
         self._counted: dict[tuple[str, ...], tuple[frozenset[Composition], int]] = {}
         """By metrics: the compositions that are judged, and their paired gates."""
 
-    def gates(self, composition: Composition) -> tuple[Verdict, ...]:
+    def gates(self, composition: Composition) -> tuple[Gate, ...]:
         """Judge the measurements of `composition` by the thresholds.
 
         A paired gate is judged with those of the compositions before; see `gate.settle` for the end.

@@ -7,21 +7,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pytest_lmcompose.baseline.compare import circumstances
-from pytest_lmcompose.report.planned import Plan
-from pytest_lmcompose.report.record import Measured, Record, by_metric, runs_of
+from pytest_lmcompose.gates.thresholds import Rule
+from pytest_lmcompose.parallel.shard import Shard
+from pytest_lmcompose.results import CompositionResult, Outcome, Part, Plan, Report, replace
 
-Report = Mapping[str, Any]
-"""A report document, as plain data."""
-_WEIGHTS = ("weight_hash", "dtype", "device")
-"""Of a model, what must be the same; a folder may have another name on another machine."""
-_OF_A_PART = ("status", "started", "finished", "shard", "environment")
 _NAMED = 3
 """Compositions that a message names."""
 
 
 def problems(reports: Mapping[str, Report], tolerance: float) -> Iterator[str]:
     """Yield why `reports`, named by their files, do not belong together."""
-    first = next((name for name, report in reports.items() if report["model"] is not None), next(iter(reports)))
+    first = next((name for name, report in reports.items() if report.model is not None), next(iter(reports)))
     for name, report in reports.items():
         if name != first:
             for problem in _circumstances(reports[first], report):
@@ -36,26 +32,26 @@ def missing(reports: Mapping[str, Report]) -> list[str]:
     shards = [shard for report in reports.values() for shard in _shards(report)]
     if not shards:
         return []
-    there = {shard["index"] for shard in shards}
-    count = shards[0]["count"]
+    there = {shard.index for shard in shards}
+    count = shards[0].count
     return [f"shard {index} of {count}" for index in range(1, count + 1) if index not in there]
 
 
 def interrupted(reports: Mapping[str, Report]) -> list[str]:
     """Return the reports with runs that did not come to their end."""
-    return [name for name, found in reports.items() if any(part["status"] != "finished" for part in parts(found))]
+    return [name for name, found in reports.items() if any(part.status != "finished" for part in parts(found))]
 
 
-def parts(report: Report) -> list[dict[str, Any]]:
+def parts(report: Report) -> tuple[Part, ...]:
     """Return what a report was joined from, or itself as such a part."""
-    found: list[dict[str, Any]] | None = report.get("merged")
-    return found if found is not None else [{key: report[key] for key in _OF_A_PART if key in report}]
+    own = Part(report.status, report.started, report.finished, report.environment, report.shard)
+    return report.merged or (own,)
 
 
-def _shards(report: Report) -> list[Mapping[str, int]]:
+def _shards(report: Report) -> list[Shard]:
     """Return the shards that a report is of; none for a whole run, and for one that all its shards were joined to."""
-    found = [part["shard"] for part in parts(report) if "shard" in part]
-    whole = bool(found) and {shard["index"] for shard in found} == set(range(1, found[0]["count"] + 1))
+    found = [part.shard for part in parts(report) if part.shard is not None]
+    whole = bool(found) and {shard.index for shard in found} == set(range(1, found[0].count + 1))
     return [] if whole else found
 
 
@@ -66,10 +62,10 @@ def _divisions(reports: Mapping[str, Report]) -> Iterator[str]:
         return
     (first, one), holders = shards[0], dict[int, str]()
     for name, shard in shards:
-        if shard["count"] != one["count"]:
-            yield f"{first} is one of {one['count']} shards and {name} is one of {shard['count']}"
-        elif (other := holders.setdefault(shard["index"], name)) != name:
-            yield f"{other} and {name} are both shard {shard['index']} of {shard['count']}"
+        if shard.count != one.count:
+            yield f"{first} is one of {one.count} shards and {name} is one of {shard.count}"
+        elif (other := holders.setdefault(shard.index, name)) != name:
+            yield f"{other} and {name} are both shard {shard.index} of {shard.count}"
     for name, report in reports.items():
         if not _shards(report):
             yield f"{first} is a shard of a run and {name} is a run of its own"
@@ -77,7 +73,7 @@ def _divisions(reports: Mapping[str, Report]) -> Iterator[str]:
 
 def _plans(reports: Mapping[str, Report]) -> Iterator[str]:
     """Yield where runs set out to do different things: all of them by the same rules, shards all of the same."""
-    known = {name: report["plan"] for name, report in reports.items() if report.get("plan") is not None}
+    known = {name: report.plan for name, report in reports.items() if report.plan is not None}
     for name, report in reports.items():
         if name not in known and _shards(report):
             yield f"{name} does not say what the whole run tests: run it again with this version"
@@ -91,23 +87,23 @@ def _plans(reports: Mapping[str, Report]) -> Iterator[str]:
 
 def _plan(one: Plan, other: Plan, *, shards: bool) -> Iterator[str]:
     for key, title in (("compositions", "tests"), ("judged", "judges")) if shards else ():
-        before, after = set(one[key]), set(other[key])
+        before, after = set(getattr(one, key)), set(getattr(other, key))
         if before != after:
             alone = [f"only the first {title} {_listed(before - after)}"] if before - after else []
             alone += [f"only the second {title} {_listed(after - before)}"] if after - before else []
             yield f"selection: {', '.join(alone)}"
-    if one["rules"] != other["rules"]:
+    if one.rules != other.rules:
         yield f"thresholds: {_other_rule(one, other)}"
-    for step in one["steps"].keys() & other["steps"].keys():
-        if changes := list(_changes(one["steps"][step], other["steps"][step])):
+    for step in one.steps.keys() & other.steps.keys():
+        if changes := list(_changes(one.steps[step], other.steps[step])):
             yield f"settings of {step}: {', '.join(changes)}"
-    if one["baseline"] != other["baseline"] and shards:
-        files = [str(None if plan["baseline"] is None else plan["baseline"]["file"]) for plan in (one, other)]
+    if one.baseline != other.baseline and shards:
+        files = [str(None if plan.baseline is None else plan.baseline.file) for plan in (one, other)]
         yield f"compared with different stored runs: {files[0]} -> {files[1]}"
 
 
 def _other_rule(one: Plan, other: Plan) -> str:
-    before, after = ([_rule(rule) for rule in plan["rules"]] for plan in (one, other))
+    before, after = ([_rule(rule) for rule in plan.rules] for plan in (one, other))
     for rules, others, which in ((before, after, "first"), (after, before, "second")):
         for rule in rules:
             if rule not in others:
@@ -115,77 +111,77 @@ def _other_rule(one: Plan, other: Plan) -> str:
     return "the same rules in another order"
 
 
-def _rule(rule: Mapping[str, Any]) -> str:
-    bounds = [f"{b['kind']} {b['value']:g}" + (f" of {b['of']}" if b["of"] else "") for b in rule["bounds"]]
-    return f"{rule['composition']!r}: {rule['metric']!r}: {', '.join(bounds) or 'no bound'}"
+def _rule(rule: Rule) -> str:
+    bounds = [f"{b.kind} {b.value:g}" + (f" of {b.of}" if b.of else "") for b in rule.bounds]
+    return f"{rule.composition!r}: {rule.metric!r}: {', '.join(bounds) or 'no bound'}"
 
 
 def _circumstances(first: Report, second: Report) -> Iterator[str]:
-    if first["schema_version"] != second["schema_version"]:
-        yield f"report schema: {first['schema_version']} -> {second['schema_version']}"
+    if first.schema_version != second.schema_version:
+        yield f"report schema: {first.schema_version} -> {second.schema_version}"
     for difference in circumstances(_placeless(first), _placeless(second)):
         yield f"{difference.what}: {difference.message}"
 
 
 def _placeless(report: Report) -> Report:
     """Return a report whose model is known by its weights and kind of device alone."""
-    model = report["model"]
+    model = report.model
     if model is None:
         return report
-    known = {key: model[key] for key in _WEIGHTS}
-    return {**report, "model": {**known, "device": model["device"].partition(":")[0]}}
+    known = replace(model, id="", location="", revision=None, device=model.device.partition(":")[0])
+    return replace(report, model=known)
 
 
 def _results(reports: Mapping[str, Report], tolerance: float) -> Iterator[str]:
     """Yield where steps of one name have other settings, or a composition was found to be two things."""
     settings: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    records: dict[str, tuple[str, Record]] = {}
+    records: dict[str, tuple[str, CompositionResult]] = {}
     for name, report in reports.items():
-        for record in report["compositions"]:
-            for step in record["steps"]:
-                other, known = settings.setdefault(step["id"], (name, step["settings"]))
-                if changes := list(_changes(known, step["settings"])):
-                    yield _apart(other, name, f"settings of {step['id']}: {', '.join(changes)}")
-            where, before = records.setdefault(record["id"], (name, record))
+        for record in report.compositions:
+            for step in record.steps:
+                other, known = settings.setdefault(step.id, (name, step.settings))
+                if changes := list(_changes(known, step.settings)):
+                    yield _apart(other, name, f"settings of {step.id}: {', '.join(changes)}")
+            where, before = records.setdefault(record.id, (name, record))
             if before is not record:
                 for problem in _duplicate(where, before, name, record, tolerance):
                     yield _apart(where, name, problem)
 
 
-def _duplicate(one: str, before: Record, other: str, record: Record, tolerance: float) -> Iterator[str]:
+def _duplicate(
+    one: str, before: CompositionResult, other: str, record: CompositionResult, tolerance: float
+) -> Iterator[str]:
     """Yield where two records of a composition tell different things, as far as both tell something."""
-    states = {before["status"], record["status"]}
+    states = {before.status, record.status}
     if states == {"measured", "failed"}:
-        failed, where = (before, one) if before["status"] == "failed" else (record, other)
-        yield f"{record['id']} failed in {where} ({failed['error']}); run that one again"
+        failed, where = (before, one) if before.status == "failed" else (record, other)
+        yield f"{record.id} failed in {where} ({failed.error}); run that one again"
     if states == {"measured"}:
         for problem in _differences(before, record, tolerance):
-            yield f"{record['id']} was measured twice, with different results: {problem}"
+            yield f"{record.id} was measured twice, with different results: {problem}"
 
 
-def _differences(one: Record, other: Record, tolerance: float) -> Iterator[str]:
-    before, after = by_metric(one), by_metric(other)
+def _differences(one: CompositionResult, other: CompositionResult, tolerance: float) -> Iterator[str]:
+    before, after = one.by_metric, other.by_metric
     if alone := sorted(before.keys() ^ after.keys()):
         yield f"only one has {', '.join(alone)}"
     for metric in sorted(before.keys() & after.keys()):
-        runs = list(runs_of(before[metric])), list(runs_of(after[metric]))
+        runs = list(before[metric].runs), list(after[metric].runs)
         same = len(runs[0]) == len(runs[1]) and all(_same(a, b, tolerance) for a, b in zip(*runs, strict=True))
         if not same:
-            yield f"{metric} is {before[metric]['value']} and {after[metric]['value']}"
+            yield f"{metric} is {before[metric].value} and {after[metric].value}"
             return
-    bounds = [
-        {(gate["metric"], gate["gate"], gate["threshold"]) for gate in record["gates"]} for record in (one, other)
-    ]
+    bounds = [{(gate.metric, gate.gate, gate.threshold) for gate in record.gates} for record in (one, other)]
     if all(bounds) and bounds[0] != bounds[1]:
         metric, gate, threshold = sorted(bounds[0] ^ bounds[1], key=str)[0]
         yield f"only one has the gate {metric} {gate} {threshold}"
 
 
-def _same(one: Measured, other: Measured, tolerance: float) -> bool:
-    numbers = [(m["value"], *m["samples"]) for m in (one, other)]
-    if len(numbers[0]) != len(numbers[1]) or one["n"] != other["n"]:
+def _same(one: Outcome, other: Outcome, tolerance: float) -> bool:
+    numbers = [(m.value, *m.samples) for m in (one, other)]
+    if len(numbers[0]) != len(numbers[1]) or one.n != other.n:
         return False
-    if one.get("nonfinite") != other.get("nonfinite"):
+    if one.nonfinite != other.nonfinite:
         return False
     return all(
         x == y if x is None or y is None else math.isclose(x, y, rel_tol=tolerance, abs_tol=tolerance)

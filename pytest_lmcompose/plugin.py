@@ -20,7 +20,7 @@ from pytest_lmcompose.session import BASELINE_INPUT, PLAN_OUTPUT, Planned, Sessi
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
-    from pytest_lmcompose.gates.gate import Verdict
+    from pytest_lmcompose.results import Gate
     from pytest_lmcompose.states.build import ModelState
 
 CATEGORIES = ("edit", "unlearn", "compress")
@@ -156,7 +156,7 @@ def measurements(request: pytest.FixtureRequest, composition: Composition) -> tu
 
 
 @pytest.fixture
-def gates(request: pytest.FixtureRequest, composition: Composition) -> tuple[Verdict, ...]:
+def gates(request: pytest.FixtureRequest, composition: Composition) -> tuple[Gate, ...]:
     """The verdicts of the thresholds on `measurements`."""
     return request.config.stash[SESSION].gates(composition)
 

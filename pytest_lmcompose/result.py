@@ -1,22 +1,23 @@
-"""What is known about one composition of a run. No torch."""
+"""What is known so far about one composition of a run. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING
 
-from evaluators.measurement import Measurement
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.gates.gate import Verdict
-from pytest_lmcompose.gates.repeats import Repeat
+from pytest_lmcompose.gates.repeats import find
+from pytest_lmcompose.results import CompositionResult, Gate, Measured, RepeatInfo, Step
 
 if TYPE_CHECKING:
-    from pytest_lmcompose.states.build import StepRecord
+    from evaluators.measurement import Measurement
+    from pytest_lmcompose.gates.repeats import Repeat
+    from pytest_lmcompose.store.entries import StepRecord
 
 
 @dataclasses.dataclass
 class Result:
-    """What is known so far about one composition."""
+    """Grows while the composition is built, measured and judged; `record` is what is told of it."""
 
     composition: Composition
     steps: tuple[StepRecord, ...] = ()
@@ -28,20 +29,56 @@ class Result:
     evaluate_seconds: float | None = None
     data: dict[str, str] | None = None
     """Hashes of what was asked; see `asked`."""
-    gates: tuple[Verdict, ...] | None = None
+    gates: tuple[Gate, ...] | None = None
     error: str | None = None
     interrupted: bool = False
-
-    @property
-    def status(self) -> str:
-        """Say how far it came: failed, interrupted, measured, built or begun."""
-        if self.error is not None:
-            return "interrupted" if self.interrupted else "failed"
-        if self.measurements is not None:
-            return "measured"
-        return "built" if self.state_hash is not None else "begun"
 
     def fail(self, error: BaseException) -> None:
         """Keep what went wrong."""
         self.error = f"{type(error).__name__}: {error}".removesuffix(": ")
         self.interrupted = isinstance(error, KeyboardInterrupt)
+
+    def record(self) -> CompositionResult:
+        """Return what is known by now."""
+        several = self.repeats if len(self.repeats) > 1 else ()
+        status = "built" if self.state_hash is not None else "begun"
+        if self.error is not None:
+            status = "interrupted" if self.interrupted else "failed"
+        elif self.measurements is not None:
+            status = "measured"
+        return CompositionResult(
+            self.composition.id,
+            tuple(map(str, self.composition.steps)),
+            tuple(str(step.step) for step in self.steps),
+            status,  # type: ignore[arg-type]
+            self.error,
+            self.state_hash,
+            tuple(map(_step, self.steps)),
+            self.evaluate_seconds,
+            tuple(
+                Measured.of(m, [(r.seed, run) for r in several if (run := find(r.measurements, m.metric)) is not None])
+                for m in self.measurements or ()
+            ),
+            self.gates or (),
+            self.data,
+            tuple(RepeatInfo(r.seed, r.state_hash, r.evaluate_seconds) for r in several),
+        )
+
+
+def _step(step: StepRecord) -> Step:
+    from interventions.registry import category_of
+
+    report = step.report
+    return Step(
+        str(step.step),
+        report.method,
+        category_of(report.method),
+        report.settings,
+        step.seed,
+        report.seconds,
+        report.peak_memory_bytes,
+        len(report.changed),
+        tuple(report.changed),
+        report.details,
+        tuple(report.warnings),
+    )

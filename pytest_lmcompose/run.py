@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evaluators.measurement import EvaluationError, Measurement
 from interventions.registry import methods
@@ -35,6 +35,7 @@ from pytest_lmcompose.options import SUITE_FOLDER, Options
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
 from pytest_lmcompose.result import Result
+from pytest_lmcompose.results import Model, Tokenisation
 from pytest_lmcompose.states.checkpoint import check_folder
 from pytest_lmcompose.store.address import address, data_address, measurements_address
 from pytest_lmcompose.store.entries import Shelf, costs
@@ -118,7 +119,7 @@ class Run:
             except RecipeError as error:
                 raise RecipeError(f"{self.options.thresholds}: {error}") from None
         build = architecture_at(self.location) if self.baseline is not None else None
-        if self.baseline is not None and (problem := self.baseline.unlike({"architecture": build})) is not None:
+        if self.baseline is not None and (problem := self.baseline.unlike(build)) is not None:
             raise StorageError(f"{self.baseline.path} cannot be compared with {self.location}: {problem}")
         self._check_tasks(world_folder(self.recipe.world.folder, self.options.folder))
 
@@ -341,25 +342,25 @@ class Run:
             raise
         result.error = None
 
-    def model_facts(self) -> dict[str, Any] | None:
+    def model_facts(self) -> Model | None:
         """Return what the report says of the model, or None if it was never loaded."""
         return self._model_facts if "manager" in self.__dict__ else None
 
     @cached_property
-    def _model_facts(self) -> dict[str, Any]:
+    def _model_facts(self) -> Model:
         from interventions.tokens import frame
 
         loaded = self.manager.loaded
         parameter = next(loaded.model.parameters())
         start, end = map(loaded.tokenizer.convert_ids_to_tokens, frame(loaded.tokenizer))
-        return {
-            "id": self.recipe.model.path,
-            "location": self.location,
-            "revision": loaded.revision,
-            "weight_hash": self.manager.base_hash,
-            "architecture": architecture(loaded.model.config.to_dict()),
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "device": str(parameter.device),
-            "parameters": sum(p.numel() for p in loaded.model.parameters()),
-            "tokenisation": {"adds_bos": bool(start), "start": start, "end": end},
-        }
+        return Model(
+            id=self.recipe.model.path,
+            location=self.location,
+            revision=loaded.revision,
+            weight_hash=self.manager.base_hash,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(parameter.device),
+            parameters=sum(p.numel() for p in loaded.model.parameters()),
+            architecture=architecture(loaded.model.config.to_dict()),
+            tokenisation=Tokenisation(bool(start), tuple(start), tuple(end)),
+        )

@@ -23,19 +23,21 @@ from pytest_lmcompose.plan import Plan, Remaining
 from pytest_lmcompose.report.files import check_targets
 from pytest_lmcompose.report.json import Collected, now
 from pytest_lmcompose.report.junit import properties_of
-from pytest_lmcompose.report.record import PROPERTY, decode, encode
 from pytest_lmcompose.report.terminal import Progress
+from pytest_lmcompose.results import Message, decode_message, encode
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
     from pytest_lmcompose.closing import Closing
-    from pytest_lmcompose.gates.gate import Verdict
     from pytest_lmcompose.judging import Judging
+    from pytest_lmcompose.results import Gate
     from pytest_lmcompose.run import Run
     from pytest_lmcompose.states.build import ModelState
 
 BASELINE_INPUT = "lmcompose_baseline"
 """Name under which workers are told which stored run the controller compares with."""
+PROPERTY = "lmcompose"
+"""Name of the user property of a test's report that holds a message."""
 PLAN_OUTPUT = "lmcompose_plan"
 """Name under which workers say what the whole run tests."""
 
@@ -190,7 +192,7 @@ class Session:
         with plain_failures(self._stop):
             return self.run.measurements(composition)
 
-    def gates(self, composition: Composition) -> tuple[Verdict, ...]:
+    def gates(self, composition: Composition) -> tuple[Gate, ...]:
         """Return the verdicts on `composition`."""
         self.judging.expected = self.judging.expected or (*self.judged, *self.elsewhere)
         self._count()
@@ -222,7 +224,7 @@ class Session:
 
         result = Result(composition)
         result.error = message
-        self.collected.add(*decode(encode(result, None)))
+        self.collected.add(Message(None, result.record()))
 
     def expect(self, compositions: Sequence[Composition]) -> None:
         """Take note of the compositions of all tests of this process."""
@@ -279,7 +281,7 @@ class Session:
         if baseline is None:
             return ["lmcompose: this run is the first that is stored, and compared with none"]
         failed = f"; passed over, since they failed: {', '.join(baseline.passed_over)}" if baseline.passed_over else ""
-        return [f"lmcompose: compared with {baseline.path}, of {baseline.document['started']}{failed}"]
+        return [f"lmcompose: compared with {baseline.path}, of {baseline.report.started}{failed}"]
 
     def _resumed(self) -> list[str]:
         if not self.options.resume:
@@ -304,7 +306,7 @@ class Session:
             return
         touched, self.run.touched = self.run.touched, {}
         for composition, result in touched.items():
-            text = encode(result, self.run.model_facts())
+            text = encode(Message(self.run.model_facts(), result.record()))
             if self._sent.get(composition) != text:
                 self._sent[composition] = text
                 item.user_properties.append((PROPERTY, text))
@@ -321,8 +323,8 @@ class Session:
             return
         for name, value in report.user_properties:
             if name == PROPERTY:
-                model, record = decode(str(value))
-                self.collected.add(model, record)
-                if record["status"] == "measured" and self.run.journal is not None:
-                    self.run.journal.finished(record["id"])
+                message = decode_message(str(value))
+                self.collected.add(message)
+                if message.composition.status == "measured" and self.run.journal is not None:
+                    self.run.journal.finished(message.composition.id)
         report.user_properties = [pair for pair in report.user_properties if pair[0] != PROPERTY]

@@ -14,54 +14,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from evaluators.measurement import EvaluationError, Measurement
+from evaluators.measurement import EvaluationError
 from pytest_lmcompose.gates.paired import change, corrected, is_exact
-from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
+from pytest_lmcompose.results import Compared, Difference, Measured, Model, Report, Row, replace
 from pytest_lmcompose.world.asked import METHODS, OF_WEIGHTS, part_of
 
-Report = Mapping[str, Any]
-"""A report document, as plain data."""
-Verdict = Literal["equal", "same", "better", "worse", "changed", "new", "gone", "unknown"]
-"""equal: no sample changed; same: no more than noise; changed: another value of what is read off the weights; new
-and gone: in one of both only; unknown: see the note."""
 LEVEL = 0.05
 _MODEL = {"id": "name", "revision": "revision", "weight_hash": "weights", "dtype": "dtype", "device": "device"}
 _SHOWN = 12
 """Characters of a hash that a message shows."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One circumstance in which two runs differ."""
-
-    what: Literal["model", "data", "seed", "settings", "versions"]
-    message: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric of one composition in both runs."""
-
-    composition: str
-    metric: str
-    higher_is_better: bool
-    old: float | None
-    new: float | None
-    difference: float | None
-    """New minus old."""
-    stderr: float | None
-    """Of the difference, paired on the samples; 0 where the metric is read and not sampled."""
-    n: int
-    p: float | None
-    """Two-sided."""
-    p_holm: float | None
-    """Corrected for all rows."""
-    verdict: Verdict
-    note: str = ""
-    """Why something is unknown, or not paired."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +39,8 @@ class ComparedReports:
 
 
 def compare_reports(old: Report, new: Report, *, level: float = LEVEL) -> ComparedReports:
-    """Compare two report documents; a row is worse or better at `level` after Holm's correction over all rows."""
-    problem = incomparable(old["model"], new["model"])
+    """Compare two reports; a row is worse or better at `level` after Holm's correction over all rows."""
+    problem = incomparable(old.model, new.model)
     rows = [] if problem else list(_rows(old, new))
     tested = [row.p for row in rows if row.p is not None]
     adjusted = iter(corrected(tested, len(tested)) if tested else ())
@@ -84,18 +48,24 @@ def compare_reports(old: Report, new: Report, *, level: float = LEVEL) -> Compar
     return ComparedReports(problem, circumstances(old, new), tuple(rows))
 
 
-def incomparable(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str | None:
+def incomparable(old: Model | None, new: Model | None) -> str | None:
     """Say why the numbers of two models mean different things; None: they do not, as far as is known."""
-    for key, name in (("architecture", "architecture"), ("parameters", "number of parameters")):
-        one, other = (old or {}).get(key), (new or {}).get(key)
+    return None if new is None else unlike(old, new.architecture, new.parameters)
+
+
+def unlike(model: Model | None, architecture: str | None, parameters: int | None = None) -> str | None:
+    """Say why `model` is not comparable with one of another build; what is None is not known."""
+    if model is None:
+        return None
+    found = ("architecture", model.architecture, architecture), ("number of parameters", model.parameters, parameters)
+    for name, one, other in found:
         if one is not None and other is not None and one != other:
             return f"another model: its {name} is {other} and was {one}"
     return None
 
 
-def other_questions(metric: str, old: Record, new: Record) -> str | None:
-    """Say why the samples of a metric do not belong together; None: they do, as far as is known."""
-    before, after = old.get("data"), new.get("data")
+def other_questions(metric: str, before: Mapping[str, str] | None, after: Mapping[str, str] | None) -> str | None:
+    """Say why the samples of a metric do not belong together, by the hashes of what was asked; None: they may."""
     if before is None or after is None or metric.startswith(OF_WEIGHTS):
         return None
     part = part_of(metric)
@@ -106,88 +76,50 @@ def other_questions(metric: str, old: Record, new: Record) -> str | None:
 
 def circumstances(old: Report, new: Report) -> tuple[Difference, ...]:
     """Return all in which two runs differ, besides what they measured."""
-    before, after = old["model"] or {}, new["model"] or {}
-    found = [Difference("model", text) for text in _changed(before, after, _MODEL)] if before and after else []
+    found = []
+    if old.model is not None and new.model is not None:
+        found += [Difference("model", text) for text in _changed(_named(old.model), _named(new.model), _MODEL)]
     if (one := _seeds(old)) != (other := _seeds(new)):
         found.append(Difference("seed", f"{one} -> {other}"))
     found += [Difference("data", text) for text in _data(old, new)]
     found += [Difference("settings", text) for text in _settings(old, new)]
-    was, now = old["environment"], new["environment"]
-    versions = [*_changed(was, now, {"python": "python"}), *_changed(was["packages"], now["packages"])]
+    was, now = old.environment, new.environment
+    versions = [*_changed({"python": was.python}, {"python": now.python}), *_changed(was.packages, now.packages)]
     return tuple(found + [Difference("versions", text) for text in versions])
 
 
-def measurement_of(run: Measured, measured: Measured) -> Measurement:
-    """Return a measurement that a report has as plain data, or one `run` of its repeats; see `runs_of`."""
-    value = run["value"]
-    return Measurement(
-        measured["metric"],
-        float(run["nonfinite"]) if value is None else float(value),
-        run["stderr"],
-        run["n"],
-        measured["higher_is_better"],
-        tuple(math.nan if x is None else float(x) for x in run["samples"]),
-        measured["note"],
-        tuple(float(x) for x in run.get("weights", ())),
-        clusters_of(run),
-        tuple(run.get("answers", ())),
-    )
-
-
-def runs_in(record: Record) -> tuple[tuple[Measurement, ...], ...]:
-    """Return the measurements in a composition's record, one tuple a repeat."""
-    repeats = max((len(runs_of(m)) for m in record["measurements"]), default=0)
-    return tuple(
-        tuple(
-            measurement_of(runs[i], measured)
-            for measured in record["measurements"]
-            if i < len(runs := runs_of(measured))
-        )
-        for i in range(repeats)
-    )
-
-
 def _rows(old: Report, new: Report) -> Iterator[Row]:
-    before, after = ({r["id"]: r for r in report["compositions"]} for report in (old, new))
+    before, after = old.by_id, new.by_id
     drawn = _seeds(old) != _seeds(new)
     for name in dict.fromkeys((*after, *before)):
-        was, now = (by_metric(records[name]) if name in records else {} for records in (before, after))
+        was, now = (records[name].by_metric if name in records else {} for records in (before, after))
         for metric in dict.fromkeys((*now, *was)):
             one, other = was.get(metric), now.get(metric)
             if one is None or other is None:
                 yield _alone(name, one, other)
             else:
-                yield _row(name, one, other, other_questions(metric, before[name], after[name]), drawn)
+                unpaired = other_questions(metric, before[name].data, after[name].data)
+                yield _row(name, one, other, unpaired, drawn)
 
 
 def _alone(composition: str, old: Measured | None, new: Measured | None) -> Row:
-    found = old if new is None else new
+    found = old or new
     assert found is not None
-    return Row(
-        composition,
-        found["metric"],
-        found["higher_is_better"],
-        None if old is None else old["value"],
-        None if new is None else new["value"],
-        None,
-        None,
-        found["n"],
-        None,
-        None,
-        "new" if old is None else "gone",
-    )
+    was, now = (None if measured is None else measured.value for measured in (old, new))
+    verdict: Compared = "new" if old is None else "gone"
+    return Row(composition, found.metric, found.higher_is_better, was, now, None, None, found.n, None, None, verdict)
 
 
 def _row(composition: str, old: Measured, new: Measured, unpaired: str | None, drawn: bool) -> Row:
     """Compare a metric; `unpaired` says why samples do not belong together, `drawn` that other seeds drew them."""
-    better = new["higher_is_better"]
-    row = Row(composition, new["metric"], better, old["value"], new["value"], None, None, new["n"], None, None, "same")
+    better = new.higher_is_better
+    row = Row(composition, new.metric, better, old.value, new.value, None, None, new.n, None, None, "same")
     if row.old is None or row.new is None:
         return replace(row, verdict="unknown", note="not finite")
     row = replace(row, difference=row.new - row.old)
-    if better != old["higher_is_better"]:
+    if better != old.higher_is_better:
         return replace(row, verdict="unknown", note="the direction of the metric is another one")
-    before, after = ([measurement_of(run, measured) for run in runs_of(measured)] for measured in (old, new))
+    before, after = ([measured.measurement(run) for run in measured.runs] for measured in (old, new))
     if is_exact(after, before):
         return replace(row, stderr=0.0, verdict="changed" if row.difference else "equal")
     if unpaired is not None:
@@ -203,9 +135,9 @@ def _row(composition: str, old: Measured, new: Measured, unpaired: str | None, d
 
 def _apart(row: Row, old: Measured, new: Measured, why: str) -> Row:
     """Judge a row by the standard errors of both runs, which drew samples of their own."""
-    if old["stderr"] is None or new["stderr"] is None or row.difference is None:
+    if old.stderr is None or new.stderr is None or row.difference is None:
         return replace(row, verdict="unknown", note=why)
-    error = math.hypot(old["stderr"], new["stderr"])
+    error = math.hypot(old.stderr, new.stderr)
     p = math.erfc(abs(row.difference) / error / math.sqrt(2)) if error else float(not row.difference)
     return replace(row, stderr=error, p=p, note=f"unpaired: {why}")
 
@@ -226,22 +158,26 @@ def _data(old: Report, new: Report) -> Iterator[str]:
 
 
 def _asked(report: Report) -> Mapping[str, str]:
-    return next((record["data"] for record in report["compositions"] if "data" in record), {})
+    return next((record.data for record in report.compositions if record.data is not None), {})
 
 
 def _settings(old: Report, new: Report) -> Iterator[str]:
     for section in ("model", "world", "evaluate"):
-        was, now = old["recipe"][section], new["recipe"][section]
+        was, now = getattr(old.recipe, section), getattr(new.recipe, section)
         yield from _changed(was, now, {key: f"{section}.{key}" for key in now if key not in ("path", "folder")})
-    before = {r["id"]: r["steps"] for r in old["compositions"]}
+    before = {record.id: record.steps for record in old.compositions}
     told: set[str] = set()
-    for record in new["compositions"]:
-        for one, other in zip(before.get(record["id"], ()), record["steps"], strict=False):
-            for text in _changed(one["settings"], other["settings"]):
-                line = f"{other['id']}: {text}"
+    for record in new.compositions:
+        for one, other in zip(before.get(record.id, ()), record.steps, strict=False):
+            for text in _changed(one.settings, other.settings):
+                line = f"{other.id}: {text}"
                 if line not in told:
                     told.add(line)
                     yield line
+
+
+def _named(model: Model) -> dict[str, Any]:
+    return {key: getattr(model, key) for key in _MODEL}
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Mapping[str, str] | None = None) -> list[str]:
@@ -255,8 +191,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Mapping[str,
 
 
 def _seeds(report: Report) -> str:
-    repeats = report.get("repeats", 1)
-    return f"seed {report['seed']}" + (f", {repeats} repeats" if repeats > 1 else "")
+    return f"seed {report.seed}" + (f", {report.repeats} repeats" if report.repeats > 1 else "")
 
 
 def _short(value: Any) -> str:

@@ -13,13 +13,11 @@ So drift is flagged and fails no build.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from pytest_lmcompose.baseline.compare import incomparable, other_questions
 from pytest_lmcompose.gates.paired import corrected
-from pytest_lmcompose.report.record import by_metric
+from pytest_lmcompose.results import DriftRow, Report, replace
 
 WINDOW = 10
 """Runs that are looked at, the present one too."""
@@ -27,37 +25,21 @@ LEVEL = 0.01
 """Chance of a false alarm in a run."""
 
 
-@dataclass(frozen=True)
-class Drift:
-    """The course of one metric over stored runs."""
-
-    composition: str
-    metric: str
-    values: tuple[float, ...]
-    """The oldest run's first, the present one's last."""
-    loss: float
-    """From the oldest to the present one, in the metric's unit; positive where it got worse."""
-    p: float
-    p_holm: float
-    drifts: bool
-
-
 def drifts(
-    documents: Sequence[Mapping[str, Any]],
+    reports: Sequence[Report],
     *,
     judged: Callable[[str, str], bool] = lambda composition, metric: True,
     level: float = LEVEL,
     window: int = WINDOW,
-) -> list[Drift]:
-    """Judge the course of metrics of the last of `documents`, the oldest run standing first.
+) -> list[DriftRow]:
+    """Judge the course of metrics of the last of `reports`, the oldest run standing first.
 
     `judged` chooses metrics of compositions. Runs of other models are left out, and of each metric those
     that do not have it, or asked something else with the same seed. Fewer than three values are no course.
     """
-    if not documents:
+    if not reports:
         return []
-    last = documents[-1]
-    alike = [d for d in documents[-window:] if incomparable(d["model"], last["model"]) is None]
+    alike = [report for report in reports[-window:] if incomparable(report.model, reports[-1].model) is None]
     found = list(_courses(alike, judged))
     adjusted = corrected([row.p for row in found], len(found)) if found else []
     return [replace(row, p_holm=p, drifts=p <= level) for row, p in zip(found, adjusted, strict=True)]
@@ -79,25 +61,24 @@ def trend_p(losses: Sequence[float]) -> float:
     return sum(ways[: falls + 1]) / sum(ways)
 
 
-def _courses(documents: Sequence[Mapping[str, Any]], judged: Callable[[str, str], bool]) -> Iterator[Drift]:
-    runs = [{record["id"]: record for record in document["compositions"]} for document in documents]
-    seeds = [(document["seed"], document.get("repeats", 1)) for document in documents]
-    for name, now in runs[-1].items():
-        known = [(run[name], by_metric(run[name]), seed) for run, seed in zip(runs, seeds, strict=True) if name in run]
-        for metric, last in by_metric(now).items():
-            if last["value"] is None or not judged(name, metric):
+def _courses(reports: Sequence[Report], judged: Callable[[str, str], bool]) -> Iterator[DriftRow]:
+    runs = [(report.by_id, (report.seed, report.repeats)) for report in reports]
+    for name, now in runs[-1][0].items():
+        known = [(run[name], run[name].by_metric, seeds) for run, seeds in runs if name in run]
+        for metric, last in now.by_metric.items():
+            if last.value is None or not judged(name, metric):
                 continue
             values = tuple(
-                float(table[metric]["value"])
-                for record, table, seed in known
-                if metric in table
-                and table[metric]["value"] is not None
-                and not (seed == seeds[-1] and other_questions(metric, record, now))
+                found.value
+                for record, table, seeds in known
+                if (found := table.get(metric)) is not None
+                and found.value is not None
+                and not (seeds == runs[-1][1] and other_questions(metric, record.data, now.data))
             )
             if len(values) >= 3:
-                losses = [-value if last["higher_is_better"] else value for value in values]
+                losses = [-value if last.higher_is_better else value for value in values]
                 p = trend_p(losses)
-                yield Drift(name, metric, values, losses[-1] - losses[0], p, p, False)
+                yield DriftRow(name, metric, values, losses[-1] - losses[0], p, p, False)
 
 
 def _gaussian_binomial(n: int, k: int) -> list[int]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from pytest_lmcompose.baseline.compare import ComparedReports, compare_reports
-from pytest_lmcompose.baseline.drift import LEVEL, WINDOW, Drift, drifts
+from pytest_lmcompose.baseline.drift import LEVEL, WINDOW, drifts
 from pytest_lmcompose.baseline.git import changes, commit
 from pytest_lmcompose.baseline.keeping import LATEST, Keeping
 from pytest_lmcompose.baseline.reference import Baseline
 from pytest_lmcompose.baseline.storage import Storage, StorageError, passed, read_run
+from pytest_lmcompose.results import Comparison, Drift, DriftRow, Report, Stored
+from pytest_lmcompose.results import replace as changed
 
 _NEW_NAME = "baseline"
 _READ = 3 * WINDOW
@@ -68,42 +68,37 @@ class Outcome:
 
     baseline: Baseline | None = None
     compared: ComparedReports | None = None
-    drift: tuple[Drift, ...] = ()
+    drift: tuple[DriftRow, ...] = ()
     """Of all metrics whose course was judged."""
     runs: int = 0
     """Over which drift was judged, the present one too."""
     problems: tuple[str, ...] = field(default_factory=tuple)
 
-    def sections(self) -> dict[str, Any]:
-        """Return what the report says of it, as plain data."""
-        found: dict[str, Any] = {}
+    def added_to(self, report: Report) -> Report:
+        """Return a report with what this says."""
+        comparison = drift = None
         if self.baseline is not None and self.compared is not None:
-            document = self.baseline.document
-            found["comparison"] = {
-                "baseline": self.baseline.path.name,
-                "started": document["started"],
-                "seed": document["seed"],
-                "commit": document.get("stored", {}).get("commit"),
-                **dataclasses.asdict(self.compared),
-            }
+            old = self.baseline.report
+            comparison = Comparison(
+                self.baseline.path.name,
+                old.started,
+                old.seed,
+                None if old.stored is None else old.stored.commit,
+                self.compared.problem,
+                self.compared.differences,
+                self.compared.rows,
+            )
         if self.drift:
-            found["drift"] = {
-                "runs": self.runs,
-                "level": LEVEL,
-                "judged": len(self.drift),
-                "rows": [dataclasses.asdict(row) for row in self.drift if row.drifts],
-            }
-        return found
+            drift = Drift(self.runs, LEVEL, len(self.drift), tuple(row for row in self.drift if row.drifts))
+        return changed(report, comparison=comparison, drift=drift)
 
 
-def outcome(
-    report: Mapping[str, Any], baseline: Baseline | None, keeping: Keeping, judged: Callable[[str, str], bool]
-) -> Outcome:
+def outcome(report: Report, baseline: Baseline | None, keeping: Keeping, judged: Callable[[str, str], bool]) -> Outcome:
     """Compare a finished run with its baseline, and look for drift over the stored runs.
 
     `judged` says whether a metric of a composition has a gate: drift is judged for those.
     """
-    compared = None if baseline is None else compare_reports(baseline.document, report)
+    compared = None if baseline is None else compare_reports(baseline.report, report)
     if baseline is None and not keeping.wanted:
         return Outcome()
     before, problems = _history(Storage(keeping.storage))
@@ -111,13 +106,13 @@ def outcome(
     return Outcome(baseline, compared, tuple(found), len(before) + 1, tuple(problems))
 
 
-def keep(report: Mapping[str, Any], keeping: Keeping, baseline: Baseline | None, root: Path, *, ok: bool) -> str | None:
+def keep(report: Report, keeping: Keeping, baseline: Baseline | None, root: Path, *, ok: bool) -> str | None:
     """Store a run as its flags say; return what to tell, None if it is not to be stored. Raises OSError."""
     if not keeping.stores:
         return None
-    if report["status"] != "finished":
+    if report.status != "finished":
         return "lmcompose: the run was interrupted, and is not stored"
-    if not any(record["status"] == "measured" for record in report["compositions"]):
+    if not any(record.status == "measured" for record in report.compositions):
         return "lmcompose: nothing was measured, and the run is not stored"
     if keeping.update and not ok and not keeping.force:
         return "lmcompose: the baseline is not updated, since tests failed; mend them, or add --lmcompose-force"
@@ -126,30 +121,24 @@ def keep(report: Mapping[str, Any], keeping: Keeping, baseline: Baseline | None,
         name = _NEW_NAME if baseline is None else _name_of(baseline)
     else:
         name = keeping.save or f"auto-{head[:8]}" if head else keeping.save or "auto"
-    stored = {
-        "name": name,
-        "how": "update" if keeping.update else "save" if keeping.save else "autosave",
-        "passed": ok,
-        "commit": head,
-        "dirty": bool(head and changes(root, keeping.storage)),
-    }
-    document = {key: value for key, value in report.items() if key not in ("prompts", "comparison", "drift")}
-    path = Storage(keeping.storage).save({**document, "stored": stored}, name)
+    how = "update" if keeping.update else "save" if keeping.save else "autosave"
+    stored = Stored(name, how, ok, head, bool(head and changes(root, keeping.storage)))  # type: ignore[arg-type]
+    path = Storage(keeping.storage).save(changed(report, prompts=(), comparison=None, drift=None, stored=stored), name)
     return f"lmcompose: the run is stored as {path}" + ("" if ok else ", as one that failed")
 
 
-def _history(storage: Storage) -> tuple[list[dict[str, Any]], list[str]]:
+def _history(storage: Storage) -> tuple[list[Report], list[str]]:
     """Return the last stored runs that passed, the oldest first, and what is wrong with others."""
-    found: list[dict[str, Any]] = []
+    found: list[Report] = []
     problems = []
     for run in reversed(storage.runs()[-_READ:]):
         try:
-            document = read_run(run.path)
+            report = read_run(run.path)
         except StorageError as error:
             problems.append(f"lmcompose: left out of the history: {error}")
             continue
-        if passed(document):
-            found.append(document)
+        if passed(report):
+            found.append(report)
         if len(found) == WINDOW - 1:
             break
     return found[::-1], problems
@@ -157,5 +146,5 @@ def _history(storage: Storage) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _name_of(baseline: Baseline) -> str:
     """Return the name of a baseline for the run that takes its place."""
-    stored = baseline.document.get("stored")
-    return _NEW_NAME if stored is None or stored["how"] == "autosave" else str(stored["name"])
+    stored = baseline.report.stored
+    return _NEW_NAME if stored is None or stored.how == "autosave" else stored.name

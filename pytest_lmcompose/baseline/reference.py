@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pytest_lmcompose.baseline.compare import incomparable, measurement_of, other_questions, runs_in
+from pytest_lmcompose.baseline.compare import other_questions, unlike
 from pytest_lmcompose.baseline.storage import read_run
 from pytest_lmcompose.gates.gate import Reference
-from pytest_lmcompose.report.record import Record
+from pytest_lmcompose.results import CompositionResult, Model, Report
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -23,11 +23,15 @@ UPDATE = "--lmcompose-update-baseline stores one"
 class Circumstances:
     """What a run knows of itself while it goes on."""
 
-    model: Mapping[str, Any] | None
-    """As in the report."""
+    model: Model | None
     data: Mapping[str, str]
     """Hashes of what is asked; see `asked`."""
     seeds: range
+
+    @property
+    def build(self) -> tuple[str | None, int | None]:
+        """Architecture and number of parameters, as far as they are known."""
+        return (None, None) if self.model is None else (self.model.architecture, self.model.parameters)
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Baseline:
     """A stored run."""
 
     path: Path
-    document: Mapping[str, Any]
+    report: Report
     passed_over: tuple[str, ...] = ()
     """Later runs, which failed and are no promise."""
 
@@ -50,37 +54,37 @@ class Baseline:
         return f"the baseline {self.path.stem}"
 
     @cached_property
-    def _records(self) -> dict[str, Record]:
-        return {record["id"]: record for record in self.document["compositions"]}
+    def _records(self) -> dict[str, CompositionResult]:
+        return self.report.by_id
 
-    def unlike(self, model: Mapping[str, Any] | None) -> str | None:
-        """Say why no number of a run on `model` can be compared, and what to do."""
-        problem = incomparable(self.document["model"], model)
+    def unlike(self, architecture: str | None, parameters: int | None = None) -> str | None:
+        """Say why no number of a run on a model of this build can be compared, and what to do."""
+        problem = unlike(self.report.model, architecture, parameters)
         return None if problem is None else f"it is of {problem}; compare with a run of this model ({UPDATE})"
 
     def reference(self, composition: str, now: Circumstances) -> Reference:
         """Return what gates of `composition` compare with, or why there is nothing."""
-        if (problem := self.unlike(now.model)) is not None:
+        if (problem := self.unlike(*now.build)) is not None:
             return Reference(self.name, missing=problem)
         record = self._records.get(composition)
         if record is None:
             return Reference(self.name, missing=f"it has no {composition}; {UPDATE}")
-        if record["status"] != "measured":
-            why = record["error"] or record["status"]
-            return Reference(self.name, missing=f"{composition} was not measured there: {why}; {UPDATE}")
-        seeds = range(self.document["seed"], self.document["seed"] + self.document.get("repeats", 1))
+        if record.status != "measured":
+            reason = record.error or record.status
+            return Reference(self.name, missing=f"{composition} was not measured there: {reason}; {UPDATE}")
+        seeds = self.report.seeds
         others = {
-            m["metric"]: why
-            for m in record["measurements"]
-            if (why := other_questions(m["metric"], record, {"data": now.data})) is not None
+            metric: why
+            for metric in record.by_metric
+            if (why := other_questions(metric, record.data, now.data)) is not None
         }
         drawn = seeds != now.seeds
         if drawn:
             others = {name: f"{why}, with {_said(now.seeds)} and not {_said(seeds)}" for name, why in others.items()}
         return Reference(
             self.name,
-            [measurement_of(m, m) for m in record["measurements"]],
-            runs_in(record),
+            [measured.measurement() for measured in record.measurements],
+            record.runs,
             unlike={} if drawn else others,
             unpaired=others if drawn else {},
         )

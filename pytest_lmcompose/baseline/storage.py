@@ -5,20 +5,20 @@ A file appears whole, by a rename, and is never written again: the folder is the
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from interventions.names import near_names
 from pytest_lmcompose.report.files import is_file, write_text
-from pytest_lmcompose.report.json import SCHEMA_VERSION
-from pytest_lmcompose.report.valid import problem_of
+from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.results import LaterReportError, Report, ReportError, decode
 from pytest_lmcompose.store.locks import locked
 
 FOLDER = ".lmcompose"
@@ -89,63 +89,39 @@ class Storage:
             failed.append(run)
         return None, failed
 
-    def save(self, document: Mapping[str, Any], name: str) -> Path:
+    def save(self, report: Report, name: str) -> Path:
         """Store a run under the next number; return its file. Raises OSError.
 
         Two processes that store at once get numbers of their own.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(compact(document), separators=(",", ":"), allow_nan=False) + "\n"
         with locked(self.folder / ".lock", lambda seconds: None):
             number = max((run.number for run in self.runs()), default=0) + 1
             path = self.folder / f"{number:04d}_{name}.json"
-            write_text(path, text)
+            write_text(path, msgspec.json.encode(compact(msgspec.to_builtins(report))).decode() + "\n")
         return path
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> Report:
     """Read a report; raises StorageError for one that is broken, or of a format that is not known here."""
-    again = "store it again, or compare with another run"
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise StorageError(f"{path} cannot be read: it is no file")
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        return decode(path.read_bytes())
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise StorageError(f"{path} is broken or cut off: it is no text in UTF-8; {again}") from None
-    except RecursionError:
-        raise StorageError(f"{path} is broken or cut off: lists in lists without end; {again}") from None
-    except ValueError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{path} is broken or cut off: {error}; {again}") from None
-    if not isinstance(document, dict) or "schema_version" not in document:
-        raise StorageError(f"{path} is no report of pytest-lmcompose: it has no schema_version; {again}")
-    version = document["schema_version"]
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        todo = "install the pytest-lmcompose that wrote it, or a later one" if newer else again
-        shown = f"{version!a:.40}"
-        raise StorageError(f"{path} has the report schema {shown}, and this version reads {SCHEMA_VERSION}; {todo}")
-    if (damage := problem_of(document)) is not None:
-        raise StorageError(f"{path} is damaged: {damage}; {again}")
-    return document
+    except LaterReportError as error:
+        raise StorageError(f"{path} {error}; install the pytest-lmcompose that wrote it, or a later one") from None
+    except ReportError as error:
+        raise StorageError(f"{path} {visible(str(error)):.300}; store it again, or compare with another run") from None
 
 
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON")
-
-
-def passed(document: Mapping[str, Any]) -> bool:
+def passed(report: Report) -> bool:
     """Say whether a run came to its end without a failure."""
-    stored = document.get("stored")
-    if stored is not None:
-        return bool(stored["passed"])
-    records = document["compositions"]
-    gates = [gate for record in records for gate in record["gates"]]
-    return document["status"] == "finished" and all(
-        (*(gate["passed"] for gate in gates), *(record["status"] == "measured" for record in records))
+    if report.stored is not None:
+        return report.stored.passed
+    return report.status == "finished" and all(
+        record.status == "measured" and not record.failed_metrics for record in report.compositions
     )
 
 
@@ -153,7 +129,7 @@ def compact(value: Any) -> Any:
     """Return plain data with whole numbers written as such: most samples are 0.0 or 1.0."""
     if isinstance(value, dict):
         return {key: compact(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [compact(item) for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)

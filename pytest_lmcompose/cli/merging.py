@@ -45,20 +45,20 @@ def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -
     try:
         check_targets({"--output": output}, {f"the report {path}": path for path in runs})
         found = joined({str(path): read_run(path) for path in runs}, partial=partial, tolerance=tolerance)
-        write(output, found.document)
+        write(output, found.report)
     except (MergeError, StorageError, TargetError) as error:
         raise Refused(str(error)) from None
     except OSError as error:
         raise Refused(f"{output} cannot be written: {error.strerror}") from None
-    records = found.document["compositions"]
+    records = found.report.compositions
     for message in found.late:
         click.echo(visible(f"failed when all paired gates were judged together: {message}"))
     for expression in found.idle:
         click.echo(f"failed: --lmcompose-compare-fail={expression!r} judged nothing")
-    failed = sum(1 for record in records for gate in record["gates"] if not gate["passed"])
+    failed = sum(1 for record in records for gate in record.gates if not gate.passed)
     click.echo(
-        f"{output}: {len(records)} compositions of {len(runs)} reports, {found.document['status']}, "
+        f"{output}: {len(records)} compositions of {len(runs)} reports, {found.report.status}, "
         f"{failed} gate{'s' * (failed != 1)} failed"
     )
-    if not records or found.idle or not passed(found.document):
+    if not records or found.idle or not passed(found.report):
         raise SystemExit(FAILED)

@@ -5,13 +5,13 @@ A run is named by the path of its report, or by its name or number in the folder
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import click
+import msgspec
 import pytest
 
 from pytest_lmcompose.baseline.storage import FOLDER, Storage, StorageError, read_run
@@ -19,11 +19,11 @@ from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, Refused
 from pytest_lmcompose.report.outputs import BY_ID, GROUPS, Layout
 from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.results import CompositionResult, Report, Row, replace
 
 if TYPE_CHECKING:
-    from pytest_lmcompose.baseline.compare import Row
+    from pytest_lmcompose.baseline.compare import ComparedReports
 
-Document = Mapping[str, Any]
 _SAMPLES = 3
 """Samples whose answers a comparison shows of a metric of a composition."""
 
@@ -54,8 +54,8 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
     _head(path, document)
     if sort is not None and sort.removeprefix("-") != BY_ID:
         _known(sort.removeprefix("-"), document)
-    records = sorted_records(document["compositions"], sort)  # also by a metric that is not among those shown
-    judged = any(record["gates"] for record in records)
+    records = sorted_records(document.compositions, sort)  # also by a metric that is not among those shown
+    judged = any(record.gates for record in records)
     if metrics:
         records = [_only(record, _chosen(metrics, document)) for record in records]
 
@@ -65,7 +65,7 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
     console = cast(pytest.TerminalReporter, Console())
     write_summary(console, records, wanted, Layout(tuple(metrics), None, group))
     write_paired(console, records, [])
-    write_composability(console, document.get("composability"), shown_metrics(records, wanted))
+    write_composability(console, document.composability, shown_metrics(records, wanted))
 
 
 @click.command()
@@ -94,7 +94,7 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
         globs = _chosen(metrics, before, after)
         rows = tuple(row for row in rows if any(fnmatchcase(row.metric, glob) for glob in globs))
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(dataclasses.replace(found, rows=rows)), indent=1))
+        click.echo(msgspec.json.format(msgspec.json.encode(dataclasses.replace(found, rows=rows)), indent=1).decode())
     else:
         _write_comparison(old_path, new_path, found, rows, every)
         for line in _answers(before, after, rows):
@@ -105,18 +105,17 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
         raise click.exceptions.Exit(FAILED)
 
 
-def _answers(before: Mapping[str, Any], after: Mapping[str, Any], rows: Iterable[Row]) -> Iterator[str]:
+def _answers(before: Report, after: Report, rows: Iterable[Row]) -> Iterator[str]:
     """Yield what the model said before and says now, for some samples of each metric that changed."""
-    from pytest_lmcompose.report.text import visible
     from pytest_lmcompose.report.view import changed_samples
 
-    old, new = ({record["id"]: record for record in report["compositions"]} for report in (before, after))
+    old, new = before.by_id, after.by_id
     for row in rows:
         if row.verdict not in ("better", "worse") or row.composition not in old or row.composition not in new:
             continue
         one, other = old[row.composition], new[row.composition]
         for found in changed_samples(one, other, [row.metric], after, _SAMPLES):
-            if any(m.get("answers") for m in other["measurements"] if m["metric"] == row.metric):
+            if other.by_metric[row.metric].answers:
                 yield visible(f"{row.composition}  {row.metric}: {found.worse} worse, {found.better} better, such as")
                 yield from (visible(f"  {s.label}: {s.before} -> {s.after}") for s in found.shown)
 
@@ -151,7 +150,7 @@ def report(
         _write(latex, lambda: tables.render(document))
 
 
-def load(run: str, storage: Path) -> tuple[Path, Document]:
+def load(run: str, storage: Path) -> tuple[Path, Report]:
     """Return a run's file and its report; raises Refused."""
     try:
         path = Storage(storage).find(run)
@@ -160,15 +159,15 @@ def load(run: str, storage: Path) -> tuple[Path, Document]:
         raise Refused(str(error)) from None
 
 
-def _head(path: Path, document: Document) -> None:
-    model = document["model"]
-    name = "no model was loaded" if model is None else f"{model['id']}, weights {model['weight_hash'][:12]}"
-    repeats = document.get("repeats", 1)
-    click.echo(visible(f"{path}: {document['status']} {document['finished']}"))
-    click.echo(visible(f"{name}; seed {document['seed']}{f', {repeats} repeats' if repeats > 1 else ''}"))
+def _head(path: Path, document: Report) -> None:
+    model = document.model
+    name = "no model was loaded" if model is None else f"{model.id}, weights {model.weight_hash[:12]}"
+    click.echo(visible(f"{path}: {document.status} {document.finished}"))
+    repeats = f", {document.repeats} repeats" if document.repeats > 1 else ""
+    click.echo(visible(f"{name}; seed {document.seed}{repeats}"))
 
 
-def _chosen(globs: Sequence[str], *documents: Document) -> Sequence[str]:
+def _chosen(globs: Sequence[str], *documents: Report) -> Sequence[str]:
     """Return `globs` after making sure that each means a metric; raises Refused with near names."""
     known = _metrics(*documents)
     for glob in globs:
@@ -177,7 +176,7 @@ def _chosen(globs: Sequence[str], *documents: Document) -> Sequence[str]:
     return globs
 
 
-def _known(metric: str, *documents: Document) -> None:
+def _known(metric: str, *documents: Report) -> None:
     """Make sure that a metric was measured; raises Refused with near names."""
     from interventions.names import near_names
 
@@ -186,20 +185,24 @@ def _known(metric: str, *documents: Document) -> None:
         raise Refused(f"no metric {metric!r} was measured.{near_names(metric, known)} Known: {', '.join(known)}.")
 
 
-def _metrics(*documents: Document) -> list[str]:
-    return list(dict.fromkeys(m["metric"] for d in documents for r in d["compositions"] for m in r["measurements"]))
+def _metrics(*documents: Report) -> list[str]:
+    return list(dict.fromkeys(m.metric for d in documents for r in d.compositions for m in r.measurements))
 
 
-def _only(record: Mapping[str, Any], globs: Sequence[str]) -> dict[str, Any]:
+def _only(record: CompositionResult, globs: Sequence[str]) -> CompositionResult:
     """Return a composition's record with the metrics of `globs` alone."""
 
-    def kept(name: str) -> list[Any]:
-        return [part for part in record[name] if any(fnmatchcase(part["metric"], glob) for glob in globs)]
+    def kept(metric: str) -> bool:
+        return any(fnmatchcase(metric, glob) for glob in globs)
 
-    return {**record, "measurements": kept("measurements"), "gates": kept("gates")}
+    return replace(
+        record,
+        measurements=tuple(m for m in record.measurements if kept(m.metric)),
+        gates=tuple(gate for gate in record.gates if kept(gate.metric)),
+    )
 
 
-def _write_comparison(old: Path, new: Path, found: Any, rows: Sequence[Any], every: bool) -> None:
+def _write_comparison(old: Path, new: Path, found: ComparedReports, rows: Sequence[Row], every: bool) -> None:
     from pytest_lmcompose.report.compared import QUIET, write_rows
 
     click.echo(f"old: {visible(str(old))}\nnew: {visible(str(new))}")

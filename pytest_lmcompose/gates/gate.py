@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -22,7 +23,6 @@ from interventions.names import near_names
 from pytest_lmcompose.composition import BASE, parse
 from pytest_lmcompose.gates.paired import (
     BASE_MODEL,
-    Paired,
     change,
     compare_with_base,
     corrected,
@@ -46,6 +46,7 @@ from pytest_lmcompose.gates.thresholds import (
     references,
     rules_for,
 )
+from pytest_lmcompose.results import Gate, Paired, replace
 
 if TYPE_CHECKING:
     from pytest_lmcompose.promises import Promise
@@ -75,25 +76,6 @@ class Reference:
     """Metrics whose samples are others there, and why."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a gate found; a failing one says what was expected."""
-
-    metric: str
-    gate: str
-    """The kind of a bound (see `thresholds`), finite or measured."""
-    threshold: float | None
-    passed: bool
-    message: str
-    value: float | None = None
-    base_value: float | None = None
-    """Of what it is compared with."""
-    paired: Paired | None = None
-    """The comparison behind no_drop_p."""
-    reference: str | None = None
-    """What it is compared with; None: nothing, or the base model."""
-
-
 def paired_gates(rules: Sequence[Rule], composition: str, metrics: Iterable[str]) -> int:
     """Return how many of the gates of `composition` are paired tests, given what is measured."""
     covering = [rule for rule in rules if rule.covers(composition)]
@@ -110,7 +92,7 @@ def judge(
     runs: Sequence[Sequence[Measurement]] | None = None,
     gates: int = 1,
     promises: Sequence[Promise] = (),
-) -> tuple[Verdict, ...]:
+) -> tuple[Gate, ...]:
     """Return the verdicts on a composition's measurements, in their order, then on what is missing.
 
     `known` are the references: states by the ids of their compositions, and the stored run as `baseline`.
@@ -118,12 +100,12 @@ def judge(
     gates of the run; see `settle` for their final verdict. `promises` are those of the composition's steps.
     """
     rules = [rule for rule in rules if rule.covers(composition)]
-    verdicts: list[Verdict] = []
+    verdicts: list[Gate] = []
     for measurement in measurements:
         name = measurement.metric
         if not math.isfinite(measurement.value):
             message = f"{_label(composition, measurement)} is not finite {_noise(measurement)}"
-            verdicts.append(Verdict(name, "finite", None, False, message, measurement.value))
+            verdicts.append(Gate(name, "finite", None, False, message, measurement.value, None))
             continue
         found = [find(run, name) for run in runs or (measurements,)]
         state = _State(composition, measurement, found, gates, promises)
@@ -134,7 +116,7 @@ def judge(
     return tuple(dict.fromkeys(verdicts))
 
 
-def settle(verdicts: Mapping[str, Sequence[Verdict]], gates: int = 0) -> dict[str, tuple[Verdict, ...]]:
+def settle(verdicts: Mapping[str, Sequence[Gate]], gates: int = 0) -> dict[str, tuple[Gate, ...]]:
     """Return the verdicts of compositions with their paired gates judged together.
 
     `gates` is their number in the whole run; those that are not here yet are counted as no alarm.
@@ -146,7 +128,7 @@ def settle(verdicts: Mapping[str, Sequence[Verdict]], gates: int = 0) -> dict[st
     least = [paired.smallest_p for paired in pairs] + [0.0] * (gates - len(pairs))
     reachable = iter(corrected(least, gates) if pairs else ())
 
-    def settled(composition: str, verdict: Verdict) -> Verdict:
+    def settled(composition: str, verdict: Gate) -> Gate:
         if verdict.paired is None:
             return verdict
         paired = replace(verdict.paired, p_holm=next(adjusted), gates=gates)
@@ -177,9 +159,9 @@ class _State:
         return [run for run in self.repeats if run is not None], [old for old in before if old is not None]
 
 
-def _verdicts(bound: Bound, state: _State, known: Mapping[str, Reference]) -> Iterator[Verdict]:
+def _verdicts(bound: Bound, state: _State, known: Mapping[str, Reference]) -> Iterator[Gate]:
     """Yield the verdicts of a bound, one for each of its references."""
-    verdict = Verdict(state.measurement.metric, bound.kind, bound.value, False, "", state.measurement.value)
+    verdict = Gate(state.measurement.metric, bound.kind, bound.value, False, "", state.measurement.value, None)
     noise = _noise(state.measurement)
     if bound.kind in (PROMISED, LOST):
         held = hold(bound, state.measurement, state.promises, state.composition)
@@ -201,7 +183,7 @@ def _verdicts(bound: Bound, state: _State, known: Mapping[str, Reference]) -> It
         yield _compared(bound, state, reference, named)
 
 
-def _compared(bound: Bound, state: _State, reference: Reference, verdict: Verdict) -> Verdict:
+def _compared(bound: Bound, state: _State, reference: Reference, verdict: Gate) -> Gate:
     """Judge a bound that compares with `reference`; whatever stands in the way fails."""
     metric, noise = state.measurement.metric, _noise(state.measurement)
     if reference.replaced:
@@ -216,7 +198,7 @@ def _compared(bound: Bound, state: _State, reference: Reference, verdict: Verdic
         return replace(verdict, message=message, base_value=None if before is None else before.value)
     runs, base = state.beside(reference)
     if bound.kind in (NO_DROP, LOSS_ERRORS) and base and is_exact(runs, base):
-        bound = replace(bound, kind=LOSS, value=0.0)
+        bound = changed(bound, kind=LOSS, value=0.0)
         noise = f"{noise.removesuffix(')')}; read and not sampled, so that any loss is one)"
     try:
         if bound.kind == NO_DROP:
@@ -241,8 +223,8 @@ def _compared(bound: Bound, state: _State, reference: Reference, verdict: Verdic
 
 
 def _bounded(
-    bound: Bound, state: _State, verdict: Verdict, reference: float, name: str, noise: str, unit: float = 1.0
-) -> Verdict:
+    bound: Bound, state: _State, verdict: Gate, reference: float, name: str, noise: str, unit: float = 1.0
+) -> Gate:
     """Compare a value with its limit, as the decimal numbers that both are written as."""
     value = state.measurement.value
     lower = _is_lower(bound, state.measurement)
@@ -286,7 +268,7 @@ def _described(bound: Bound, reference: float, name: str, lower: bool) -> str:
     return f"{amount} {'below' if lower else 'above'} {_number(reference)} of {name}"
 
 
-def _judged(composition: str, verdict: Verdict, paired: Paired, reachable: float) -> Verdict:
+def _judged(composition: str, verdict: Gate, paired: Paired, reachable: float) -> Gate:
     """Return a paired verdict with its final comparison and the message that goes with it.
 
     `reachable` is the smallest p after Holm that there could have been: a gate that could not fail does.
@@ -310,19 +292,19 @@ def _judged(composition: str, verdict: Verdict, paired: Paired, reachable: float
 
 def _missing(
     rules: Sequence[Rule], composition: str, measured: Sequence[str], baseline: Reference | None
-) -> Iterator[Verdict]:
+) -> Iterator[Gate]:
     """Yield a failure for every rule, and every metric of the stored run, for which nothing was measured."""
     for rule in rules:
         replaced = any(r.metric == rule.metric and r.specificity > rule.specificity and not r.source for r in rules)
         if rule.bounds and (rule.source or not replaced) and not any(rule.judges(name) for name in measured):
             near = near_names(rule.metric, measured)
             message = f"{composition}  {rule.metric} was not measured, but has a threshold.{near}".removesuffix(".")
-            yield Verdict(rule.metric, "measured", None, False, message)
+            yield Gate(rule.metric, "measured", None, False, message, None, None)
     for before in () if baseline is None else baseline.measurements:
         bounds = [bound for rule in rules_for(rules, before.metric) for bound in rule.bounds]
         if before.metric not in measured and any(bound.of == BASELINE for bound in bounds):
             message = f"{composition}  {before.metric} was not measured, but is in {baseline.name}" if baseline else ""
-            yield Verdict(before.metric, "measured", None, False, message, None, before.value)
+            yield Gate(before.metric, "measured", None, False, message, None, before.value)
 
 
 def _itself(bound: Bound, composition: str) -> str:

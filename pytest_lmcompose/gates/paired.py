@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement, expm1
 from pytest_lmcompose.gates.repeats import Link, evened, link_of, side_by_side
+from pytest_lmcompose.results import Paired
 
 if TYPE_CHECKING:
     from evaluators.significance import Alternative
@@ -23,32 +23,6 @@ POWER = 0.8
 BASE_MODEL = "the base model"
 LEVEL = 0.05
 """Of the drop that a gate without a level of its own tells from noise."""
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A comparison with a reference; drops are in the metric's unit, positive where it got worse."""
-
-    test: str
-    n: int
-    drop: float
-    stderr: float | None
-    """Of the drop."""
-    p: float
-    p_holm: float
-    gates: int
-    """Paired gates of the run, for which p is corrected."""
-    smallest_drop: float | None
-    """That is found with a chance of `power` at `level`; None: no drop is."""
-    power: float
-    level: float
-    """Alpha over the number of gates that were planned: what Holm asks of the smallest p."""
-    clusters: int = 0
-    """Independent units, where these are groups of samples, such as the prompts of one edit; else 0."""
-    smallest_p: float = 0.0
-    """That these samples can reach, where all that can get worse does: a half to the power of right answers."""
-    rises: bool = False
-    """Whether the metric gets worse by rising, so that a drop is a rise of its value."""
 
 
 class Change(NamedTuple):

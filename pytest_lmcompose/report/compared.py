@@ -6,13 +6,14 @@ from collections.abc import Collection, Iterable, Sequence
 
 import pytest
 
-from pytest_lmcompose.baseline.compare import ComparedReports, Row
+from pytest_lmcompose.baseline.compare import ComparedReports
 from pytest_lmcompose.baseline.drift import LEVEL
 from pytest_lmcompose.baseline.history import Outcome
 from pytest_lmcompose.gates.thresholds import Unused
-from pytest_lmcompose.report.record import Record
-from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
+from pytest_lmcompose.report.numbers import MISSING, number
+from pytest_lmcompose.report.terminal import Cell, blocks, write_blocks
 from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.results import CompositionResult, Row
 
 QUIET = ("equal", "same")
 _HEAD = ("composition  metric", "old", "new", "change", "p (Holm)", "verdict")
@@ -54,7 +55,7 @@ def write_rows(
 def write_outcome(
     reporter: pytest.TerminalReporter,
     found: Outcome,
-    records: Iterable[Record],
+    records: Iterable[CompositionResult],
     *,
     every: bool,
 ) -> None:
@@ -62,12 +63,7 @@ def write_outcome(
     if found.baseline is not None and found.compared is not None:
         reporter.write_line(f"against {found.baseline.name}, on the same samples (p two-sided)", bold=True)
         name = found.baseline.name
-        failed = {
-            (r["id"], g["metric"])
-            for r in records
-            for g in r["gates"]
-            if g.get("reference") == name and not g["passed"]
-        }
+        failed = {(r.id, g.metric) for r in records for g in r.gates if g.reference == name and not g.passed}
         _write_comparison(reporter, found.compared, failed, every=every)
     for row in found.drift:
         if row.drifts:

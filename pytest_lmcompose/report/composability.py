@@ -10,23 +10,36 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, per_unit, ratio_error
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.gates.repeats import evened, independent, link_of, scaled
-from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
 from pytest_lmcompose.report.shares import shares
+from pytest_lmcompose.results import (
+    Composability,
+    CompositionResult,
+    Interference,
+    Interval,
+    Measured,
+    OrderedSet,
+    OrderValue,
+    Outcome,
+    StepInterference,
+    replace,
+)
 from pytest_lmcompose.world.asked import OF_WEIGHTS
 
 if TYPE_CHECKING:
-    from evaluators.composability import Interval
+    from evaluators.composability import Interval as Bounds
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 
-def composability(records: Sequence[Record], seed: int, metrics: Collection[str] | None = None) -> dict[str, Any]:
+def composability(
+    records: Sequence[CompositionResult], seed: int, metrics: Collection[str] | None = None
+) -> Composability:
     """Return what the sequences of steps cost and what survived them.
 
     That is both composability metrics of every set of steps seen in several orders, and for what has
@@ -36,27 +49,22 @@ def composability(records: Sequence[Record], seed: int, metrics: Collection[str]
     null where a metric has no samples to draw from. With `metrics`, it is made of these alone.
     """
     if metrics is not None:
-        kept = [[m for m in record["measurements"] if m["metric"] in metrics] for record in records]
-        records = [{**record, "measurements": found} for record, found in zip(records, kept, strict=True)]
+        records = [replace(r, measurements=tuple(m for m in r.measurements if m.metric in metrics)) for r in records]
     # Workers send their records in any order.
-    measured = {r["id"]: r for r in sorted(records, key=lambda r: str(r["id"])) if r["status"] == "measured"}
-    sets: defaultdict[tuple[str, ...], list[Record]] = defaultdict(list)
+    measured = {r.id: r for r in sorted(records, key=lambda r: r.id) if r.status == "measured"}
+    sets: defaultdict[tuple[str, ...], list[CompositionResult]] = defaultdict(list)
     for record in measured.values():
-        if len(record["requested"]) > 1:
-            sets[tuple(sorted(record["requested"]))].append(record)
-    base = by_metric(measured[BASE]) if BASE in measured else {}
-    return {
-        "confidence": CONFIDENCE,
-        "resamples": RESAMPLES,
-        "orders": [
-            entry
-            for steps, orders in sorted(sets.items())
-            if len(orders) > 1
-            for entry in _orders(steps, orders, base, seed)
-        ],
-        "interference": list(_interferences(measured)),
+        if len(record.requested) > 1:
+            sets[tuple(sorted(record.requested))].append(record)
+    base = measured[BASE].by_metric if BASE in measured else {}
+    several = ((steps, orders) for steps, orders in sorted(sets.items()) if len(orders) > 1)
+    return Composability(
+        CONFIDENCE,
+        RESAMPLES,
+        tuple(entry for steps, orders in several for entry in _orders(steps, orders, base, seed)),
+        tuple(_interferences(measured)),
         **shares(measured),
-    }
+    )
 
 
 def concerns(measured: Measured, categories: Collection[str]) -> bool:
@@ -64,64 +72,48 @@ def concerns(measured: Measured, categories: Collection[str]) -> bool:
 
     What only steps of other categories promise says nothing of their order, such as edits that no step made.
     """
-    metric = measured["metric"]
+    metric = measured.metric
     if metric.startswith(("edit_", "perplexity_edits")):
         return "edit" in categories
     if metric.startswith(OF_WEIGHTS):
         return "compress" in categories
-    if metric.startswith("accuracy/") and not measured["higher_is_better"]:
+    if metric.startswith("accuracy/") and not measured.higher_is_better:
         return "unlearn" in categories
     return True
 
 
 def _orders(
-    steps: tuple[str, ...], records: Sequence[Record], base: Mapping[str, Measured], seed: int
-) -> list[dict[str, Any]]:
-    tables = {tuple(record["requested"]): by_metric(record) for record in records}
-    categories = {step["category"] for record in records for step in record["steps"]}
-    shared = [
-        name
-        for name, found in next(iter(tables.values())).items()
-        if all(name in table for table in tables.values()) and concerns(found, categories)
-    ]
-    return [_entry(steps, name, {o: t[name] for o, t in tables.items()}, base.get(name), seed) for name in shared]
+    steps: tuple[str, ...], records: Sequence[CompositionResult], base: Mapping[str, Measured], seed: int
+) -> Iterator[OrderedSet]:
+    tables = {record.requested: record.by_metric for record in records}
+    categories = {step.category for record in records for step in record.steps}
+    for name, first in next(iter(tables.values())).items():
+        if all(name in table for table in tables.values()) and concerns(first, categories):
+            yield _entry(steps, {order: table[name] for order, table in tables.items()}, base.get(name), seed)
 
 
 def _entry(
-    steps: tuple[str, ...],
-    metric: str,
-    found: Mapping[tuple[str, ...], Measured],
-    base: Measured | None,
-    seed: int,
-) -> dict[str, Any]:
+    steps: tuple[str, ...], found: Mapping[tuple[str, ...], Measured], base: Measured | None, seed: int
+) -> OrderedSet:
     from evaluators.composability import best_order, order_free_error, order_sensitivity
 
     first = next(iter(found.values()))
-    better = first["higher_is_better"]
-    entry: dict[str, Any] = {
-        "steps": list(steps),
-        "metric": metric,
-        "higher_is_better": better,
-        "orders": [{"id": "+".join(order), "value": m["value"]} for order, m in found.items()],
-        "best": None,
-        "order_free_error": None,
-        "order_sensitivity": None,
-        "n": first["n"],
-        "repeats": len(runs_of(first)),
-        "note": "",
-    }
-    values = {order: m["value"] for order, m in found.items()}
-    if any(value is None for value in values.values()):
-        return {**entry, "note": "not finite in some order"}
-    entry["best"] = "+".join(best_order(values, higher_is_better=better))
-    intervals, entry["note"] = _intervals(steps, metric, found, base, seed)
+    better = first.higher_is_better
+    orders = tuple(OrderValue("+".join(order), measured.value) for order, measured in found.items())
+    n, repeats = first.n, len(first.runs)
+    values = {order: measured.value for order, measured in found.items() if measured.value is not None}
+    if len(values) < len(found):
+        note = "not finite in some order"
+        return OrderedSet(steps, first.metric, better, orders, None, None, None, n, repeats, note)
+    intervals, note = _intervals(steps, first.metric, found, base, seed)
     error, gap = intervals or (None, None)
-    entry["order_free_error"] = _around(order_free_error(values, higher_is_better=better), error)
-    entry["order_sensitivity"] = _around(order_sensitivity(values), gap)
+    free: Interval | None = _around(order_free_error(values, higher_is_better=better), error)
     if better and max(values.values()) > 1:
-        entry["order_free_error"] = None
-        entry["note"] = "; ".join(filter(None, ("no share of 1, so it has no order-free error", entry["note"])))
-    return entry
+        free = None
+        note = "; ".join(filter(None, ("no share of 1, so it has no order-free error", note)))
+    sensitivity = _around(order_sensitivity(values), gap)
+    best = "+".join(best_order(values, higher_is_better=better))
+    return OrderedSet(steps, first.metric, better, orders, best, free, sensitivity, n, repeats, note)
 
 
 def _intervals(
@@ -130,32 +122,30 @@ def _intervals(
     found: Mapping[tuple[str, ...], Measured],
     base: Measured | None,
     seed: int,
-) -> tuple[tuple[Interval, Interval] | None, str]:
+) -> tuple[tuple[Bounds, Bounds] | None, str]:
     """Return order-free error and sensitivity with their intervals, or None and why not."""
     import numpy as np
 
     from evaluators.composability import bootstrap_orders
 
-    runs = {order: runs_of(m) for order, m in found.items()}
+    runs = {order: m.runs for order, m in found.items()}
     samples = {order: [_evened(run) for run in group] for order, group in runs.items()}
-    links = {
-        link_of(run["value"], even) for o, group in runs.items() for run, even in zip(group, samples[o], strict=True)
-    }
-    counts = {len(run["samples"]) for group in runs.values() for run in group}
+    links = {link_of(run.value, even) for o, group in runs.items() for run, even in zip(group, samples[o], strict=True)}
+    counts = {len(run.samples) for group in runs.values() for run in group}
     link = links.pop()
     if links or link is None:
         return None, "no interval: the samples do not average to the value"
-    units = {len(set(clusters_of(run))) or len(run["samples"]) for group in runs.values() for run in group}
+    units = {len(set(run.clusters)) or len(run.samples) for group in runs.values() for run in group}
     if min(units) < 2:
         return None, "no interval: a single sample"
-    groups = {tuple(clusters_of(run) for run in group) for group in runs.values()}
+    groups = {tuple(run.clusters for run in group) for group in runs.values()}
     if len(groups) > 1:
         return None, "no interval: the samples are grouped differently in some order"
     digest = hashlib.sha256("\n".join((str(seed), *steps, metric)).encode()).digest()
     try:
         result = bootstrap_orders(
             samples,
-            higher_is_better=next(iter(found.values()))["higher_is_better"],
+            higher_is_better=next(iter(found.values())).higher_is_better,
             generator=np.random.default_rng(int.from_bytes(digest[:8], "big")),
             clusters=_labels(next(iter(runs.values()))),
             same_samples=_same_samples(counts, base),
@@ -175,13 +165,13 @@ def _same_samples(counts: set[int], base: Measured | None) -> bool:
     """
     if len(counts) > 1:
         return False
-    return base is None or len({(tuple(run["samples"]), clusters_of(run)) for run in runs_of(base)}) == 1
+    return base is None or len({(run.samples, run.clusters) for run in base.runs}) == 1
 
 
-def _labels(runs: Sequence[Measured]) -> list[Sequence[int]] | None:
+def _labels(runs: Sequence[Outcome]) -> list[Sequence[int]] | None:
     """Return the clusters of the samples of each repeat, or None where every sample is one."""
-    found = [clusters_of(run) for run in runs]
-    return [one or range(len(run["samples"])) for one, run in zip(found, runs, strict=True)] if any(found) else None
+    found = [run.clusters for run in runs]
+    return [one or range(len(run.samples)) for one, run in zip(found, runs, strict=True)] if any(found) else None
 
 
 class _Outcomes(NamedTuple):
@@ -195,30 +185,29 @@ class _Outcomes(NamedTuple):
 
     @classmethod
     def of(cls, measured: Measured) -> _Outcomes:
-        runs = runs_of(measured)
-        value = math.nan if measured["value"] is None else measured["value"]
-        return cls(value, tuple(map(_scaled, runs)), tuple(map(clusters_of, runs)))
+        value = math.nan if measured.value is None else measured.value
+        return cls(value, tuple(map(_scaled, measured.runs)), tuple(run.clusters for run in measured.runs))
 
 
-def _interferences(measured: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
+def _interferences(measured: Mapping[str, CompositionResult]) -> Iterator[Interference]:
     """Yield what later steps changed, of each composition that has a prefix that was measured itself."""
     tables: dict[str, dict[str, _Outcomes]] = {}
     for record in measured.values():
-        steps = record["requested"]
+        steps = record.requested
         prefixes = ["+".join(steps[:k]) for k in range(1, len(steps) + 1)]
         # Those of the composition before, which shares prefixes, are kept: all of them would be as large as the report.
         tables = {p: tables.get(p) or _outcomes(measured[p]) for p in prefixes if p in measured}
         if len(tables) > 1:
-            yield _interference(record["id"], steps, prefixes, tables)
+            yield _interference(record.id, steps, prefixes, tables)
 
 
-def _outcomes(record: Record) -> dict[str, _Outcomes]:
-    return {m["metric"]: _Outcomes.of(m) for m in record["measurements"]}
+def _outcomes(record: CompositionResult) -> dict[str, _Outcomes]:
+    return {measured.metric: _Outcomes.of(measured) for measured in record.measurements}
 
 
 def _interference(
     composition: str, steps: Sequence[str], prefixes: Sequence[str], tables: Mapping[str, Mapping[str, _Outcomes]]
-) -> dict[str, Any]:
+) -> Interference:
     from evaluators.composability import interference
 
     end = tables[prefixes[-1]]
@@ -226,19 +215,19 @@ def _interference(
     on_the_way = [tables.get(p) for p in prefixes]
     values = [None if t is None else {name: found.value for name, found in t.items()} for t in on_the_way]
     found = interference(tuple(steps), values, metrics)
-    return {
-        "composition": composition,
-        "metrics": metrics,
-        "steps": [
-            {
-                "step": step,
-                "prefix": prefix,
-                "change": None if table is None else list(change),
-                "stderr": None if table is None else [_change_error(table.get(m), end[m]) for m in metrics],
-            }
+    return Interference(
+        composition,
+        tuple(metrics),
+        tuple(
+            StepInterference(
+                step,
+                prefix,
+                None if table is None else tuple(None if x is None or math.isnan(x) else x for x in change),
+                None if table is None else tuple(_change_error(table.get(m), end[m]) for m in metrics),
+            )
             for step, prefix, table, change in zip(found.steps, prefixes, on_the_way, found.change, strict=True)
-        ],
-    }
+        ),
+    )
 
 
 def _change_error(before: _Outcomes | None, after: _Outcomes) -> float | None:
@@ -262,14 +251,13 @@ def _change_error(before: _Outcomes | None, after: _Outcomes) -> float | None:
     return error_over_repeats(means, errors, units)
 
 
-def _evened(run: Measured) -> tuple[float, ...]:
-    return evened(run["samples"], run.get("weights", ()))
+def _evened(run: Outcome) -> tuple[float, ...]:
+    return evened(run.samples, run.weights)
 
 
-def _scaled(run: Measured) -> tuple[float, ...]:
-    return () if run["value"] is None else scaled(run["value"], _evened(run))
+def _scaled(run: Outcome) -> tuple[float, ...]:
+    return () if run.value is None else scaled(run.value, _evened(run))
 
 
-def _around(value: float, interval: Interval | None) -> dict[str, float | None]:
-    low, high = (None, None) if interval is None else (interval.low, interval.high)
-    return {"value": value, "low": low, "high": high}
+def _around(value: float, interval: Bounds | None) -> Interval:
+    return Interval(value, *((None, None) if interval is None else (interval.low, interval.high)))

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_lmcompose.composition import Composition, Step, parse
-from pytest_lmcompose.report.record import Record, by_metric
+from pytest_lmcompose.report.numbers import MISSING, interval, number, value_text, with_error
 from pytest_lmcompose.report.sections import best_order
-from pytest_lmcompose.report.terminal import MISSING, number
-from pytest_lmcompose.report.view import interval, value_text, with_error
+from pytest_lmcompose.results import Composability, CompositionResult, Interval, Measured, OrderedSet, Share
 
 Spec = dict[str, Any]
 Values = list[dict[str, Any]]
@@ -49,27 +48,27 @@ class Figure:
     rows: tuple[tuple[str, ...], ...]
 
 
-def sizes(records: Sequence[Record]) -> dict[str, float]:
+def sizes(records: Sequence[CompositionResult]) -> dict[str, float]:
     """Return by metric what a shade is measured by: 1 for shares of 1, else the largest value of any composition."""
     largest: defaultdict[str, float] = defaultdict(float)
     for record in records:
-        for measured in record["measurements"]:
-            largest[measured["metric"]] = max(largest[measured["metric"]], 1.0, abs(measured["value"] or 0.0))
+        for measured in record.measurements:
+            largest[measured.metric] = max(largest[measured.metric], 1.0, abs(measured.value or 0.0))
     return largest
 
 
-def floors(records: Sequence[Record]) -> dict[str, float]:
+def floors(records: Sequence[CompositionResult]) -> dict[str, float]:
     """Return the least value of each metric in any composition."""
     least: dict[str, float] = {}
     for record in records:
-        for measured in record["measurements"]:
-            if measured["value"] is not None:
-                least[measured["metric"]] = min(least.get(measured["metric"], measured["value"]), measured["value"])
+        for measured in record.measurements:
+            if measured.value is not None:
+                least[measured.metric] = min(least.get(measured.metric, measured.value), measured.value)
     return least
 
 
 def orders(
-    found: Mapping[str, Any],
+    found: Composability,
     metrics: Sequence[str],
     size: Mapping[str, float],
     floor: Mapping[str, float],
@@ -78,20 +77,21 @@ def orders(
     text: str,
 ) -> Figure | None:
     """Return the heatmap of order_free_error or order_sensitivity: sets of steps by metric."""
-    entries = [e for e in found["orders"] if e["metric"] in metrics and e[kind] is not None]
+    chosen = [entry for entry in found.orders if entry.metric in metrics]
+    entries = [(entry, of) for entry in chosen if (of := getattr(entry, kind)) is not None]
     if not entries:
         return None
-    shades = _shades([_strength(entry, kind, size, floor) for entry in entries])
+    shades = _shades([_strength(entry, of, kind, size, floor) for entry, of in entries])
     values: Values = [
         {
-            "row": " & ".join(entry["steps"]),
-            "column": entry["metric"],
+            "row": " & ".join(entry.steps),
+            "column": entry.metric,
             "shade": shade,
-            "text": number(entry[kind]["value"]),
-            "full": interval(entry[kind]),
+            "text": number(of.value),
+            "full": interval(of),
             "best": best_order(entry),
         }
-        for entry, shade in zip(entries, shades, strict=True)
+        for (entry, of), shade in zip(entries, shades, strict=True)
     ]
     told = (("row", "steps"), ("column", "metric"), ("full", title.lower()), ("best", "best order"))
     plot = _heatmap(title, values, told, {"scheme": "blues"}, [0, 1], "datum.shade > 0.7")
@@ -99,24 +99,26 @@ def orders(
     return Figure(kind, title, text, (plot,), ("steps", "metric", title.lower(), "best order"), rows)
 
 
-def _strength(entry: Mapping[str, Any], kind: str, size: Mapping[str, float], floor: Mapping[str, float]) -> float:
+def _strength(
+    entry: OrderedSet, of: Interval, kind: str, size: Mapping[str, float], floor: Mapping[str, float]
+) -> float:
     """Return how bad a value is, from 0 to 1: errors of metrics that fall count from the least of any composition."""
-    value, metric = entry[kind]["value"], entry["metric"]
-    if kind == "order_free_error" and not entry["higher_is_better"] and size[metric] > floor[metric]:
+    value, metric = of.value, entry.metric
+    if kind == "order_free_error" and not entry.higher_is_better and size[metric] > floor[metric]:
         return float((value - floor[metric]) / (size[metric] - floor[metric]))
     return float(value / size[metric])
 
 
 def interference(
-    found: Mapping[str, Any], metrics: Sequence[str], size: Mapping[str, float], better: Mapping[str, bool]
+    found: Composability, metrics: Sequence[str], size: Mapping[str, float], better: Mapping[str, bool]
 ) -> Figure | None:
     """Return the matrix of what later steps changed: a composition since a prefix, by metric."""
     changes = [
-        (f"{entry['composition']} since {step['prefix']}", metric, change, error)
-        for entry in found["interference"]
-        for step in entry["steps"][:-1]  # the last is the end itself
-        if step["change"] is not None
-        for metric, change, error in zip(entry["metrics"], step["change"], step["stderr"], strict=True)
+        (f"{entry.composition} since {step.prefix}", metric, change, error)
+        for entry in found.interference
+        for step in entry.steps[:-1]  # the last is the end itself
+        if step.change is not None and step.stderr is not None
+        for metric, change, error in zip(entry.metrics, step.change, step.stderr, strict=True)
         if metric in metrics and change is not None
     ]
     if not changes:
@@ -142,30 +144,32 @@ def interference(
     return Figure("interference", "Interference", text, (plot,), ("composition", "metric", "change"), rows)
 
 
-def curves(records: Sequence[Record], metrics: Sequence[str], setting: str) -> Figure | None:
+def curves(records: Sequence[CompositionResult], metrics: Sequence[str], setting: str) -> Figure | None:
     """Return every metric against a setting, where a step was measured with several values of it."""
-    series: defaultdict[str, dict[float, Record]] = defaultdict(dict)
+    series: defaultdict[str, dict[float, CompositionResult]] = defaultdict(dict)
     for record in records:
         for name, value in _along(record, setting):
             series[name][value] = record
     series = defaultdict(dict, {name: points for name, points in series.items() if len(points) > 1})
     if not series:
         return None
-    base = next((by_metric(r) for r in records if not r["requested"]), {})
+    base = next((r.by_metric for r in records if not r.requested), dict[str, Measured]())
     plots, table = [], []
     for metric in metrics:
         values: Values = []
         for name, points in series.items():
             for x, record in sorted(points.items()):
-                measured = by_metric(record).get(metric)
+                measured = record.by_metric.get(metric)
                 if measured is not None:
                     table.append((name, f"{x:g}", metric, _measured_text(measured)))
-                if measured is not None and measured["value"] is not None:
-                    y, error = measured["value"], measured["stderr"] or 0.0
-                    full = with_error(y, measured["stderr"])
+                if measured is not None and measured.value is not None:
+                    y, error = measured.value, measured.stderr or 0.0
+                    full = with_error(y, measured.stderr)
                     values.append({"series": name, "x": x, "y": y, "low": y - error, "high": y + error, "full": full})
         if values:
-            plots.append(Plot(metric, _curve(values, CURVES[setting], base.get(metric, {}).get("value")), 300))
+            plots.append(
+                Plot(metric, _curve(values, CURVES[setting], base[metric].value if metric in base else None), 300)
+            )
     text = (
         f"Each metric by {CURVES[setting]}, everything else being equal; bars are standard errors, the dashed line is "
         "the base model. The dot · stands for the setting in the name of a composition."
@@ -175,53 +179,48 @@ def curves(records: Sequence[Record], metrics: Sequence[str], setting: str) -> F
 
 
 def shares(
-    found: Sequence[Mapping[str, Any]], metrics: Sequence[str], kind: str, title: str, text: str, goal: float
+    found: Sequence[Share], metrics: Sequence[str], kind: str, title: str, text: str, goal: float
 ) -> Figure | None:
     """Return shares with their intervals, `survival` or `returned`; `goal` is where a line is drawn.
 
     Drawn are those of `metrics`, if there are any; the table has all.
     """
-    drawn = [e for e in found if e["metric"] in metrics] or found
+    drawn = [e for e in found if e.metric in metrics] or found
     values: Values = [
         {
-            "row": f"{e['composition']} since {e['prefix']}",
-            "series": e["metric"],
-            "x": e["value"],
-            "low": e["value"] - NORMAL * (e["stderr"] or 0.0),
-            "high": e["value"] + NORMAL * (e["stderr"] or 0.0),
-            "full": with_error(e["value"], e["stderr"]),
+            "row": f"{e.composition} since {e.prefix}",
+            "series": e.metric,
+            "x": e.value,
+            "low": e.value - NORMAL * (e.stderr or 0.0),
+            "high": e.value + NORMAL * (e.stderr or 0.0),
+            "full": with_error(e.value, e.stderr),
         }
         for e in drawn
-        if e["value"] is not None
+        if e.value is not None
     ]
-    rows = tuple(
-        (f"{e['composition']} since {e['prefix']}", e["metric"], with_error(e["value"], e["stderr"]), e["note"])
-        for e in found
-    )
+    rows = tuple((f"{e.composition} since {e.prefix}", e.metric, with_error(e.value, e.stderr), e.note) for e in found)
     if not rows:
         return None
     plots = (Plot(title, _dots(values, goal), 420),) if values else ()
     return Figure(kind, title, text, plots, ("composition", "metric", "share", "how"), rows)
 
 
-def costs(records: Sequence[Record]) -> Figure | None:
+def costs(records: Sequence[CompositionResult]) -> Figure | None:
     """Return the seconds and the peak memory of every step, and the seconds of evaluation."""
     seconds: Values = []
     memory: Values = []
     rows = []
     for record in records:
-        for place, step in enumerate(record["steps"]):
-            gib = step["peak_memory_bytes"] / 2**30
-            part = {"row": record["id"], "part": step["method"], "place": place}
-            seconds.append({**part, "x": step["seconds"], "full": f"{step['seconds']:.1f} s"})
+        for place, step in enumerate(record.steps):
+            gib = step.peak_memory_bytes / 2**30
+            part = {"row": record.id, "part": step.method, "place": place}
+            seconds.append({**part, "x": step.seconds, "full": f"{step.seconds:.1f} s"})
             memory.append({**part, "x": gib, "full": f"{gib:.2f} GiB"})
-            rows.append((record["id"], step["id"], f"{step['seconds']:.1f}", f"{gib:.2f}"))
-        if record["evaluate_seconds"] is not None:
-            spent = record["evaluate_seconds"]
-            seconds.append(
-                {"row": record["id"], "part": "evaluation", "place": 99, "x": spent, "full": f"{spent:.1f} s"}
-            )
-            rows.append((record["id"], "evaluation", f"{spent:.1f}", MISSING))
+            rows.append((record.id, step.id, f"{step.seconds:.1f}", f"{gib:.2f}"))
+        if record.evaluate_seconds is not None:
+            spent = record.evaluate_seconds
+            seconds.append({"row": record.id, "part": "evaluation", "place": 99, "x": spent, "full": f"{spent:.1f} s"})
+            rows.append((record.id, "evaluation", f"{spent:.1f}", MISSING))
     if not rows:
         return None
     plots = [Plot("Seconds", _bars(seconds, "seconds", stack=True), 420)]
@@ -236,14 +235,14 @@ def costs(records: Sequence[Record]) -> Figure | None:
     )
 
 
-def _along(record: Record, setting: str) -> list[tuple[str, float]]:
+def _along(record: CompositionResult, setting: str) -> list[tuple[str, float]]:
     """Return for each step with `setting` the composition's name without its value, and the value."""
-    if len(record["requested"]) != len(record["steps"]):
+    if len(record.requested) != len(record.steps):
         return []
     found = []
-    steps = [parse(text).steps[0] for text in record["requested"]]
-    for i, (step, ran) in enumerate(zip(steps, record["steps"], strict=True)):
-        value = ran["settings"].get(setting)
+    steps = [parse(text).steps[0] for text in record.requested]
+    for i, (step, ran) in enumerate(zip(steps, record.steps, strict=True)):
+        value = ran.settings.get(setting)
         if isinstance(value, int | float) and not isinstance(value, bool):
             kept = tuple(pair for pair in step.settings if pair[0] != setting)
             marked = Step(step.method, (*kept, (setting, "·")))
@@ -251,10 +250,10 @@ def _along(record: Record, setting: str) -> list[tuple[str, float]]:
     return found
 
 
-def _measured_text(measured: Mapping[str, Any]) -> str:
-    if measured["value"] is None:
+def _measured_text(measured: Measured) -> str:
+    if measured.value is None:
         return value_text(measured)
-    return with_error(measured["value"], measured["stderr"])
+    return with_error(measured.value, measured.stderr)
 
 
 def _heatmap(

@@ -15,24 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.report import figures
 from pytest_lmcompose.report.figures import Figure
-from pytest_lmcompose.report.record import Measured, Record, by_metric
-from pytest_lmcompose.report.terminal import MISSING, number
+from pytest_lmcompose.report.numbers import MISSING, number, value_text, with_error
 from pytest_lmcompose.report.text import cleaned
 from pytest_lmcompose.report.view import (
     ChangedSamples,
-    Document,
     Verdicts,
     against,
     changed_samples,
     drifting,
     headline_metrics,
-    value_text,
     verdicts,
-    with_error,
 )
+from pytest_lmcompose.results import CompositionResult, Measured, Report
 
 TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = 12
@@ -66,7 +65,7 @@ class Cell:
 class Line:
     """One composition in the table."""
 
-    record: Record
+    record: CompositionResult
     verdicts: Verdicts
     cells: tuple[Cell, ...]
     seconds: Cell
@@ -77,7 +76,7 @@ class Line:
 class Detail:
     """One composition with everything about it."""
 
-    record: Record
+    record: CompositionResult
     verdicts: Verdicts
     measurements: tuple[tuple[Measured, str, str, str, bool], ...]
     """Each with its value, that of the base model and the difference as text, and whether a gate of it failed."""
@@ -85,11 +84,11 @@ class Detail:
     """Samples that changed, since what."""
 
 
-def render(document: Document, baseline: Document | None = None) -> str:
+def render(document: Report, baseline: Report | None = None) -> str:
     """Return the page of a report document, held against a stored one where there is a `baseline`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    document, baseline = cleaned(document), None if baseline is None else cleaned(baseline)
+    document, baseline = _cleaned(document), None if baseline is None else _cleaned(baseline)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -99,7 +98,7 @@ def render(document: Document, baseline: Document | None = None) -> str:
     )
     environment.filters["number"] = number
     environment.filters["pretty"] = _pretty
-    records = document["compositions"]
+    records = document.compositions
     judged = verdicts(records)
     metrics = _by_weight(headline_metrics(records), records)
     drawn = _figures(document, metrics)
@@ -110,7 +109,7 @@ def render(document: Document, baseline: Document | None = None) -> str:
         document=document,
         verdicts=judged,
         failures=judged.told,
-        places={record["id"]: i for i, record in enumerate(records, start=1)},
+        places={record.id: i for i, record in enumerate(records, start=1)},
         metrics=metrics,
         better=_directions(records),
         lines=[_line(record, metrics) for record in records],
@@ -128,17 +127,17 @@ def render(document: Document, baseline: Document | None = None) -> str:
     return str(page)
 
 
-def _by_weight(metrics: Sequence[str], records: Sequence[Record]) -> list[str]:
+def _by_weight(metrics: Sequence[str], records: Sequence[CompositionResult]) -> list[str]:
     """Return metrics with those first whose gates failed, then those that were judged."""
-    gates = [gate for record in records for gate in record["gates"]]
-    failed = {gate["metric"] for gate in gates if not gate["passed"]}
-    judged = {gate["metric"] for gate in gates}
+    gates = [gate for record in records for gate in record.gates]
+    failed = {gate.metric for gate in gates if not gate.passed}
+    judged = {gate.metric for gate in gates}
     return sorted(metrics, key=lambda metric: (metric not in failed, metric not in judged))
 
 
-def _figures(document: Document, metrics: Sequence[str]) -> dict[str, Figure]:
+def _figures(document: Report, metrics: Sequence[str]) -> dict[str, Figure]:
     """Return the figures that the document has data for, by key."""
-    records, composed = document["compositions"], document.get("composability")
+    records, composed = document.compositions, document.composability
     found: list[Figure | None] = []
     if composed is not None:
         size, floor = figures.sizes(records), figures.floors(records)
@@ -146,48 +145,45 @@ def _figures(document: Document, metrics: Sequence[str]) -> dict[str, Figure]:
             figures.orders(composed, metrics, size, floor, "order_sensitivity", "Order sensitivity", _SENSITIVITY),
             figures.orders(composed, metrics, size, floor, "order_free_error", "Order-free error", _ORDER_FREE),
             figures.interference(composed, metrics, size, _directions(records)),
-            figures.shares(composed.get("survival", ()), metrics, "survival", "Survival of edits", _SURVIVAL, 1.0),
-            figures.shares(
-                composed.get("returned", ()), metrics, "returned", "Removed knowledge that is back", _RETURNED, 0.0
-            ),
+            figures.shares(composed.survival, metrics, "survival", "Survival of edits", _SURVIVAL, 1.0),
+            figures.shares(composed.returned, metrics, "returned", "Removed knowledge that is back", _RETURNED, 0.0),
         ]
     found += [figures.curves(records, metrics, setting) for setting in figures.CURVES]
     found.append(figures.costs(records))
     return {figure.key: figure for figure in found if figure is not None}
 
 
-def _line(record: Record, metrics: Sequence[str]) -> Line:
-    measured = by_metric(record)
-    failed = {gate["metric"] for gate in record["gates"] if not gate["passed"]}
+def _line(record: CompositionResult, metrics: Sequence[str]) -> Line:
+    measured = record.by_metric
     cells = tuple(
-        Cell(value_text(measured.get(metric)), measured.get(metric, {}).get("value"), metric in failed)
-        for metric in metrics
+        Cell(value_text(found), None if found is None else found.value, metric in record.failed_metrics)
+        for metric, found in ((metric, measured.get(metric)) for metric in metrics)
     )
-    steps = record["steps"]
-    spent = sum(step["seconds"] for step in steps) + (record["evaluate_seconds"] or 0.0)
-    peak = max((step["peak_memory_bytes"] for step in steps), default=None)
+    steps = record.steps
+    spent = sum(step.seconds for step in steps) + (record.evaluate_seconds or 0.0)
+    peak = max((step.peak_memory_bytes for step in steps), default=None)
     gib = None if peak is None else peak / 2**30
     memory = Cell(MISSING if gib is None else f"{gib:.2f}", gib)
     return Line(record, verdicts([record]), cells, Cell(f"{spent:.1f}", spent), memory)
 
 
-def _detail(record: Record, document: Document, baseline: Document | None, metrics: Sequence[str]) -> Detail:
-    base = next((r for r in document["compositions"] if r["id"] == BASE), None)
-    before = {} if base is None or base is record else by_metric(base)
-    failed = {gate["metric"] for gate in record["gates"] if not gate["passed"]}
+def _detail(record: CompositionResult, document: Report, baseline: Report | None, metrics: Sequence[str]) -> Detail:
+    base = next((r for r in document.compositions if r.id == BASE), None)
+    before = {} if base is None or base is record else base.by_metric
     measurements = []
-    for measured in record["measurements"]:
-        old = before.get(measured["metric"])
-        both = old is not None and old["value"] is not None and measured["value"] is not None
-        change = f"{measured['value'] - old['value']:+.3g}" if both and old is not None else MISSING
+    for measured in record.measurements:
+        old = before.get(measured.metric)
+        change = MISSING
+        if old is not None and old.value is not None and measured.value is not None:
+            change = f"{measured.value - old.value:+.3g}"
         value = value_text(measured)
-        if measured["value"] is not None:
-            value = with_error(measured["value"], measured["stderr"])
-        measurements.append((measured, value, value_text(old), change, measured["metric"] in failed))
-    since: list[tuple[str, Record]] = []
+        if measured.value is not None:
+            value = with_error(measured.value, measured.stderr)
+        measurements.append((measured, value, value_text(old), change, measured.metric in record.failed_metrics))
+    since: list[tuple[str, CompositionResult]] = []
     if base is not None and base is not record:
         since.append(("the base model", base))
-    stored = None if baseline is None else next((r for r in baseline["compositions"] if r["id"] == record["id"]), None)
+    stored = None if baseline is None else next((r for r in baseline.compositions if r.id == record.id), None)
     if stored is not None:
         since.append(("the baseline", stored))
     changes = [(name, changed_samples(old, record, metrics, document, SAMPLES)) for name, old in since]
@@ -199,8 +195,8 @@ def _detail(record: Record, document: Document, baseline: Document | None, metri
     )
 
 
-def _directions(records: Sequence[Record]) -> dict[str, bool]:
-    return {m["metric"]: m["higher_is_better"] for record in records for m in record["measurements"]}
+def _directions(records: Sequence[CompositionResult]) -> dict[str, bool]:
+    return {m.metric: m.higher_is_better for record in records for m in record.measurements}
 
 
 @functools.cache
@@ -221,7 +217,15 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
+def _cleaned(report: Report) -> Report:
+    return msgspec.convert(cleaned(msgspec.to_builtins(report)), Report)
+
+
 def _pretty(value: Mapping[str, Any]) -> str:
     import yaml
 
-    return str(yaml.safe_dump(value, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100))
+    return str(
+        yaml.safe_dump(
+            msgspec.to_builtins(value), default_flow_style=None, sort_keys=False, allow_unicode=True, width=100
+        )
+    )

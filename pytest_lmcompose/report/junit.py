@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,8 +27,7 @@ def properties_of(result: Result) -> Iterator[tuple[str, str]]:
         if measured.stderr is not None:
             yield f"{PREFIX}stderr.{measured.metric}", repr(measured.stderr)
     for verdict in result.gates or ():
-        said = "passed" if verdict.passed else "failed"
-        yield f"{PREFIX}gate.{verdict.metric}.{verdict.gate}", f"{said}: {verdict.message}"
+        yield f"{PREFIX}gate.{verdict.metric}.{verdict.gate}", f"{verdict.state}: {verdict.message}"
 
 
 def add_suite_properties(config: pytest.Config, collected: Collected, seed: int, status: str) -> None:
@@ -50,18 +50,19 @@ def _of_run(collected: Collected, seed: int, status: str) -> Iterator[tuple[str,
 
     yield f"{PREFIX}status", status
     yield f"{PREFIX}seed", str(seed)
-    model: Mapping[str, Any] = collected.model or {}
     for key in ("id", "revision", "weight_hash", "dtype", "device"):
-        if model.get(key) is not None:
-            yield f"{PREFIX}model.{key}", str(model[key])
-    gates = [gate for record in collected.records.values() for gate in record["gates"]]
+        if (value := getattr(collected.model, key, None)) is not None:
+            yield f"{PREFIX}model.{key}", str(value)
+    states = Counter(gate.state for record in collected.results for gate in record.gates)
     yield f"{PREFIX}compositions", str(len(collected.records))
-    yield f"{PREFIX}gates", str(len(gates))
-    yield f"{PREFIX}gates.failed", str(sum(not gate["passed"] for gate in gates))
+    yield f"{PREFIX}gates", str(states.total())
+    yield f"{PREFIX}gates.failed", str(states["failed"])
+    if states["lost"]:
+        yield f"{PREFIX}gates.lost", str(states["lost"])
     for number, message in enumerate(collected.late, start=1):
         yield f"{PREFIX}failed_in_the_end.{number}", message
-    metrics = headline_metrics(list(collected.records.values()))
-    for entry in (collected.composability or {}).get("orders", ()):
+    metrics = headline_metrics(collected.results)
+    for entry in () if collected.composability is None else collected.composability.orders:
         for kind in ("order_free_error", "order_sensitivity"):
-            if entry["metric"] in metrics and entry[kind] is not None:
-                yield f"{PREFIX}{kind}.{'&'.join(entry['steps'])}.{entry['metric']}", repr(entry[kind]["value"])
+            if entry.metric in metrics and (found := getattr(entry, kind)) is not None:
+                yield f"{PREFIX}{kind}.{'&'.join(entry.steps)}.{entry.metric}", repr(found.value)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pytest_lmcompose.report.terminal import number
+from pytest_lmcompose.report.numbers import interval
 from pytest_lmcompose.report.text import visible
-from pytest_lmcompose.report.view import Document, headline_metrics
+from pytest_lmcompose.report.view import headline_metrics
+from pytest_lmcompose.results import Composability, Interval, OrderedSet, Report
 
 TABLES = (("order_free_error", "Order-free error"), ("order_sensitivity", "Order sensitivity"))
 MISSING = "--"
@@ -25,35 +25,33 @@ _SPECIAL = {
 }
 
 
-def render(document: Document) -> str:
+def render(document: Report) -> str:
     """Return both tables of a report document; of a run with no steps in several orders, a comment that says so."""
-    composed = document.get("composability")
-    entries = [] if composed is None else composed["orders"]
-    metrics = [m for m in headline_metrics(document["compositions"]) if any(e["metric"] == m for e in entries)]
+    composed = document.composability
+    entries = () if composed is None else composed.orders
+    metrics = [m for m in headline_metrics(document.compositions) if any(e.metric == m for e in entries)]
     head = [
         "% Made by pytest-lmcompose; needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}.",
-        f"% Run of {_text(document['finished'])}, {_text(document['status'])}.",
+        f"% Run of {_text(document.finished)}, {_text(document.status)}.",
     ]
     if not metrics or composed is None:
         return "\n".join([*head, "% No steps were measured in several orders: there is nothing to compare.", ""])
-    tables = [_table(kind, title, entries, metrics, _caption(document)) for kind, title in TABLES]
+    tables = [_table(kind, title, entries, metrics, _caption(document, composed)) for kind, title in TABLES]
     return "\n".join([*head, *tables, ""])
 
 
-def _caption(document: Document) -> str:
+def _caption(document: Report, composed: Composability) -> str:
     """Say what the numbers are of: model, samples, seed, intervals."""
-    composed = document["composability"]
-    model = document["model"]["id"] if document["model"] else "no model"
-    repeats = document.get("repeats", 1)
-    runs = f"seed {document['seed']}" + (f", {repeats} repeats" if repeats != 1 else "")
-    return f"{_text(model)}, {_text(runs)}; {composed['confidence'] * 100:.0f}\\,\\% bootstrap intervals in brackets"
+    model = document.model.id if document.model else "no model"
+    runs = f"seed {document.seed}" + (f", {document.repeats} repeats" if document.repeats != 1 else "")
+    return f"{_text(model)}, {_text(runs)}; {composed.confidence * 100:.0f}\\,\\% bootstrap intervals in brackets"
 
 
-def _table(kind: str, title: str, entries: Sequence[Mapping[str, Any]], metrics: Sequence[str], caption: str) -> str:
-    by_steps: dict[str, dict[str, Mapping[str, Any]]] = {}
+def _table(kind: str, title: str, entries: Sequence[OrderedSet], metrics: Sequence[str], caption: str) -> str:
+    by_steps: dict[str, dict[str, OrderedSet]] = {}
     for entry in entries:
-        by_steps.setdefault(_text(" & ".join(entry["steps"])), {})[entry["metric"]] = entry
-    samples = [f"{_text(m)}: n = {_text(next(e['n'] for e in entries if e['metric'] == m))}" for m in metrics]
+        by_steps.setdefault(_text(" & ".join(entry.steps)), {})[entry.metric] = entry
+    samples = [f"{_text(m)}: n = {_text(next(e.n for e in entries if e.metric == m))}" for m in metrics]
     lines = [
         r"\begin{table}",
         r"\centering",
@@ -71,12 +69,9 @@ def _table(kind: str, title: str, entries: Sequence[Mapping[str, Any]], metrics:
     return "\n".join(lines)
 
 
-def _cell(entry: Mapping[str, Any] | None, kind: str) -> str:
-    found = None if entry is None else entry[kind]
-    if found is None:
-        return MISSING
-    value = number(found["value"])
-    return value if found["low"] is None else f"{value} [{number(found['low'])}, {number(found['high'])}]"
+def _cell(entry: OrderedSet | None, kind: str) -> str:
+    found: Interval | None = getattr(entry, kind, None)
+    return MISSING if found is None else interval(found)
 
 
 def _text(text: object) -> str:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 from interventions.names import near_names
 from interventions.registry import category_of
 from pytest_lmcompose.composition import BASE, parse
 from pytest_lmcompose.report.outputs import BY_ID, Layout
+from pytest_lmcompose.results import CompositionResult
 
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[CompositionResult]
 
 
 def shown_metrics(records: Records, wanted: Callable[[str], bool]) -> list[str]:
     """Return the metrics that a gate judged or that are wanted, those that are missing last."""
     metrics = _measured(records)
-    judged = {gate["metric"] for r in records for gate in r["gates"]}
+    judged = {gate.metric for r in records for gate in r.gates}
     missing = [name for name in sorted(judged) if name not in metrics]
     return [name for name in metrics if name in judged or wanted(name)] + missing
 
@@ -30,15 +30,15 @@ def chosen_metrics(records: Records, wanted: Callable[[str], bool], columns: Seq
     return list(dict.fromkeys(name for glob in columns for name in known if fnmatchcase(name, glob)))
 
 
-def arranged(records: Records, layout: Layout) -> Iterator[tuple[str | None, list[Mapping[str, Any]]]]:
+def arranged(records: Records, layout: Layout) -> Iterator[tuple[str | None, list[CompositionResult]]]:
     """Yield groups of records in order, each with its name; one without a name, where nothing is grouped."""
     found = sorted_records(records, layout.sort)
     if layout.group is None:
         yield None, found
         return
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[CompositionResult]] = {}
     for record in found:
-        groups.setdefault(_group(record["requested"], layout.group), []).append(record)
+        groups.setdefault(_group(record.requested, layout.group), []).append(record)
     yield from groups.items()
 
 
@@ -54,22 +54,22 @@ def unmatched(records: Records, layout: Layout) -> Iterator[str]:
 
 
 def _measured(records: Records) -> list[str]:
-    return list(dict.fromkeys(m["metric"] for r in records for m in r["measurements"]))
+    return list(dict.fromkeys(m.metric for r in records for m in r.measurements))
 
 
-def sorted_records(records: Records, sort: str | None) -> list[Mapping[str, Any]]:
+def sorted_records(records: Records, sort: str | None) -> list[CompositionResult]:
     """Return records by a metric, the best first, or by id; a leading `-` turns it round. What has none stands last."""
     if sort is None:
         return list(records)
     name, turned = sort.removeprefix("-"), sort.startswith("-")
     if name == BY_ID:
-        return sorted(records, key=lambda record: str(record["id"]), reverse=turned)
+        return sorted(records, key=lambda record: record.id, reverse=turned)
 
-    def rank(record: Mapping[str, Any]) -> tuple[bool, float]:
-        measured = next((m for m in record["measurements"] if m["metric"] == name), None)
-        if measured is None or measured["value"] is None:
+    def rank(record: CompositionResult) -> tuple[bool, float]:
+        measured = next((m for m in record.measurements if m.metric == name), None)
+        if measured is None or measured.value is None:
             return True, 0.0
-        return False, measured["value"] * (-1 if measured["higher_is_better"] != turned else 1)
+        return False, measured.value * (-1 if measured.higher_is_better != turned else 1)
 
     return sorted(records, key=rank)
 

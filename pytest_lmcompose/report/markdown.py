@@ -5,20 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from pytest_lmcompose.report.record import Record, by_metric
+from pytest_lmcompose.report.numbers import MISSING, interval, number, value_text
 from pytest_lmcompose.report.sections import best_order
-from pytest_lmcompose.report.terminal import MISSING, number
 from pytest_lmcompose.report.text import visible
-from pytest_lmcompose.report.view import (
-    Against,
-    Document,
-    against,
-    drifting,
-    headline_metrics,
-    interval,
-    value_text,
-    verdicts,
-)
+from pytest_lmcompose.report.view import Against, against, drifting, headline_metrics, verdicts
+from pytest_lmcompose.results import CompositionResult, Report
 
 MOST = 20
 """Lines of a list; a job summary is read on a phone, and may not grow over a megabyte."""
@@ -26,30 +17,30 @@ ROWS = 100
 """Compositions of the table."""
 
 
-def render(document: Document, baseline: Document | None = None) -> str:
+def render(document: Report, baseline: Report | None = None) -> str:
     """Return the summary of a report document, with what changed since a `baseline`."""
-    records = document["compositions"]
+    records = document.compositions
     found = verdicts(records)
     metrics = headline_metrics(records, judged=True)
     sign = "✅" if found.passed else "❌" if found.failed or found.broken else "⚠️"
-    model = _code(document["model"]["id"]) if document["model"] else "no model"
+    model = _code(document.model.id) if document.model else "no model"
     parts = [
         f"## {sign} lmcompose: {found.words}",
-        f"{len(records)} compositions of {model}, seed {_text(document['seed'])}, run {_text(document['status'])}.",
+        f"{len(records)} compositions of {model}, seed {_text(document.seed)}, run {_text(document.status)}.",
         _bullets(f"{_code(name)} {_text(words)}" for name, words in found.told),
         _compositions(records, metrics),
         _composability(document, metrics),
         _comparison(against(document, baseline)),
         _bullets(
-            f"{_code(row['composition'])} {_text(row['metric'])} got worse over {len(row['values'])} stored runs, "
-            f"by {number(row['loss'])} in all"
+            f"{_code(row.composition)} {_text(row.metric)} got worse over {len(row.values)} stored runs, "
+            f"by {number(row.loss)} in all"
             for row in drifting(document)
         ),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _compositions(records: Sequence[Record], metrics: Sequence[str]) -> str:
+def _compositions(records: Sequence[CompositionResult], metrics: Sequence[str]) -> str:
     """Return the table in the order of the tests; if there are too many, those that failed first."""
     if len(records) > ROWS:
         records = sorted(records, key=lambda record: not (found := verdicts([record])).failed and not found.broken)
@@ -57,34 +48,36 @@ def _compositions(records: Sequence[Record], metrics: Sequence[str]) -> str:
     return _table(("composition", "gates", *metrics), (_row(record, metrics) for record in records[:ROWS])) + left
 
 
-def _row(record: Record, metrics: Sequence[str]) -> list[str]:
-    measured, judged = by_metric(record), verdicts([record])
-    failed = {gate["metric"] for gate in record["gates"] if not gate["passed"]}
+def _row(record: CompositionResult, metrics: Sequence[str]) -> list[str]:
+    measured, judged = record.by_metric, verdicts([record])
     gates = f"{len(judged.failed)} of {judged.gates} failed" if judged.failed else "passed" if judged.gates else MISSING
     if judged.broken:
-        gates = _text(record["status"])
-    cells = [_text(value_text(measured.get(metric))) + (" ❌ failed" if metric in failed else "") for metric in metrics]
-    return [_code(record["id"]), gates, *cells]
+        gates = _text(record.status)
+    cells = [
+        _text(value_text(measured.get(metric))) + (" ❌ failed" if metric in record.failed_metrics else "")
+        for metric in metrics
+    ]
+    return [_code(record.id), gates, *cells]
 
 
-def _composability(document: Document, metrics: Sequence[str]) -> str:
+def _composability(document: Report, metrics: Sequence[str]) -> str:
     """Return both composability metrics, where order mattered most first."""
-    composed = document.get("composability")
-    entries = [] if composed is None else [e for e in composed["orders"] if e["metric"] in metrics]
+    composed = document.composability
+    entries = [] if composed is None else [e for e in composed.orders if e.metric in metrics]
     rows = [
         (
-            _text(" & ".join(e["steps"])),
-            _text(e["metric"]),
-            interval(e["order_free_error"]),
-            interval(e["order_sensitivity"]),
-            _code(best) if (best := best_order(e)) == e["best"] else best,
+            _text(" & ".join(e.steps)),
+            _text(e.metric),
+            interval(e.order_free_error),
+            interval(e.order_sensitivity),
+            _code(best) if (best := best_order(e)) == e.best else best,
         )
-        for e in sorted(entries, key=lambda e: -((e["order_sensitivity"] or {}).get("value") or 0.0))
+        for e in sorted(entries, key=lambda e: -(0.0 if e.order_sensitivity is None else e.order_sensitivity.value))
     ]
     if not rows or composed is None:
         return ""
     head = ("steps", "metric", "order-free error", "order sensitivity", "best order")
-    title = f"**Composability**, with {composed['confidence']:.0%} intervals"
+    title = f"**Composability**, with {composed.confidence:.0%} intervals"
     return f"{title}\n\n{_table(head, rows[:MOST])}{_left(len(rows))}"
 
 

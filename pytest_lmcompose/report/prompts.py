@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pytest_lmcompose.report.record import Record, runs_of
+from pytest_lmcompose.results import CompositionResult, Prompts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,11 +20,11 @@ LONGEST = 200
 
 def prompts(
     data: Mapping[int, RunData],
-    records: Sequence[Record],
+    records: Sequence[CompositionResult],
     pools: Mapping[str, Sequence[str]],
     limit: int | None = None,
-) -> list[dict[str, Any]]:
-    """Return the texts of the samples, once for all metrics that ask the same: `{seed, metrics, texts}`.
+) -> tuple[Prompts, ...]:
+    """Return the texts of the samples, once for all metrics that ask the same.
 
     `data` are those of every repeat, by seed; `pools` are the world's pools of question tasks, of each of which
     `limit` questions were asked. Metrics whose samples are not these texts one by one are left out, such as
@@ -41,16 +41,16 @@ def prompts(
         texts = tuple(map(_cut, asked))
         if texts and len(texts) == n:
             found.setdefault((seed, texts), []).append(metric)
-    return [{"seed": seed, "metrics": metrics, "texts": list(texts)} for (seed, texts), metrics in found.items()]
+    return tuple(Prompts(seed, tuple(metrics), texts) for (seed, texts), metrics in found.items())
 
 
-def _sizes(records: Sequence[Record], seed: int) -> dict[tuple[int, str], int]:
+def _sizes(records: Sequence[CompositionResult], seed: int) -> dict[tuple[int, str], int]:
     """Return the number of samples by seed and metric, in order of name: records come in any order."""
     sizes = {
-        (run.get("seed", seed), measured["metric"]): len(run["samples"])
+        (measured.seed_of(run, seed), measured.metric): len(run.samples)
         for record in records
-        for measured in record["measurements"]
-        for run in runs_of(measured)
+        for measured in record.measurements
+        for run in measured.runs
     }
     return dict(sorted(sizes.items()))
 

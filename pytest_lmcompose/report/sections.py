@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import pytest
 
 from interventions.registry import category_of
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.report.terminal import MISSING, Cell, blocks, number, write_blocks
+from pytest_lmcompose.report.numbers import MISSING, interval, number, with_error
+from pytest_lmcompose.report.terminal import Cell, blocks, write_blocks
 from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.results import Composability, CompositionResult, OrderedSet, Share
 
 Rows = list[list[Cell]]
 PROMISES = {"edit": ("edit_*_exact",), "unlearn": ("accuracy/hazardous",)}
@@ -24,11 +25,11 @@ SHARES = {
 }
 
 
-def write_paired(reporter: pytest.TerminalReporter, records: Sequence[Mapping[str, Any]], late: Sequence[str]) -> None:
+def write_paired(reporter: pytest.TerminalReporter, records: Sequence[CompositionResult], late: Sequence[str]) -> None:
     """Write what the paired gates found and could have found, then those that failed only in the end."""
     rows = paired_rows(records)
     if len(rows) > 1:
-        others = any(gate.get("reference") for record in records for gate in record["gates"] if gate.get("paired"))
+        others = any(gate.reference for record in records for gate in record.gates if gate.paired)
         other = " or another reference" if others else ""
         reporter.write_line(
             f"no drop from the base model{other}: paired tests, and the drops they find with 80 % power",
@@ -40,96 +41,95 @@ def write_paired(reporter: pytest.TerminalReporter, records: Sequence[Mapping[st
 
 
 def write_composability(
-    reporter: pytest.TerminalReporter, found: Mapping[str, Any] | None, metrics: Collection[str]
+    reporter: pytest.TerminalReporter, found: Composability | None, metrics: Collection[str]
 ) -> None:
     """Write both composability metrics, interference, survival and return of the metrics shown."""
     if found is None:
         return
     rows = order_rows(found, metrics)
     if len(rows) > 1:
-        reporter.write_line(f"composability, with {found['confidence']:.0%} intervals", bold=True)
+        reporter.write_line(f"composability, with {found.confidence:.0%} intervals", bold=True)
         _write(reporter, rows)
     rows = interference_rows(found, metrics)
     if len(rows) > 1 and len(rows[0]) > 1:
         reporter.write_line("interference: value at the end minus value after a step, ± standard error", bold=True)
         _write(reporter, rows)
     for kind, title in SHARES.items():
-        rows = share_rows(found.get(kind, ()), metrics)
+        rows = share_rows(getattr(found, kind), metrics)
         if len(rows) > 1:
             reporter.write_line(title, bold=True)
             _write(reporter, rows)
 
 
-def paired_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+def paired_rows(records: Sequence[CompositionResult]) -> Rows:
     """Return one row a paired gate, under a head."""
     rows = [[Cell(name) for name in ("gate", "value", "base", "p (Holm)", "n", "finds")]]
     for record in records:
-        for gate in record["gates"]:
-            if (paired := gate.get("paired")) is None:
+        for gate in record.gates:
+            if (paired := gate.paired) is None or gate.value is None or gate.base_value is None:
                 continue
-            smallest = paired["smallest_drop"]
+            smallest = paired.smallest_drop
             cells = [
-                number(gate["value"]),
-                number(gate["base_value"]),
-                f"{paired['p_holm']:.2g}",
-                str(paired["n"]),
+                number(gate.value),
+                number(gate.base_value),
+                f"{paired.p_holm:.2g}",
+                str(paired.n),
                 "none" if smallest is None else f"{smallest:.2g}",
             ]
-            of = f" of {gate['reference']}" if gate.get("reference") else ""
-            rows.append([Cell(f"{record['id']}  {gate['metric']}{of}", not gate["passed"]), *map(Cell, cells)])
+            of = f" of {gate.reference}" if gate.reference else ""
+            rows.append([Cell(f"{record.id}  {gate.metric}{of}", not gate.passed), *map(Cell, cells)])
     return rows
 
 
-def order_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:
+def order_rows(found: Composability, metrics: Collection[str]) -> Rows:
     """Return one row a set of steps and metric, under a head."""
     rows = [[Cell(name) for name in ("steps  metric", "best order", "order-free error", "order sensitivity")]]
-    for entry in found["orders"]:
-        if entry["metric"] in metrics:
-            name = f"{' & '.join(entry['steps'])}  {entry['metric']}"
+    for entry in found.orders:
+        if entry.metric in metrics:
+            name = f"{' & '.join(entry.steps)}  {entry.metric}"
             cells = [
                 best_order(entry),
-                *(_interval(entry[k]) for k in ("order_free_error", "order_sensitivity")),
+                *(interval(getattr(entry, k)) for k in ("order_free_error", "order_sensitivity")),
             ]
             rows.append([Cell(name), *map(Cell, cells)])
     return rows
 
 
-def best_order(entry: Mapping[str, Any]) -> str:
+def best_order(entry: OrderedSet) -> str:
     """Return the best order of steps as tables show it: a tie, where the interval of order sensitivity holds 0."""
-    gap = entry["order_sensitivity"]
-    if gap is not None and (gap["value"] if gap["low"] is None else gap["low"]) <= 0:
+    gap = entry.order_sensitivity
+    if gap is not None and (gap.value if gap.low is None else gap.low) <= 0:
         return "tie"
-    return entry["best"] or MISSING
+    return entry.best or MISSING
 
 
-def interference_rows(found: Mapping[str, Any], metrics: Collection[str]) -> Rows:
+def interference_rows(found: Composability, metrics: Collection[str]) -> Rows:
     """Return one row a composition and measured prefix under a head, one column a metric that a step promises."""
-    steps = {step["step"] for entry in found["interference"] for step in entry["steps"]}
+    steps = {step.step for entry in found.interference for step in entry.steps}
     categories = {category_of(parse(step).steps[0].method) for step in steps}
     promised = (*(glob for category in sorted(categories) for glob in PROMISES.get(category, ())), *OF_ALL)
     shown = [
         m
         for m in metrics
-        if any(fnmatchcase(m, glob) for glob in promised)
-        and any(m in entry["metrics"] for entry in found["interference"])
+        if any(fnmatchcase(m, glob) for glob in promised) and any(m in entry.metrics for entry in found.interference)
     ]
     rows = [[Cell(name) for name in ("composition", *shown)]]
-    for entry in found["interference"]:
-        for step in entry["steps"][:-1]:  # the last is the end itself
-            if step["change"] is not None:
-                of = dict(zip(entry["metrics"], zip(step["change"], step["stderr"], strict=True), strict=True))
+    for entry in found.interference:
+        for step in entry.steps[:-1]:  # the last is the end itself
+            if step.change is not None and step.stderr is not None:
+                of = dict(zip(entry.metrics, zip(step.change, step.stderr, strict=True), strict=True))
                 cells = [_change(*of.get(metric, (None, None))) for metric in shown]
-                rows.append([Cell(f"{entry['composition']}  since {step['prefix']}"), *map(Cell, cells)])
+                rows.append([Cell(f"{entry.composition}  since {step.prefix}"), *map(Cell, cells)])
     return rows
 
 
-def share_rows(found: Sequence[Mapping[str, Any]], metrics: Collection[str]) -> Rows:
+def share_rows(found: Sequence[Share], metrics: Collection[str]) -> Rows:
     """Return one row a composition and step, one column a metric shown, under a head."""
-    shown = [m for m in metrics if any(entry["metric"] == m for entry in found)]
-    table: dict[str, dict[str, Mapping[str, Any]]] = {}
+    shown = [m for m in metrics if any(entry.metric == m for entry in found)]
+    table: dict[str, dict[str, Share]] = {}
     for entry in found:
-        if entry["metric"] in shown:
-            table.setdefault(f"{entry['composition']}  since {entry['prefix']}", {})[entry["metric"]] = entry
+        if entry.metric in shown:
+            table.setdefault(f"{entry.composition}  since {entry.prefix}", {})[entry.metric] = entry
     rows = [[Cell(name) for name in ("composition", *shown)]]
     rows += [[Cell(name), *(Cell(_share(of.get(metric))) for metric in shown)] for name, of in table.items()]
     return rows
@@ -140,14 +140,6 @@ def _write(reporter: pytest.TerminalReporter, rows: Rows) -> None:
     write_blocks(reporter, blocks(columns, reporter._tw.fullwidth))
 
 
-def _interval(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return MISSING
-    if found["low"] is None:
-        return number(found["value"])
-    return f"{number(found['value'])} [{number(found['low'])}, {number(found['high'])}]"
-
-
 def _change(value: float | None, error: float | None) -> str:
     if value is None:
         return MISSING
@@ -155,7 +147,5 @@ def _change(value: float | None, error: float | None) -> str:
     return shown if error is None else f"{shown} ±{number(error)}"
 
 
-def _share(entry: Mapping[str, Any] | None) -> str:
-    if entry is None or entry["value"] is None:
-        return MISSING
-    return number(entry["value"]) + ("" if entry["stderr"] is None else f" ±{number(entry['stderr'])}")
+def _share(entry: Share | None) -> str:
+    return MISSING if entry is None else with_error(entry.value, entry.stderr, " ±")

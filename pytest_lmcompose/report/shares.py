@@ -7,15 +7,15 @@ removed; each where the states that it takes were measured in the same run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement
 from evaluators.recovery import returned
 from evaluators.survival import measure_survival
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.gates.repeats import side_by_side
-from pytest_lmcompose.report.record import Measured, Record, by_metric, clusters_of, runs_of
+from pytest_lmcompose.results import CompositionResult, Measured, Share
 
 
 class _Share(NamedTuple):
@@ -30,52 +30,51 @@ class _Share(NamedTuple):
 
 KINDS = {
     "survival": _Share(
-        "edit", lambda m: m["metric"].startswith("edit_"), lambda _, after, end: (after, end), measure_survival
+        "edit", lambda m: m.metric.startswith("edit_"), lambda _, after, end: (after, end), measure_survival
     ),
     "returned": _Share(
         "unlearn",
-        lambda m: m["metric"].startswith("accuracy/") and not m["higher_is_better"],
+        lambda m: m.metric.startswith("accuracy/") and not m.higher_is_better,
         lambda before, after, end: (before, after, end),
         returned,
     ),
 }
 
 
-def shares(measured: Mapping[str, Record]) -> dict[str, list[dict[str, Any]]]:
+def shares(measured: Mapping[str, CompositionResult]) -> dict[str, tuple[Share, ...]]:
     """Return the shares of every kind, from the records of measured compositions by id.
 
     A share that is not known is null, and its note says why.
     """
     return {
-        name: [entry for record in measured.values() for entry in _of(kind, record, measured)]
+        name: tuple(share for record in measured.values() for share in _of(kind, record, measured))
         for name, kind in KINDS.items()
     }
 
 
-def _of(kind: _Share, record: Record, measured: Mapping[str, Record]) -> list[dict[str, Any]]:
-    ids = [BASE, *("+".join(record["requested"][:k]) for k in range(1, len(record["requested"]) + 1))]
-    found = []
-    for number, step in enumerate(record["steps"][: len(ids) - 2]):  # after the last step all of it is there
-        states = kind.states(ids[number], ids[number + 1], record["id"])
-        if step["category"] != kind.category or any(state not in measured for state in states):
+def _of(kind: _Share, record: CompositionResult, measured: Mapping[str, CompositionResult]) -> Iterator[Share]:
+    ids = [BASE, *("+".join(record.requested[:k]) for k in range(1, len(record.requested) + 1))]
+    for number, step in enumerate(record.steps[: len(ids) - 2]):  # after the last step all of it is there
+        states = kind.states(ids[number], ids[number + 1], record.id)
+        if step.category != kind.category or any(state not in measured for state in states):
             continue
-        tables = [by_metric(measured[state]) for state in states]
+        tables = [measured[state].by_metric for state in states]
         for name, end in tables[-1].items():
             if kind.of(end) and all(name in table for table in tables):
-                entry = {"composition": record["id"], "step": step["id"], "prefix": ids[number + 1], "metric": name}
-                found.append(entry | _share(kind, [table[name] for table in tables]))
-    return found
+                value, error, n, note = _share(kind, [table[name] for table in tables])
+                yield Share(record.id, step.id, ids[number + 1], name, value, error, n, note)
 
 
-def _share(kind: _Share, states: Sequence[Measured]) -> dict[str, Any]:
-    unknown = {"value": None, "stderr": None, "n": states[-1]["n"]}
-    if any(run["value"] is None for state in states for run in runs_of(state)):
-        return {**unknown, "note": "not finite in some state"}
+def _share(kind: _Share, states: Sequence[Measured]) -> tuple[float | None, float | None, int, str]:
+    """Return a share, its error, the number of samples and a note."""
+    if any(run.value is None for state in states for run in state.runs):
+        return None, None, states[-1].n, "not finite in some state"
     try:
         share = kind.compute(*map(_joined, states))
     except EvaluationError as error:
-        return {**unknown, "note": str(error)}
-    return {"value": share.value, "stderr": share.stderr, "n": share.n, "note": share.note}
+        return None, None, states[-1].n, str(error)
+    value = share.value if math.isfinite(share.value) else None  # NaN where there was nothing to share
+    return value, share.stderr, share.n, share.note
 
 
 def _joined(measured: Measured) -> Measurement:
@@ -84,21 +83,15 @@ def _joined(measured: Measured) -> Measurement:
     Those of repeats that may have asked the same are averaged: no fewer are left to be independent
     than there are, whether they did or not.
     """
-    runs = runs_of(measured)
-    rows = [[float(x) for x in run["samples"]] for run in runs]
-    groups = [clusters_of(run) for run in runs]
-    if len({(len(row), clusters) for row, clusters in zip(rows, groups, strict=True)}) == 1:
-        samples = tuple(rows[0] if len(rows) == 1 else (math.fsum(row) / len(row) for row in zip(*rows, strict=True)))
-        clusters = groups[0]
+    found = [measured.measurement(run) for run in measured.runs]
+    if len({(len(run.samples), run.clusters) for run in found}) == 1:
+        rows = zip(*(run.samples for run in found), strict=True)
+        samples = found[0].samples if len(found) == 1 else tuple(math.fsum(row) / len(row) for row in rows)
+        clusters = found[0].clusters
     else:
-        samples = tuple(x for row in rows for x in row)
-        clusters = side_by_side([(len(row), group) for row, group in zip(rows, groups, strict=True)])
+        samples = tuple(sample for run in found for sample in run.samples)
+        clusters = side_by_side([(len(run.samples), run.clusters) for run in found])
+    whole = measured.measurement()
     return Measurement(
-        measured["metric"],
-        measured["value"],
-        measured["stderr"],
-        len(samples),
-        measured["higher_is_better"],
-        samples,
-        clusters=clusters,
+        whole.metric, whole.value, whole.stderr, len(samples), whole.higher_is_better, samples, clusters=clusters
     )

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
 from pytest_lmcompose.report.layout import arranged, chosen_metrics, unmatched
 from pytest_lmcompose.report.layout import shown_metrics as shown_metrics
+from pytest_lmcompose.report.numbers import value_text
 from pytest_lmcompose.report.outputs import Layout
 from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.results import CompositionResult
 
 DEFAULT = Layout()
 FAILED = "!"
-MISSING = "-"
 GAP = 2
 
 
@@ -30,7 +30,7 @@ class Cell:
 
 
 def table(
-    records: Sequence[Mapping[str, Any]], width: int, wanted: Callable[[str], bool], layout: Layout = DEFAULT
+    records: Sequence[CompositionResult], width: int, wanted: Callable[[str], bool], layout: Layout = DEFAULT
 ) -> list[list[list[Cell]]]:
     """Return blocks of rows, each block as many metrics as fit into `width` characters.
 
@@ -45,7 +45,7 @@ def table(
             for column in columns[1:]:
                 column.append(Cell(""))
         for record in group:
-            columns[0].append(Cell(("  " if name is not None else "") + record["id"], bool(record["error"])))
+            columns[0].append(Cell(("  " if name is not None else "") + record.id, bool(record.error)))
             for column in columns[1:]:
                 column.append(_cell(record, column[0].text))
     return blocks(columns, width)
@@ -88,7 +88,7 @@ def _padded(cell: Cell, width: int, column: int) -> str:
 
 def write_summary(
     reporter: pytest.TerminalReporter,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[CompositionResult],
     wanted: Callable[[str], bool],
     layout: Layout = DEFAULT,
 ) -> None:
@@ -98,11 +98,11 @@ def write_summary(
         reporter.write_line(line, yellow=True)
     write_blocks(reporter, table(records, reporter._tw.fullwidth, wanted, layout))
     for record in records:
-        if record["error"]:
-            reporter.write_line(visible(f"{record['id']}: {record['error']}"), red=True)
-    for gate in (gate for record in records for gate in record["gates"] if gate["gate"] == "lost" and gate["passed"]):
-        reporter.write_line(f"known loss: {visible(gate['message'])}", yellow=True)
-    if any(not gate["passed"] for record in records for gate in record["gates"]):
+        if record.error:
+            reporter.write_line(visible(f"{record.id}: {record.error}"), red=True)
+    for gate in (gate for record in records for gate in record.gates if gate.state == "lost"):
+        reporter.write_line(f"known loss: {visible(gate.message)}", yellow=True)
+    if any(not gate.passed for record in records for gate in record.gates):
         reporter.write_line(f"{FAILED} a gate failed")
 
 
@@ -137,19 +137,8 @@ class Progress:
             reporter.flush()
 
 
-def _cell(record: Mapping[str, Any], metric: str) -> Cell:
-    failed = any(gate["metric"] == metric and not gate["passed"] for gate in record["gates"])
-    for measurement in record["measurements"]:
-        if measurement["metric"] == metric:
-            value = measurement["value"]
-            text = measurement.get("nonfinite", "nan") if value is None else number(value)
-            return Cell(text, failed)
-    return Cell(MISSING, failed)
-
-
-def number(value: float) -> str:
-    """Return a value as tables show it."""
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+def _cell(record: CompositionResult, metric: str) -> Cell:
+    return Cell(value_text(record.by_metric.get(metric)), metric in record.failed_metrics)
 
 
 def _width(column: Sequence[Cell]) -> int:

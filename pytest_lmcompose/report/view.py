@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
-from pytest_lmcompose.baseline.compare import ComparedReports, Difference, Row, compare_reports
+from pytest_lmcompose.baseline.compare import ComparedReports, compare_reports
 from pytest_lmcompose.report.layout import shown_metrics
-from pytest_lmcompose.report.record import Measured, Record, by_metric, known_fields, runs_of
+from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.sections import OF_ALL, PROMISES
-from pytest_lmcompose.report.terminal import MISSING, number
+from pytest_lmcompose.results import CompositionResult, DriftRow, Gate, Outcome, Report, Row
 
-Document = Mapping[str, Any]
 _HEADLINES = (*(glob for globs in PROMISES.values() for glob in globs), *OF_ALL, "average_bits", "sparsity")
 """Metrics shown beside those that a gate judged."""
 SMALLEST = 1e-9
@@ -25,9 +23,10 @@ SMALLEST = 1e-9
 class Verdicts:
     """How the gates of a run, or of a composition, came out."""
 
-    failed: tuple[tuple[str, Mapping[str, Any]], ...]
+    failed: tuple[tuple[str, Gate], ...]
     """Composition and gate."""
     gates: int
+    """Without those of losses that are accepted."""
     broken: tuple[tuple[str, str], ...]
     """Compositions that were not measured, and why."""
     lost: int = 0
@@ -37,7 +36,7 @@ class Verdicts:
     def told(self) -> list[tuple[str, str]]:
         """What failed, in words: compositions and what to say of them."""
         broken = [(name, f"was not measured: {why}") for name, why in self.broken]
-        return broken + [(name, gate["message"].removeprefix(name).strip()) for name, gate in self.failed]
+        return broken + [(name, gate.message.removeprefix(name).strip()) for name, gate in self.failed]
 
     @property
     def passed(self) -> bool:
@@ -102,102 +101,71 @@ class Against:
         return changed + [row for row in self.found.rows if row.metric in metrics and row not in changed]
 
 
-def against(document: Document, baseline: Document | None) -> Against | None:
+def against(document: Report, baseline: Report | None) -> Against | None:
     """Return the comparison with `baseline`; without one that which the run itself made, if it did."""
-    told = document.get("comparison")
-    if told is not None and (baseline is None or baseline["started"] == told["started"]):
-        differences = tuple(Difference(**known_fields(Difference, found)) for found in told["differences"])
-        rows = tuple(Row(**known_fields(Row, row)) for row in told["rows"])
-        return Against(told["baseline"], told["started"], ComparedReports(told["problem"], differences, rows))
+    told = document.comparison
+    if told is not None and (baseline is None or baseline.started == told.started):
+        return Against(told.baseline, told.started, ComparedReports(told.problem, told.differences, told.rows))
     if baseline is None:
         return None
-    return Against("the baseline", baseline["started"], compare_reports(baseline, document))
+    return Against("the baseline", baseline.started, compare_reports(baseline, document))
 
 
-def drifting(document: Document) -> list[Mapping[str, Any]]:
+def drifting(document: Report) -> tuple[DriftRow, ...]:
     """Return the metrics that got worse and worse over the stored runs."""
-    return [row for row in document.get("drift", {}).get("rows", ()) if row["drifts"]]
+    return () if document.drift is None else tuple(row for row in document.drift.rows if row.drifts)
 
 
-def verdicts(records: Sequence[Record]) -> Verdicts:
+def verdicts(records: Sequence[CompositionResult]) -> Verdicts:
     """Return how the gates of `records` came out."""
-    failed = tuple((r["id"], gate) for r in records for gate in r["gates"] if not gate["passed"])
-    broken = tuple((r["id"], r["error"] or r["status"]) for r in records if r["status"] in ("failed", "interrupted"))
-    lost = sum(gate["gate"] == "lost" and gate["passed"] for record in records for gate in record["gates"])
-    return Verdicts(failed, sum(len(r["gates"]) for r in records), broken, lost)
+    failed = tuple((r.id, gate) for r in records for gate in r.gates if not gate.passed)
+    broken = tuple((r.id, r.error or r.status) for r in records if r.status in ("failed", "interrupted"))
+    lost = sum(gate.state == "lost" for record in records for gate in record.gates)
+    return Verdicts(failed, sum(len(r.gates) for r in records) - lost, broken, lost)
 
 
-def headline_metrics(records: Sequence[Record], *, judged: bool = False) -> list[str]:
+def headline_metrics(records: Sequence[CompositionResult], *, judged: bool = False) -> list[str]:
     """Return the metrics that gates judged and those that steps promise something of; all, where there are none.
 
     With `judged` only those that gates judged, where there are any.
     """
-    if judged and any(record["gates"] for record in records):
+    if judged and any(record.gates for record in records):
         return shown_metrics(records, lambda _: False)
     named = shown_metrics(records, lambda metric: any(fnmatchcase(metric, glob) for glob in _HEADLINES))
     return named or shown_metrics(records, lambda _: True)
 
 
-def value_text(measured: Measured | None) -> str:
-    """Return a value as tables show it; what is not finite by its name."""
-    if measured is None:
-        return MISSING
-    value = measured["value"]
-    return str(measured.get("nonfinite", "nan")) if value is None else number(value)
-
-
-def with_error(value: float | None, error: float | None) -> str:
-    """Return a value with its standard error."""
-    if value is None:
-        return MISSING
-    return number(value) if error is None else f"{number(value)} ± {number(error)}"
-
-
-def interval(found: Mapping[str, Any] | None) -> str:
-    """Return a value with its interval, where there is one."""
-    if found is None:
-        return MISSING
-    if found["low"] is None:
-        return number(found["value"])
-    return f"{number(found['value'])} [{number(found['low'])}, {number(found['high'])}]"
-
-
 def changed_samples(
-    before: Record, after: Record, metrics: Sequence[str], document: Document, most: int
+    before: CompositionResult, after: CompositionResult, metrics: Sequence[str], document: Report, most: int
 ) -> list[ChangedSamples]:
     """Return what changed between two records of compositions, by metric: `most` samples of each are shown."""
-    was, now = by_metric(before), by_metric(after)
-    texts = {(p["seed"], metric): p["texts"] for p in document.get("prompts", ()) for metric in p["metrics"]}
+    was, now = before.by_metric, after.by_metric
+    texts = {(p.seed, metric): p.texts for p in document.prompts for metric in p.metrics}
     found = []
     for metric in metrics:
-        if metric not in was or metric not in now or now[metric]["note"].endswith("not sampled"):
+        if metric not in was or metric not in now or now[metric].note.endswith("not sampled"):
             continue  # samples that were read, such as bits by layer, are no answers
-        old, new = runs_of(was[metric]), runs_of(now[metric])
-        if [len(run["samples"]) for run in old] != [len(run["samples"]) for run in new]:
+        old, new = was[metric].runs, now[metric].runs
+        if [len(run.samples) for run in old] != [len(run.samples) for run in new]:
             continue
         changes = []
         for one, other in zip(old, new, strict=True):
-            seed = other.get("seed", document["seed"])
+            seed = now[metric].seed_of(other, document.seed)
             labels = texts.get((seed, metric), ())
             several = f", seed {seed}" if len(new) > 1 else ""
-            for i, (x, y) in enumerate(zip(one["samples"], other["samples"], strict=True)):
-                gain = _gain(x, y, higher_is_better=now[metric]["higher_is_better"])
+            for i, (x, y) in enumerate(zip(one.samples, other.samples, strict=True)):
+                gain = _gain(x, y, higher_is_better=now[metric].higher_is_better)
                 if abs(gain) > SMALLEST:
                     label = labels[i] if i < len(labels) else f"sample {i + 1}"
                     sample = ChangedSample(label + several, _said(one, i, x), _said(other, i, y), gain > 0)
                     changes.append((gain, sample))
         changes.sort(key=lambda change: change[0])
         better = sum(sample.better for _, sample in changes)
-        n = sum(len(run["samples"]) for run in new)
+        n = sum(len(run.samples) for run in new)
         if changes:
             shown = tuple(sample for _, sample in changes[:most])
             found.append(ChangedSamples(metric, n, better, len(changes) - better, shown))
     return found
-
-
-def counted(n: int, what: str) -> str:
-    """Return a number with what it counts."""
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _gain(before: float | None, after: float | None, *, higher_is_better: bool) -> float:
@@ -207,10 +175,9 @@ def _gain(before: float | None, after: float | None, *, higher_is_better: bool) 
     return (after - before) * (1 if higher_is_better else -1)
 
 
-def _said(run: Measured, place: int, value: float | None) -> str:
+def _said(run: Outcome, place: int, value: float | None) -> str:
     """Return the outcome of a sample, after what the model said where that was kept."""
-    answers = run.get("answers", ())
-    return f"{answers[place]} ({_outcome(value)})" if place < len(answers) else _outcome(value)
+    return f"{run.answers[place]} ({_outcome(value)})" if place < len(run.answers) else _outcome(value)
 
 
 def _outcome(value: float | None) -> str:

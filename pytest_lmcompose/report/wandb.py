@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from pytest_lmcompose.report.files import write_text
 from pytest_lmcompose.report.json import write
 from pytest_lmcompose.report.outputs import Tracking
-from pytest_lmcompose.report.view import Document, verdicts
+from pytest_lmcompose.report.view import verdicts
+from pytest_lmcompose.results import Report
 
 MEASUREMENTS = ("composition", "metric", "value", "stderr", "n", "higher_is_better", "note")
 GATES = ("composition", "metric", "gate", "threshold", "value", "passed", "message")
@@ -20,7 +23,7 @@ LOGIN_SECONDS = 60
 ORDERS = ("steps", "metric", "order_free_error", "order_sensitivity", "best")
 
 
-def track(tracking: Tracking, document: Document, page: str) -> str:
+def track(tracking: Tracking, document: Report, page: str) -> str:
     """Send a report document and its page to a new run of the project; return where it is, in words.
 
     Without a network it takes WANDB_MODE=offline, which writes to a folder. Whatever goes wrong is raised.
@@ -33,7 +36,7 @@ def track(tracking: Tracking, document: Document, page: str) -> str:
         entity=tracking.entity,
         tags=tracking.tags or None,
         job_type="lmcompose",
-        config={key: document[key] for key in ("recipe", "environment", "model", "seed")},
+        config=msgspec.to_builtins({key: getattr(document, key) for key in ("recipe", "environment", "model", "seed")}),
         settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
     )
     if run.disabled:
@@ -49,7 +52,7 @@ def track(tracking: Tracking, document: Document, page: str) -> str:
             for path in sorted(folder.iterdir()):
                 artifact.add_file(str(path))
             run.log_artifact(artifact)
-            run.finish(exit_code=int(bool(verdicts(document["compositions"]).failed)))
+            run.finish(exit_code=int(bool(verdicts(document.compositions).failed)))
     except BaseException:
         run.finish(exit_code=1)
         raise
@@ -58,36 +61,35 @@ def track(tracking: Tracking, document: Document, page: str) -> str:
     return f"tracked as {run.url}"
 
 
-def summary(document: Document) -> Iterator[tuple[str, Any]]:
+def summary(document: Report) -> Iterator[tuple[str, Any]]:
     """Yield the run's summary: how gates came out, then every metric of every composition."""
-    found = verdicts(document["compositions"])
-    yield "status", document["status"]
+    found = verdicts(document.compositions)
+    yield "status", document.status
     yield "gates", found.gates
     yield "gates_failed", len(found.failed)
-    yield "compositions", len(document["compositions"])
+    yield "compositions", len(document.compositions)
     yield "compositions_not_measured", len(found.broken)
-    for record in document["compositions"]:
-        for measured in record["measurements"]:
-            if measured["value"] is not None:
-                yield f"{record['id']}/{measured['metric']}", measured["value"]
+    for record in document.compositions:
+        for measured in record.measurements:
+            if measured.value is not None:
+                yield f"{record.id}/{measured.metric}", measured.value
 
 
-def tables(document: Document) -> Iterator[tuple[str, Sequence[str], list[list[Any]]]]:
+def tables(document: Report) -> Iterator[tuple[str, Sequence[str], list[list[Any]]]]:
     """Yield name, head and rows of each table that has any."""
-    records = document["compositions"]
+    records = document.compositions
     of_records = (("measurements", MEASUREMENTS), ("gates", GATES), ("steps", STEPS))
     for name, head in of_records:
         rows = [
-            [record["id"], *(entry["id" if key == "step" else key] for key in head[1:])]
+            [record.id, *(getattr(entry, "id" if key == "step" else key) for key in head[1:])]
             for record in records
-            for entry in record[name]
+            for entry in getattr(record, name)
         ]
         if rows:
             yield name, head, rows
-    composed = document.get("composability") or {"orders": ()}
     rows = [
-        [" & ".join(e["steps"]), e["metric"], *((e[kind] or {}).get("value") for kind in ORDERS[2:4]), e["best"]]
-        for e in composed["orders"]
+        [" & ".join(e.steps), e.metric, *(getattr(getattr(e, kind), "value", None) for kind in ORDERS[2:4]), e.best]
+        for e in (() if document.composability is None else document.composability.orders)
     ]
     if rows:
         yield "orders", ORDERS, rows

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pytest_lmcompose.report.files import append_text, write_text
 from pytest_lmcompose.report.outputs import Outputs
+from pytest_lmcompose.results import Report
 
-Document = Mapping[str, Any]
 
-
-def write_reports(outputs: Outputs, document: Document, baseline: Document | None, tell: Callable[[str], None]) -> bool:
+def write_reports(outputs: Outputs, document: Report, baseline: Report | None, tell: Callable[[str], None]) -> bool:
     """Write every report that is wanted; say whether all files could be written.
 
     One that cannot be written hinders no other. Tracking that fails is told, and no more: the run is
@@ -44,19 +42,19 @@ def write_reports(outputs: Outputs, document: Document, baseline: Document | Non
     return written
 
 
-def _html(document: Document, baseline: Document | None) -> str:
+def _html(document: Report, baseline: Report | None) -> str:
     from pytest_lmcompose.report.html import render
 
     return render(document, baseline)
 
 
-def _markdown(document: Document, baseline: Document | None) -> str:
+def _markdown(document: Report, baseline: Report | None) -> str:
     from pytest_lmcompose.report.markdown import render
 
     return render(document, baseline)
 
 
-def _latex(document: Document) -> str:
+def _latex(document: Report) -> str:
     from pytest_lmcompose.report.latex import render
 
     return render(document)

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from evaluators.measurement import Measurement
-from pytest_lmcompose.report.json import SCHEMA_MINOR, SCHEMA_VERSION
+from pytest_lmcompose.results import SCHEMA_MINOR, SCHEMA_VERSION, CompositionResult, Measured, Report, encode
 
 Samples = Mapping[str, Sequence[float]]
 """By metric; those of `accuracy/hazardous` and perplexities are better low."""
+
+
+def typed(document: Mapping[str, Any]) -> Report:
+    """Return a report document as the record that it is read as."""
+    return msgspec.convert(document, Report)
+
+
+def typed_record(document: Mapping[str, Any]) -> CompositionResult:
+    """Return the plain record of a composition as the type that it is read as."""
+    return msgspec.convert(document, CompositionResult)
+
+
+def plain(measurement: Measurement) -> dict[str, Any]:
+    """Return a measurement as a report has it."""
+    found: dict[str, Any] = json.loads(encode(Measured.of(measurement)))
+    return found
+
+
+def step(name: str, category: str) -> dict[str, Any]:
+    """Return a step as a report has it."""
+    numbers = {"seed": 7, "seconds": 1.0, "peak_memory_bytes": 1, "changed_parameters": 1}
+    texts: dict[str, Any] = {"settings": {}, "changed": ["weight"], "details": {}, "warnings": []}
+    return {"id": name, "method": name.partition("[")[0], "category": category, **numbers, **texts}
+
+
+def gate(metric: str, *, passed: bool = True) -> dict[str, Any]:
+    """Return a gate of a metric as a report has it."""
+    numbers = {"threshold": 0.5, "value": 1.0, "base_value": None}
+    return {"metric": metric, "gate": "min", "passed": passed, "message": "", **numbers}
 
 
 def measured(metric: str, samples: Sequence[float]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
 from typing import Any
 
 from pytest_lmcompose.report.composability import composability
-from tests.plugin.documents import measurement, record, report
+from pytest_lmcompose.results import encode
+from tests.plugin.documents import measurement, record, report, typed_record
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,7 +54,7 @@ def rich(compositions: tuple[str, ...] = COMPOSITIONS, *, harm: float = 0.0, see
             "suite": {"compositions": list(compositions)},
         },
         "compositions": records,
-        "composability": composability(records, seed),
+        "composability": json.loads(encode(composability(list(map(typed_record, records)), seed))),
         "prompts": [
             {
                 "seed": seed,

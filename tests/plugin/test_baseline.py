@@ -13,6 +13,7 @@ import pytest
 
 from pytest_lmcompose.baseline.storage import Storage, read_run
 from tests.plugin.conftest import Project
+from tests.plugin.documents import typed
 from tests.plugin.test_run import by_id, read_report
 from tests.plugin.tiny import write_model
 
@@ -233,7 +234,7 @@ def test_the_baseline_is_updated_only_from_committed_files(stored: Project) -> N
     (stored.path / "thresholds.yaml").write_text('"*": {perplexity: {max: 1}}')
     forced = stored.run(update, "--lmcompose-force", compose=(ID,))
     assert forced.ret == pytest.ExitCode.TESTS_FAILED
-    assert read_run(stored.path / ".lmcompose" / "0003_v1.json")["stored"]["dirty"] is True
+    assert read_run(stored.path / ".lmcompose" / "0003_v1.json").stored.dirty
 
 
 def test_a_failed_run_becomes_no_baseline(project: Project) -> None:
@@ -278,14 +279,14 @@ def test_ini_values(stored: Project) -> None:
 def test_slow_drift_is_flagged(stored: Project) -> None:
     """Every stored run is a little worse than the one before it, and so is this one."""
     folder = stored.path / ".lmcompose"
-    first = read_run(folder / "0001_v1.json")
+    first = read_report(folder / "0001_v1.json")
     place = _place(first)
     now = by_id(first)[ID]["measurements"][place]["value"]
     (folder / "0001_v1.json").unlink()
     for number in range(8):
         document = json.loads(json.dumps(first))
         by_id(document)[ID]["measurements"][place]["value"] = now - 0.01 * (8 - number)
-        Storage(folder).save(document, "v1")
+        Storage(folder).save(typed(document), "v1")
     result = stored.run("--lmcompose-compare", "--lmcompose-json=report.json", compose=(ID,))
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines([f"drift over 9 runs: {ID}  perplexity *: 0.08 worse (Mann-Kendall p = *after Holm *"])

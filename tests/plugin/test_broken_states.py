@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 import vl_convert  # noqa: F401  here, since it cannot be imported again when pytester has forgotten it
 
@@ -136,6 +135,5 @@ def test_a_drop_beyond_numbers_is_judged_and_survives_the_report() -> None:
     paired, value = compare_with_base([state], [base], 0.05, 1)
     assert value == base.value and paired.drop == pytest.approx(math.exp(600)) and paired.smallest_drop is None
     assert "finds no rise" in describe(paired) and noise_floor([state], [base]) is None
-    document = json.loads(json.dumps(dataclasses.asdict(paired), allow_nan=False))
-    assert describe(Paired(**document)) == describe(paired)
+    assert msgspec.json.decode(msgspec.json.encode(paired), type=Paired) == paired
     assert change([base], [state], "the old run").drop < 0

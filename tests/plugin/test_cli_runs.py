@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 from pytest_lmcompose.baseline.storage import Storage
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.report.sections import order_rows
-from tests.plugin.documents import report
+from pytest_lmcompose.results import Composability, Interval, OrderedSet, OrderValue
+from tests.plugin.documents import report, typed
 
 GOOD = [1.0] * 19 + [0.0]
 BAD = [1.0] * 5 + [0.0] * 15
@@ -38,8 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     storage = Storage(tmp_path / ".lmcompose")
-    storage.save(OLD, "v1")
-    storage.save(WORSE, "v2")
+    storage.save(typed(OLD), "v1")
+    storage.save(typed(WORSE), "v2")
     (tmp_path / "gone.json").write_text(json.dumps(GONE))
     return tmp_path
 
@@ -182,10 +183,10 @@ def test_none_of_them_needs_torch(folder: Path) -> None:
 
 
 def test_orders_stand_under_their_heads() -> None:
-    interval = {"value": 0.25, "low": None, "high": None}
-    entry = {"steps": ["awq", "memit"], "metric": "recall", "best": "awq+memit", "order_free_error": interval}
-    entry["order_sensitivity"] = interval | {"value": 0.5}
-    head, row = order_rows({"orders": [entry]}, ["recall"])
+    error, gap = Interval(0.25, None, None), Interval(0.5, None, None)
+    orders = (OrderValue("awq+memit", 0.75), OrderValue("memit+awq", 0.25))
+    entry = OrderedSet(("awq", "memit"), "recall", True, orders, "awq+memit", error, gap, 4, 1, "")
+    head, row = order_rows(Composability(0.95, 10, (entry,), ()), ["recall"])
     assert dict(zip((cell.text for cell in head), (cell.text for cell in row), strict=True)) == {
         "steps  metric": "awq & memit  recall",
         "best order": "awq+memit",

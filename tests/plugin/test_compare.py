@@ -14,15 +14,16 @@ import jsonschema
 import numpy as np
 import pytest
 
-from pytest_lmcompose.baseline.compare import Row, compare_reports
+from pytest_lmcompose.baseline.compare import compare_reports
 from pytest_lmcompose.baseline.drift import LEVEL, drifts, trend_p
 from pytest_lmcompose.report.compared import is_bad
 from pytest_lmcompose.report.json import SCHEMA_PATH
-from tests.plugin.documents import composition, measured, report
+from pytest_lmcompose.results import DriftRow, Row
+from tests.plugin.documents import composition, measured, report, step, typed
 
 
 def rows(old: dict[str, Any], new: dict[str, Any]) -> dict[tuple[str, str], Row]:
-    found = compare_reports(old, new)
+    found = compare_reports(typed(old), typed(new))
     assert found.problem is None
     return {(row.composition, row.metric): row for row in found.rows}
 
@@ -125,7 +126,7 @@ def test_a_metric_of_an_unknown_evaluator_needs_all_data_alike() -> None:
 def test_another_architecture_is_not_compared(key: str, value: Any) -> None:
     old, new = report({"a": {"m": [1.0]}}), report({"a": {"m": [1.0]}})
     new["model"][key] = value
-    found = compare_reports(old, new)
+    found = compare_reports(typed(old), typed(new))
     assert found.problem is not None and str(value) in found.problem
     assert found.rows == ()
 
@@ -135,10 +136,12 @@ def test_circumstances_are_told() -> None:
     old["recipe"]["evaluate"], new["recipe"]["evaluate"] = {"window": 128}, {"window": 64}
     old["recipe"]["world"], new["recipe"]["world"] = {"folder": "/here"}, {"folder": "/there"}
     for document, bits in ((old, 4), (new, 3)):
-        document["compositions"][0]["steps"] = [{"id": "awq", "settings": {"bits": bits, "group_size": 32}}]
+        document["compositions"][0]["steps"] = [
+            step("awq", "compress") | {"settings": {"bits": bits, "group_size": 32}}
+        ]
     new["model"]["weight_hash"] = "2" * 64
     new["environment"]["packages"] = {"torch": "2.14.0", "peft": "1.0"}
-    assert [(d.what, d.message) for d in compare_reports(old, new).differences] == [
+    assert [(d.what, d.message) for d in compare_reports(typed(old), typed(new)).differences] == [
         ("model", "weights: 111111111111 -> 222222222222"),
         ("seed", "seed 0 -> seed 3, 2 repeats"),
         ("settings", "evaluate.window: 128 -> 64"),
@@ -151,7 +154,7 @@ def test_circumstances_are_told() -> None:
 def test_the_comparison_needs_no_torch_and_no_pytest() -> None:
     code = (
         "import sys; from pytest_lmcompose.baseline.compare import compare_reports; import tests.plugin.documents as d;"
-        "compare_reports(d.report({'a': {'m': [1., 0.]}}), d.report({'a': {'m': [0., 1.]}}));"
+        "compare_reports(d.typed(d.report({'a': {'m': [1., 0.]}})), d.typed(d.report({'a': {'m': [0., 1.]}})));"
         "assert not {'torch', 'transformers', 'hydra', 'pytest'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -169,31 +172,35 @@ def test_the_p_of_a_trend_is_that_of_all_orders() -> None:
         assert trend_p(values) == pytest.approx(sum(orders) / len(orders))
 
 
+def drifting(documents: list[dict[str, Any]]) -> list[DriftRow]:
+    return drifts(list(map(typed, documents)))
+
+
 def history(*values: float, metric: str = "recall", n: int = 1000) -> list[dict[str, Any]]:
     return [report({"a": {metric: answers(round(v * n), n)}}) for v in values]
 
 
 def test_losses_that_no_two_runs_show_are_drift() -> None:
     slow = [0.9 - 0.002 * i for i in range(10)]
-    (found,) = drifts(history(*slow))
+    (found,) = drifting(history(*slow))
     assert found.drifts and found.loss == pytest.approx(0.018) and len(found.values) == 10
-    (better,) = drifts(history(*slow, metric="accuracy/hazardous"))
+    (better,) = drifting(history(*slow, metric="accuracy/hazardous"))
     assert not better.drifts and better.loss < 0
-    (short,) = drifts(history(*slow[:4]))
+    (short,) = drifting(history(*slow[:4]))
     assert not short.drifts  # 1 in 24 is no alarm
-    (same,) = drifts(history(*[0.9] * 10))
+    (same,) = drifting(history(*[0.9] * 10))
     assert not same.drifts and same.p == 1
-    assert drifts(history(0.9, 0.8)) == []
+    assert drifting(history(0.9, 0.8)) == []
 
 
 def test_other_models_and_other_questions_are_no_part_of_a_course() -> None:
     documents = history(*[0.9 - 0.01 * i for i in range(8)])
     documents[1]["model"]["parameters"] = 7
     documents[2]["compositions"][0]["data"]["facts"] = "other"
-    (found,) = drifts(documents)
+    (found,) = drifting(documents)
     assert len(found.values) == 6
     documents[2]["seed"] = 5  # other facts by another seed: noise, and no other test
-    assert len(drifts(documents)[0].values) == 7
+    assert len(drifting(documents)[0].values) == 7
 
 
 def test_ten_noisy_runs_seldom_alarm() -> None:
@@ -201,6 +208,6 @@ def test_ten_noisy_runs_seldom_alarm() -> None:
     alarms = 0
     for _ in range(400):
         table = generator.normal(0.9, 0.01, size=(10, 12)).round(2)  # ties, as in shares of few samples
-        documents = [report({"a": {f"m{i}": [v] for i, v in enumerate(row)}}) for row in table]
-        alarms += any(row.drifts for row in drifts(documents))
+        documents = [report({"a": {f"m{i}": [float(v)] for i, v in enumerate(row)}}) for row in table]
+        alarms += any(row.drifts for row in drifting(documents))
     assert alarms <= 400 * LEVEL + 3 * (400 * LEVEL) ** 0.5

@@ -8,17 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from evaluators.measurement import Measurement
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.gates import paired
-from pytest_lmcompose.gates.gate import Reference, Verdict, paired_gates, settle
+from pytest_lmcompose.gates.gate import Reference, paired_gates, settle
 from pytest_lmcompose.gates.gate import judge as judge_by
 from pytest_lmcompose.gates.paired import BASE_MODEL
 from pytest_lmcompose.gates.thresholds import Rule, ThresholdError, compares_with, read_expression, read_rules, unused
 from pytest_lmcompose.options import SUITE_FOLDER
+from pytest_lmcompose.results import Gate
 
 
 def measured(metric: str, value: float, stderr: float | None = 0.1) -> Measurement:
@@ -40,13 +42,13 @@ def judge(
     base_runs: Sequence[Sequence[Measurement]] | None = None,
     runs: Sequence[Sequence[Measurement]] | None = None,
     gates: int = 1,
-) -> tuple[Verdict, ...]:
+) -> tuple[Gate, ...]:
     """Judge by the base model alone."""
     known = {"base": Reference(BASE_MODEL, base, base_runs or (base,))}
     return judge_by(rules, composition, measurements, known, runs=runs, gates=gates)
 
 
-def only(verdicts: tuple[Verdict, ...]) -> Verdict:
+def only(verdicts: tuple[Gate, ...]) -> Gate:
     (verdict,) = verdicts
     return verdict
 
@@ -182,7 +184,7 @@ def test_a_paired_gate_says_what_it_found_and_could_have_found(tmp_path: Path, b
     assert found.paired is not None
     assert (found.passed, found.value, found.base_value) == (False, pytest.approx(value), pytest.approx(before))
     assert found.paired.p == 2**-10  # ten answers lost, none won
-    assert settle({"memit": (found,)}, 4)["memit"][0].paired == replace(found.paired, p_holm=4 * 2**-10)
+    assert settle({"memit": (found,)}, 4)["memit"][0].paired == msgspec.structs.replace(found.paired, p_holm=4 * 2**-10)
     # Seven losses and no gain are significant at 0.0125, and binom.sf(6, 100, 0.0894) is 0.8.
     assert found.message == (
         f"memit  m = {value:g} is worse than {before:g} of the base model at no_drop_p 0.05: p = 0.000977, after Holm "
@@ -201,7 +203,7 @@ def test_prompts_of_one_edit_are_one_unit_of_a_paired_gate(tmp_path: Path) -> No
     def copied(samples: list[float], clusters: list[int] | None = None) -> Measurement:
         return Measurement.mean("m", [samples[i] for i in prompts], clusters=clusters)
 
-    def judged(old: Measurement, new: Measurement) -> Verdict:
+    def judged(old: Measurement, new: Measurement) -> Gate:
         return only(judge(rules(tmp_path, NO_DROP), "x", [new], [old]))
 
     alone = judged(Measurement.mean("m", before), Measurement.mean("m", after)).paired
@@ -275,7 +277,7 @@ def test_the_base_model_is_no_gate_of_its_own(tmp_path: Path) -> None:
 
 
 def test_repeats_stand_side_by_side_and_the_same_questions_are_averaged(tmp_path: Path) -> None:
-    def judged(base: list[Measurement], runs: list[Measurement]) -> Verdict:
+    def judged(base: list[Measurement], runs: list[Measurement]) -> Gate:
         mean = replace(runs[0], value=sum(m.value for m in runs) / len(runs))
         return only(
             judge(

@@ -16,6 +16,7 @@ from pytest_lmcompose.report import html
 from pytest_lmcompose.report.json import SCHEMA_PATH
 from tests.plugin.browser import CHROMIUM, Page, browser
 from tests.plugin.conftest import Project
+from tests.plugin.documents import typed
 from tests.plugin.rich_documents import broken_off, compared, rich
 from tests.plugin.tiny import SUBJECTS
 
@@ -31,7 +32,7 @@ def new() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def text(new: dict[str, Any]) -> str:
-    return html.render(new, rich())
+    return html.render(typed(new), typed(rich()))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def file(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "small.html"
-    path.write_text(html.render(rich(("base", "awq", "memit", "rmu+awq", "rmu+relearn"))), encoding="utf-8")
+    path.write_text(html.render(typed(rich(("base", "awq", "memit", "rmu+awq", "rmu+relearn")))), encoding="utf-8")
     return path
 
 
@@ -119,7 +120,7 @@ def test_against_the_baseline(tree: Any) -> None:
 def test_what_the_run_itself_said_of_stored_ones() -> None:
     document = compared()
     jsonschema.validate(document, json.loads(SCHEMA_PATH.read_text()))
-    tree = lxml_html.fromstring(html.render(document))
+    tree = lxml_html.fromstring(html.render(typed(document)))
     (section,) = tree.xpath("//section[@aria-labelledby='comparison']")
     assert "Held against 0007_main.json, a run of 2025-12-30" in words(section.find("p"))
     assert "versions: torch: 2.12.0 -> 2.13.0" in words(section.find("ul"))
@@ -183,7 +184,7 @@ def test_size(text: str) -> None:
 
 
 def test_a_run_that_broke_off_in_the_oldest_format() -> None:
-    tree = lxml_html.fromstring(html.render(broken_off()))
+    tree = lxml_html.fromstring(html.render(typed(broken_off())))
     assert words(tree.xpath("//h1")[0]).startswith("failed 1 composition not measured")
     assert "The run was interrupted" in words(tree.xpath("//main/p")[0])
     assert "rmu was not measured: KeyboardInterrupt" in words(tree.xpath("//section[@class='failed']")[0])
@@ -191,7 +192,7 @@ def test_a_run_that_broke_off_in_the_oldest_format() -> None:
 
 def test_a_run_without_anything() -> None:
     empty = {**broken_off(), "model": None, "compositions": []}
-    tree = lxml_html.fromstring(html.render(empty))
+    tree = lxml_html.fromstring(html.render(typed(empty)))
     assert words(tree.xpath("//h1")[0]) == "not judged no gate judged anything"
     assert len(tree.xpath("//script")) == 2  # no figures, so nothing that draws them
 
@@ -199,7 +200,7 @@ def test_a_run_without_anything() -> None:
 def test_a_baseline_that_says_nothing_is_refused_in_words() -> None:
     other = rich(("base",))
     other["model"]["parameters"] = 5
-    tree = lxml_html.fromstring(html.render(rich(("base",)), other))
+    tree = lxml_html.fromstring(html.render(typed(rich(("base",))), typed(other)))
     assert any("Nothing can be compared: another model" in words(p) for p in tree.iter("p"))
 
 

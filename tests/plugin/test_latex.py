@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 from pytest_lmcompose.report import latex
+from tests.plugin.documents import typed
 from tests.plugin.rich_documents import broken_off, rich
 
 
 def test_one_row_a_set_of_steps_and_one_column_a_metric() -> None:
     document = rich()
-    text = latex.render(document)
+    text = latex.render(typed(document))
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
     for kind, table in zip(latex.TABLES, text.split(r"\begin{table}")[1:], strict=True):
         head = re.search(r"\\toprule\n(.*) \\\\", table)
@@ -34,7 +35,7 @@ def test_one_row_a_set_of_steps_and_one_column_a_metric() -> None:
 
 
 def test_the_caption_says_of_what_and_names_stay_text() -> None:
-    text = latex.render(rich())
+    text = latex.render(typed(rich()))
     assert "seed 0; 95\\,\\% bootstrap intervals in brackets" in text
     assert "recall: n = 120" in text
     body = re.sub(r"\\[&%$#_{}]", "", "\n".join(line for line in text.splitlines() if not line.startswith("%")))
@@ -51,11 +52,11 @@ def test_a_metric_that_some_steps_lack() -> None:
         for entry in document["composability"]["orders"]
         if not (entry["metric"] == "recall" and "rmu" in entry["steps"])
     ]
-    rows = [line for line in latex.render(document).splitlines() if line.startswith(r"awq \& rmu")]
+    rows = [line for line in latex.render(typed(document)).splitlines() if line.startswith(r"awq \& rmu")]
     assert all(row.split(" & ")[2] == latex.MISSING for row in rows) and len(rows) == 2
 
 
 def test_a_run_without_two_orders_says_so() -> None:
-    text = latex.render(broken_off())
+    text = latex.render(typed(broken_off()))
     assert "there is nothing to compare" in text
     assert all(line.startswith("%") for line in text.splitlines())

@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 from pytest_lmcompose.report import markdown
 from pytest_lmcompose.report.files import append_text
 from tests.plugin.conftest import Project
+from tests.plugin.documents import typed
 from tests.plugin.rich_documents import broken_off, compared, rich
 from tests.plugin.test_junit import check
 
@@ -22,7 +23,7 @@ def cells(text: str, head: str) -> list[list[str]]:
 
 
 def test_failed_gates_first_in_words_then_the_table() -> None:
-    text = markdown.render(rich())
+    text = markdown.render(typed(rich()))
     lines = text.splitlines()
     assert lines[0] == "## ❌ lmcompose: 5 of 42 gates failed"
     assert lines[4].startswith("- `awq[bits=2]` perplexity = inf misses max 8.0")
@@ -39,17 +40,17 @@ def test_failed_gates_first_in_words_then_the_table() -> None:
 
 
 def test_what_changed_since_the_baseline() -> None:
-    text = markdown.render(rich(harm=0.25), rich())
+    text = markdown.render(typed(rich(harm=0.25)), typed(rich()))
     assert "**Against the baseline** of 2026-01-02T03:04:05+00:00: 18 worse, 9 better" in text
     (_, _, first, *_) = [row for row in cells(text[text.index("**Against") :], "composition")]
     assert first[:6] == ["`memit`", "recall", "worse", "0.992", "0.742", "-0.250"]
     other = rich(("base",))
     other["model"]["parameters"] = 5
-    assert "nothing can be compared" in markdown.render(rich(("base",)), other)
+    assert "nothing can be compared" in markdown.render(typed(rich(("base",))), typed(other))
 
 
 def test_what_the_run_itself_said_of_stored_ones() -> None:
-    text = markdown.render(compared())
+    text = markdown.render(typed(compared()))
     assert "**Against 0007\\_main.json** of 2025-12-30T00:00:00+00:00: 1 worse, 0 better" in text
     assert "- versions: torch: 2.12.0 -\\> 2.13.0" in text
     assert "| `memit` | recall | worse | 0.950 | 0.900 | -0.050 | 0.001 |" in text
@@ -57,26 +58,27 @@ def test_what_the_run_itself_said_of_stored_ones() -> None:
 
 
 def test_names_stay_text() -> None:
-    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown.render(rich(harm=0.25), rich()))
+    text = markdown.render(typed(rich(harm=0.25)), typed(rich()))
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
     assert "<img" not in shown and "</script>" not in shown
     assert "&lt;img src=x" in shown
     assert shown.count("<table>") == 3
 
 
 def test_a_run_that_broke_off_and_one_without_gates() -> None:
-    text = markdown.render(broken_off())
+    text = markdown.render(typed(broken_off()))
     assert text.startswith("## ❌ lmcompose: 1 composition not measured, all 2 gates passed\n")
     assert "- `rmu` was not measured: KeyboardInterrupt" in text
     assert "| `rmu` | interrupted | - | - |" in text
     empty = {**broken_off(), "model": None, "compositions": []}
-    assert markdown.render(empty).startswith("## ⚠️ lmcompose: no gate judged anything")
+    assert markdown.render(typed(empty)).startswith("## ⚠️ lmcompose: no gate judged anything")
 
 
 def test_of_many_compositions_those_that_failed_stay() -> None:
     document = rich(("base", "awq", "awq[bits=3]"))
     base, fine, failed = document["compositions"]
     many = [{**fine, "id": f"awq[bits={bits}]"} for bits in range(4, 150)]
-    rows = cells(markdown.render({**document, "compositions": [base, *many, failed]}), "composition")
+    rows = cells(markdown.render(typed({**document, "compositions": [base, *many, failed]})), "composition")
     assert len(rows) == 2 + markdown.ROWS
     assert rows[2][:2] == ["`awq[bits=3]`", "1 of 2 failed"]
 

@@ -14,7 +14,9 @@ from click.testing import CliRunner, Result
 
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.merge import MergeError, merge
+from pytest_lmcompose.results import encode
 from tests.plugin.conftest import Project
+from tests.plugin.documents import typed
 from tests.plugin.test_cache import without_times
 from tests.plugin.test_run import by_id, read_report
 
@@ -32,6 +34,12 @@ def reports(project: Project) -> dict[str, Report]:
     for name, arguments in (("whole", ()), ("one", ("--lmcompose-shard=1/2",)), ("two", ("--lmcompose-shard=2/2",))):
         project.run(f"--lmcompose-json={name}.json", "--lmcompose-repeats=2", *arguments, compose=IDS)
     return {name: read_report(project.path / f"{name}.json") for name in ("whole", "one", "two")}
+
+
+def join(reports: dict[str, Report], *, partial: bool = False) -> tuple[Report, tuple[str, ...]]:
+    """Return the joined report as plain data, and the gates that fail only now."""
+    found = merge({name: typed(report) for name, report in reports.items()}, partial=partial)
+    return json.loads(encode(found.report)), found.late
 
 
 def call(*arguments: str) -> Result:
@@ -134,31 +142,31 @@ def _refusals(reports: dict[str, Report]) -> None:
         second = copy.deepcopy(reports["two"])
         changed(second)
         with pytest.raises(MergeError, match=message) as caught:
-            merge({"a": reports["one"], "b": second})
+            join({"a": reports["one"], "b": second})
         assert all(re.match(r"a and b |a is |b |nobody ", line) for line in str(caught.value).splitlines())
     # What may differ between machines does not count.
     second = copy.deepcopy(reports["two"])
     change(environment__cores=64, model__location="/elsewhere", recipe__model__path="elsewhere")(second)
     by_id(second)["base"]["measurements"][0]["repeats"][0]["value"] *= 1 + 1e-7
-    assert by_id(merge({"a": reports["one"], "b": second}).document).keys() == {"base", *IDS}
+    assert by_id(join({"a": reports["one"], "b": second})[0]).keys() == {"base", *IDS}
     # A shard that had nothing to do knows no model.
     whole = {**copy.deepcopy(reports["whole"]), "shard": reports["one"]["shard"]}
     empty = {**copy.deepcopy(reports["two"]), "model": None, "compositions": [], "composability": None}
-    found = merge({"empty": empty, "one": whole}).document
+    found = join({"empty": empty, "one": whole})[0]
     assert found["model"] == reports["one"]["model"] and found["status"] == "finished"
     stopped = {**reports["two"], "status": "interrupted"}
-    assert merge({"a": reports["one"], "b": stopped}, partial=True).document["status"] == "interrupted"
+    assert join({"a": reports["one"], "b": stopped}, partial=True)[0]["status"] == "interrupted"
     with pytest.raises(MergeError, match=r"shard 2 of 2 is missing"):
-        merge({"a": reports["one"]})
+        join({"a": reports["one"]})
     # Every problem has a line, also where the first shard knows no model.
     other = copy.deepcopy(reports["one"])
     change(seed=5, model__dtype="float16", environment__python="3.0")(other)
     with pytest.raises(MergeError) as caught:
-        merge({"empty": empty, "one": reports["one"], "other": other})
+        join({"empty": empty, "one": reports["one"], "other": other})
     assert len(str(caught.value).splitlines()) == 4
-    part = merge({"a": reports["one"]}, partial=True).document
+    part = join({"a": reports["one"]}, partial=True)[0]
     assert part["status"] == "interrupted"
-    assert merge({"a": part, "b": reports["two"]}).document["merged"] == [
+    assert join({"a": part, "b": reports["two"]})[0]["merged"] == [
         *part["merged"],
         {key: reports["two"][key] for key in ("status", "started", "finished", "shard", "environment")},
     ]
@@ -189,5 +197,5 @@ def _late(reports: dict[str, Report]) -> None:
         return report
 
     # Alone, the second half's p of 0.02 is 0.08 after Holm over four gates; behind two smaller ones it is 0.04.
-    found = merge({"a": judged("one", 0.001), "b": judged("two", 0.02)})
-    assert len(found.late) == 4 and all("no_drop_p 0.05" in message for message in found.late)
+    _, late = join({"a": judged("one", 0.001), "b": judged("two", 0.02)})
+    assert len(late) == 4 and all("no_drop_p 0.05" in message for message in late)

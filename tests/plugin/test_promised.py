@@ -9,11 +9,12 @@ import pytest
 
 from evaluators.measurement import Measurement
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.gates.gate import Verdict, judge
+from pytest_lmcompose.gates.gate import judge
 from pytest_lmcompose.gates.thresholds import ThresholdError, read_rules
 from pytest_lmcompose.options import read_options
 from pytest_lmcompose.promises import promises
 from pytest_lmcompose.recipe import load_recipe
+from pytest_lmcompose.results import Gate
 from pytest_lmcompose.run import CONF, Run
 
 PROMISED = """
@@ -25,7 +26,7 @@ PROMISED = """
 """
 
 
-def verdicts(tmp_path: Path, composition: str, metric: str, value: float, rules: str = PROMISED) -> list[Verdict]:
+def verdicts(tmp_path: Path, composition: str, metric: str, value: float, rules: str = PROMISED) -> list[Gate]:
     (tmp_path / "thresholds.yaml").write_text(rules)
     better = metric not in ("average_bits", "accuracy/hazardous")
     measured = [Measurement(metric, value, 0.0, 1, better, (value,))]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from evaluators import Probe
+from evaluators import Measurement, Probe
 from interventions import Edit
 from interventions.types import Resources
 from pytest_lmcompose.report.prompts import LONGEST, prompts
+from pytest_lmcompose.results import CompositionResult, Measured, Prompts, replace
 from pytest_lmcompose.world.data import RunData
 from pytest_lmcompose.world.records import EditRecord, FactRecord
+from tests.plugin.documents import measured, record, typed_record
 
 
 def data(*names: str) -> RunData:
@@ -26,31 +28,31 @@ def data(*names: str) -> RunData:
     return RunData(Resources(), edits, facts, facts[:1], facts[1:], ("some text",), None)
 
 
-def record(**samples: list[float]) -> dict[str, Any]:
-    found = [{"metric": name.replace("__", "/"), "samples": values} for name, values in samples.items()]
-    return {"measurements": found}
+def recorded(**samples: list[float]) -> CompositionResult:
+    """Return the record of a composition; / is written as __."""
+    found = [measured(name.replace("__", "/"), values) for name, values in samples.items()]
+    return typed_record(record("memit", found))
 
 
-def texts(found: list[dict[str, Any]]) -> dict[str, list[str]]:
-    return {metric: entry["texts"] for entry in found for metric in entry["metrics"]}
+def texts(found: Sequence[Prompts]) -> dict[str, list[str]]:
+    return {metric: list(entry.texts) for entry in found for metric in entry.metrics}
 
 
 def test_texts_stand_in_the_order_of_the_samples() -> None:
-    measured = record(
+    asked_of = recorded(
         edit_success_f1=[1, 0],
         edit_success_exact=[1, 0],
         edit_paraphrase_f1=[1, 0, 1, 0],
         edit_locality_agreement=[1, 1],
         perplexity_edits_prompt=[1, 2],
         recall=[1, 0],
-        recall__people_Bo=[1],
+        **{"recall/people/Bo": [1.0]},
         recall_same_subject=[1],
         recall_to_forget=[1],
         perplexity=[1.0],
         accuracy__tinyworld_music=[1, 0],
     )
-    measured["measurements"][6]["metric"] = "recall/people/Bo"
-    found = prompts({0: data("Al", "Bo")}, [measured], {})
+    found = prompts({0: data("Al", "Bo")}, [asked_of], {})
     asked = texts(found)
     assert asked["edit_success_f1"] == asked["perplexity_edits_prompt"] == ["Al lives in → Rome", "Bo lives in → Rome"]
     assert asked["edit_paraphrase_f1"][1:3] == ["the home of Al is → Rome", "Bo's home is → Rome"]
@@ -60,27 +62,27 @@ def test_texts_stand_in_the_order_of_the_samples() -> None:
     assert asked["recall_same_subject"] == ["Al was born in → Oslo"]
     assert asked["recall_to_forget"] == ["Bo was born in → Oslo"]
     assert "perplexity" not in asked and "accuracy/tinyworld_music" not in asked
-    same = [entry["metrics"] for entry in found if "edit_success_f1" in entry["metrics"]]
-    assert same == [["edit_success_exact", "edit_success_f1", "perplexity_edits_prompt"]]
+    same = [entry.metrics for entry in found if "edit_success_f1" in entry.metrics]
+    assert same == [("edit_success_exact", "edit_success_f1", "perplexity_edits_prompt")]
 
 
 def test_samples_that_are_not_these_texts_have_none() -> None:
     # Margins are only of prompts with a rival: which ones these were cannot be told from here.
-    found = prompts({0: data("Al", "Bo")}, [record(edit_success_margin=[0.5], edit_success_f1=[1, 0])], {})
+    found = prompts({0: data("Al", "Bo")}, [recorded(edit_success_margin=[0.5], edit_success_f1=[1, 0])], {})
     assert set(texts(found)) == {"edit_success_f1"}
 
 
 def test_each_repeat_has_texts_of_its_own() -> None:
-    runs = [{"seed": seed, "samples": [1.0]} for seed in (3, 4)]
-    measured = {"measurements": [{"metric": "edit_success_f1", "samples": [1.0, 1.0], "repeats": runs}]}
-    found = prompts({3: data("Al"), 4: data("Bo")}, [measured], {})
-    assert [(entry["seed"], entry["texts"]) for entry in found] == [
-        (3, ["Al lives in → Rome"]),
-        (4, ["Bo lives in → Rome"]),
+    one = Measurement.mean("edit_success_f1", [1.0])
+    both = Measured.of(Measurement.mean("edit_success_f1", [1.0, 1.0]), [(3, one), (4, one)])
+    found = prompts({3: data("Al"), 4: data("Bo")}, [replace(recorded(), measurements=(both,))], {})
+    assert [(entry.seed, entry.texts) for entry in found] == [
+        (3, ("Al lives in → Rome",)),
+        (4, ("Bo lives in → Rome",)),
     ]
 
 
 def test_long_texts_are_cut() -> None:
-    (entry,) = prompts({0: data("A" * 500)}, [record(edit_success_f1=[1.0])], {})
-    (text,) = entry["texts"]
+    (entry,) = prompts({0: data("A" * 500)}, [recorded(edit_success_f1=[1.0])], {})
+    (text,) = entry.texts
     assert len(text) == LONGEST and text.endswith("…")

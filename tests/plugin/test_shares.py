@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 
 from evaluators.measurement import Measurement
 from pytest_lmcompose.gates.repeats import pooled
 from pytest_lmcompose.report.composability import composability
 from pytest_lmcompose.report.json import SCHEMA_PATH
-from pytest_lmcompose.report.record import plain
 from pytest_lmcompose.report.sections import interference_rows, share_rows
+from pytest_lmcompose.results import Composability, encode
+from tests.plugin import documents
 
 CATEGORIES = {"memit": "edit", "rmu": "unlearn", "awq": "compress"}
 HAZARD, SUCCESS = "accuracy/hazardous", "edit_success_exact"
@@ -29,20 +30,18 @@ def record(name: str, **samples: list[float]) -> dict[str, Any]:
         Measurement.mean(full.get(metric, metric), values, higher_is_better=metric != "hazard")
         for metric, values in samples.items()
     ]
-    return {
-        "id": name,
-        "requested": steps,
-        "status": "measured",
-        "steps": [{"id": step, "category": CATEGORIES[step]} for step in steps],
-        "measurements": [plain(dataclasses.asdict(m)) for m in found],
-    }
+    return documents.record(
+        name,
+        list(map(documents.plain, found)),
+        steps=[documents.step(step, CATEGORIES[step]) for step in steps],
+    )
 
 
 def found(*records: dict[str, Any]) -> dict[str, Any]:
     """Return the composability section, held to its schema."""
-    section: dict[str, Any] = plain(composability(records, 0))
+    section: dict[str, Any] = json.loads(encode(composability([documents.typed_record(r) for r in records], 0)))
     schema = json.loads(SCHEMA_PATH.read_text())
-    jsonschema.validate(section, {"$ref": "#/$defs/composability", "$defs": schema["$defs"]})
+    jsonschema.validate(section, {"$ref": "#/$defs/Composability", "$defs": schema["$defs"]})
     return section
 
 
@@ -66,7 +65,10 @@ def test_what_survived_and_what_came_back() -> None:
         "rmu+memit+awq": pytest.approx(1 / 3),
     }
     assert all((entry["step"], entry["prefix"], entry["metric"]) == ("rmu", "rmu", HAZARD) for entry in back.values())
-    assert [[cell.text for cell in row] for row in share_rows(section["survival"], [SUCCESS, "recall"])] == [
+    assert [
+        [cell.text for cell in row]
+        for row in share_rows(msgspec.convert(section, Composability).survival, [SUCCESS, "recall"])
+    ] == [
         ["composition", SUCCESS],
         ["rmu+memit+awq  since rmu+memit", "0.500 ±0.500"],
     ]
@@ -99,7 +101,7 @@ def test_the_matrix_shows_what_the_steps_promise() -> None:
         values = {"hazard": [0.0, 1.0], "success": [0.0, 1.0], "edit_success_f1": [0.0, 1.0], "recall": [1.0, 1.0]}
         section = found(*(record(name, **values) for name in names))
         assert set(section["interference"][0]["metrics"]) == set(metrics) - {"perplexity"}  # all that was measured
-        return [cell.text for cell in interference_rows(section, metrics)[0]]
+        return [cell.text for cell in interference_rows(msgspec.convert(section, Composability), metrics)[0]]
 
     assert columns("memit", "memit+awq") == ["composition", SUCCESS, "recall"]
     assert columns("awq", "awq+rmu") == ["composition", HAZARD, "recall"]
@@ -116,7 +118,7 @@ def test_prompts_of_one_edit_make_no_interval_narrower() -> None:
         for name, samples in states.items():
             values = [samples[i] for i in prompts] if copies else samples
             made = record(name)
-            made["measurements"] = [dataclasses.asdict(Measurement.mean(SUCCESS, values, clusters=clusters))]
+            made["measurements"] = [documents.plain(Measurement.mean(SUCCESS, values, clusters=clusters))]
             records.append(made)
         return found(*records)
 

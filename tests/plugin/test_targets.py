@@ -17,7 +17,7 @@ from pytest_lmcompose.baseline.storage import Storage
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.report.files import TargetError, append_text, check_folder, check_targets, write_text
 from tests.plugin.conftest import Project
-from tests.plugin.documents import report
+from tests.plugin.documents import report, typed
 
 Make = Callable[[Path], None]
 
@@ -167,7 +167,7 @@ def test_a_run_refuses_them_before_any_work(
 ) -> None:
     os.mkfifo(project.path / "pipe")
     (project.path / "pytest.ini").write_text("[pytest]\n")
-    Storage(project.path / ".lmcompose").save(report({"base": {"recall": [1.0]}}), "v1")
+    Storage(project.path / ".lmcompose").save(typed(report({"base": {"recall": [1.0]}})), "v1")
     head, _, tail = message.partition("*")
     error = refused(*arguments, compose=("nudge",))
     assert head in error and tail in error, error

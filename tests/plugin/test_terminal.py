@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from pytest_lmcompose.report.layout import unmatched
 from pytest_lmcompose.report.outputs import Layout
 from pytest_lmcompose.report.terminal import Cell, table
+from pytest_lmcompose.results import CompositionResult, replace
+from tests.plugin import documents
 from tests.plugin.conftest import Project
+from tests.plugin.documents import measurement, typed_record
 
 
-def record(name: str, values: dict[str, float | None], *failed: str, error: str | None = None) -> dict[str, Any]:
-    return {
-        "id": name,
-        "error": error,
-        "measurements": [
-            {"metric": metric, "value": value, **({"nonfinite": "inf"} if value is None else {})}
-            for metric, value in values.items()
-        ],
-        "gates": [{"metric": metric, "passed": metric not in failed} for metric in ("recall", *failed)],
-    }
+def record(name: str, values: dict[str, float | None], *failed: str, error: str | None = None) -> CompositionResult:
+    found = []
+    for metric, value in values.items():
+        whole = measurement(metric, 0.0, None, [1.0], better=metric != "perplexity")
+        found.append(whole | {"value": value} | ({"nonfinite": "inf"} if value is None else {}))
+    gate = {"gate": "min", "threshold": 0.5, "message": "", "value": 1.0, "base_value": None}
+    gates = [{**gate, "metric": metric, "passed": metric not in failed} for metric in ("recall", *failed)]
+    return typed_record(documents.record(name, found, gates=gates, error=error))
 
 
 RECORDS = [
@@ -78,11 +78,8 @@ def ordered(layout: Layout) -> list[str]:
     return [line[0].text for line in block[1:]]
 
 
-def row(name: str, requested: list[str], recall: float | None, perplexity: float | None) -> dict[str, Any]:
-    found = record(name, {"recall": recall, "perplexity": perplexity})
-    for measured in found["measurements"]:
-        measured["higher_is_better"] = measured["metric"] == "recall"
-    return {**found, "requested": requested}
+def row(name: str, requested: list[str], recall: float | None, perplexity: float | None) -> CompositionResult:
+    return replace(record(name, {"recall": recall, "perplexity": perplexity}), requested=tuple(requested))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pytest_lmcompose.report import write
 from pytest_lmcompose.report.outputs import Outputs, Tracking
 from pytest_lmcompose.report.wandb import track
 from tests.plugin.conftest import Project
+from tests.plugin.documents import typed
 from tests.plugin.rich_documents import broken_off, rich
 
 BLOCK = 32768
@@ -63,7 +64,7 @@ def tables_of(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def test_summary_tables_and_page_of_a_run(offline: Path) -> None:
     document = rich(("base", "memit", "awq", "memit+awq", "awq+memit", "awq[bits=2]"))
-    told = track(Tracking("demo", "someone", ("nightly", "a b")), document, "<p>the page</p>")
+    told = track(Tracking("demo", "someone", ("nightly", "a b")), typed(document), "<p>the page</p>")
     assert "offline" in told and str(offline) in told
     found = records(offline)
     (run,) = [record.run for record in found if record.run.run_id]
@@ -109,7 +110,7 @@ def test_what_goes_wrong_is_told_and_costs_nothing(
     monkeypatch.setattr(write, "_html", lambda *_: "page")
     told: list[str] = []
     outputs = Outputs(markdown=tmp_path / "summary.md", tracking=Tracking("demo"))
-    assert write.write_reports(outputs, broken_off(), None, told.append)
+    assert write.write_reports(outputs, typed(broken_off()), None, told.append)
     assert told == ["lmcompose: the run could not be tracked on Weights & Biases: CommError: no such entity"]
     assert (tmp_path / "summary.md").is_file()
 
@@ -117,7 +118,7 @@ def test_what_goes_wrong_is_told_and_costs_nothing(
 def test_disabled_is_told(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(RuntimeError, match="it is disabled, by WANDB_MODE or since nobody is logged in"):
-        track(Tracking("demo"), broken_off(), "page")
+        track(Tracking("demo"), typed(broken_off()), "page")
 
 
 def test_without_the_package_the_extra_is_named(
