@@ -147,9 +147,8 @@ with Store(Path(sys.argv[1]), 10_000, print).building("{A}", "it"):
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     process.kill()
     process.communicate()
-    start = time.monotonic()
-    with store.building(A, "it"):
-        assert time.monotonic() - start < 5
+    with store.building(A, "it"):  # which waits for as long as another process holds the lock
+        pass
 
 
 def test_processes_that_write_read_and_evict_at_once_break_nothing(store: Store, told: list[str]) -> None:
