@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("evaluate.edits=8", "evaluate.facts=60", "evaluate.texts=10", "evaluate.question_limit=8", "awq.samples=16")
+# Little of everything; the whole job is `make demo`, and the slow tests of the release gate.
+SMALL = (
+    *("evaluate.edits=4", "evaluate.facts=16", "evaluate.texts=4", "evaluate.question_limit=2"),
+    *("memit.covariance_tokens=2000", "memit.z.steps=15", "memit.contexts_per_length=2"),
+    *("awq.samples=8", "awq.grid=4", "awq.search_tokens=64"),
+)
 
 
 def test_both_orders_of_memit_and_awq_are_built_measured_and_judged_on_the_embedded_model(tmp_path: Path) -> None:
