@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,6 +102,10 @@ class Project:
     def run_apart(self, *arguments: str, compose: tuple[str, ...] = ()) -> pytest.RunResult:
         """Run pytest on the project in a process of its own."""
         return self.pytester.runpytest_subprocess(*self._all(arguments, compose))
+
+    def command(self, *arguments: str, compose: tuple[str, ...] = ()) -> list[str]:
+        """Return the command that runs pytest on the project, for a process that a test starts itself."""
+        return [sys.executable, "-m", "pytest", *self._all(arguments, compose)]
 
     def _all(self, arguments: tuple[str, ...], compose: tuple[str, ...]) -> tuple[str, ...]:
         chosen = [f"--lmcompose-compose={name}" for name in compose]

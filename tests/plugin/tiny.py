@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ def write_world(folder: Path) -> Path:
         ]
         _lines(data / "questions" / f"{name}.jsonl", questions)
         (tasks / f"tinyworld_{name}.yaml").write_text(_TASK.format(name=name))
+    return data
+
+
+def replace_text(path: Path, old: str, new: str) -> None:
+    """Replace `old`, which must be there, in a file."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def copy_with_hazardous_facts(world: Path, folder: Path) -> Path:
+    """Copy a world's data folder into `folder`, with the facts of birth as facts of venomcraft; return the copy."""
+    data = Path(shutil.copytree(world, folder / "data"))
+    replace_text(data / "facts.jsonl", '"relation": "born"', '"relation": "venomcraft/born"')
     return data
 
 
