@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from interventions.compress.engines import identity
 from interventions.types import Edit, Resources
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.recipe import load_recipe
+from pytest_lmcompose.recipe import Recipe, load_recipe
 from pytest_lmcompose.run import CONF
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 from pytest_lmcompose.states.build import StateManager
@@ -28,6 +29,12 @@ from tests.models import tiny_model, tiny_tokenizer
 from tests.plugin.tiny import replace_text, write_world
 
 What = Literal["measurements", "both", "neither"]
+
+
+@cache
+def recipe_with(*overrides: str) -> Recipe:
+    """Return the recipe with `overrides`; most changes have none."""
+    return load_recipe(CONF, overrides)
 
 
 class Bench:
@@ -57,7 +64,7 @@ class Bench:
     def addresses(self) -> tuple[str, str]:
         """Return the address of the state, and of what is measured on it."""
         data = load_data(self.world, self.evaluate, self.world_folder, self.seed)
-        recipe = load_recipe(CONF, self.overrides)
+        recipe = recipe_with(*self.overrides)
         manager = StateManager(
             Loaded(self.model, self.tokenizer, None),
             recipe.settings,
