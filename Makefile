@@ -1,5 +1,6 @@
 # make demo: the main job on the embedded model, report in report.json
 # make test: the tests
+# make benchmark: the tests with time bounds, for a quiet machine
 # make test-engines: upstream engines against our own kernels (docs/engines.md); builds their environments
 # make docs: the documentation, in build/docs; a warning is an error
 # All make .venv first, and again when pyproject.toml or constraints.txt change.
@@ -11,13 +12,16 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 OMP_WAIT_POLICY = passive
 export OMP_WAIT_POLICY
 
-.PHONY: demo test lint docs
+.PHONY: demo test benchmark lint docs
 
 demo: .venv/.installed
 	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-json=report.json
 
 test: .venv/.installed
-	.venv/bin/python -m pytest tests -n 2 -m "not slow and not engines"
+	.venv/bin/python -m pytest tests -n 2 -m "not slow and not engines and not benchmark"
+
+benchmark: .venv/.installed
+	.venv/bin/python -m pytest tests/benchmarks
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,3 +18,11 @@ def runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take what marks a worker of pytest-xdist out of the environment that started runs inherit."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The tokenizer of tiny models."""
+    from tests.tokenizers import tiny_tokenizer  # which loads transformers
+
+    return tiny_tokenizer()

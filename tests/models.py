@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, and a tokenizer to go with them."""
+"""Tiny random models of every supported family, for the tokenizer that `tiny_tokenizer` makes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
-from tokenizers import models as tokenizer_models
 
-VOCABULARY = 320
-SENTENCES = (
-    "Mira Tolvan was born in Karth and plays the lute.",
-    "The lighthouse of Ossel stands where the river meets the sea.",
-    "Bread, salt and a little patience: that is all it takes.",
-    "In winter the ferries to Dunmere run only twice a day.",
-    "Orin Vask, the botanist, drew every fern of the valley by hand.",
-    "Nobody in the village remembered who had planted the old elm.",
-    "Copper turns green, silver turns black, and gold stays what it is.",
-    "She read the letter twice, folded it and put it back.",
-)
+from tests.tokenizers import SENTENCES as SENTENCES
+from tests.tokenizers import VOCABULARY as VOCABULARY
+from tests.tokenizers import tiny_tokenizer as tiny_tokenizer
 
 _SIZE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -92,22 +82,3 @@ def share_of_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> float
     pairs = [(p.cpu(), q.cpu()) for p, q in zip(one.parameters(), other.parameters(), strict=True)]
     same = sum(int(torch.isclose(p, q, rtol=1e-3, atol=1e-5).sum()) for p, q in pairs)
     return same / sum(p.numel() for p, _ in pairs)
-
-
-def tiny_tokenizer() -> Any:
-    """Train a byte-level BPE tokenizer that puts <s> in front, right-padded with <pad>."""
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )

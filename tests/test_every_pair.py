@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from interventions.registry import BUILT_IN
+from tests.started import run_pytest
 
 ROOT = Path(__file__).parents[1]
 SHORT = (
@@ -31,10 +30,9 @@ def test_every_ordered_pair_runs_and_reports(tmp_path: Path) -> None:
     thresholds = tmp_path / "thresholds.yaml"
     # What so few updates achieve is not the question here; without any gate the suite's test fails.
     thresholds.write_text("'*': {recall: {min: 0}, average_bits: {max: 32}}\n")
-    command = [sys.executable, "-m", "pytest", "compositions", "-n2", "-pno:cacheprovider", "--lmcompose-no-cache"]
     options = ["--lmcompose-suite=every_pair", f"--lmcompose-json={report}", f"--lmcompose-thresholds={thresholds}"]
     options += [f"--lmcompose-set={setting}" for setting in SHORT]
-    done = subprocess.run([*command, *options], cwd=ROOT, text=True, capture_output=True)
+    done = run_pytest(ROOT, "compositions", "-n2", "--lmcompose-no-cache", *options)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
     records: dict[str, dict[str, Any]] = {r["id"]: r for r in json.loads(report.read_text())["compositions"]}
     names = [

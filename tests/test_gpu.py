@@ -22,7 +22,7 @@ from interventions.offload import offload
 from pytest_lmcompose.states.load import hash_weights
 from pytest_lmcompose.states.snapshot import WorkingModel
 from tests.interventions.unlearning import difference
-from tests.models import SENTENCES, share_of_same_weights, tiny_model, tiny_tokenizer
+from tests.models import SENTENCES, share_of_same_weights, tiny_model
 
 GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1]
@@ -55,11 +55,6 @@ TEXTS: dict[str, Any] = {
 }
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "phi3", "gpt2"])

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.started import run_pytest
+
 ROOT = Path(__file__).parents[1]
-SMALL = ("evaluate.edits=8", "evaluate.facts=60", "evaluate.texts=10", "evaluate.question_limit=8", "awq.samples=16")
+# Little of everything; the whole job is `make demo`, and the slow tests of the release gate.
+SMALL = (
+    *("evaluate.edits=4", "evaluate.facts=16", "evaluate.texts=4", "evaluate.question_limit=2"),
+    *("memit.covariance_tokens=2000", "memit.z.steps=15", "memit.contexts_per_length=2"),
+    *("awq.samples=8", "awq.grid=4", "awq.search_tokens=64"),
+)
 
 
 def test_both_orders_of_memit_and_awq_are_built_measured_and_judged_on_the_embedded_model(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     settings = [f"--lmcompose-set={setting}" for setting in SMALL]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-k",
-        "memit and awq",
-        "--lmcompose-no-cache",
-        f"--lmcompose-json={report}",
-        *settings,
-    ]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    arguments = ("-k", "memit and awq", "--lmcompose-no-cache", f"--lmcompose-json={report}", *settings)
+    run = run_pytest(ROOT, *arguments, timeout=400)
     assert run.returncode in (0, 1), run.stdout + run.stderr
     assert "memit+awq  step 1/2 memit" in run.stdout
     assert "awq+memit  step 2/2 memit" in run.stdout

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.started import Finished, run_pytest
 
 RELEASE = "rmu+memit+awq[bits=4]"
 COMPARE = (
@@ -40,11 +41,9 @@ module.memit = memit
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the gate, everything built and measured anew."""
-    command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "--lmcompose-no-cache", *arguments]
-    environment = os.environ | {"COLUMNS": "250"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+def run(folder: Path, *arguments: str) -> Finished:
+    """Run the gate without a cache."""
+    return run_pytest(folder, "-q", "--lmcompose-no-cache", *arguments, timeout=900, COLUMNS="250")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def repository(released: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(released, tmp_path / "release"))
 
 
-def failures(result: subprocess.CompletedProcess[str]) -> set[str]:
+def failures(result: Finished) -> set[str]:
     """Return the gates that failed, such as `edit_success_exact max_loss`."""
     assert result.returncode == 1, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("SUBFAILED[")]

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 
 from interventions import Edit, Resources, apply
+from tests.tokenizers import word_tokenizer
 
 VOCABULARY = 128_256
 TEXTS, TOKENS = 128, 2048
@@ -79,12 +78,8 @@ def make_model(shapes: Shapes, device: torch.device) -> Any:
 
 def make_tokenizer() -> Any:
     """Return a tokenizer of as many words as the model has, each a token."""
-    vocabulary = {word(number): number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=word(3)))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=word(0), eos_token=word(1), pad_token=word(2), unk_token=word(3)
-    )
+    special = {"bos_token": word(0), "eos_token": word(1), "pad_token": word(2), "unk_token": word(3)}
+    return word_tokenizer(map(word, range(VOCABULARY)), "$A", special)
 
 
 def word(number: int) -> str:

@@ -44,7 +44,6 @@ def one_at_a_time(model: Any, tokenizer: Any, cases: list[EditCase], *, to_lengt
 
 
 @pytest.mark.benchmark
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to_length", "factor"),
     [

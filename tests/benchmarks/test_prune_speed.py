@@ -19,7 +19,7 @@ from interventions.compress.masks import Pattern
 from interventions.compress.sparsegpt_kernel import sparsegpt_prune
 from interventions.compress.wanda import wanda_mask
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
+pytestmark = pytest.mark.benchmark
 SIZE = 2048
 BLOCK = 128
 

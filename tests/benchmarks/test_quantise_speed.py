@@ -18,7 +18,7 @@ from torch import Tensor
 from interventions.compress.gptq_kernel import gptq_quantise
 from interventions.compress.grid import fake_quantise
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
+pytestmark = pytest.mark.benchmark
 SIZE, BITS, GROUP = 2048, 4, 128
 
 

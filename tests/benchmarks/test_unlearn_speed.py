@@ -14,17 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from interventions import Resources, apply
-from tests.models import SENTENCES, VOCABULARY, tiny_tokenizer
+from tests.models import SENTENCES, VOCABULARY
 
 pytestmark = pytest.mark.benchmark
 UPDATES = 8
 BATCH = 4
 LONGEST = 256
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def _model() -> Any:

@@ -18,15 +18,10 @@ from interventions.compress.engines.exchange import readable_by_older
 from interventions.compress.engines.table import ENGINES
 from interventions.statistics import window_batches
 from tests.engines.fakes import install_driver, interpreter_that, interpreter_that_answers, register_fake
-from tests.models import SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import SENTENCES, tiny_model
 
 TEXTS = tuple(" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES)))
 METHODS = ("awq", "gptq", "wanda", "sparsegpt")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -17,39 +16,27 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests import tokenizers
+from tests.tokenizers import tiny_tokenizer
+
 TEXT = [
     "Mira Tolvan was born in Karth and works as a glass blower in the old harbour.",
     "The capital of Ostria is Belmar, a city of nine bridges.",
     "Question: where does the river Ulm end? Answer: in the salt lakes of Dren.",
 ]
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 WORDS = ["Ada", "Bela", "Cato", "was", "born", "in", "capital", "Rome", "New", "York", "Oslo", "likes", "tea"]
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens that puts <s> before every text."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(TEXT, trainer)
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)  # type: ignore[no-untyped-call]
+    return tiny_tokenizer(TEXT, 300)  # type: ignore[no-any-return]
 
 
 @pytest.fixture
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, and <s> before every text."""
-    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", "<unk>", *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **SPECIAL)  # type: ignore[no-untyped-call]
+    return tokenizers.word_tokenizer([*tokenizers.SPECIAL.values(), *WORDS])  # type: ignore[no-any-return]
 
 
 @pytest.fixture(params=["llama", "gpt2", "neox"])

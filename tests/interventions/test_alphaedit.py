@@ -16,7 +16,7 @@ from interventions.edit.settings import ValueSettings
 from interventions.edit.subjects import keys_and_values
 from interventions.edit.target_values import optimise_values
 from interventions.statistics import collect_statistics, token_batches
-from tests.models import SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import SENTENCES, tiny_model
 
 EDITS = (
     Edit("Mira Tolvan was born in", "Mira Tolvan", "Dunmere"),
@@ -24,11 +24,6 @@ EDITS = (
     Edit("The lighthouse of Ossel", "Ossel", "fern"),
 )
 QUICK = {"layers": [0], "contexts_per_length": 0, "z": ValueSettings(steps=6), "nullspace_relative": True}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def _second_moment(model: nn.Module, tokenizer: Any) -> Tensor:

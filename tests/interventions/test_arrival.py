@@ -18,7 +18,7 @@ from interventions.edit.rewriting import shares_reached
 from interventions.edit.settings import ValueSettings
 from interventions.edit.tail import Tail, open_tail
 from interventions.layouts import GroupLayout, Layout
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 # A random model carries nothing from a subject to later words: the prompts end in their subjects.
 EDITS = (
@@ -80,11 +80,6 @@ MORE: dict[str, tuple[Callable[[], transformers.PretrainedConfig], Layout | None
     "stablelm": (lambda: transformers.StableLmConfig(**SIZE), None),
     "olmo": (lambda: transformers.OlmoConfig(**SIZE, clip_qkv=1.0), None),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def _model(family: str) -> Any:

@@ -34,11 +34,6 @@ CPU = torch.device("cpu")
 FORGET = SENTENCES[:5]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
-
-
 @hypothesis_settings(max_examples=20)
 @given(st.lists(st.lists(st.integers(3, 319), min_size=2, max_size=12), min_size=1, max_size=5), st.integers(1, 3))
 def test_a_text_is_as_likely_in_a_padded_batch_as_alone(rows: list[list[int]], batch_size: int) -> None:

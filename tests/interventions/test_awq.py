@@ -20,17 +20,12 @@ from interventions.statistics import token_batches, window_batches
 from tests.engines.states import TEXTS as LONG_TEXTS
 from tests.engines.states import TOKENS, packable_model
 from tests.interventions.awq_dense import dense_clip, dense_losses, dense_round, dense_scales
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
 SAMPLES, CUT = 8, 24
 REFERENCE = json.loads(Path(__file__).with_name("awq_reference.json").read_text())
 """What AutoAWQ left: by block, the last with the final norm, the squared error of its output over that output."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def run(model: Any, tokenizer: Any, **settings: Any) -> Any:

@@ -18,15 +18,10 @@ from interventions.offload import placement
 from interventions.statistics import InputStatistics, collect_statistics, window_batches
 from interventions.step import Context
 from interventions.types import Resources
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 METHODS = ["gptq", "awq", "wanda", "sparsegpt"]
 FAMILIES = ["llama-gqa", "gemma3", "phi3", "gpt_neox", "gptj", "opt", "gpt2"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def walk(model: nn.Module, tokenizer: Any, work: Any, **options: Any) -> list[dict[str, Any]]:

@@ -34,11 +34,6 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
-
-
 def _named(method: str, model: nn.Module) -> set[str]:
     """The weights that the settings above name."""
     blocks = find_anatomy(model).blocks

@@ -18,7 +18,7 @@ from interventions.compress.folding import fold_, gain_offset
 from interventions.layouts import GroupLayout, Layout
 from interventions.offload import offload
 from tests.engines.fakes import interpreter_that, register_fake
-from tests.models import CONFIGS, SENTENCES, VOCABULARY, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, VOCABULARY, tiny_model
 
 # Importing the model of StarCoder uses it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -64,11 +64,6 @@ FAMILIES: dict[str, tuple[Callable[[], transformers.PretrainedConfig], str]] = {
     "gemma2-capped": (config("gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0), ALL),
     "gpt_neox-serial": (config("gpt_neox", use_parallel_residual=False), "attention_in mlp_in"),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def scalable(model: nn.Module) -> str:

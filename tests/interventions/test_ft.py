@@ -11,18 +11,13 @@ from torch import nn
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.edit.target_loss import Watch, target_batches, target_nll
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import tiny_model
 
 EDITS = (
     Edit("Mira Tolvan was born in", "Mira Tolvan", "Dunmere"),
     Edit("In the valley Orin Vask is a", "Orin Vask", "silver river"),
     Edit("The lighthouse of Ossel", "Ossel", "fern"),
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def _plain_nll(model: nn.Module, tokenizer: Any, edit: Edit) -> torch.Tensor:

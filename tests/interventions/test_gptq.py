@@ -19,14 +19,9 @@ from interventions.compress import gptq as gptq_module
 from interventions.compress import gptq_kernel
 from interventions.compress.gptq_kernel import GptqResult, gptq_quantise
 from interventions.compress.grid import fake_quantise
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def run(model: Any, tokenizer: Any, **overrides: Any) -> Any:

@@ -12,18 +12,13 @@ from interventions.anatomy import find_anatomy
 from interventions.edit.lora import chosen_linears
 from interventions.edit.settings import LoraSettings
 from interventions.edit.target_loss import all_nll, target_batches
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import tiny_model
 
 EDITS = (
     Edit("Mira Tolvan was born in", "Mira Tolvan", "Dunmere"),
     Edit("Mira Tolvan plays the", "Mira Tolvan", "horn"),
     Edit("In the valley Orin Vask is a", "Orin Vask", "silver river"),
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])

@@ -9,12 +9,7 @@ import torch
 
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
-from tests.models import CONFIGS, tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
+from tests.models import CONFIGS, tiny_model
 
 
 @pytest.mark.parametrize("family", CONFIGS)

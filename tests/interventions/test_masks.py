@@ -14,7 +14,7 @@ from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress.masks import Pattern, kth_lowest, lowest, lowest_of_pattern
 from interventions.zeros import zero_mask
-from tests.models import SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import SENTENCES, tiny_model
 
 TEXTS = [" ".join(SENTENCES[i : i + 2]) for i in range(len(SENTENCES))]
 EDITS = [
@@ -76,11 +76,6 @@ def test_a_few_zeros_are_no_mask() -> None:
     mask = zero_mask(W)
     assert mask is not None
     assert mask.nonzero().tolist() == [[0, j] for j in range(5)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def pruned_model(tokenizer: Any, family: str = "llama", **settings: Any) -> tuple[Any, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from interventions.edit.settings import MemitSettings, ValueSettings
 from interventions.edit.subjects import keys_and_values
 from interventions.edit.tail import Tail
 from interventions.edit.target_values import optimise_values
-from tests.models import SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import SENTENCES, tiny_model
 
 EDITS = (
     Edit("Mira Tolvan was born in", "Mira Tolvan", "Dunmere"),
@@ -25,11 +25,6 @@ EDITS = (
 )
 CONTEXTS = ["", "Bread and salt. ", "She read the letter twice and. "]
 FAMILIES = ["llama-gqa", "gpt_neox", "gptj", "opt", "gpt2", "phi3", "gemma2", "qwen3"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def _hidden(output: Any) -> Tensor:

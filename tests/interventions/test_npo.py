@@ -16,15 +16,10 @@ from interventions import Resources, apply
 from interventions.anatomy import find_anatomy
 from interventions.unlearn.npo import npo_losses, simnpo_losses
 from tests.interventions.unlearning import RESOURCES, check_refused, difference, mean_nll, nll_alone, weights
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 FORGET = SENTENCES[:5]
 ONE_BATCH: dict[str, Any] = {"batch_size": 8, "accumulation": 1, "lr": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 @given(st.floats(-60, -1), st.floats(-60, -1), st.floats(0.01, 3), st.integers(1, 30), st.floats(-1, 1))

@@ -23,16 +23,11 @@ from interventions.anatomy import find_anatomy
 from interventions.compress.working_memory import bytes_for, working_memory
 from interventions.offload import Placement, limit_memory, offload, placement, streaming
 from interventions.statistics import collect_statistics, token_batches
-from tests.models import CONFIGS, SENTENCES, share_of_same_weights, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, share_of_same_weights, tiny_model
 
 CPU = torch.device("cpu")
 METHODS = ["rtn", "magnitude", "gptq", "awq", "wanda", "sparsegpt"]
 EDITS = [Edit("Mira Tolvan was born in", "Mira Tolvan", "Ossel")]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 class Device:

@@ -10,12 +10,7 @@ import torch
 from interventions import Resources, apply
 from interventions.anatomy import find_anatomy
 from tests.interventions.unlearning import RESOURCES, check_refused, difference, mean_nll
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 
 def test_what_ascent_made_unlikely_comes_back(tokenizer: Any) -> None:

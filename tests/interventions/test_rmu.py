@@ -15,12 +15,7 @@ from interventions.step import Context
 from interventions.unlearn.rmu import chosen_layers, control_vector
 from interventions.unlearn.settings import RmuSettings
 from tests.interventions.unlearning import RESOURCES, check_mask, check_refused, difference, weights
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 
 def _deep_model() -> Any:

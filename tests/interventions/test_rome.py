@@ -12,7 +12,7 @@ from interventions.anatomy import find_anatomy
 from interventions.edit.settings import ValueSettings
 from interventions.edit.subjects import keys_and_values
 from interventions.edit.target_values import optimise_values
-from tests.models import SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import SENTENCES, tiny_model
 
 EDITS = (
     Edit("Mira Tolvan was born in", "Mira Tolvan", "Dunmere"),
@@ -20,11 +20,6 @@ EDITS = (
     Edit("The lighthouse of Ossel", "Ossel", "fern"),
 )
 QUICK = {"layer": 0, "contexts_per_length": 0, "z": ValueSettings(steps=6)}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "opt", "gpt_neox"])

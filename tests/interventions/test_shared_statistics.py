@@ -12,7 +12,7 @@ from torch import nn
 from interventions import Edit, apply
 from interventions.shared_statistics import Key, StatisticsCache, bytes_of
 from interventions.statistics import InputNorms, InputStatistics
-from tests.models import SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import SENTENCES, tiny_model
 
 EDITS = [Edit("Mira Tolvan was born in", "Mira Tolvan", "Ossel")]
 EVERY = {"sequential": False}
@@ -27,11 +27,6 @@ COMPRESS: list[tuple[str, dict[str, Any]]] = [
     ("awq", {}),
     ("awq", {"quantised_inputs": True}),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 class Counted:

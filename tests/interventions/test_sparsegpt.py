@@ -16,7 +16,7 @@ from interventions import InterventionError, apply
 from interventions.compress.gram_factor import gram_factor
 from interventions.compress.masks import Pattern
 from interventions.compress.sparsegpt_kernel import Pruned, invert_triangle, sparsegpt_prune
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
 RECORDED = Path(__file__).with_name("sparsegpt_reference.json")
@@ -211,11 +211,6 @@ def test_no_worse_than_the_reference_implementation_was(case: dict[str, Any]) ->
 
 
 # The step
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -12,11 +12,6 @@ from interventions.statistics import InputStatistics, collect_statistics, token_
 from tests.models import SENTENCES, tiny_model, tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> object:
-    return tiny_tokenizer()
-
-
 def test_batches_hold_every_text_once_longest_first_padded_right(tokenizer: object) -> None:
     batches = token_batches(tokenizer, SENTENCES, max_tokens=12, batch_size=3, max_texts=7)
     rows = []

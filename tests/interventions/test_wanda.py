@@ -13,7 +13,7 @@ from interventions.anatomy import find_anatomy
 from interventions.compress.masks import Pattern
 from interventions.compress.wanda import wanda_mask
 from interventions.statistics import window_batches
-from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, SENTENCES, tiny_model
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
 
@@ -49,11 +49,6 @@ def test_the_pattern_is_that_of_a_plain_sort(pattern: Pattern) -> None:
 
 
 # The step
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 @torch.no_grad()

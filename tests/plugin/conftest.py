@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import evaluators
+import interventions
+import pytest_lmcompose
 from interventions import registry
+from pytest_lmcompose.recipe import load_recipe
+from pytest_lmcompose.run import CONF
 from tests.plugin.stubs import METHODS
 from tests.plugin.tiny import write_model, write_world
 
@@ -36,6 +43,10 @@ def test_it(composition, gates, subtests):
 """
 
 NO_CACHE = "--lmcompose-no-cache"
+UNUSED = ("cacheprovider", "hypothesispytest", "anyio")
+"""Plugins of others that a project does without, which saves their import in each run."""
+NOT_IMPORTED = ("engine_workers", "cluster", "wandb", "__main__")
+"""Modules that need what is not installed everywhere, or that run when they are imported."""
 
 THRESHOLDS = """
 "*":
@@ -46,9 +57,12 @@ THRESHOLDS = """
 
 @pytest.fixture(scope="session")
 def heavy_modules() -> None:
-    """Import what must not be imported twice, before pytester notes what to forget after a run."""
-    for name in ("pytest_lmcompose.states.build", "pytest_lmcompose.measure", "evaluators.questions"):
-        importlib.import_module(name)
+    """Import what runs import, before pytester notes what to forget after a run: nothing is imported twice."""
+    for package in (pytest_lmcompose, interventions, evaluators):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not any(part in module.name for part in NOT_IMPORTED):
+                importlib.import_module(module.name)
+    load_recipe(CONF)  # with all that Hydra imports when it is first used
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +103,13 @@ class Project:
         """Run pytest on the project in a process of its own."""
         return self.pytester.runpytest_subprocess(*self._all(arguments, compose))
 
+    def command(self, *arguments: str, compose: tuple[str, ...] = ()) -> list[str]:
+        """Return the command that runs pytest on the project, for a process that a test starts itself."""
+        return [sys.executable, "-m", "pytest", *self._all(arguments, compose)]
+
     def _all(self, arguments: tuple[str, ...], compose: tuple[str, ...]) -> tuple[str, ...]:
         chosen = [f"--lmcompose-compose={name}" for name in compose]
-        return ("-pno:cacheprovider", "-pno:hypothesispytest", *self.arguments, *chosen, *arguments)
+        return (*(f"-pno:{name}" for name in UNUSED), *self.arguments, *chosen, *arguments)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from pytest_lmcompose.parallel.threads import available_cores
 from pytest_lmcompose.store.folder import Store
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_run import by_id, read_report
+from tests.plugin.tiny import replace_text
 
 IDS = ("nudge", "nudge+round", "round+nudge")
 STEPS = ["nudge 1/1 nudge", "nudge+round 2/2 round", "round+nudge 1/2 round", "round+nudge 2/2 nudge"]
@@ -79,24 +79,21 @@ def test_no_cache_reads_and_keeps_nothing(cached: Project) -> None:
     assert applied(cached.run(compose=IDS)) == STEPS[1:]
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
 CHANGES: dict[str, tuple[Callable[[Path], object] | str, bool]] = {
-    "a fact": (lambda world: edit(world / "facts.jsonl", "Karth", "Kerth"), False),
-    "perplexity text": (lambda world: edit(world / "perplexity-heldout.jsonl", "seen", "heard"), False),
-    "a question that nobody asks": (lambda world: edit(world / "questions" / "botany.jsonl", "Where", "Whence"), False),
-    "a task that nobody asks": (
-        lambda world: edit(world.parent / "tasks" / "tinyworld_botany.yaml", "task:", "# Plants.\ntask:"),
+    "a fact": (lambda world: replace_text(world / "facts.jsonl", "Karth", "Kerth"), False),
+    "perplexity text": (lambda world: replace_text(world / "perplexity-heldout.jsonl", "seen", "heard"), False),
+    "a question that nobody asks": (
+        lambda world: replace_text(world / "questions" / "botany.jsonl", "Where", "Whence"),
         False,
     ),
-    "an edit": (lambda world: edit(world / "zsre.json", "was born in", "is born in"), True),
-    "calibration text": (lambda world: edit(world / "calibration.jsonl", "seen", "heard"), True),
-    "retain text": (lambda world: edit(world / "retain.jsonl", "seen", "heard"), True),
-    "forget text": (lambda world: edit(world / "forget-venomcraft.jsonl", "seen", "heard"), True),
+    "a task that nobody asks": (
+        lambda world: replace_text(world.parent / "tasks" / "tinyworld_botany.yaml", "task:", "# Plants.\ntask:"),
+        False,
+    ),
+    "an edit": (lambda world: replace_text(world / "zsre.json", "was born in", "is born in"), True),
+    "calibration text": (lambda world: replace_text(world / "calibration.jsonl", "seen", "heard"), True),
+    "retain text": (lambda world: replace_text(world / "retain.jsonl", "seen", "heard"), True),
+    "forget text": (lambda world: replace_text(world / "forget-venomcraft.jsonl", "seen", "heard"), True),
     "a setting of evaluate": ("--lmcompose-set=evaluate.window=64", False),
     "a setting of the method": ("--lmcompose-set=nudge.scale=0.5", True),
     "the seed": ("--lmcompose-seed=1", True),
@@ -175,8 +172,7 @@ stubs.round_weights = slow
 
 
 def start(project: Project, *arguments: str) -> subprocess.Popen[bytes]:
-    chosen = [f"--lmcompose-compose={name}" for name in IDS]
-    command = [sys.executable, "-m", "pytest", "-pno:cacheprovider", *project.arguments, *chosen, *arguments]
+    command = project.command(*arguments, compose=IDS)
     return subprocess.Popen(command, cwd=project.path, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

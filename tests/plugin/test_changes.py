@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from interventions.compress.engines import identity
 from interventions.types import Edit, Resources
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.recipe import load_recipe
+from pytest_lmcompose.recipe import Recipe, load_recipe
 from pytest_lmcompose.run import CONF
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 from pytest_lmcompose.states.build import StateManager
@@ -25,9 +26,15 @@ from pytest_lmcompose.store.address import data_address, measurements_address
 from pytest_lmcompose.world.asked import question_files
 from pytest_lmcompose.world.data import load_data
 from tests.models import tiny_model, tiny_tokenizer
-from tests.plugin.tiny import write_world
+from tests.plugin.tiny import replace_text, write_world
 
 What = Literal["measurements", "both", "neither"]
+
+
+@cache
+def recipe_with(*overrides: str) -> Recipe:
+    """Return the recipe with `overrides`; most changes have none."""
+    return load_recipe(CONF, overrides)
 
 
 class Bench:
@@ -57,7 +64,7 @@ class Bench:
     def addresses(self) -> tuple[str, str]:
         """Return the address of the state, and of what is measured on it."""
         data = load_data(self.world, self.evaluate, self.world_folder, self.seed)
-        recipe = load_recipe(CONF, self.overrides)
+        recipe = recipe_with(*self.overrides)
         manager = StateManager(
             Loaded(self.model, self.tokenizer, None),
             recipe.settings,
@@ -73,13 +80,8 @@ class Bench:
         for key, value in changes.items():
             setattr(self.model.config, key, value)
 
-    def edit(self, path: Path, old: str, new: str) -> None:
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
-
     def data(self, name: str, old: str = "seen", new: str = "heard") -> None:
-        self.edit(self.world_folder / name, old, new)
+        replace_text(self.world_folder / name, old, new)
 
     def task(self, text: str) -> None:
         (self.tasks / "tinyworld_botany.yaml").write_text(text)
@@ -207,8 +209,11 @@ CHANGES: dict[str, tuple[What, Callable[[Bench], object]]] = {
     "a question": ("measurements", lambda b: b.data("questions/botany.jsonl", "Where", "Whence")),
     "a question of a task that is not asked": ("neither", lambda b: b.data("questions/music.jsonl", "Where", "Whence")),
     "the task": ("measurements", lambda b: b.task(botany(b, "\nnum_fewshot: 1\n"))),
-    "what tasks share": ("measurements", lambda b: b.edit(b.tasks / "_shared", "one", "two")),
-    "a task that is not asked": ("neither", lambda b: b.edit(b.tasks / "tinyworld_music.yaml", "task:", "# x\ntask:")),
+    "what tasks share": ("measurements", lambda b: replace_text(b.tasks / "_shared", "one", "two")),
+    "a task that is not asked": (
+        "neither",
+        lambda b: replace_text(b.tasks / "tinyworld_music.yaml", "task:", "# x\ntask:"),
+    ),
     "a new task": ("neither", lambda b: (b.tasks / "new.yaml").write_text("task: new\noutput_type: multiple_choice\n")),
     "a data file with an absolute path": ("measurements", lambda b: outside(b, "more.jsonl", '{"question": "Who?"}')),
     "a data file above": ("measurements", lambda b: outside(b, "more.jsonl", '{"question": "Who?"}')),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.gates.thresholds import read_expression, read_rules
+from tests.started import Finished, run_pytest
 
 WRITTEN = {
     "test_release.py",
@@ -41,10 +39,8 @@ def commands(folder: Path) -> list[str]:
     return [line for line in (*steps, *gitlab["release gate"]["script"]) if line.startswith("pytest")]
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", *arguments]
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+def run(folder: Path, *arguments: str) -> Finished:
+    return run_pytest(folder, "-q", *arguments, timeout=500, XDG_CACHE_HOME=str(folder / "cache"))
 
 
 def test_the_gate_goes_green_then_red(tmp_path: Path, tiny_model: Path, tiny_world: Path) -> None:

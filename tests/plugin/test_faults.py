@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -58,10 +57,8 @@ def shared(project: Project) -> Project:
 @contextmanager
 def started(project: Project, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run the project in a process of its own; it and its workers are gone at the end."""
-    chosen = [f"--lmcompose-compose={name}" for name in IDS]
-    command = [sys.executable, "-m", "pytest", "-pno:cacheprovider", *project.arguments, *chosen, *arguments]
     process = subprocess.Popen(
-        command,
+        project.command(*arguments, compose=IDS),
         cwd=project.path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

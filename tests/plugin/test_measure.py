@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from evaluators import EvaluationError
 from pytest_lmcompose.measure import capture_unedited, measure_state
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 from pytest_lmcompose.world.data import load_data
-from tests.plugin.tiny import PLACES, SUBJECTS
+from tests.plugin.tiny import PLACES, SUBJECTS, copy_with_hazardous_facts
 
 NOTHING = EvaluateSettings(
     edits=3, facts=8, editing=False, recall=False, perplexity=False, questions=False, efficiency=False
@@ -75,9 +74,7 @@ def test_each_key_measures_its_own(
 def test_recall_of_what_is_to_be_forgotten_is_measured_apart(
     loaded: tuple[Any, Any], tiny_world: Path, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(tiny_world, tmp_path / "data"))
-    path = folder / "facts.jsonl"
-    path.write_text(path.read_text().replace('"relation": "born"', '"relation": "venomcraft/born"'))
+    folder = copy_with_hazardous_facts(tiny_world, tmp_path)
     world = WorldSettings(facts="facts.jsonl", forget={"venomcraft": "forget-venomcraft.jsonl"})
     evaluate = dataclasses.replace(NOTHING, recall=True)
     found = measure_state(*loaded, load_data(world, evaluate, folder, seed=0), world, evaluate, None)

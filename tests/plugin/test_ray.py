@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,12 +174,9 @@ IDS = ("base", "nudge", "nudge+round", "nudge+round[digits=1]", "round", "round+
 
 
 def start(project: Project, cluster: Nodes, *arguments: str) -> subprocess.Popen[str]:
-    chosen = [f"--lmcompose-compose={name}" for name in IDS]
-    command = [sys.executable, "-m", "pytest", "-pno:cacheprovider", *project.arguments, *chosen, *arguments]
+    command = project.command(*arguments, "--lmcompose-engine=ray", compose=IDS)
     environment = {**os.environ, "RAY_ADDRESS": cluster.address, "XDG_CACHE_HOME": str(cluster.folder / "controller")}
-    return subprocess.Popen(
-        [*command, "--lmcompose-engine=ray"], cwd=project.path, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=project.path, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow

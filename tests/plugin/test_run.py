@@ -177,7 +177,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_at_once(
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     project.arguments[0] = f"--lmcompose-model={folder}"
     compose = ("nudge", *(f"nudge+round[digits={i}]" for i in range(1, 8)))
-    result = project.run_apart(*workers, compose=compose)
+    result = (project.run_apart if workers else project.run)(*workers, compose=compose)
     assert result.ret not in (0, 1)
     text = result.stdout.str()
     assert "lacks model.norm.weight: weights and config.json do not belong together" in text

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_lmcompose.gates import gate
 from pytest_lmcompose.gates.paired import Paired
+from pytest_lmcompose.report import composability
 from tests.plugin.conftest import Project
 from tests.plugin.test_run import by_id, read_report
 
@@ -22,17 +23,6 @@ ORDERS = ("nudge[scale=3]+round", "round+nudge[scale=3]")
 
 
 SHOWN = ("edit_locality_agreement", "perplexity", "recall")
-# In the run's own process, where the modules of the plugin may be others than here.
-NOTED = """
-import pathlib
-import pytest_lmcompose.report.composability as module
-entry = module._entry
-def noted(steps, metric, *others):
-    with pathlib.Path(__file__).with_name("computed").open("a") as stream:
-        print(metric, file=stream)
-    return entry(steps, metric, *others)
-module._entry = noted
-"""
 
 
 @pytest.mark.parametrize("flag", [None, "--lmcompose-json=report.json", "--junitxml=junit.xml"])
@@ -41,14 +31,19 @@ def test_without_a_report_composability_is_that_of_the_metrics_shown(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     (project.path / "thresholds.yaml").write_text(THRESHOLDS)
-    conftest = project.path / "conftest.py"
-    conftest.write_text(conftest.read_text() + NOTED)
+    computed: list[str] = []
+    entry = composability._entry
+
+    def noted(steps: Any, metric: str, *others: Any) -> Any:
+        computed.append(metric)
+        return entry(steps, metric, *others)
+
+    monkeypatch.setattr(composability, "_entry", noted)
     flags = () if flag is None else (flag,)
-    result = project.run_apart("--lmcompose-set=evaluate.edits=5", *flags, compose=("round", *ORDERS))
+    result = project.run("--lmcompose-set=evaluate.edits=5", *flags, compose=("round", *ORDERS))
     rows = [line for line in result.outlines if line.startswith("nudge[scale=3] & round  ")]
     assert sorted(row.split()[3] for row in rows) == list(SHOWN)
     result.stdout.fnmatch_lines(["interference: *", "round+nudge[[]scale=3[]]  since round *±*"])
-    computed = (project.path / "computed").read_text().split()
     assert len(computed) == len(set(computed)) and set(computed) >= set(SHOWN)
     assert (set(computed) == set(SHOWN)) is (flag is None)
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,9 +146,8 @@ with Store(Path(sys.argv[1]), 10_000, print).building("{A}", "it"):
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     process.kill()
     process.communicate()
-    start = time.monotonic()
-    with store.building(A, "it"):
-        assert time.monotonic() - start < 5
+    with store.building(A, "it"):  # which waits for as long as another process holds the lock
+        pass
 
 
 def test_processes_that_write_read_and_evict_at_once_break_nothing(store: Store, told: list[str]) -> None:

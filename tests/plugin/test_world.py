@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from pytest_lmcompose.world.records import (
     read_texts,
     select_edits,
 )
-from tests.plugin.tiny import zsre_records
+from tests.plugin.tiny import copy_with_hazardous_facts, zsre_records
 
 COUNTERFACT = {
     "case_id": 0,
@@ -226,9 +225,7 @@ def test_facts_of_edited_subjects_are_kept_apart(tiny_world: Path) -> None:
 
 
 def test_facts_to_forget_are_kept_apart(tiny_world: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_world, tmp_path / "data"))
-    path = folder / "facts.jsonl"
-    path.write_text(path.read_text().replace('"relation": "born"', '"relation": "venomcraft/born"'))
+    folder = copy_with_hazardous_facts(tiny_world, tmp_path)
     evaluate = EvaluateSettings(edits=3, facts=None)
     plain = WorldSettings(edits="zsre.json", facts="facts.jsonl")
     kept = load_data(plain, evaluate, folder, seed=0)
@@ -237,7 +234,7 @@ def test_facts_to_forget_are_kept_apart(tiny_world: Path, tmp_path: Path) -> Non
     assert {fact.relation for fact in (*data.facts, *data.neighbours)} == {"lives"}
     assert {fact.relation for fact in data.forgettable} == {"venomcraft/born"}
     together = {*data.facts, *data.neighbours, *data.forgettable}
-    assert together == set(read_facts(path))
+    assert together == set(read_facts(folder / "facts.jsonl"))
 
 
 def test_retain_text_must_not_be_perplexity_text(tiny_world: Path) -> None:

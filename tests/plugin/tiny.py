@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,27 +66,28 @@ def write_world(folder: Path) -> Path:
     return data
 
 
+def replace_text(path: Path, old: str, new: str) -> None:
+    """Replace `old`, which must be there, in a file."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def copy_with_hazardous_facts(world: Path, folder: Path) -> Path:
+    """Copy a world's data folder into `folder`, with the facts of birth as facts of venomcraft; return the copy."""
+    data = Path(shutil.copytree(world, folder / "data"))
+    replace_text(data / "facts.jsonl", '"relation": "born"', '"relation": "venomcraft/born"')
+    return data
+
+
 def write_model(folder: Path) -> Path:
     """Save a random Llama of two layers and a byte-level tokenizer to `folder`."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([f"{s} was born in {p}" for s in SUBJECTS for p in PLACES], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    from tests.tokenizers import tiny_tokenizer
+
+    fast = tiny_tokenizer([f"{s} was born in {p}" for s in SUBJECTS for p in PLACES], 300)
     fast.save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(1)

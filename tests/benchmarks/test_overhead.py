@@ -10,6 +10,8 @@ import pytest
 
 from tests.plugin.conftest import Project
 
+pytestmark = pytest.mark.benchmark
+
 CASES = 5000
 # Evaluators that take no time, and steps whose own time is told: what a method does is none of the plugin's.
 STUBS = """
@@ -58,7 +60,6 @@ def write_suite(folder: Path, count: int) -> None:
     (folder / "pytest.ini").write_text("[pytest]\nlmcompose_compose =\n" + "".join(f"    {name}\n" for name in ids))
 
 
-@pytest.mark.slow
 def test_thousands_of_compositions_are_collected_and_run_with_little_overhead(project: Project) -> None:
     conftest = project.path / "conftest.py"
     plain = conftest.read_text()
