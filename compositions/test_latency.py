@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.plugin import SESSION
+from pytest_lmcompose.session import SESSION
 
 if TYPE_CHECKING:
     from pytest_lmcompose.states.build import ModelState

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from interventions.compress.engines.table import ENGINES
 from pytest_lmcompose.baseline.keeping import (
     COMPARE,
     COMPARE_METAVAR,
@@ -31,7 +30,10 @@ SUITE_FOLDER = Path(__file__).resolve().parent.parent / "compositions"
 """The installed suite: its recipes, thresholds and embedded world. Found beside the plugin, since a
 project under test may have a folder of that name too."""
 
-ENGINES_OF_RUNS = ("local", "ray")
+COMPRESSION_ENGINES = ("autoawq", "gptqmodel", "llmcompressor", "auto_gptq")
+"""Upstream implementations of `interventions.compress.engines`, by name: looking there would import that package."""
+LOCAL = "local"
+"""The engine that is pytest's own loop."""
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?")
 
 
@@ -52,7 +54,7 @@ class Options:
     """Of pytest-xdist; 0: workers see all GPUs."""
     json: Path | None
     engine: str
-    """`ray`: tests run on a Ray cluster."""
+    """Who runs the tests: `local`, or the name by which a plugin offers it; see `hookspec`."""
     shard: Shard | None
     """The part of the compositions that this run tests; None: all."""
     plan: bool
@@ -117,7 +119,7 @@ def add_options(parser: pytest.Parser) -> None:
         "N",
     )
     add("shard", "test the K-th of N parts of the compositions; `lmcompose merge` joins their reports", "K/N")
-    add("engine", f"where the tests run: {', '.join(ENGINES_OF_RUNS)} (default: local)", "ENGINE")
+    add("engine", "where the tests run: local, ray, or an engine of another plugin (default: local)", "ENGINE")
     add("json", "write the report, one JSON document, to this file", "PATH")
     for name, help, metavar in FLAGS:
         add(name, help, metavar)
@@ -140,9 +142,9 @@ def add_options(parser: pytest.Parser) -> None:
         flag(name, help)
         parser.addini(_key(name), f"{help} (default of --lmcompose-{name})", type="bool", default=False)
     flag("plan", "print the tree of states to build, what sharing them saves and what it will cost, and stop")
-    for engine in ENGINES:
-        help = f"interpreter of the engine {engine.name} where {engine.variable} is not set (see docs/engines.md)"
-        parser.addini(_engine_key(engine.name), help, type="string", default="")
+    for engine in COMPRESSION_ENGINES:
+        help = f"interpreter of the engine {engine} if {_engine_variable(engine)} is not set (see docs/engines.md)"
+        parser.addini(_key(f"{engine}_python"), help, type="string", default="")
 
 
 def read_options(config: pytest.Config) -> Options:
@@ -190,7 +192,7 @@ def read_options(config: pytest.Config) -> Options:
         device=device,
         gpus_per_worker=int(gpus_per_worker),
         json=path_of(values["json"], folder),
-        engine=_engine(values["engine"]),
+        engine=values["engine"] or LOCAL,
         shard=_shard(values["shard"]),
         plan=bool(config.getoption("lmcompose_plan")),
         cache_dir=_cache_dir(config, values["cache_dir"], folder),
@@ -229,12 +231,6 @@ def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path |
     return path
 
 
-def _engine(value: str | None) -> str:
-    if value is not None and value not in ENGINES_OF_RUNS:
-        raise pytest.UsageError(f"--lmcompose-engine: expected {' or '.join(ENGINES_OF_RUNS)}, not {value!r}")
-    return value or ENGINES_OF_RUNS[0]
-
-
 def _shard(value: str | None) -> Shard | None:
     try:
         return read_shard(value) if value else None
@@ -245,7 +241,7 @@ def _shard(value: str | None) -> Shard | None:
 def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:
     """Return the interpreters of the ini file, relative ones counted from it."""
     folder = config.rootpath if config.inipath is None else config.inipath.parent
-    given = [(engine.variable, str(config.getini(_engine_key(engine.name)))) for engine in ENGINES]
+    given = [(_engine_variable(name), str(config.getini(_key(f"{name}_python")))) for name in COMPRESSION_ENGINES]
     return tuple((variable, str(folder / os.path.expanduser(path))) for variable, path in given if path)
 
 
@@ -271,8 +267,9 @@ def _key(name: str) -> str:
     return f"lmcompose_{name.replace('-', '_')}"
 
 
-def _engine_key(name: str) -> str:
-    return _key(f"{name}_python")
+def _engine_variable(name: str) -> str:
+    """Return the environment variable that names the interpreter of an engine."""
+    return f"LMCOMPOSE_{name.upper()}_PYTHON"
 
 
 def _value(config: pytest.Config, name: str) -> str | None:

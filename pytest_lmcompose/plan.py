@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from pytest_lmcompose.composition import BASE, Composition, Step
 from pytest_lmcompose.costs import Costs
@@ -167,3 +168,11 @@ class Remaining:
     def needs(self, state: Composition) -> bool:
         """Say whether a test that is left needs `state`."""
         return self._left[state] > 0
+
+
+class Planned(NamedTuple):
+    """The ids of the compositions that a run tests, all shards taken together."""
+
+    tested: tuple[str, ...]
+    judged: tuple[str, ...]
+    """Those of them whose tests ask for gates."""

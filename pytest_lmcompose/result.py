@@ -11,7 +11,7 @@ from pytest_lmcompose.gates.gate import Verdict
 from pytest_lmcompose.gates.repeats import Repeat
 
 if TYPE_CHECKING:
-    from pytest_lmcompose.states.build import StepRecord
+    from pytest_lmcompose.steps import StepRecord
 
 
 @dataclasses.dataclass

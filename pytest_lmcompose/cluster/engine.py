@@ -21,8 +21,7 @@ from pytest_lmcompose.cluster.work import Job, Outcome, run_part
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.options import Options
 from pytest_lmcompose.parallel.shard import Cost
-from pytest_lmcompose.report.terminal import Progress
-from pytest_lmcompose.session import BASELINE_INPUT, Session
+from pytest_lmcompose.session import BASELINE_INPUT, Session, composition_of
 from pytest_lmcompose.store.entries import costs
 
 RETRIES = 3
@@ -49,15 +48,13 @@ class RayEngine:
         if getattr(config.option, "tx", None) or getattr(config.option, "numprocesses", None):
             raise pytest.UsageError("--lmcompose-engine=ray and -n exclude each other: Ray spreads the tests")
         self._config, self._session = config, session
-        self._tell = Progress(config)
+        self._tell = session.progress
         self._items: dict[str, pytest.Item] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         if session.testsfailed or self._config.option.collectonly:
             return None
-        from pytest_lmcompose.plugin import composition_of
-
         tests: dict[Composition, list[str]] = {}
         others = []
         for item in session.items:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,7 @@ import execnet
 import pytest
 from xdist.scheduler import LoadScheduling, LoadScopeScheduling
 
-from interventions.registry import methods
+from pytest_lmcompose import shadow
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.options import Options, asked_for_distribution
@@ -96,13 +96,24 @@ class Workers:
 def composition_of(nodeid: str) -> Composition | None:
     """Return the composition among the parameters in a test's node id, or None."""
     parts = nodeid.partition("::")[2].partition("[")[2].removesuffix("]").split("-")
+    known: Collection[str] | None = None
     for length in range(len(parts), 0, -1):
         for start in range(len(parts) - length + 1):
             with suppress(CompositionError):
                 found = parse("-".join(parts[start : start + length]))
-                if all(step.method in methods() for step in found.steps):
+                known = _methods() if known is None else known
+                if all(step.method in known for step in found.steps):
                     return found
     return None
+
+
+def _methods() -> Collection[str]:
+    """Return the names of all methods; none where other packages hide ours, so that no test is about a composition."""
+    if shadow.hidden() is not None:
+        return ()
+    from interventions.registry import methods
+
+    return methods()
 
 
 class Undecided:

@@ -13,8 +13,8 @@ from pytest_lmcompose.report.record import Record
 
 if TYPE_CHECKING:
     from pytest_lmcompose.baseline.reference import Baseline
+    from pytest_lmcompose.plan import Planned
     from pytest_lmcompose.recipe import Recipe
-    from pytest_lmcompose.session import Planned
 
 Plan = Mapping[str, Any]
 """The section, as plain data."""

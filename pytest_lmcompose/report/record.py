@@ -21,14 +21,12 @@ if TYPE_CHECKING:
     from evaluators.measurement import Measurement
     from pytest_lmcompose.gates.gate import Verdict
     from pytest_lmcompose.result import Result
-    from pytest_lmcompose.states.build import StepRecord
+    from pytest_lmcompose.steps import StepRecord
 
 Record = Mapping[str, Any]
 """Of a composition, as plain data."""
 Measured = Mapping[str, Any]
 """A measurement, or one of its repeats, as plain data."""
-PROPERTY = "lmcompose"
-"""Name of the user property of a test's report."""
 _OF_A_REPEAT = ("value", "nonfinite", "stderr", "n", "samples", "weights", "clusters", "answers")
 
 

@@ -15,8 +15,7 @@ Document = Mapping[str, Any]
 def write_reports(outputs: Outputs, document: Document, baseline: Document | None, tell: Callable[[str], None]) -> bool:
     """Write every report that is wanted; say whether all files could be written.
 
-    One that cannot be written hinders no other. Tracking that fails is told, and no more: the run is
-    as good without it.
+    One that cannot be written hinders no other.
     """
     written = True
 
@@ -34,13 +33,6 @@ def write_reports(outputs: Outputs, document: Document, baseline: Document | Non
         attempt(outputs.markdown, lambda: _markdown(document, baseline), append_text)
     if outputs.latex is not None:
         attempt(outputs.latex, lambda: _latex(document), write_text)
-    if outputs.tracking is not None:
-        from pytest_lmcompose.report.wandb import track
-
-        try:
-            tell(f"lmcompose: {track(outputs.tracking, document, _html(document, baseline))}")
-        except Exception as error:
-            tell(f"lmcompose: the run could not be tracked on Weights & Biases: {type(error).__name__}: {error}")
     return written
 
 

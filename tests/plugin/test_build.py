@@ -229,7 +229,7 @@ def test_what_was_built_once_is_read_by_the_next_run(inputs: Input, lines: list[
     first = inputs.manager().enter(parse("nudge+round"))
     again = inputs.manager().enter(parse("nudge+round"))
     assert again.state_hash == first.state_hash == hash_weights(again.model)
-    assert [line.split("  ")[1] for line in lines] == ["step 1/2 nudge", "step 2/2 round", "read from the store"]
+    assert [line.split("  ")[1] for line in lines] == ["step 1/2 nudge", "step 2/2 round", "read from the cache"]
     assert [record.report.changed for record in again.steps] == [record.report.changed for record in first.steps]
     assert [record.seed for record in again.steps] == [record.seed for record in first.steps]
     assert again.steps[1].report.warnings == ("rounded to nearest",)

@@ -85,7 +85,7 @@ def test_a_part_starts_from_the_state_that_another_node_built(project: Project) 
     assert "[p1] nudge  step 1/1 nudge" in "\n".join(outcome.lines)
     behind, nothing = run_part(job(project, compose, XDG_CACHE_HOME=stores[1]), "p2", ids("nudge+round"), None, parcels)
     lines = "\n".join(behind.lines)
-    assert "nudge  read from the store" in lines and "step 2/2 round" in lines and "step 1/2" not in lines
+    assert "nudge  read from the cache" in lines and "step 2/2 round" in lines and "step 1/2" not in lines
     assert nothing == {} and not behind.unreported
 
 

@@ -232,7 +232,7 @@ def test_a_worker_forgets_states_of_the_subtree_that_it_leaves(
     session = Session(config, read_options(config))
     found: list[str] = []
     run: Any = SimpleNamespace(release=lambda states: found.extend(map(str, states)), results={})
-    session.__dict__["run"] = run
+    session._run = run
     # As far as this process knows, all tests may still come here.
     session.expect([parse(name) for name in ("awq+ga+ft", "awq+ga+ft", "awq+memit", "awq+ga")])
     session.tested(parse("awq+ga+ft"), parse("awq+memit"))
