@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -100,17 +101,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         if "composition" in (names.replace(" ", "").split(",") if isinstance(names, str) else names):
             return
-    compositions = metafunc.config.stash[SESSION].compositions()
+    with _collecting():
+        compositions = metafunc.config.stash[SESSION].compositions()
     metafunc.parametrize("composition", compositions, indirect=True, ids=str)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    composition = composition_of(item)
-    if composition is not None:
-        for category in item.config.stash[SESSION].categories(composition):
-            if category not in CATEGORIES:  # of a method of another package
-                _add_marker(item.config, category)
-            item.add_marker(category)
+    with _collecting():
+        composition = composition_of(item)
+    for category in () if composition is None else item.config.stash[SESSION].categories(composition):
+        if category not in CATEGORIES:  # of a method of another package
+            _add_marker(item.config, category)
+        item.add_marker(category)
+
+
+@contextmanager
+def _collecting() -> Iterator[None]:
+    """Show what the user did wrong as pytest shows a test module that it cannot collect: without a traceback."""
+    try:
+        yield
+    except pytest.UsageError as error:
+        raise pytest.Collector.CollectError(str(error)) from None
 
 
 @pytest.hookimpl(trylast=True)  # of what -k, -m and other plugins leave
@@ -133,6 +144,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[SESSION].expect(tested)
     own = session.config.stash[SESSION]
     own.judged = _judged(session.items)
+    own.check_packages()
     if own.writes and not own.options.plan and not session.config.option.collectonly:
         for problem in own.unmatched():
             raise pytest.UsageError(f"lmcompose: {problem}")

@@ -81,8 +81,7 @@ class Session:
     def run(self) -> Run:
         """The work of this process; raises pytest.UsageError if packages of that project hide ours."""
         if self._run is None:
-            if (problem := shadow.hidden()) is not None:
-                raise pytest.UsageError(f"lmcompose: {problem}")
+            _check_packages()
             from pytest_lmcompose.run import Run
 
             self._run = Run(self.options, self.progress, self.progress.doing, self._step_applied)
@@ -171,6 +170,11 @@ class Session:
         from pytest_lmcompose.report.planned import dropped
 
         return list(dropped(self.run.rules, self.planned.tested, baseline))
+
+    def check_packages(self) -> None:
+        """Raise pytest.UsageError if collection has brought packages that ours hide."""
+        if self.in_use:
+            _check_packages()
 
     @property
     def baseline(self) -> Baseline | None:
@@ -368,6 +372,11 @@ class Session:
                         self.run.journal.finished(record["id"])
                     self.config.hook.pytest_lmcompose_composition_measured(config=self.config, record=record)
         report.user_properties = [pair for pair in report.user_properties if pair[0] != PROPERTY]
+
+
+def _check_packages() -> None:
+    if (problem := shadow.hidden()) is not None:
+        raise pytest.UsageError(f"lmcompose: {problem}")
 
 
 def composition_of(item: pytest.Item) -> Composition | None:

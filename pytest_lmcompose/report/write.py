@@ -29,6 +29,10 @@ def write_reports(outputs: Outputs, document: Document, baseline: Document | Non
 
     if outputs.html is not None:
         attempt(outputs.html, lambda: _html(document, baseline), write_text)
+        from pytest_lmcompose.report.html import undrawn
+
+        if (why := undrawn()) is not None:
+            tell(f"lmcompose: {outputs.html}: {why}")
     if outputs.markdown is not None:
         attempt(outputs.markdown, lambda: _markdown(document, baseline), append_text)
     if outputs.latex is not None:
