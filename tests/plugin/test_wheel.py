@@ -35,10 +35,18 @@ def test_own_packages(name):
     assert evaluators.OURS is interventions.OURS is False
     assert not any(module.startswith(("evaluators.", "interventions.")) for module in sys.modules)
 """,
-    "gate/test_gate.py": "def test_gate(composition, intervened_model):\n    assert intervened_model.steps\n",
+    "gate/test_gate.py": "def test_gate(composition):\n    assert str(composition) == 'rtn'\n",
 }
 """A project with packages of the same names."""
-QUICK = ("--lmcompose-compose=rtn", "--lmcompose-set=evaluate=quick", "--lmcompose-no-cache")
+COMPOSE = "--lmcompose-compose=rtn"
+QUICK = (
+    COMPOSE,
+    "--lmcompose-no-cache",
+    "--lmcompose-set=evaluate=quick",
+    "--lmcompose-set=evaluate.edits=2",
+    "--lmcompose-set=evaluate.facts=2",
+    "--lmcompose-set=evaluate.efficiency=false",
+)
 
 
 def sources() -> list[str]:
@@ -109,13 +117,16 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
         assert f"Project-URL: {name}, https://github.com/pytest-lmcompose/pytest-lmcompose" in metadata
 
 
-def test_the_installed_suite_runs_in_an_empty_folder(call: Call, installed: Path, tmp_path: Path) -> None:
-    found = call("--pyargs", "compositions.test_composition", *QUICK, "--lmcompose-json=report.json", script=True)
+def test_a_composition_of_the_embedded_model_runs_in_an_empty_folder(
+    call: Call, installed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(measurements, gates):\n    assert measurements and gates\n")
+    found = call(*QUICK, "--lmcompose-json=report.json", "--lmcompose-html=report.html", script=True)
+    assert found.returncode == 0, found.stdout + found.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    (rtn,) = (record for record in report["compositions"] if record["id"] == "rtn")
-    assert rtn["status"] == "measured" and rtn["gates"], found.stdout
+    assert [record["status"] for record in report["compositions"] if record["id"] == "rtn"] == ["measured"]
     assert Path(report["model"]["location"]).is_relative_to(installed.parents[1])
-    assert any(measured["metric"].startswith("accuracy/") for measured in rtn["measurements"])
+    assert "<html" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("script", [True, False])
@@ -131,7 +142,7 @@ def test_a_project_with_packages_of_the_same_names_runs_untouched(call: Call, ow
 
 @pytest.mark.parametrize("script", [True, False])
 def test_a_composition_there_is_refused_in_one_line_that_names_the_folder(call: Call, own: Path, script: bool) -> None:
-    refused, collected = call("--lmcompose-compose=rtn", "test_own.py", script=script), call("gate", script=script)
+    refused, collected = call(COMPOSE, "test_own.py", script=script), call("gate", script=script)
     assert refused.returncode == pytest.ExitCode.USAGE_ERROR, refused.stdout + refused.stderr
     assert collected.returncode == pytest.ExitCode.INTERRUPTED, collected.stdout + collected.stderr
     assert refused.stdout == "" and "1 error in" in collected.stdout
@@ -145,18 +156,18 @@ def test_a_composition_there_is_refused_in_one_line_that_names_the_folder(call: 
 def test_packages_that_come_after_ours_are_named_too(call: Call, own: Path) -> None:
     """Without a conftest file, their folder is found once the tests are collected: after the options were checked."""
     (own / "conftest.py").unlink()
-    found = call("--lmcompose-compose=rtn", "test_own.py", script=True)
+    found = call(COMPOSE, "test_own.py", script=True)
     assert found.returncode == pytest.ExitCode.USAGE_ERROR, found.stdout + found.stderr
     assert "hides the package" in found.stderr
 
 
 def test_what_the_message_advises_works(call: Call, own: Path) -> None:
     (own / "conftest.py").write_text("")  # which imports none of the packages
-    found = call("--import-mode=importlib", "gate", *QUICK, script=True)
+    found = call("--import-mode=importlib", "gate", COMPOSE, script=True)
     assert found.returncode == 0, found.stdout + found.stderr
     for name in ("evaluators", "interventions"):
         (own / name).rename(own / f"my_{name}")
-    assert call("gate", *QUICK, "--collect-only").returncode == 0
+    assert call("gate", COMPOSE).returncode == 0
 
 
 def test_the_plugin_imports_nothing_heavy_for_a_plain_collection(pytester: pytest.Pytester) -> None:
@@ -173,7 +184,7 @@ def test_the_plugin_imports_nothing_heavy_for_a_plain_collection(pytester: pytes
 
 
 def test_latency_says_which_extra_it_needs(pytester: pytest.Pytester) -> None:
-    arguments = ("-pno:benchmark", "-pno:cacheprovider", "-m", "latency", "-rs", "--lmcompose-compose=rtn")
+    arguments = ("-pno:benchmark", "-pno:cacheprovider", "-m", "latency", "-rs", COMPOSE)
     result = pytester.runpytest_subprocess("--pyargs", "compositions.test_latency", *arguments)
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*pip install 'pytest-lmcompose[[]benchmark[]]'*"])
