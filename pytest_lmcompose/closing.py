@@ -125,6 +125,8 @@ class Closing:
             write_composability(reporter, self._collected.composability, self._shown())
             self._write_compared(reporter)
             self._write_next(reporter)
+        if self._stopped and self._session.begun:
+            reporter.write_line(self._session.how_to_resume(), yellow=True)
         for path in (self._options.json, *self._options.outputs.files.values()):
             if path is not None and path.is_file():
                 reporter.write_line(f"lmcompose report: {path}")
@@ -151,12 +153,10 @@ class Closing:
         return [f"--lmcompose-compare-fail={source!r}: this judged nothing" for source in idle(rules, [*here.values()])]
 
     def _write_next(self, reporter: pytest.TerminalReporter) -> None:
-        """Write what to do next: after failures, and after a run that was stopped."""
+        """Write what to do after failures."""
         gates = [gate for record in self._collected.records.values() for gate in record["gates"]]
         for line in advice(gate["metric"] for gate in gates if not gate["passed"]):
             reporter.write_line(f"next: {line}", yellow=True)
-        if self._stopped:
-            reporter.write_line(self._session.how_to_resume(), yellow=True)
 
     def _prompts(self) -> list[dict[str, Any]]:
         """Return what the samples asked; none where the data cannot be read, which the tests have told."""

@@ -152,12 +152,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    config = session.config
+    own, config = session.config.stash[SESSION], session.config
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if not config.stash[SESSION].options.plan or session.testsfailed or reporter is None:
+    if session.testsfailed or config.option.collectonly:
         return None
-    config.stash[SESSION].write_plan(reporter)
-    return True
+    if own.options.plan and reporter is not None:
+        own.write_plan(reporter)
+        return True
+    own.begun = True
+    return None
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -68,6 +68,8 @@ class Session:
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.pytest: pytest.Session | None = None
         """Set when the tests are collected."""
+        self.begun = False
+        """Whether tests were run, here or in workers."""
         self.nothing_here = False
         """Whether this shard has no test to run."""
         self.report: Mapping[str, Any] | None = None
