@@ -40,7 +40,7 @@ def plain_failures(stop: Callable[[str], None]) -> Iterator[None]:
         from pytest_lmcompose.world.records import WorldError
 
         if isinstance(error, (ModelError, WorldError)):
-            stop("lmcompose: no other composition can be built: see the failure above")
+            stop("lmcompose: the model or the data cannot be used: see the failure above")
         if _says_everything(error):
             raise pytest.fail.Exception(str(error), pytrace=False) from error
         raise

@@ -129,7 +129,7 @@ class Session:
 
                 check_tree(keeping, self.config.rootpath)
         if keeping.stores and self.options.shard is not None:
-            raise pytest.UsageError("--lmcompose-shard: store the whole run, once lmcompose merge has joined it")
+            raise pytest.UsageError("--lmcompose-shard: store the whole run after `lmcompose merge` has joined it")
 
     def check_outputs(self) -> None:
         """Make sure that every report can be written, and overwrites nothing that is read; raises pytest.UsageError."""
@@ -311,9 +311,9 @@ class Session:
             return []
         baseline = self.run.baseline
         if baseline is None:
-            return ["lmcompose: this run is the first that is stored, and compared with none"]
-        failed = f"; passed over, since they failed: {', '.join(baseline.passed_over)}" if baseline.passed_over else ""
-        return [f"lmcompose: compared with {baseline.path}, of {baseline.document['started']}{failed}"]
+            return ["lmcompose: there is no stored run to compare with yet"]
+        failed = f"; skipped failed runs: {', '.join(baseline.passed_over)}" if baseline.passed_over else ""
+        return [f"lmcompose: comparing with {baseline.path} of {baseline.document['started']}{failed}"]
 
     def _resumed(self) -> list[str]:
         if not self.options.resume:
@@ -322,7 +322,7 @@ class Session:
             journal = self.run.journal
         left = journal.interrupted() if journal is not None else None
         if left is None:
-            return ["lmcompose: no interrupted run with these options; what the store has is read"]
+            return ["lmcompose: no interrupted run with these options; results in the cache are reused"]
         began = datetime.datetime.fromtimestamp(left.began).isoformat(" ", "seconds")
         return [f"lmcompose: resuming the run of {began}: {len(left.finished)} compositions had finished"]
 

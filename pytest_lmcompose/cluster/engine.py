@@ -42,11 +42,10 @@ class RayEngine:
             raise pytest.UsageError("--lmcompose-engine=ray: Ray is not installed; pip install 'pytest-lmcompose[ray]'")
         if session.options.cache_dir is None:
             raise pytest.UsageError(
-                "--lmcompose-engine=ray hands states from task to task through the store: it needs one, "
-                "see --lmcompose-no-cache"
+                "--lmcompose-engine=ray passes states between tasks through the cache: remove --lmcompose-no-cache"
             )
         if getattr(config.option, "tx", None) or getattr(config.option, "numprocesses", None):
-            raise pytest.UsageError("--lmcompose-engine=ray and -n exclude each other: Ray spreads the tests")
+            raise pytest.UsageError("--lmcompose-engine=ray and -n cannot be combined: Ray distributes the tests")
         self._config, self._session = config, session
         self._tell = session.progress
         self._items: dict[str, pytest.Item] = {}
@@ -84,7 +83,7 @@ class RayEngine:
         options = self._session.options
         gpus, slots = _slots(ray.cluster_resources(), options)
         found = parts(tests, PARTS_PER_TASK * slots, *self._cost())
-        self._tell(f"lmcompose: {len(found)} parts for a Ray cluster that does {slots} at once")
+        self._tell(f"lmcompose: {len(found)} parts on a Ray cluster that runs {slots} at once")
         job = Job(
             tuple(map(str, self._config.invocation_params.args)),
             str(self._config.invocation_params.dir),
@@ -111,7 +110,7 @@ class RayEngine:
             outcome: Outcome = ray.get(reference)
         except ray.exceptions.RayError as error:
             for test in tests:
-                self._fail(test, f"the task that was to run this test was lost: {error}")
+                self._fail(test, f"the task that runs this test was lost: {error}")
             return
         for line in outcome.lines:
             self._tell(f"[{outcome.node}] {line}")

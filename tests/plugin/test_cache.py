@@ -271,8 +271,8 @@ def test_the_plan_is_printed_in_place_of_the_run(cached: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lmcompose-no-cache", "--lmcompose-cache-dir=x"], "exclude each other"),
-        (["--lmcompose-no-cache", "--lmcompose-resume"], "--lmcompose-resume goes on from the store"),
+        (["--lmcompose-no-cache", "--lmcompose-cache-dir=x"], "cannot be combined"),
+        (["--lmcompose-no-cache", "--lmcompose-resume"], "--lmcompose-resume needs the cache"),
         (["--lmcompose-cache-size=much"], "expected a number of GiB, such as 20 or 0.5, not 'much'"),
         (["--lmcompose-cache-size=0"], "expected a number of GiB"),
         (["--lmcompose-cache-dir=test_inner.py"], "this is not a folder"),

@@ -120,8 +120,8 @@ def test_a_project_that_is_not_there_is_told(project: Project) -> None:
     ("arguments", "message"),
     [
         (["--lmcompose-engine=cloud"], "--lmcompose-engine: expected local or ray, not 'cloud'"),
-        (["--lmcompose-engine=ray", NO_CACHE], "hands states from task to task through the store"),
-        (["--lmcompose-engine=ray", "-n2"], "--lmcompose-engine=ray and -n exclude each other"),
+        (["--lmcompose-engine=ray", NO_CACHE], "passes states between tasks through the cache"),
+        (["--lmcompose-engine=ray", "-n2"], "--lmcompose-engine=ray and -n cannot be combined"),
     ],
 )
 def test_flags_that_do_not_go_with_it(
