@@ -130,10 +130,10 @@ class Plan:
             yield f"{'  ' * depth}{name if node.wanted else f'({name})'}{cost}"
 
 
-def longest_first(uses: Sequence[Composition], seconds: Callable[[Step], float], evaluation: float) -> list[int]:
+def longest_first(uses: Sequence[Composition], cost: Callable[[Step | None], float]) -> list[int]:
     """Return the positions of `uses` depth first, of siblings the one whose subtree takes longest first.
 
-    `uses` are the compositions of tests, one a test; `seconds` is what a step takes, `evaluation` a test.
+    `uses` are the compositions of tests, one a test; `cost` is what a step takes, or for None a measurement.
     """
     total: dict[Composition, float] = {}
     place: dict[Composition, int] = {}
@@ -144,8 +144,8 @@ def longest_first(uses: Sequence[Composition], seconds: Callable[[Step], float],
             if prefix not in total:
                 total[prefix], place[prefix] = 0.0, len(place)
                 for state in way:
-                    total[state] += seconds(prefix.steps[-1])
-            total[prefix] += evaluation
+                    total[state] += cost(prefix.steps[-1])
+            total[prefix] += cost(None)
     return sorted(range(len(uses)), key=lambda i: [(-total[state], place[state]) for state in uses[i].prefixes()])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +17,9 @@ import pytest
 
 from pytest_lmcompose.cluster.parts import Part, parts
 from pytest_lmcompose.cluster.work import Job, Outcome, run_part
-from pytest_lmcompose.composition import Composition, Step
+from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.options import Options
-from pytest_lmcompose.parallel.shard import Cost
 from pytest_lmcompose.session import BASELINE_INPUT, Session, composition_of
-from pytest_lmcompose.store.entries import costs
 
 RETRIES = 3
 """How often a task is run again on another node when its own dies."""
@@ -82,7 +79,9 @@ class RayEngine:
         """Start a task for each part; return the ids of its tests by the reference of its outcome."""
         options = self._session.options
         gpus, slots = _slots(ray.cluster_resources(), options)
-        found = parts(tests, PARTS_PER_TASK * slots, *self._cost())
+        costs = self._session.costs()
+        least = WORTH_A_PROCESS if costs.methods or costs.evaluation else 0.0  # else all count alike
+        found = parts(tests, PARTS_PER_TASK * slots, costs.expected, least)
         self._tell(f"lmcompose: {len(found)} parts on a Ray cluster that runs {slots} at once")
         job = Job(
             tuple(map(str, self._config.invocation_params.args)),
@@ -132,22 +131,6 @@ class RayEngine:
         item = self._items[test]
         report = pytest.TestReport(test, item.location, dict(item.keywords), "failed", message, "call")
         self._config.hook.pytest_runtest_logreport(report=report)
-
-    def _cost(self) -> tuple[Cost, float]:
-        """Return what steps and measurements are expected to take, and what is worth a process of its own.
-
-        In seconds, the usual where nothing is known; where nothing at all is known, all count alike.
-        """
-        run = self._session.run
-        assert run.store is not None
-        known = costs(run.store, run.recipe.model.path)
-        all_known = [seconds for seconds, _ in known.methods.values()]
-        usual = statistics.median(all_known) if all_known else known.evaluation or 1.0
-
-        def cost(step: Step | None) -> float:
-            return max(1e-3, (known.evaluation if step is None else known.seconds(step)) or usual)
-
-        return cost, WORTH_A_PROCESS if all_known or known.evaluation else 0.0
 
 
 def _slots(resources: dict[str, float], options: Options) -> tuple[int, int]:
