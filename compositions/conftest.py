@@ -7,8 +7,18 @@ import pytest
 MARKER = "latency"
 
 
+class WithoutBenchmark:
+    """Stands for pytest-benchmark where it is not installed."""
+
+    @pytest.fixture
+    def benchmark(self) -> None:
+        pytest.skip("this needs the extra benchmark: pip install 'pytest-lmcompose[benchmark]'")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{MARKER}: times a forward pass; run with -m {MARKER} or --benchmark-json=PATH")
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(WithoutBenchmark(), "lmcompose-without-benchmark")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

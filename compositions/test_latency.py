@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.plugin import SESSION
+from pytest_lmcompose.session import SESSION
 
 if TYPE_CHECKING:
     from pytest_lmcompose.states.build import ModelState
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.latency
 def test_latency(
-    composition: Composition, intervened_model: ModelState, benchmark: Any, request: pytest.FixtureRequest
+    benchmark: Any, composition: Composition, intervened_model: ModelState, request: pytest.FixtureRequest
 ) -> None:
     """A forward pass over evaluate.latency_batch texts of evaluate.latency_length tokens."""
     from evaluators import forward_pass  # torch comes with it, and collecting needs none

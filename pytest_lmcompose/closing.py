@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_lmcompose import hookspec as hooks
 from pytest_lmcompose.gates.advice import advice
 from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.json import document, now, write
@@ -13,7 +14,7 @@ from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
 from pytest_lmcompose.report.prompts import prompts
 from pytest_lmcompose.report.sections import write_composability, write_paired
-from pytest_lmcompose.report.terminal import Progress, write_summary
+from pytest_lmcompose.report.terminal import write_summary
 from pytest_lmcompose.report.write import write_reports
 from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
 
@@ -54,7 +55,11 @@ class Closing:
                 self._collected.add(Message(self._session.run.model_facts(), result.record()))
         self._collected.shard = self._options.shard
         reported = (
-            path is not None or self._options.outputs.wanted or self._options.keeping.wanted or self._has_baseline
+            path is not None
+            or self._options.outputs.wanted
+            or self._options.keeping.wanted
+            or self._session.baseline is not None
+            or hooks.read_reports(self._config)
         )
         # Intervals take long; without a report, nobody sees those of metrics that the terminal does not show.
         metrics = None if reported or junit_file(self._config) is not None else self._shown()
@@ -80,7 +85,7 @@ class Closing:
             finished=now(),
             status=status,
         )
-        tell = Progress(self._config)
+        tell = self._session.progress
         report = self._among_stored(session, report)
         if path is not None:
             try:
@@ -88,14 +93,11 @@ class Closing:
             except (OSError, TargetError) as error:
                 tell(f"lmcompose: the report {path} could not be written: {error}")
                 session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-        baseline = self._session.run.baseline if self._has_baseline else None
+        baseline = self._session.baseline
         compared = None if baseline is None else baseline.report
         if not write_reports(self._options.outputs, report, compared, tell):
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-
-    @property
-    def _has_baseline(self) -> bool:
-        return self._session.in_use and self._session.run.__dict__.get("baseline") is not None
+        self._session.report = report
 
     def _among_stored(self, session: pytest.Session, report: Report) -> Report:
         """Compare a finished run with stored ones, and store it; return the report with what it says of it."""
@@ -122,6 +124,8 @@ class Closing:
             write_composability(reporter, self._collected.composability, self._shown())
             self._write_compared(reporter)
             self._write_next(reporter)
+        if self._stopped and self._session.begun:
+            reporter.write_line(self._session.how_to_resume(), yellow=True)
         for path in (self._options.json, *self._options.outputs.files.values()):
             if path is not None and path.is_file():
                 reporter.write_line(f"lmcompose report: {path}")
@@ -151,12 +155,10 @@ class Closing:
         ]
 
     def _write_next(self, reporter: pytest.TerminalReporter) -> None:
-        """Write what to do next: after failures, and after a run that was stopped."""
+        """Write what to do after failures."""
         gates = [gate for record in self._collected.results for gate in record.gates]
         for line in advice(gate.metric for gate in gates if not gate.passed):
             reporter.write_line(f"next: {line}", yellow=True)
-        if self._stopped and self._session.run.journal is not None:
-            reporter.write_line("lmcompose: stopped; add --lmcompose-resume to the same command to go on", yellow=True)
 
     def _prompts(self) -> tuple[Prompts, ...]:
         """Return what the samples asked; none where the data cannot be read, which the tests have told."""

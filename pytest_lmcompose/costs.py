@@ -6,10 +6,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from pytest_lmcompose.composition import Step
 
+_LEAST = 1e-3
+"""Seconds: nothing is free, so that work is always divided."""
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -51,6 +54,16 @@ class Costs:
         """Return the seconds that `step` is expected to take, or None if no earlier run tells."""
         found = self._of(step)
         return None if found is None else found[0]
+
+    def expected(self, step: Step | None) -> float:
+        """Return the seconds that `step` is expected to take, or measuring a state for None; the usual if unknown."""
+        known = self.evaluation if step is None else self.seconds(step)
+        return max(_LEAST, self._usual if known is None else known)
+
+    @cached_property
+    def _usual(self) -> float:
+        known = [seconds for seconds, _ in self.methods.values()]
+        return statistics.median(known) if known else self.evaluation or 1.0
 
     def bytes(self, step: Step) -> int | None:
         """Return the bytes of the tensors that `step` is expected to change, or None."""

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter as Count
 
 from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.costs import duration
 
 
 class Counter:
-    """Counts the compositions of a run that were measured."""
+    """Counts the compositions of a run that were measured.
 
-    def __init__(self) -> None:
+    The estimate comes from what measured compositions took themselves. Loading the model, states that others are
+    compared with, and what was read from the store do not count as work that was done.
+    """
+
+    def __init__(self, repeats: int = 1) -> None:
         self.expected: frozenset[Composition] = frozenset()
         """Compositions to be measured, others than those that they are compared with; none where that is not known."""
-        self._began = time.perf_counter()
-        self._repeats = 0
+        self._each = repeats
+        self._over = Count[Composition]()
+        """How many repeats of a composition are over."""
+        self._worked = 0
+        self._seconds = 0.0
 
-    def measured(self, composition: Composition, repeats: int) -> str:
-        """Count a repeat of `composition`; return `[3/7], about 2 min left: `, or nothing if that is not known."""
-        if composition not in self.expected:
+    def measured(self, composition: Composition, seconds: float | None) -> None:
+        """Count a repeat of `composition` that took `seconds`; None: it was read from the store."""
+        if composition in self.expected:
+            self._over[composition] += 1
+            if seconds is not None:
+                self._worked += 1
+                self._seconds += seconds
+
+    def failed(self, composition: Composition) -> None:
+        """Count `composition` as over."""
+        if composition in self.expected:
+            self._over[composition] = self._each
+
+    def __str__(self) -> str:
+        """Return `[3/7], about 2 min 5 s left`, without the time where it is not known, or nothing at all."""
+        total, over = len(self.expected), self._over.total()
+        if not total:
             return ""
-        self._repeats += 1
-        done, total = self._repeats / repeats, len(self.expected)
-        left = (time.perf_counter() - self._began) / done * (total - done)
-        return f"[{done:g}/{total}], {_about(left)} left: " if left > 0 else f"[{done:g}/{total}]: "
-
-
-def _about(seconds: float) -> str:
-    """Return a duration as an estimate is read."""
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+        left = (total * self._each - over) * self._seconds / self._worked if self._worked else 0.0
+        return f"[{over / self._each:.3g}/{total}]" + (f", about {duration(left)} left" if left > 0 else "")

@@ -11,17 +11,19 @@ import pytest
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Turn errors in what the user asked for into pytest's own kind."""
-    from pytest_lmcompose.baseline.storage import StorageError
-    from pytest_lmcompose.errors import RecipeError
-    from pytest_lmcompose.gates.thresholds import ThresholdError
-    from pytest_lmcompose.report.files import TargetError
-
     try:
         yield
-    except (RecipeError, ThresholdError, StorageError, TargetError) as error:
-        raise pytest.UsageError(f"lmcompose: {error}") from None
     except OSError as error:  # such as a name that is too long for a file
         raise pytest.UsageError(f"lmcompose: {error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        from pytest_lmcompose.baseline.storage import StorageError
+        from pytest_lmcompose.errors import RecipeError
+        from pytest_lmcompose.gates.thresholds import ThresholdError
+        from pytest_lmcompose.report.files import TargetError
+
+        if isinstance(error, (RecipeError, ThresholdError, StorageError, TargetError)):
+            raise pytest.UsageError(f"lmcompose: {error}") from None
+        raise
 
 
 @contextmanager
@@ -31,14 +33,14 @@ def plain_failures(stop: Callable[[str], None]) -> Iterator[None]:
     One that every other test would meet as well, of the model or the data, ends the run: `stop` is called with the
     reason.
     """
-    from pytest_lmcompose.errors import ModelError
-    from pytest_lmcompose.world.records import WorldError
-
     try:
         yield
     except Exception as error:
+        from pytest_lmcompose.errors import ModelError
+        from pytest_lmcompose.world.records import WorldError
+
         if isinstance(error, (ModelError, WorldError)):
-            stop("lmcompose: no other composition can be built: see the failure above")
+            stop("lmcompose: the model or the data cannot be used: see the failure above")
         if _says_everything(error):
             raise pytest.fail.Exception(str(error), pytrace=False) from error
         raise

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from interventions.compress.engines.table import ENGINES
 from pytest_lmcompose.baseline.keeping import (
     COMPARE,
     COMPARE_METAVAR,
@@ -31,7 +30,10 @@ SUITE_FOLDER = Path(__file__).resolve().parent.parent / "compositions"
 """The installed suite: its recipes, thresholds and embedded world. Found beside the plugin, since a
 project under test may have a folder of that name too."""
 
-ENGINES_OF_RUNS = ("local", "ray")
+COMPRESSION_ENGINES = ("autoawq", "gptqmodel", "llmcompressor", "auto_gptq")
+"""Upstream implementations of `interventions.compress.engines`, by name: looking there would import that package."""
+LOCAL = "local"
+"""The engine that is pytest's own loop."""
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?")
 
 
@@ -46,26 +48,26 @@ class Options:
     thresholds: Path
     seed: int
     repeats: int
-    """Runs of each composition, each on edits and with random numbers of its own: seed, seed + 1, ..."""
+    """Number of times to measure each composition, with seeds seed, seed + 1, ... for edits and methods."""
     device: str
     gpus_per_worker: int
     """Of pytest-xdist; 0: workers see all GPUs."""
     json: Path | None
     engine: str
-    """`ray`: tests run on a Ray cluster."""
+    """Who runs the tests: `local`, or the name by which a plugin offers it; see `hookspec`."""
     shard: Shard | None
     """The part of the compositions that this run tests; None: all."""
     plan: bool
-    """Whether the plan is printed in place of the run."""
+    """Whether to print the plan instead of running it."""
     cache_dir: Path | None
-    """Folder of the store; None: nothing is read or kept."""
+    """Folder of the cache; None: nothing is read or kept."""
     cache_url: str | None
-    """Where the store is, if that folder is only this machine's part of it."""
+    """Where the cache is, if that folder is only this machine's part of it."""
     cache_size: int
-    """Bytes that the store may take."""
+    """Maximum size of the cache in bytes."""
     resume: bool
     engines: tuple[tuple[str, str], ...]
-    """Environment variables of engines, with the interpreter each is to name if the user set none."""
+    """Interpreters of compression engines, by the environment variable that they are the default of."""
     folder: Path
     """Where pytest was called: relative paths count from here."""
     keeping: Keeping
@@ -73,7 +75,7 @@ class Options:
     outputs: Outputs
     """Reports beside the JSON, and how the terminal shows the run."""
     given: bool
-    """Whether anything was set: then the recipe is checked before collection."""
+    """Whether any option was set: then the recipe is checked before collection."""
 
     @property
     def targets(self) -> dict[str, Path]:
@@ -92,57 +94,55 @@ def add_options(parser: pytest.Parser) -> None:
 
     add("model", "preset of conf/model, folder with config.json, or hub id (default: tinyworld)", "MODEL")
     suites = ", ".join(sorted(path.stem for path in (SUITE_FOLDER / "conf" / "suite").glob("*.yaml")))
-    add("suite", f"suite whose compositions are tested: {suites} (default: main)", "NAME")
+    add("suite", f"suite to test: {suites} (default: main)", "NAME")
     add(
         "compose",
-        "test this composition, e.g. 'awq[bits=3]+memit', in place of the suite's (repeatable)",
+        "test this composition, e.g. 'awq[bits=3]+memit', instead of the suite's (repeatable)",
         "ID",
         "linelist",
         action="append",
     )
     add(
         "set",
-        "override a recipe key in Hydra's grammar, e.g. memit.layers=[2,3] (repeatable)",
+        "override a recipe key in Hydra syntax, e.g. memit.layers=[2,3] (repeatable)",
         "KEY=VALUE",
         "linelist",
         action="append",
     )
-    add("thresholds", "YAML file of thresholds (default: the suite's thresholds.yaml)", "PATH")
-    add("seed", "seed of the run, from which all others follow (default: 0)", "N")
-    add("repeats", "measure each composition so often, with seeds N, N+1, ... for edits and methods (default: 1)", "N")
-    add("device", "auto, cpu, mps, cuda, cuda:1, ...; one that is not here is refused (default: auto)", "DEVICE")
+    add("thresholds", "YAML file of thresholds (default: the suite's)", "PATH")
+    add("seed", "seed of the run; all other seeds follow from it (default: 0)", "N")
+    add("repeats", "number of times to measure each composition, with seeds SEED, SEED+1, ... (default: 1)", "N")
+    add("device", "auto, cpu, mps, cuda, cuda:1, ... (default: auto)", "DEVICE")
     add(
         "gpus-per-worker",
-        "GPUs that each worker of -n sees; -n auto starts as many as that allows; 0: all see all (default: 1)",
+        "GPUs for each worker of -n; -n auto starts as many workers as fit; 0: share all GPUs (default: 1)",
         "N",
     )
-    add("shard", "test the K-th of N parts of the compositions; `lmcompose merge` joins their reports", "K/N")
-    add("engine", f"where the tests run: {', '.join(ENGINES_OF_RUNS)} (default: local)", "ENGINE")
-    add("json", "write the report, one JSON document, to this file", "PATH")
+    add("shard", "test part K of N of the compositions; `lmcompose merge` joins the reports", "K/N")
+    add("engine", "where the tests run: local, ray, or an engine of another plugin (default: local)", "ENGINE")
+    add("json", "write the report as JSON to this file", "PATH")
     for name, help, metavar in FLAGS:
         add(name, help, metavar)
     for name, help, metavar in VALUES:
         add(name, help, metavar)
     add("compare", COMPARE, COMPARE_METAVAR, nargs="?", const=LATEST)
     add("compare-fail", FAIL, "EXPR", "linelist", action="append")
-    add("cache-dir", "folder or URL of the store of states and measurements (default: ~/.cache/lmcompose)", "PATH")
-    add("cache-size", "GiB that the store may take; the least recently used goes first (default: 20)", "GIB")
+    add("cache-dir", "folder or URL of the cache of states and measurements (default: ~/.cache/lmcompose)", "PATH")
+    add("cache-size", "maximum size of the cache in GiB; the least recently used entries go first (default: 20)", "GIB")
 
     def flag(name: str, help: str) -> None:
         group.addoption(f"--lmcompose-{name}", dest=_key(name), help=help, action="store_true", default=None)
 
-    flag("no-cache", "build and measure everything anew, and keep nothing")
-    parser.addini(
-        "lmcompose_no_cache", "build and measure everything anew, and keep nothing", type="bool", default=False
-    )
-    flag("resume", "go on with a run of the same options that was interrupted or killed, and say how far it had come")
+    flag("no-cache", "ignore the cache; store nothing")
+    parser.addini("lmcompose_no_cache", "ignore the cache; store nothing", type="bool", default=False)
+    flag("resume", "resume an interrupted run with the same options and report its progress")
     for name, help in SWITCHES:
         flag(name, help)
         parser.addini(_key(name), f"{help} (default of --lmcompose-{name})", type="bool", default=False)
-    flag("plan", "print the tree of states to build, what sharing them saves and what it will cost, and stop")
-    for engine in ENGINES:
-        help = f"interpreter of the engine {engine.name} where {engine.variable} is not set (see docs/engines.md)"
-        parser.addini(_engine_key(engine.name), help, type="string", default="")
+    flag("plan", "print the states to build and the expected cost, then exit")
+    for engine in COMPRESSION_ENGINES:
+        help = f"interpreter of the engine {engine} if {_engine_variable(engine)} is not set (see docs/engines.md)"
+        parser.addini(_key(f"{engine}_python"), help, type="string", default="")
 
 
 def read_options(config: pytest.Config) -> Options:
@@ -190,7 +190,7 @@ def read_options(config: pytest.Config) -> Options:
         device=device,
         gpus_per_worker=int(gpus_per_worker),
         json=path_of(values["json"], folder),
-        engine=_engine(values["engine"]),
+        engine=values["engine"] or LOCAL,
         shard=_shard(values["shard"]),
         plan=bool(config.getoption("lmcompose_plan")),
         cache_dir=_cache_dir(config, values["cache_dir"], folder),
@@ -206,14 +206,14 @@ def read_options(config: pytest.Config) -> Options:
 
 
 def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path | None:
-    """Return the store's folder, or None where the user wants none; a flag wins over an ini value."""
+    """Return the folder of the cache, or None without one; a flag wins over an ini value."""
     flag: str | None = config.getoption("lmcompose_cache_dir")
     off: bool | None = config.getoption("lmcompose_no_cache")
     if off and flag is not None:
-        raise pytest.UsageError("--lmcompose-no-cache and --lmcompose-cache-dir exclude each other")
+        raise pytest.UsageError("--lmcompose-no-cache and --lmcompose-cache-dir cannot be combined")
     if off or (flag is None and config.getini("lmcompose_no_cache")):
         if config.getoption("lmcompose_resume"):
-            raise pytest.UsageError("--lmcompose-resume goes on from the store: it needs one, see --lmcompose-no-cache")
+            raise pytest.UsageError("--lmcompose-resume needs the cache: remove --lmcompose-no-cache")
         return None
     if value and is_url(value):
         try:
@@ -229,12 +229,6 @@ def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path |
     return path
 
 
-def _engine(value: str | None) -> str:
-    if value is not None and value not in ENGINES_OF_RUNS:
-        raise pytest.UsageError(f"--lmcompose-engine: expected {' or '.join(ENGINES_OF_RUNS)}, not {value!r}")
-    return value or ENGINES_OF_RUNS[0]
-
-
 def _shard(value: str | None) -> Shard | None:
     try:
         return read_shard(value) if value else None
@@ -243,9 +237,9 @@ def _shard(value: str | None) -> Shard | None:
 
 
 def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:
-    """Return the interpreters of the ini file, relative ones counted from it."""
+    """Return the interpreters in the ini file; relative paths are relative to it."""
     folder = config.rootpath if config.inipath is None else config.inipath.parent
-    given = [(engine.variable, str(config.getini(_engine_key(engine.name)))) for engine in ENGINES]
+    given = [(_engine_variable(name), str(config.getini(_key(f"{name}_python")))) for name in COMPRESSION_ENGINES]
     return tuple((variable, str(folder / os.path.expanduser(path))) for variable, path in given if path)
 
 
@@ -258,10 +252,7 @@ def _cache_size(value: str | None) -> int:
 
 
 def asked_for_distribution(config: pytest.Config) -> bool:
-    """Say whether the user told pytest-xdist how to distribute tests: by --dist or -d, also in addopts.
-
-    What -n makes of it is not asked for.
-    """
+    """Say whether the user chose a distribution of pytest-xdist by --dist or -d; -n alone does not."""
     asked = config.known_args_namespace
     return getattr(asked, "dist", "no") != "no" or bool(getattr(asked, "distload", False))
 
@@ -271,12 +262,13 @@ def _key(name: str) -> str:
     return f"lmcompose_{name.replace('-', '_')}"
 
 
-def _engine_key(name: str) -> str:
-    return _key(f"{name}_python")
+def _engine_variable(name: str) -> str:
+    """Return the environment variable that names the interpreter of an engine."""
+    return f"LMCOMPOSE_{name.upper()}_PYTHON"
 
 
 def _value(config: pytest.Config, name: str) -> str | None:
-    """Return what a flag, or else the ini file, gives; None for an ini value that is empty."""
+    """Return the value of a flag, else of the ini file; None for an empty ini value."""
     flag: str | None = config.getoption(f"lmcompose_{name}")
     if flag is not None:
         return _filled(name, flag)
@@ -284,10 +276,10 @@ def _value(config: pytest.Config, name: str) -> str | None:
 
 
 def _filled(name: str, flag: str) -> str:
-    """Return the value of a flag; raises pytest.UsageError for one that says nothing, such as that of $UNSET."""
+    """Return the value of a flag; raises pytest.UsageError for an empty one, such as an unset shell variable."""
     if not flag.strip(" \t\r\n,"):
         raise pytest.UsageError(
-            f"--lmcompose-{name.replace('_', '-')}={flag}: the value is empty; give one, or leave the flag away"
+            f"--lmcompose-{name.replace('_', '-')}={flag}: the value is empty; give one or remove the flag"
         )
     return flag
 

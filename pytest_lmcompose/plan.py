@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from pytest_lmcompose.composition import BASE, Composition, Step
 from pytest_lmcompose.costs import Costs
@@ -129,10 +130,10 @@ class Plan:
             yield f"{'  ' * depth}{name if node.wanted else f'({name})'}{cost}"
 
 
-def longest_first(uses: Sequence[Composition], seconds: Callable[[Step], float], evaluation: float) -> list[int]:
+def longest_first(uses: Sequence[Composition], cost: Callable[[Step | None], float]) -> list[int]:
     """Return the positions of `uses` depth first, of siblings the one whose subtree takes longest first.
 
-    `uses` are the compositions of tests, one a test; `seconds` is what a step takes, `evaluation` a test.
+    `uses` are the compositions of tests, one a test; `cost` is what a step takes, or for None a measurement.
     """
     total: dict[Composition, float] = {}
     place: dict[Composition, int] = {}
@@ -143,8 +144,8 @@ def longest_first(uses: Sequence[Composition], seconds: Callable[[Step], float],
             if prefix not in total:
                 total[prefix], place[prefix] = 0.0, len(place)
                 for state in way:
-                    total[state] += seconds(prefix.steps[-1])
-            total[prefix] += evaluation
+                    total[state] += cost(prefix.steps[-1])
+            total[prefix] += cost(None)
     return sorted(range(len(uses)), key=lambda i: [(-total[state], place[state]) for state in uses[i].prefixes()])
 
 
@@ -167,3 +168,11 @@ class Remaining:
     def needs(self, state: Composition) -> bool:
         """Say whether a test that is left needs `state`."""
         return self._left[state] > 0
+
+
+class Planned(NamedTuple):
+    """The ids of the compositions that a run tests, all shards taken together."""
+
+    tested: tuple[str, ...]
+    judged: tuple[str, ...]
+    """Those of them whose tests ask for gates."""

@@ -1,4 +1,4 @@
-"""Hooks and fixtures of the plugin. Imports neither torch nor Hydra.
+"""Hooks and fixtures of the plugin. Imports neither torch nor Hydra, nor the packages that `shadow` lists.
 
 Anything that imports torch comes later, so this is the place for its defaults.
 """
@@ -8,27 +8,37 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_lmcompose import hookspec
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.options import add_options, read_options
+from pytest_lmcompose.options import LOCAL, add_options, read_options
 from pytest_lmcompose.parallel import threads
-from pytest_lmcompose.session import BASELINE_INPUT, PLAN_OUTPUT, Planned, Session
+from pytest_lmcompose.plan import Planned
+from pytest_lmcompose.session import BASELINE_INPUT, PLAN_OUTPUT, Session, composition_of
+from pytest_lmcompose.session import SESSION as SESSION
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
+    from pytest_lmcompose.closing import Closing
     from pytest_lmcompose.results import Gate
     from pytest_lmcompose.states.build import ModelState
 
 CATEGORIES = ("edit", "unlearn", "compress")
 _HOLDS_FAILURES = re.compile(r"contains \d+ failed subtests?")
 """All that pytest says of a test whose subtests failed."""
-SESSION = pytest.StashKey[Session]()
+COMPOSED = "lmcompose_composition"
+"""Attribute of the reports of tests of compositions: the composition's id."""
 
 threads.set_defaults(os.environ, threads.available_cores())
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(hookspec)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,7 +57,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     for category in CATEGORIES:
-        config.addinivalue_line("markers", f"{category}: compositions with a step that does this (lmcompose)")
+        _add_marker(config, category)
     options = read_options(config)
     session = Session(config, options)
     config.stash[SESSION] = session
@@ -62,10 +72,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist, config.option.tx = "no", []
     if session.writes:
         session.check_outputs()
-    if options.engine == "ray" and session.writes and not options.plan:
-        from pytest_lmcompose.cluster.engine import RayEngine
+    if session.writes and options.outputs.tracking is not None:
+        from pytest_lmcompose.report.wandb import Tracker
 
-        config.pluginmanager.register(RayEngine(config, session), "lmcompose-ray")
+        config.pluginmanager.register(Tracker(options.outputs.tracking, session.progress), "lmcompose-wandb")
+    if session.writes and options.engine != LOCAL and not options.plan:
+        engine = config.hook.pytest_lmcompose_make_engine(config=config, name=options.engine)
+        if engine is None:
+            raise pytest.UsageError(
+                f"--lmcompose-engine={options.engine}: there is no such engine; use {LOCAL}, ray, or the name of one "
+                "that an installed plugin offers"
+            )
+        config.pluginmanager.register(engine, "lmcompose-engine")
+
+
+def pytest_lmcompose_make_engine(config: pytest.Config, name: str) -> object | None:
+    if name != "ray":
+        return None
+    from pytest_lmcompose.cluster.engine import RayEngine
+
+    return RayEngine(config, config.stash[SESSION])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -75,15 +101,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         if "composition" in (names.replace(" ", "").split(",") if isinstance(names, str) else names):
             return
-    compositions = metafunc.config.stash[SESSION].compositions()
+    with _collecting():
+        compositions = metafunc.config.stash[SESSION].compositions()
     metafunc.parametrize("composition", compositions, indirect=True, ids=str)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    composition = composition_of(item)
-    if composition is not None:
-        for category in item.config.stash[SESSION].categories(composition):
-            item.add_marker(category)
+    with _collecting():
+        composition = composition_of(item)
+    for category in () if composition is None else item.config.stash[SESSION].categories(composition):
+        if category not in CATEGORIES:  # of a method of another package
+            _add_marker(item.config, category)
+        item.add_marker(category)
+
+
+@contextmanager
+def _collecting() -> Iterator[None]:
+    """Show what the user did wrong as pytest shows a test module that it cannot collect: without a traceback."""
+    try:
+        yield
+    except pytest.UsageError as error:
+        raise pytest.Collector.CollectError(str(error)) from None
 
 
 @pytest.hookimpl(trylast=True)  # of what -k, -m and other plugins leave
@@ -106,6 +144,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[SESSION].expect(tested)
     own = session.config.stash[SESSION]
     own.judged = _judged(session.items)
+    own.check_packages()
     if own.writes and not own.options.plan and not session.config.option.collectonly:
         for problem in own.unmatched():
             raise pytest.UsageError(f"lmcompose: {problem}")
@@ -113,12 +152,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    config = session.config
+    own, config = session.config.stash[SESSION], session.config
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if not config.stash[SESSION].options.plan or session.testsfailed or reporter is None:
+    if session.testsfailed or config.option.collectonly:
         return None
-    config.stash[SESSION].write_plan(reporter)
-    return True
+    if own.options.plan and reporter is not None:
+        own.write_plan(reporter)
+        return True
+    own.begun = True
+    return None
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -173,11 +215,21 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
             item.config.stash[SESSION].tested(composition, following)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note the composition in the report, for the process that shows it, which may be another one."""
+    report = yield
+    if (composition := composition_of(item)) is not None:
+        setattr(report, COMPOSED, composition.id)
+    return report
+
+
 class _Reporting:
-    """The hooks that need the config, which reports do not carry."""
+    """The hooks that need the session, which reports do not carry, and the end of the run."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._closing: Closing | None = None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -187,7 +239,7 @@ class _Reporting:
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Generator[None, Any, Any]:
         """Count a failed gate once: its subtest has failed, and the test that holds it says only so."""
         found = yield
-        if self._session.in_use and report.failed and _HOLDS_FAILURES.fullmatch(str(report.longrepr)):
+        if report.failed and hasattr(report, COMPOSED) and _HOLDS_FAILURES.fullmatch(str(report.longrepr)):
             return "", "", ""
         return found
 
@@ -202,17 +254,33 @@ class _Reporting:
         if baseline is not None:
             node.workerinput[BASELINE_INPUT] = baseline
 
+    @pytest.hookimpl(tryfirst=True)  # before the JUnit file is written
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        own, config = self._session, session.config
+        output, plan = getattr(config, "workeroutput", None), own.planned
+        if output is not None and plan is not None:
+            output[PLAN_OUTPUT] = [list(plan.tested), list(plan.judged)]
+        if not own.has_results:
+            return
+        from pytest_lmcompose.closing import Closing
 
-@pytest.hookimpl(tryfirst=True)  # before the JUnit file is written
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    output, plan = getattr(session.config, "workeroutput", None), session.config.stash[SESSION].planned
-    if output is not None and plan is not None:
-        output[PLAN_OUTPUT] = [list(plan.tested), list(plan.judged)]
-    session.config.stash[SESSION].closing.finish(session, exitstatus)
+        self._closing = Closing(own)
+        self._closing.finish(session, exitstatus)
+        if own.report is not None:
+            baseline = None if own.baseline is None else own.baseline.report
+            config.hook.pytest_lmcompose_report(config=config, report=own.report, baseline=baseline)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._closing is None:
+            return
+        self._closing.summarise(terminalreporter)
+        if (report := self._session.report) is not None:
+            hook = self._session.config.hook
+            hook.pytest_lmcompose_terminal_summary(terminalreporter=terminalreporter, report=report)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    config.stash[SESSION].closing.summarise(terminalreporter)
+def _add_marker(config: pytest.Config, category: str) -> None:
+    config.addinivalue_line("markers", f"{category}: compositions with a step of this category (lmcompose)")
 
 
 def _forget(variable: str) -> None:
@@ -233,12 +301,3 @@ def _judged(items: Iterable[pytest.Item]) -> tuple[Composition, ...]:
         for item in items
         if "gates" in getattr(item, "fixturenames", ()) and (found := composition_of(item)) is not None
     )
-
-
-def composition_of(item: pytest.Item) -> Composition | None:
-    """Return the composition that a test is about, if it is about one."""
-    callspec = getattr(item, "callspec", None)
-    parameter = None if callspec is None else callspec.params.get("composition")
-    if isinstance(parameter, str):
-        return item.config.stash[SESSION].read(parameter)
-    return parameter if isinstance(parameter, Composition) else None

@@ -12,7 +12,7 @@ from pytest_lmcompose.results import CompositionResult, Gate, Measured, RepeatIn
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
     from pytest_lmcompose.gates.repeats import Repeat
-    from pytest_lmcompose.store.entries import StepRecord
+    from pytest_lmcompose.steps import StepRecord
 
 
 @dataclasses.dataclass

@@ -5,12 +5,13 @@ Everything heavy is made when first asked for, so that a run that collects only 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluators.measurement import EvaluationError, Measurement
 from interventions.registry import methods
@@ -47,23 +48,39 @@ from pytest_lmcompose.world.asked import asked, question_files
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
     from pytest_lmcompose.states.build import ModelState, StateManager
+    from pytest_lmcompose.steps import StepRecord
     from pytest_lmcompose.world.data import RunData
 
 CONF = SUITE_FOLDER / "conf"
 
 
+def ignore(*_: object) -> None:
+    """Take what nobody wants to see."""
+
+
 class Run:
     """The work of a session, each part done once."""
 
-    def __init__(self, options: Options, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        progress: Callable[[str], None],
+        doing: Callable[[str], None] = ignore,
+        applied: Callable[[Composition, StepRecord], None] = ignore,
+    ) -> None:
+        """`progress` takes lines for the user, `doing` what is being done now, `applied` each step that was applied."""
         self.options = options
         self.results: dict[Composition, Result] = {}
         self.touched: dict[Composition, Result] = {}
         """Results that may have changed since they were last sent on."""
         self.baseline_chosen: str | None = None
         """In a worker: the stored run that the controller compares with, empty if there is none."""
-        self._progress = progress
-        self.counter = Counter()
+        self.baseline_read = False
+        """Whether the stored run to compare with was looked for."""
+        self.counter = Counter(options.repeats)
+        self._progress, self._applied = progress, applied
+        self._doing: Callable[[str], None] = lambda text: doing("  ".join(filter(None, (str(self.counter), text))))
+        self._manager: StateManager | None = None
         self._answers: dict[int, UneditedAnswers | None] = {}
 
     @cached_property
@@ -86,11 +103,13 @@ class Run:
     @cached_property
     def baseline(self) -> Baseline | None:
         """The stored run to compare with; raises StorageError."""
-        options = self.options
-        if self.baseline_chosen is not None:
-            return Baseline.read(Path(self.baseline_chosen)) if self.baseline_chosen else None
-        needed = needs_baseline(self.rules)
-        return choose(options.keeping, options.folder, needed=needed)
+        options, chosen = self.options, self.baseline_chosen
+        if chosen is None:
+            found = choose(options.keeping, options.folder, needed=needs_baseline(self.rules))
+        else:
+            found = Baseline.read(Path(chosen)) if chosen else None
+        self.baseline_read = True
+        return found
 
     @cached_property
     def compositions(self) -> tuple[Composition, ...]:
@@ -187,30 +206,42 @@ class Run:
 
     def prepare(self, composition: Composition) -> tuple[str, ...]:
         """Build the state of `composition` in every repeat and return its addresses; raises BuildError."""
-        for number in range(len(self.seeds)):
-            with self._state(composition, number):
+        for manager in self.managers:
+            with manager.visit(composition):
                 pass
         return tuple(manager.address(composition) for manager in self.managers)
 
     def release(self, states: Iterable[Composition]) -> None:
         """Forget states that no test needs any more."""
-        if "manager" in self.__dict__:
+        if self._manager is not None:
             for manager in self.managers:
                 manager.release(states)
 
-    @cached_property
+    @property
     def manager(self) -> StateManager:
         """The states of the model, which is loaded here; the first repeat's, and the only one's."""
-        data = self.data  # broken data are known before the model is loaded
-        from pytest_lmcompose.states.build import StateManager
-        from pytest_lmcompose.states.load import choose_device, load_model
+        if self._manager is None:
+            data = self.data  # broken data are known before the model is loaded
+            self._doing(f"loading {self.recipe.model.path}")
+            from pytest_lmcompose.states.build import StateManager
+            from pytest_lmcompose.states.load import choose_device, load_model
 
-        loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
-        return StateManager(loaded, self.recipe.settings, data[0].resources, self.seeds[0], self._progress, self.shelf)
+            loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
+            self._manager = StateManager(
+                loaded,
+                self.recipe.settings,
+                data[0].resources,
+                self.seeds[0],
+                self._progress,
+                self.shelf,
+                doing=self._doing,
+                applied=self._applied,
+            )
+        return self._manager
 
     @cached_property
     def managers(self) -> tuple[StateManager, ...]:
-        """The states of every repeat, all of the one working model."""
+        """The states of every repeat; all managers share the working model."""
 
         def named(number: int) -> Callable[[str], None]:
             return lambda line: self._progress(f"{line}  (repeat {number} of {len(self.seeds)})")
@@ -268,7 +299,7 @@ class Run:
             self._address(composition, number), composition, lambda: self._measure(composition, number)
         )
         if shelf.measurements_read > read:
-            self._progress(f"{composition}  measurements read from the store")
+            self._count(composition, None, "measurements read from the cache")
         return found
 
     def _address(self, composition: Composition, number: int) -> str:
@@ -286,11 +317,13 @@ class Run:
 
     def _measure(self, composition: Composition, number: int) -> Repeat:
         """Build and measure one repeat of `composition`; the model's state is left as found."""
-        unedited = self._unedited(number)
-        with self._state(composition, number) as state:
-            from pytest_lmcompose.measure import measure_state
+        from pytest_lmcompose.measure import measure_state
 
+        unedited, manager = self._unedited(number), self.managers[number]
+        begun = time.perf_counter()  # once the model is loaded, and the base model has answered
+        with manager.visit(composition) as state:
             start = time.perf_counter()
+            self._doing(f"{composition}  measuring")
             found = measure_state(
                 state.model,
                 state.tokenizer,
@@ -298,26 +331,25 @@ class Run:
                 self.recipe.world,
                 self.recipe.evaluate,
                 unedited,
+                **self._shown_evaluators(measure_state, composition),
             )
-            seconds = time.perf_counter() - start
-        counted = self.counter.measured(composition, len(self.seeds))
-        self._progress(f"{composition}  {counted}{seconds:.1f} s to measure")
-        return Repeat(self.seeds[number], state.state_hash, state.steps, tuple(found), seconds)
+            end = time.perf_counter()
+        self._count(composition, end - begun, f"{end - start:.1f} s to measure")
+        return Repeat(self.seeds[number], state.state_hash, state.steps, tuple(found), end - start)
 
-    @contextmanager
-    def _state(self, composition: Composition, number: int) -> Iterator[ModelState]:
-        manager = self.managers[number]
-        if manager is self.manager:
-            with manager.visit(composition) as state:
-                yield state
-            return
-        with self.manager.visit(Composition()):  # which goes back to the state that a test may hold
-            try:
-                with manager.visit(composition) as state:
-                    yield state
-            finally:
-                with manager.visit(Composition()):
-                    pass
+    def _count(self, composition: Composition, seconds: float | None, done: str) -> None:
+        """Count a repeat that took `seconds`, and say what was done."""
+        self.counter.measured(composition, seconds)
+        counted = str(self.counter) if composition in self.counter.expected else ""
+        self._progress(f"{composition}  {counted}{': ' if counted else ''}{done}")
+
+    def _shown_evaluators(self, measure: Callable[..., Any], composition: Composition) -> dict[str, Any]:
+        """Return the argument that shows which evaluator runs, if `measure` takes it."""
+
+        def show(name: str, k: int, n: int) -> None:
+            self._doing(f"{composition}  measuring {name} ({k}/{n})")
+
+        return {"progress": show} if "progress" in inspect.signature(measure).parameters else {}
 
     def _unedited(self, number: int) -> UneditedAnswers | None:
         """Return the base model's answers about the edits of a repeat, asked once."""
@@ -325,6 +357,7 @@ class Run:
 
         if number not in self._answers:
             with self.manager.visit(Composition()) as base:
+                self._doing("the base model answers the prompts of the edits")
                 self._answers[number] = capture_unedited(
                     base.model, base.tokenizer, self.data[number], self.recipe.evaluate
                 )
@@ -336,15 +369,16 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if "manager" in self.__dict__:
-                result.steps = self.manager.steps_built(result.composition)
+            if self._manager is not None:
+                result.steps = self._manager.steps_built(result.composition)
             result.fail(error)
+            self.counter.failed(result.composition)
             raise
         result.error = None
 
     def model_facts(self) -> Model | None:
         """Return what the report says of the model, or None if it was never loaded."""
-        return self._model_facts if "manager" in self.__dict__ else None
+        return None if self._manager is None else self._model_facts
 
     @cached_property
     def _model_facts(self) -> Model:

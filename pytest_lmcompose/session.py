@@ -1,53 +1,49 @@
 """Between pytest and the run: which tests run here, and results across workers.
 
-Imports neither torch nor Hydra until a test, or an option, asks for a composition.
+Until a test or an option asks for a composition, neither torch nor Hydra is imported, nor the packages
+`interventions` and `evaluators`, whose names a project under test may use itself (see `shadow`).
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lmcompose.baseline.storage import Storage
+from pytest_lmcompose import shadow
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.failures import plain_failures, usage_errors
 from pytest_lmcompose.options import Options, asked_for_distribution
-from pytest_lmcompose.plan import Plan, Remaining
+from pytest_lmcompose.plan import Plan, Planned, Remaining
+from pytest_lmcompose.progress import Progress
 from pytest_lmcompose.report.files import check_targets
-from pytest_lmcompose.report.json import Collected, now
-from pytest_lmcompose.report.junit import properties_of
-from pytest_lmcompose.report.terminal import Progress
-from pytest_lmcompose.results import Message, decode_message, encode
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
-    from pytest_lmcompose.closing import Closing
+    from pytest_lmcompose.baseline.reference import Baseline
     from pytest_lmcompose.judging import Judging
-    from pytest_lmcompose.results import Gate
+    from pytest_lmcompose.report.json import Collected
+    from pytest_lmcompose.results import Gate, Report
     from pytest_lmcompose.run import Run
     from pytest_lmcompose.states.build import ModelState
+    from pytest_lmcompose.steps import StepRecord
 
+SESSION = pytest.StashKey["Session"]()
 BASELINE_INPUT = "lmcompose_baseline"
 """Name under which workers are told which stored run the controller compares with."""
-PROPERTY = "lmcompose"
-"""Name of the user property of a test's report that holds a message."""
 PLAN_OUTPUT = "lmcompose_plan"
 """Name under which workers say what the whole run tests."""
 
 
-class Planned(NamedTuple):
-    """The ids of the compositions that a run tests, all shards taken together."""
-
-    tested: tuple[str, ...]
-    judged: tuple[str, ...]
-    """Those of them whose tests ask for gates."""
+PROPERTY = "lmcompose"
+"""Name under which results travel in the reports of tests."""
 
 
 class Session:
@@ -55,7 +51,7 @@ class Session:
 
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self.options = options
-        self.collected = Collected()
+        self.progress = Progress(config)
         self.writes = not hasattr(config, "workerinput")
         """Whether this process writes the report: the controller, or the only one."""
         self.judged: tuple[Composition, ...] = ()
@@ -69,27 +65,49 @@ class Session:
         self.config = config
         self._keeps_subtrees = not self.writes and not asked_for_distribution(config)
         """Whether the tests come from the plugin's own scheduler."""
-        self.started = now()
+        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.pytest: pytest.Session | None = None
         """Set when the tests are collected."""
+        self.begun = False
+        """Whether tests were run, here or in workers."""
         self.nothing_here = False
         """Whether this shard has no test to run."""
+        self.report: Report | None = None
+        """The finished report, if it was made."""
         self._sent: dict[Composition, str] = {}
+        self._run: Run | None = None
+        self._collected: Collected | None = None
         self.expect(())
 
-    @cached_property
+    @property
     def run(self) -> Run:
-        from pytest_lmcompose.run import Run
+        """The work of this process; raises pytest.UsageError if packages of that project hide ours."""
+        if self._run is None:
+            _check_packages()
+            from pytest_lmcompose.run import Run
 
-        run = Run(self.options, Progress(self.config))
-        run.baseline_chosen = getattr(self.config, "workerinput", {}).get(BASELINE_INPUT)
-        return run
+            self._run = Run(self.options, self.progress, self.progress.doing, self._step_applied)
+            self._run.baseline_chosen = getattr(self.config, "workerinput", {}).get(BASELINE_INPUT)
+        return self._run
 
-    @cached_property
-    def closing(self) -> Closing:
-        from pytest_lmcompose.closing import Closing
+    @property
+    def in_use(self) -> bool:
+        """Whether anything of this plugin was asked for in this process."""
+        return self._run is not None
 
-        return Closing(self)
+    @property
+    def collected(self) -> Collected:
+        """The results of all processes, where the report is written."""
+        if self._collected is None:
+            from pytest_lmcompose.report.json import Collected
+
+            self._collected = Collected()
+        return self._collected
+
+    @property
+    def has_results(self) -> bool:
+        """Whether there is anything to tell when the tests are over."""
+        return self.in_use or self._collected is not None
 
     @cached_property
     def judging(self) -> Judging:
@@ -111,7 +129,7 @@ class Session:
 
                 check_tree(keeping, self.config.rootpath)
         if keeping.stores and self.options.shard is not None:
-            raise pytest.UsageError("--lmcompose-shard: store the whole run, once lmcompose merge has joined it")
+            raise pytest.UsageError("--lmcompose-shard: store the whole run after `lmcompose merge` has joined it")
 
     def check_outputs(self) -> None:
         """Make sure that every report can be written, and overwrites nothing that is read; raises pytest.UsageError."""
@@ -123,6 +141,7 @@ class Session:
 
     def _inputs(self) -> dict[str, Path]:
         """Return the files and folders that no report may overwrite, by what they are."""
+        from pytest_lmcompose.baseline.storage import Storage
         from pytest_lmcompose.locate import world_folder  # with Hydra
 
         config, options = self.config, self.options
@@ -154,11 +173,21 @@ class Session:
 
         return list(dropped(self.run.rules, self.planned.tested, baseline))
 
+    def check_packages(self) -> None:
+        """Raise pytest.UsageError if collection has brought packages that ours hide."""
+        if self.in_use:
+            _check_packages()
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """The stored run that this one is compared with; None if there is none, or none was looked for."""
+        return self._run.baseline if self._run is not None and self._run.baseline_read else None
+
     def baseline_for_workers(self) -> str | None:
         """Return the file of the stored run to compare with, empty if there is none; None if none was looked for."""
-        if not self.in_use or "baseline" not in self.run.__dict__:
+        if self._run is None or not self._run.baseline_read:
             return None
-        return "" if self.run.baseline is None else str(self.run.baseline.path)
+        return "" if self.baseline is None else str(self.baseline.path)
 
     def compositions(self) -> tuple[Composition, ...]:
         """Return the compositions to test, those that share prefixes together."""
@@ -178,36 +207,38 @@ class Session:
 
     def pristine(self) -> ModelState:
         """Return the base model as a second one in memory."""
-        with plain_failures(self._stop):
+        with self._working():
             return self.run.manager.pristine()
 
     def state(self, composition: Composition) -> ModelState:
         """Return the model in the state of `composition`."""
-        with plain_failures(self._stop):
+        with self._working():
             return self.run.state(composition)
 
     def measurements(self, composition: Composition) -> tuple[Measurement, ...]:
         """Return the measurements of `composition`."""
-        self._count()
-        with plain_failures(self._stop):
+        with self._working():
             return self.run.measurements(composition)
 
     def gates(self, composition: Composition) -> tuple[Gate, ...]:
         """Return the verdicts on `composition`."""
         self.judging.expected = self.judging.expected or (*self.judged, *self.elsewhere)
-        self._count()
-        with plain_failures(self._stop):
+        with self._working():
             return self.judging.gates(composition)
 
-    @property
-    def in_use(self) -> bool:
-        """Whether anything of this plugin was asked for."""
-        return "run" in self.__dict__
-
-    def _count(self) -> None:
-        """Let the run say how many of the compositions are measured; workers do not know what others do."""
-        if self.writes and not self.run.counter.expected:
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Show what is being done, and afterwards failures as tests have them."""
+        if self.writes and not self.run.counter.expected:  # workers do not know what others do
             self.run.counter.expected = frozenset(self._expected)
+        try:
+            with plain_failures(self._stop):
+                yield
+        finally:
+            self.progress.clear()
+
+    def _step_applied(self, composition: Composition, step: StepRecord) -> None:
+        self.config.hook.pytest_lmcompose_step_applied(config=self.config, composition=composition, step=step)
 
     def _stop(self, reason: str) -> None:
         if self.pytest is not None:
@@ -221,6 +252,7 @@ class Session:
     def crashed(self, composition: Composition, message: str) -> None:
         """Keep, for the report, that a worker died in the test of `composition`."""
         from pytest_lmcompose.result import Result
+        from pytest_lmcompose.results import Message
 
         result = Result(composition)
         result.error = message
@@ -279,9 +311,9 @@ class Session:
             return []
         baseline = self.run.baseline
         if baseline is None:
-            return ["lmcompose: this run is the first that is stored, and compared with none"]
-        failed = f"; passed over, since they failed: {', '.join(baseline.passed_over)}" if baseline.passed_over else ""
-        return [f"lmcompose: compared with {baseline.path}, of {baseline.report.started}{failed}"]
+            return ["lmcompose: there is no stored run to compare with yet"]
+        failed = f"; skipped failed runs: {', '.join(baseline.passed_over)}" if baseline.passed_over else ""
+        return [f"lmcompose: comparing with {baseline.path} of {baseline.report.started}{failed}"]
 
     def _resumed(self) -> list[str]:
         if not self.options.resume:
@@ -290,9 +322,15 @@ class Session:
             journal = self.run.journal
         left = journal.interrupted() if journal is not None else None
         if left is None:
-            return ["lmcompose: no interrupted run with these options; what the store has is read"]
+            return ["lmcompose: no interrupted run with these options; results in the cache are reused"]
         began = datetime.datetime.fromtimestamp(left.began).isoformat(" ", "seconds")
         return [f"lmcompose: resuming the run of {began}: {len(left.finished)} compositions had finished"]
+
+    def how_to_resume(self) -> str:
+        """Return what the user of a run that was stopped can do."""
+        if self.options.cache_dir is None:
+            return "lmcompose: stopped; nothing was kept, so it cannot be resumed: run it without --lmcompose-no-cache"
+        return "lmcompose: stopped; add --lmcompose-resume to the same command to go on"
 
     def write_plan(self, reporter: pytest.TerminalReporter) -> None:
         """Print the plan of the tests that were collected."""
@@ -304,6 +342,8 @@ class Session:
         """Attach what is new to the reports of a test: the only channel that survives a crash."""
         if not self.in_use:
             return
+        from pytest_lmcompose.results import Message, encode
+
         touched, self.run.touched = self.run.touched, {}
         for composition, result in touched.items():
             text = encode(Message(self.run.model_facts(), result.record()))
@@ -315,6 +355,8 @@ class Session:
         """Tell JUnit what the test of a composition found."""
         result = self.run.results.get(composition) if self.in_use else None
         if result is not None:
+            from pytest_lmcompose.report.junit import properties_of
+
             item.user_properties += properties_of(result)
 
     def receive(self, report: pytest.TestReport) -> None:
@@ -323,8 +365,27 @@ class Session:
             return
         for name, value in report.user_properties:
             if name == PROPERTY:
+                from pytest_lmcompose.results import decode_message
+
                 message = decode_message(str(value))
                 self.collected.add(message)
-                if message.composition.status == "measured" and self.run.journal is not None:
-                    self.run.journal.finished(message.composition.id)
+                record = message.composition
+                if record.status == "measured":
+                    if self.run.journal is not None:
+                        self.run.journal.finished(record.id)
+                    self.config.hook.pytest_lmcompose_composition_measured(config=self.config, record=record)
         report.user_properties = [pair for pair in report.user_properties if pair[0] != PROPERTY]
+
+
+def _check_packages() -> None:
+    if (problem := shadow.hidden()) is not None:
+        raise pytest.UsageError(f"lmcompose: {problem}")
+
+
+def composition_of(item: pytest.Item) -> Composition | None:
+    """Return the composition that a test is about, if it is about one; for plugins and conftest files too."""
+    callspec = getattr(item, "callspec", None)
+    parameter = None if callspec is None else callspec.params.get("composition")
+    if isinstance(parameter, str):
+        return item.config.stash[SESSION].read(parameter)
+    return parameter if isinstance(parameter, Composition) else None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+FOLDER = ".lmcompose"
+"""Where runs are stored unless the user says otherwise, under pytest's rootdir."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LATEST = "latest"
 """The name by which the latest stored run that passed is meant."""
 
@@ -73,7 +77,6 @@ def read_keeping(
 
     Raises pytest.UsageError for a value that cannot be used.
     """
-    from pytest_lmcompose.baseline.storage import FOLDER, NAME
     from pytest_lmcompose.report.files import TargetError, check_folder, path_of
 
     storage = value("storage")

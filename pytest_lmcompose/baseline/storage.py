@@ -1,4 +1,4 @@
-"""Stored runs: numbered report documents in a folder, 0001_NAME.json, 0002_NAME.json, ... No pytest, no torch.
+"""Stored runs: numbered report documents in a folder, 0001_NAME.json, 0002_NAME.json, ... Imports no torch.
 
 A file appears whole, by a rename, and is never written again: the folder is the history of a release.
 """
@@ -16,14 +16,13 @@ from typing import Any
 import msgspec
 
 from interventions.names import near_names
+from pytest_lmcompose.baseline.keeping import FOLDER as FOLDER
+from pytest_lmcompose.baseline.keeping import NAME as NAME
 from pytest_lmcompose.report.files import is_file, write_text
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.results import LaterReportError, Report, ReportError, decode
 from pytest_lmcompose.store.locks import locked
 
-FOLDER = ".lmcompose"
-"""Where runs are stored unless the user says otherwise, under pytest's rootdir."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FILE = re.compile(rf"(\d{{4,}})_({NAME.pattern})\.json")
 
 

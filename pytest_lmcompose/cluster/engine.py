@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +17,9 @@ import pytest
 
 from pytest_lmcompose.cluster.parts import Part, parts
 from pytest_lmcompose.cluster.work import Job, Outcome, run_part
-from pytest_lmcompose.composition import Composition, Step
+from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.options import Options
-from pytest_lmcompose.parallel.shard import Cost
-from pytest_lmcompose.report.terminal import Progress
-from pytest_lmcompose.session import BASELINE_INPUT, Session
-from pytest_lmcompose.store.entries import costs
+from pytest_lmcompose.session import BASELINE_INPUT, Session, composition_of
 
 RETRIES = 3
 """How often a task is run again on another node when its own dies."""
@@ -43,21 +39,18 @@ class RayEngine:
             raise pytest.UsageError("--lmcompose-engine=ray: Ray is not installed; pip install 'pytest-lmcompose[ray]'")
         if session.options.cache_dir is None:
             raise pytest.UsageError(
-                "--lmcompose-engine=ray hands states from task to task through the store: it needs one, "
-                "see --lmcompose-no-cache"
+                "--lmcompose-engine=ray passes states between tasks through the cache: remove --lmcompose-no-cache"
             )
         if getattr(config.option, "tx", None) or getattr(config.option, "numprocesses", None):
-            raise pytest.UsageError("--lmcompose-engine=ray and -n exclude each other: Ray spreads the tests")
+            raise pytest.UsageError("--lmcompose-engine=ray and -n cannot be combined: Ray distributes the tests")
         self._config, self._session = config, session
-        self._tell = Progress(config)
+        self._tell = session.progress
         self._items: dict[str, pytest.Item] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         if session.testsfailed or self._config.option.collectonly:
             return None
-        from pytest_lmcompose.plugin import composition_of
-
         tests: dict[Composition, list[str]] = {}
         others = []
         for item in session.items:
@@ -86,8 +79,10 @@ class RayEngine:
         """Start a task for each part; return the ids of its tests by the reference of its outcome."""
         options = self._session.options
         gpus, slots = _slots(ray.cluster_resources(), options)
-        found = parts(tests, PARTS_PER_TASK * slots, *self._cost())
-        self._tell(f"lmcompose: {len(found)} parts for a Ray cluster that does {slots} at once")
+        costs = self._session.costs()
+        least = WORTH_A_PROCESS if costs.methods or costs.evaluation else 0.0  # else all count alike
+        found = parts(tests, PARTS_PER_TASK * slots, costs.expected, least)
+        self._tell(f"lmcompose: {len(found)} parts on a Ray cluster that runs {slots} at once")
         job = Job(
             tuple(map(str, self._config.invocation_params.args)),
             str(self._config.invocation_params.dir),
@@ -114,7 +109,7 @@ class RayEngine:
             outcome: Outcome = ray.get(reference)
         except ray.exceptions.RayError as error:
             for test in tests:
-                self._fail(test, f"the task that was to run this test was lost: {error}")
+                self._fail(test, f"the task that runs this test was lost: {error}")
             return
         for line in outcome.lines:
             self._tell(f"[{outcome.node}] {line}")
@@ -136,22 +131,6 @@ class RayEngine:
         item = self._items[test]
         report = pytest.TestReport(test, item.location, dict(item.keywords), "failed", message, "call")
         self._config.hook.pytest_runtest_logreport(report=report)
-
-    def _cost(self) -> tuple[Cost, float]:
-        """Return what steps and measurements are expected to take, and what is worth a process of its own.
-
-        In seconds, the usual where nothing is known; where nothing at all is known, all count alike.
-        """
-        run = self._session.run
-        assert run.store is not None
-        known = costs(run.store, run.recipe.model.path)
-        all_known = [seconds for seconds, _ in known.methods.values()]
-        usual = statistics.median(all_known) if all_known else known.evaluation or 1.0
-
-        def cost(step: Step | None) -> float:
-            return max(1e-3, (known.evaluation if step is None else known.seconds(step)) or usual)
-
-        return cost, WORTH_A_PROCESS if all_known or known.evaluation else 0.0
 
 
 def _slots(resources: dict[str, float], options: Options) -> tuple[int, int]:

@@ -10,16 +10,14 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from pytest_lmcompose.cluster.work import PART
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.errors import BuildError
-
-if TYPE_CHECKING:
-    from pytest_lmcompose.session import Session
+from pytest_lmcompose.session import SESSION, Session
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -77,8 +75,6 @@ class Inside:
 
     @property
     def _session(self) -> Session:
-        from pytest_lmcompose.plugin import SESSION
-
         return self._config.stash[SESSION]
 
     def _write(self, kind: str, value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from evaluators.measurement import Measurement, exp, per_unit, total
 
 if TYPE_CHECKING:
-    from pytest_lmcompose.states.build import StepRecord
+    from pytest_lmcompose.steps import StepRecord
 
 Link = Literal["mean", "exp"]
 

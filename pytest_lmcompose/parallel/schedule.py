@@ -11,8 +11,7 @@ start from is built by one of them, while the others wait; without one, each bui
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, cast
@@ -21,8 +20,8 @@ import execnet
 import pytest
 from xdist.scheduler import LoadScheduling, LoadScopeScheduling
 
-from interventions.registry import methods
-from pytest_lmcompose.composition import Composition, CompositionError, Step, parse
+from pytest_lmcompose import shadow
+from pytest_lmcompose.composition import Composition, CompositionError, parse
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.options import Options, asked_for_distribution
 from pytest_lmcompose.parallel.gpus import VISIBLE, share_of, visible_gpus
@@ -96,13 +95,24 @@ class Workers:
 def composition_of(nodeid: str) -> Composition | None:
     """Return the composition among the parameters in a test's node id, or None."""
     parts = nodeid.partition("::")[2].partition("[")[2].removesuffix("]").split("-")
+    known: Collection[str] | None = None
     for length in range(len(parts), 0, -1):
         for start in range(len(parts) - length + 1):
             with suppress(CompositionError):
                 found = parse("-".join(parts[start : start + length]))
-                if all(step.method in methods() for step in found.steps):
+                known = _methods() if known is None else known
+                if all(step.method in known for step in found.steps):
                     return found
     return None
+
+
+def _methods() -> Collection[str]:
+    """Return the names of all methods; none where other packages hide ours, so that no test is about a composition."""
+    if shadow.hidden() is not None:
+        return ()
+    from interventions.registry import methods
+
+    return methods()
 
 
 class Undecided:
@@ -140,9 +150,7 @@ class PrefixScheduling(LoadScopeScheduling):  # type: ignore[misc]  # which has 
         super().__init__(config, log)
         self.collection: list[str] | None = None
         self._shared = shared
-        self._costs = costs
-        known = [seconds for seconds, _ in costs.methods.values()]
-        self._usual = statistics.median(known) if known else 1.0
+        self._cost = costs.expected
         self._compositions: dict[str, Composition | None] = {}
         self._place: dict[str, int] = {}
         self._free: list[list[str]] = []
@@ -212,7 +220,7 @@ class PrefixScheduling(LoadScopeScheduling):  # type: ignore[misc]  # which has 
         """Return the tests in lanes: the base model's, then a subtree each, then other tests by module."""
         of_tests = {nodeid: c for nodeid, c in self._compositions.items() if c is not None}
         nodeids = list(of_tests)
-        order = longest_first(list(of_tests.values()), self._seconds, self._evaluation)
+        order = longest_first(list(of_tests.values()), self._cost)
         subtrees = groupby((nodeids[i] for i in order), key=lambda nodeid: of_tests[nodeid].steps[:1])
         others = (nodeid for nodeid in self._compositions if nodeid not in of_tests)
         modules = groupby(others, key=lambda nodeid: nodeid.partition("::")[0])
@@ -239,7 +247,7 @@ class PrefixScheduling(LoadScopeScheduling):  # type: ignore[misc]  # which has 
         best, ahead, behind = (sum(each), 0, len(tests)), sum(each[:first]), sum(each[first:])
         for cut in range(first, len(tests)):
             shared = _on_both_ways(*(self._compositions[nodeid] for nodeid in tests[cut - 1 : cut + 1])) if cut else ()
-            missing = sum(self._seconds(state.steps[-1]) for state in shared if state not in self._built)
+            missing = sum(self._cost(state.steps[-1]) for state in shared if state not in self._built)
             twice = 0.0 if self._shared else missing
             best = min(best, (max(ahead, missing + behind) + twice, len(shared), cut))
             ahead, behind = ahead + each[cut], behind - each[cut]
@@ -254,17 +262,9 @@ class PrefixScheduling(LoadScopeScheduling):  # type: ignore[misc]  # which has 
                 found.append(OTHER_SECONDS)
                 continue
             there = max(0, len(composition.steps) - 1) if before is None else len(_on_both_ways(before, composition))
-            found.append(self._evaluation + sum(map(self._seconds, composition.steps[there:])))
+            found.append(self._cost(None) + sum(map(self._cost, composition.steps[there:])))
             before = composition
         return found
-
-    def _seconds(self, step: Step) -> float:
-        known = self._costs.seconds(step)
-        return self._usual if known is None else known
-
-    @property
-    def _evaluation(self) -> float:
-        return self._usual if self._costs.evaluation is None else self._costs.evaluation
 
 
 def _on_both_ways(one: Composition | None, other: Composition | None) -> tuple[Composition, ...]:

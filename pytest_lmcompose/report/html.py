@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -101,7 +102,7 @@ def render(document: Report, baseline: Report | None = None) -> str:
     records = document.compositions
     judged = verdicts(records)
     metrics = _by_weight(headline_metrics(records), records)
-    drawn = _figures(document, metrics)
+    drawn = {} if undrawn() else _figures(document, metrics)
     stored = against(document, baseline)
     scripts = [_vega() if drawn else "", (TEMPLATES / "page.js").read_text(encoding="utf-8")]
     specs = [plot.spec for figure in drawn.values() for plot in figure.plots]
@@ -123,8 +124,16 @@ def render(document: Report, baseline: Report | None = None) -> str:
         hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
         specs=_inert(json.dumps(specs, separators=(",", ":"), allow_nan=False)),
         missing=MISSING,
+        undrawn=undrawn(),
     )
     return str(page)
+
+
+def undrawn() -> str | None:
+    """Say why pages have no figures, if they have none here."""
+    if importlib.util.find_spec("vl_convert") is not None:
+        return None
+    return "the page has no figures; they need the extra html: pip install 'pytest-lmcompose[html]'"
 
 
 def _by_weight(metrics: Sequence[str], records: Sequence[CompositionResult]) -> list[str]:

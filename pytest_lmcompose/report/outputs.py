@@ -1,4 +1,4 @@
-"""Which reports are written beside the JSON, and how the terminal's table is laid out: flags and their values.
+"""Flags of the reports other than JSON, and of the layout of the terminal's table.
 
 Imports none of the libraries that write them.
 """
@@ -34,14 +34,14 @@ class Layout:
     columns: tuple[str, ...] = ()
     """Globs over metrics, in the order of the columns; none: those with a threshold."""
     sort: str | None = None
-    """A metric, the best value first, or `id`; a leading `-` turns it round. None: in the order of the tests."""
+    """A metric, best value first, or `id`; a leading `-` reverses it. None: in the order of the tests."""
     group: str | None = None
     """category or first: the table's rows by the categories of their steps, or by their first step."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the user wants to see of a run, and where."""
+    """Which reports to write, and where."""
 
     html: Path | None = None
     markdown: Path | None = None
@@ -57,24 +57,24 @@ class Outputs:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is to be made of the report's document."""
+        """Whether any of them needs the finished report."""
         return bool(self.files) or self.tracking is not None
 
 
 FLAGS = (
-    ("html", "write the report as one page that needs no network to this file", "PATH"),
+    ("html", "write the report as one HTML page to this file (figures need the extra html)", "PATH"),
     ("markdown", "append a summary to this file, such as the job summary of a CI service", "PATH"),
     ("latex", "write tables of order-free error and order sensitivity to this file", "PATH"),
     (
         "columns",
-        "metrics in the terminal's table, globs with commas between (default: those with a threshold)",
+        "metrics of the terminal's table, as comma-separated globs (default: those with a threshold)",
         "GLOBS",
     ),
-    ("sort", "sort the terminal's table by a metric, the best first, or by id; -METRIC: the worst first", "METRIC"),
-    ("group", "group the terminal's table by category or first (step)", "HOW"),
-    ("wandb", "track the run in this project of Weights & Biases; needs the extra wandb", "PROJECT"),
-    ("wandb-entity", "user or team that the project belongs to (default: the user's own)", "NAME"),
-    ("wandb-tags", "tags of the tracked run, with commas between", "TAGS"),
+    ("sort", "sort the terminal's table by a metric, best first, or by id; -METRIC: worst first", "METRIC"),
+    ("group", "group the terminal's table by category, or by first step (first)", "HOW"),
+    ("wandb", "track the run in this Weights & Biases project (needs the extra wandb)", "PROJECT"),
+    ("wandb-entity", "user or team that owns the project (default: you)", "NAME"),
+    ("wandb-tags", "comma-separated tags of the tracked run", "TAGS"),
 )
 """Name, help and metavar of each flag with a value."""
 
@@ -104,7 +104,7 @@ def _tracking(value: Callable[[str], str | None]) -> Tracking | None:
     if project is None:
         for flag, given in (("entity", entity), ("tags", tags)):
             if given:
-                raise pytest.UsageError(f"--lmcompose-wandb-{flag}: there is no project; give --lmcompose-wandb too")
+                raise pytest.UsageError(f"--lmcompose-wandb-{flag}: needs --lmcompose-wandb=PROJECT")
         return None
     # A folder `wandb`, which offline runs leave behind, is found as a package without a file.
     found = importlib.util.find_spec("wandb")

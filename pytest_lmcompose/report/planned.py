@@ -13,8 +13,8 @@ from pytest_lmcompose.results import BaselineFile, CompositionResult, Plan, Repo
 
 if TYPE_CHECKING:
     from pytest_lmcompose.baseline.reference import Baseline
+    from pytest_lmcompose.plan import Planned
     from pytest_lmcompose.recipe import Recipe
-    from pytest_lmcompose.session import Planned
 
 _NAMED = 3
 """Compositions that a message names."""

@@ -1,9 +1,7 @@
-"""The summary table, composition by metric, and the progress lines."""
+"""The summary table, composition by metric."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -104,37 +102,6 @@ def write_summary(
         reporter.write_line(f"known loss: {visible(gate.message)}", yellow=True)
     if any(not gate.passed for record in records for gate in record.gates):
         reporter.write_line(f"{FAILED} a gate failed")
-
-
-class Progress:
-    """Writes a line to the user at once, though pytest captures output."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-
-    def __call__(self, line: str) -> None:
-        if self._config.option.verbose < 0:
-            return
-        capture = self._config.pluginmanager.getplugin("capturemanager")
-        if capture is None:
-            self._write(line)
-        else:
-            with capture.global_and_fixture_disabled():
-                self._write(line)
-
-    def _write(self, line: str) -> None:
-        worker = os.environ.get("PYTEST_XDIST_WORKER")
-        if worker is not None:  # a worker has no terminal, but shares the controller's stderr
-            sys.stderr.write(f"\n[{worker}] {line}\n")
-            sys.stderr.flush()
-            return
-        reporter = self._config.pluginmanager.getplugin("terminalreporter")
-        if reporter is not None:
-            reporter.ensure_newline()
-            if reporter._tw.width_of_current_line:  # letters of results, which `ensure_newline` does not count
-                reporter._tw.line()
-            reporter.write_line(line)
-            reporter.flush()
 
 
 def _cell(record: CompositionResult, metric: str) -> Cell:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from pytest_lmcompose.report.files import write_text
+from pytest_lmcompose.report.html import render
 from pytest_lmcompose.report.json import write
 from pytest_lmcompose.report.outputs import Tracking
 from pytest_lmcompose.report.view import verdicts
@@ -21,6 +22,19 @@ STEPS = ("composition", "step", "method", "category", "seconds", "peak_memory_by
 LOGIN_SECONDS = 60
 """How long it may ask for a key at the end of a run that nobody may be watching."""
 ORDERS = ("steps", "metric", "order_free_error", "order_sensitivity", "best")
+
+
+class Tracker:
+    """The plugin that tracks the run. What goes wrong is told, and no more: the run is as good without it."""
+
+    def __init__(self, tracking: Tracking, tell: Callable[[str], None]) -> None:
+        self._tracking, self._tell = tracking, tell
+
+    def pytest_lmcompose_report(self, report: Report, baseline: Report | None) -> None:
+        try:
+            self._tell(f"lmcompose: {track(self._tracking, report, render(report, baseline))}")
+        except Exception as error:
+            self._tell(f"lmcompose: the run could not be tracked on Weights & Biases: {type(error).__name__}: {error}")
 
 
 def track(tracking: Tracking, document: Report, page: str) -> str:

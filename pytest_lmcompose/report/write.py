@@ -13,8 +13,7 @@ from pytest_lmcompose.results import Report
 def write_reports(outputs: Outputs, document: Report, baseline: Report | None, tell: Callable[[str], None]) -> bool:
     """Write every report that is wanted; say whether all files could be written.
 
-    One that cannot be written hinders no other. Tracking that fails is told, and no more: the run is
-    as good without it.
+    One that cannot be written hinders no other.
     """
     written = True
 
@@ -28,17 +27,14 @@ def write_reports(outputs: Outputs, document: Report, baseline: Report | None, t
 
     if outputs.html is not None:
         attempt(outputs.html, lambda: _html(document, baseline), write_text)
+        from pytest_lmcompose.report.html import undrawn
+
+        if (why := undrawn()) is not None:
+            tell(f"lmcompose: {outputs.html}: {why}")
     if outputs.markdown is not None:
         attempt(outputs.markdown, lambda: _markdown(document, baseline), append_text)
     if outputs.latex is not None:
         attempt(outputs.latex, lambda: _latex(document), write_text)
-    if outputs.tracking is not None:
-        from pytest_lmcompose.report.wandb import track
-
-        try:
-            tell(f"lmcompose: {track(outputs.tracking, document, _html(document, baseline))}")
-        except Exception as error:
-            tell(f"lmcompose: the run could not be tracked on Weights & Biases: {type(error).__name__}: {error}")
     return written
 
 

@@ -2,7 +2,7 @@
 
 One working model is changed in place. Each state that was built is kept as the tensors in which it
 differs from the base model, so that a composition starts from its longest prefix that is there: in
-memory, or in the store that runs and processes share.
+memory, or in the store that runs and processes share. `WorkingModel` says who may use the model.
 """
 
 from __future__ import annotations
@@ -16,30 +16,40 @@ from typing import Any, NamedTuple
 
 from interventions import Resources, apply, find_method
 from interventions.compress.engines.identity import engine_identity
-from interventions.shared_statistics import StatisticsCache
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.errors import BuildError
 from pytest_lmcompose.states.identity import base_address
 from pytest_lmcompose.states.load import Loaded
-from pytest_lmcompose.states.snapshot import Snapshot, WorkingModel, bytes_of
+from pytest_lmcompose.states.snapshot import Lease, Snapshot, WorkingModel, bytes_of
+from pytest_lmcompose.steps import StepRecord
 from pytest_lmcompose.store.address import METHOD_LIBRARIES, address, method_code, versions
 from pytest_lmcompose.store.entries import Shelf, StoredState
-from pytest_lmcompose.store.entries import StepRecord as StepRecord
 
 
 @dataclass(frozen=True)
 class ModelState:
     """A model in the state that a composition makes of it.
 
-    The model is the one of the run: it holds this state until the next test asks for another.
+    The model is the one of the run: it is in this state until the next test asks for another.
     """
 
     composition: Composition
-    model: Any
     tokenizer: Any
     steps: tuple[StepRecord, ...]
     state_hash: str
     """SHA-256 of the weights."""
+    _source: Lease | Pristine
+
+    @property
+    def model(self) -> Any:
+        """The model; raises StateGoneError if it is in another state by now."""
+        return self._source.model
+
+
+class Pristine(NamedTuple):
+    """A second model in memory, which stays in its state."""
+
+    model: Any
 
 
 class _Built(NamedTuple):
@@ -48,7 +58,7 @@ class _Built(NamedTuple):
 
 
 class StateManager:
-    """Owns the working model, and brings it into the state of any composition."""
+    """Brings the working model into the state of any composition, on the data and from the seed of one repeat."""
 
     def __init__(
         self,
@@ -58,25 +68,29 @@ class StateManager:
         seed: int,
         progress: Callable[[str], None],
         shelf: Shelf | None = None,
+        *,
+        doing: Callable[[str], None] | None = None,
+        applied: Callable[[Composition, StepRecord], None] | None = None,
+        working: WorkingModel | None = None,
     ) -> None:
         """Take over `loaded`; `settings` gives a step's settings, `progress` takes one line a step.
 
-        With a `shelf`, states that were built before, or are in another process, are read from it.
+        With a `shelf`, states that were built before, or are in another process, are read from it. `doing` takes
+        what is being built, `applied` each step that was applied. `working` is the model of another manager.
         """
         self.loaded = loaded
         self._settings = settings
         self._shelf = shelf
         self._resources, self._seed, self._progress = resources, seed, progress
-        self._data = self._data_address()
-        self._working = WorkingModel(loaded.model)
+        self._doing, self._applied = doing, applied
+        # The hash of what steps read, and of what computes.
+        self._data = address(resources=resources, libraries=versions(METHOD_LIBRARIES))
+        self._working = working or WorkingModel(loaded.model)
         self.base_hash = self._working.base.state_hash
         self._states = {Composition(): _Built(self._working.base, ())}
         self._addresses = {Composition(): base_address(loaded, self.base_hash)}
         self._failures: dict[Composition, BuildError] = {}
-        self._statistics = StatisticsCache()  # what steps from the same state have collected
-        self._pristine: Any = None
-        self._current = Composition()
-        self._held = self._given = False
+        self._pristine: Pristine | None = None
 
     def enter(self, composition: Composition) -> ModelState:
         """Bring the working model into the state of `composition`, building what is missing.
@@ -84,36 +98,27 @@ class StateManager:
         The caller may do to the model what it likes, until the next state is entered or visited.
         Raises BuildError if a step fails.
         """
-        self._held = self._given = False
-        state = self._bring(composition)
-        self._held = self._given = True
-        self._working.distrust()
-        return state
+        self._working.lease = None
+        built = self._bring(composition)
+        return self._state(composition, built, self._working.lend(built.snapshot))
 
     @contextmanager
     def visit(self, composition: Composition) -> Iterator[ModelState]:
-        """Enter a state to look at it, and go back to the one before if somebody holds that.
+        """Enter a state to look at it, and go back to the one before if somebody uses that.
 
         The model must be left as it is. Raises BuildError if a step fails.
         """
-        before, held, given = self._current, self._held, self._given
-        try:
-            state = self._bring(composition)
-            self._held, self._given = True, False
-            yield state
-        finally:
-            if held and self._current != before:
-                self._bring(before)
-            self._held, self._given = held, given
-            if given:
-                self._working.distrust()
+        with self._working.borrowed():
+            built = self._bring(composition)
+            lease = self._working.lease = Lease(self._working, built.snapshot, given=False)
+            yield self._state(composition, built, lease)
 
     def release(self, prefixes: Iterable[Composition]) -> None:
         """Forget the states of `prefixes`, which no test needs any more; called between tests.
 
         One that is asked for nevertheless is read from the store, or built again.
         """
-        self._held = self._given = False
+        self._working.lease = None
         for prefix in prefixes:
             if prefix.steps:
                 self._states.pop(prefix, None)
@@ -127,24 +132,22 @@ class StateManager:
         """Return the base model as a second model in memory, made when first asked for."""
         if self._pristine is None:
             with self.visit(Composition()) as base:
-                self._pristine = copy.deepcopy(base.model)
-        return ModelState(Composition(), self._pristine, self.loaded.tokenizer, (), self.base_hash)
+                self._pristine = Pristine(copy.deepcopy(base.model))
+        return self._state(Composition(), self._states[Composition()], self._pristine)
 
     def repeat(self, resources: Resources, seed: int, progress: Callable[[str], None]) -> StateManager:
-        """Return a manager of the same model, for the same steps on other data and from another seed.
-
-        Both change the one working model, so a state of either ends where the other enters one; use it
-        inside `visit` of the base model.
-        """
-        other = copy.copy(self)
-        other._resources, other._seed, other._progress = resources, seed, progress
-        other._data = other._data_address()
-        other._states = {Composition(): self._states[Composition()]}
-        other._addresses = {Composition(): self._addresses[Composition()]}
-        other._failures = {}
-        other._current = Composition()
-        other._held = other._given = False
-        return other
+        """Return a manager of the same working model, for the same steps on other data and from another seed."""
+        return StateManager(
+            self.loaded,
+            self._settings,
+            resources,
+            seed,
+            progress,
+            self._shelf,
+            doing=self._doing,
+            applied=self._applied,
+            working=self._working,
+        )
 
     def address(self, composition: Composition) -> str:
         """Return the content address of a state: the hash of all that it follows from.
@@ -168,24 +171,23 @@ class StateManager:
             parent = prefix
         return self._addresses[composition]
 
-    def _data_address(self) -> str:
-        """Return the hash of what steps read, and of what computes."""
-        return address(resources=self._resources, libraries=versions(METHOD_LIBRARIES))
+    def _state(self, composition: Composition, built: _Built, source: Lease | Pristine) -> ModelState:
+        return ModelState(composition, self.loaded.tokenizer, built.steps, built.snapshot.state_hash, source)
 
-    def _bring(self, composition: Composition) -> ModelState:
+    def _bring(self, composition: Composition) -> _Built:
+        """Bring the working model into a state, from the nearest one that is there."""
         prefixes = (Composition(), *composition.prefixes())
         at = len(prefixes) - 1
         while prefixes[at] not in self._states and not self._read(prefixes[at]):
             at -= 1
-        self._working.restore(self._states[prefixes[at]].snapshot)
-        self._current = prefixes[at]
+        built = self._states[prefixes[at]]
+        self._working.restore(built.snapshot)
         for prefix in prefixes[at + 1 :]:
             if prefix in self._failures:  # it would fail again, after as long
                 raise self._failures[prefix]
-            self._build(prefix, self._states[self._current], composition)
-            self._current = prefix
-        built = self._states[composition]
-        return ModelState(composition, self.loaded.model, self.loaded.tokenizer, built.steps, built.snapshot.state_hash)
+            self._build(prefix, built, composition)
+            built = self._states[prefix]
+        return built
 
     def _build(self, prefix: Composition, before: _Built, composition: Composition) -> None:
         """Make the state of `prefix` from the one before, which the model is in, for `composition`."""
@@ -208,6 +210,8 @@ class StateManager:
         seed = step_seed(self._seed, prefix)
         label = f"{composition}  step {len(prefix.steps)}/{len(composition.steps)} {step}"
         self._working.distrust()
+        if self._doing is not None:
+            self._doing(label)
         try:
             report = apply(
                 self.loaded.model,
@@ -216,7 +220,7 @@ class StateManager:
                 self._settings(step),
                 resources=self._resources,
                 seed=seed,
-                statistics=self._statistics.of(before.snapshot.state_hash),
+                statistics=self._working.statistics.of(before.snapshot.state_hash),
             )
         except Exception as error:
             self._progress(f"{label}  failed: {error}")
@@ -225,7 +229,10 @@ class StateManager:
         names = len(report.changed)
         self._progress(f"{label}  {report.seconds:.1f} s  {names} parameter{'s' * (names != 1)} changed")
         snapshot = self._working.take(before.snapshot, report.changed)
-        return _Built(snapshot, (*before.steps, StepRecord(step, seed, report)))
+        record = StepRecord(step, seed, report)
+        if self._applied is not None:
+            self._applied(prefix, record)
+        return _Built(snapshot, (*before.steps, record))
 
     def _read(self, prefix: Composition) -> bool:
         """Read a state from the store, if it is there and is what it says; the model is left as it is."""
@@ -241,7 +248,7 @@ class StateManager:
             return False
         if snapshot.state_hash != stored.state_hash:
             return False
-        self._progress(f"{prefix}  read from the store")
+        self._progress(f"{prefix}  read from the cache")
         self._states[prefix] = _Built(snapshot, stored.steps)
         return True
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from interventions.shared_statistics import StatisticsCache
 from pytest_lmcompose.states.load import hash_digests, tensor_digest
 
 
@@ -24,8 +26,34 @@ class Snapshot:
     """SHA-256 of all weights, as `load.hash_weights` makes it."""
 
 
+class StateGoneError(RuntimeError):
+    """The model was asked for in a state that it is not in any more."""
+
+
+class Lease:
+    """The right to use the working model in one state. It rests while another lease is above it."""
+
+    def __init__(self, working: WorkingModel, snapshot: Snapshot, *, given: bool) -> None:
+        self._working, self.snapshot = working, snapshot
+        self.given = given
+        """Whether its holder may change the model."""
+
+    @property
+    def model(self) -> Any:
+        """The model; raises StateGoneError unless it is in the state of this lease now."""
+        if self._working.lease is not self:
+            raise StateGoneError(
+                "the model is not in this state any more, since another one was asked for: use a state before you "
+                "ask for the next, or copy its model"
+            )
+        return self._working.model
+
+
 class WorkingModel:
-    """The one model of a run, changed in place, which knows what state it is in."""
+    """The one model of a run, changed in place, which knows what state it is in and who uses it.
+
+    It builds states for any number of managers. Only the holder of the current lease gets at the model.
+    """
 
     def __init__(self, model: Any) -> None:
         """Take over `model` and copy its weights: they are the base state."""
@@ -40,8 +68,34 @@ class WorkingModel:
         self._parameter_of = {entry: first_name.get(id(tensor)) for entry, tensor in entries}
         self._base_digests = {entry: tensor_digest(tensor) for entry, tensor in entries}
         self.base = self._snapshot({}, {})
+        self.statistics = StatisticsCache()
+        """What steps have collected, by the state that they started from."""
+        self.lease: Lease | None = None
+        """Of whoever uses the model now."""
         self._present = self.base
         self._trusted = True
+
+    def lend(self, snapshot: Snapshot) -> Lease:
+        """Return a lease of the model in the state of `snapshot`, which it is in; all others end.
+
+        Its holder may change the model.
+        """
+        self.lease = Lease(self, snapshot, given=True)
+        self.distrust()
+        return self.lease
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Let the caller bring the model into other states; then whoever used it before gets it back as it was."""
+        before, self.lease = self.lease, None
+        try:
+            yield
+        finally:
+            self.lease = before
+            if before is not None:
+                self.restore(before.snapshot)
+                if before.given:
+                    self.distrust()
 
     def distrust(self) -> None:
         """Expect any change of the model until the next restore, which then writes every parameter."""

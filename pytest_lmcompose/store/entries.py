@@ -6,30 +6,21 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators.measurement import Measurement
 from interventions.types import StepReport
-from pytest_lmcompose.composition import Composition, Step, parse
+from pytest_lmcompose.composition import Composition, parse
 from pytest_lmcompose.costs import Costs, StepCost
 from pytest_lmcompose.gates.repeats import Repeat
+from pytest_lmcompose.steps import StepRecord
 from pytest_lmcompose.store.folder import Entry, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STATE, MEASUREMENTS = "state", "measurements"
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A step that was applied, as the report tells it."""
-
-    step: Step
-    seed: int
-    report: StepReport
 
 
 class StoredState(NamedTuple):

@@ -55,7 +55,7 @@ def test_a_worse_model_turns_the_build_red_on_its_line(stored: Project) -> None:
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
         [
-            "lmcompose: compared with */0001_v1.json, of *",
+            "lmcompose: comparing with */0001_v1.json of *",
             f"{ID}  {METRIC} = 0 is worse than 1 of the baseline 0001_v1 at no_drop_p 0.2: p = 0.0312, after Holm*",
             f"{ID}  {METRIC} = 0 < max_loss 5% below 1 of the baseline 0001_v1 = 0.95 (n = 5, standard error 0; "
             "*worse: 5 of 5 samples, number 1, 2, 3, 4, 5)",
@@ -180,7 +180,7 @@ def test_the_first_run_that_is_stored_is_compared_with_none(project: Project) ->
     fail = "--lmcompose-compare-fail=perplexity:5%"
     result = project.run(fail, "--lmcompose-compare", "--lmcompose-save=v1", compose=("nudge",))
     assert result.ret == pytest.ExitCode.OK
-    result.stdout.fnmatch_lines(["lmcompose: this run is the first that is stored, and compared with none"])
+    result.stdout.fnmatch_lines(["lmcompose: there is no stored run to compare with yet"])
     assert project.run(fail, "--lmcompose-json=report.json", compose=("nudge",)).ret == pytest.ExitCode.OK
     gates = by_id(read_report(project.path / "report.json"))["nudge"]["gates"]
     assert ("max_loss_percent", "the baseline 0001_v1") in [(gate["gate"], gate["reference"]) for gate in gates]
@@ -204,13 +204,13 @@ def test_a_failed_run_is_stored_as_such_and_passed_over(stored: Project) -> None
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(
         [
-            "lmcompose: compared with */0001_v1.json, of *; passed over, since they failed: 0002_auto",
+            "lmcompose: comparing with */0001_v1.json of *; skipped failed runs: 0002_auto",
             "against the baseline 0001_v1, on the same samples*",
             "of 30 metrics 30 have not changed in any sample, and 0 by no more than noise; -v shows them",
         ]
     )
     asked = stored.run("--lmcompose-compare=2", compose=(ID,))
-    asked.stdout.fnmatch_lines(["lmcompose: compared with */0002_auto.json, of *"])
+    asked.stdout.fnmatch_lines(["lmcompose: comparing with */0002_auto.json of *"])
 
 
 def test_the_baseline_is_updated_only_from_committed_files(stored: Project) -> None:

@@ -19,8 +19,10 @@ from pytest_lmcompose.gates.repeats import Repeat
 from pytest_lmcompose.settings import ModelSettings
 from pytest_lmcompose.states.build import StateManager, step_seed
 from pytest_lmcompose.states.load import Loaded, choose_device, hash_tensors, hash_weights, load_model
+from pytest_lmcompose.states.snapshot import StateGoneError
+from pytest_lmcompose.steps import StepRecord
 from pytest_lmcompose.store.address import read_module
-from pytest_lmcompose.store.entries import Shelf, StepRecord, costs
+from pytest_lmcompose.store.entries import Shelf, costs
 from pytest_lmcompose.store.folder import Store
 from tests.plugin.stubs import METHODS, NudgeSettings, RoundSettings
 
@@ -229,7 +231,7 @@ def test_what_was_built_once_is_read_by_the_next_run(inputs: Input, lines: list[
     first = inputs.manager().enter(parse("nudge+round"))
     again = inputs.manager().enter(parse("nudge+round"))
     assert again.state_hash == first.state_hash == hash_weights(again.model)
-    assert [line.split("  ")[1] for line in lines] == ["step 1/2 nudge", "step 2/2 round", "read from the store"]
+    assert [line.split("  ")[1] for line in lines] == ["step 1/2 nudge", "step 2/2 round", "read from the cache"]
     assert [record.report.changed for record in again.steps] == [record.report.changed for record in first.steps]
     assert [record.seed for record in again.steps] == [record.seed for record in first.steps]
     assert again.steps[1].report.warnings == ("rounded to nearest",)
@@ -337,3 +339,39 @@ def test_measurements_come_back_exactly(store: Store) -> None:
     again = shelf.measured("a" * 64, parse("nudge"), lambda: pytest.fail("it is there"))
     assert again is not found and repr(again) == repr(found)
     assert costs(store, "tiny").evaluation == 2.5
+
+
+def test_a_state_ends_where_another_one_is_entered(manager: StateManager) -> None:
+    first = manager.enter(parse("nudge"))
+    weights = first.model.state_dict()
+    assert weights
+    with manager.visit(Composition()) as base:
+        assert base.model is not None
+        with pytest.raises(StateGoneError, match="not in this state any more"):
+            _ = first.model
+    assert first.model is not None  # which got it back
+    with pytest.raises(StateGoneError):
+        _ = base.model
+    manager.enter(Composition())
+    with pytest.raises(StateGoneError):
+        _ = first.model
+
+
+def test_a_state_rests_while_another_manager_uses_the_model(manager: StateManager) -> None:
+    other = manager.repeat(Resources(), 6, lambda line: None)
+    held = manager.enter(parse("nudge"))
+    before = hash_weights(held.model)
+    with other.visit(parse("nudge+round")) as state:
+        assert hash_weights(state.model) == state.state_hash
+        with pytest.raises(StateGoneError):
+            _ = held.model
+        with manager.visit(Composition()) as base:
+            assert hash_weights(base.model) == manager.base_hash
+        assert hash_weights(state.model) == state.state_hash
+    assert hash_weights(held.model) == before == held.state_hash
+
+
+def test_the_base_model_beside_it_never_ends(manager: StateManager) -> None:
+    pristine = manager.pristine()
+    manager.enter(parse("nudge"))
+    assert hash_weights(pristine.model) == manager.base_hash

@@ -42,7 +42,7 @@ def applied(result: pytest.RunResult) -> list[str]:
 def measured(result: pytest.RunResult, ids: tuple[str, ...]) -> list[str]:
     """Return which of `ids` were measured anew."""
     text = result.stdout.str() + result.stderr.str()
-    return [name for name in ids if f"{name}  measurements read from the store" not in text.replace("] ", "\n")]
+    return [name for name in ids if f"{name}  measurements read from the cache" not in text.replace("] ", "\n")]
 
 
 def without_times(report: Any) -> Any:
@@ -267,8 +267,8 @@ def test_the_plan_is_printed_in_place_of_the_run(cached: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lmcompose-no-cache", "--lmcompose-cache-dir=x"], "exclude each other"),
-        (["--lmcompose-no-cache", "--lmcompose-resume"], "--lmcompose-resume goes on from the store"),
+        (["--lmcompose-no-cache", "--lmcompose-cache-dir=x"], "cannot be combined"),
+        (["--lmcompose-no-cache", "--lmcompose-resume"], "--lmcompose-resume needs the cache"),
         (["--lmcompose-cache-size=much"], "expected a number of GiB, such as 20 or 0.5, not 'much'"),
         (["--lmcompose-cache-size=0"], "expected a number of GiB"),
         (["--lmcompose-cache-dir=test_inner.py"], "this is not a folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from lxml import html as lxml_html
 
 from pytest_lmcompose.report import html
 from pytest_lmcompose.report.json import SCHEMA_PATH
+from pytest_lmcompose.report.outputs import Outputs
+from pytest_lmcompose.report.write import write_reports
 from tests.plugin.browser import CHROMIUM, Page, browser
 from tests.plugin.conftest import Project
 from tests.plugin.documents import typed
@@ -321,3 +324,19 @@ CONTRASTS = """
   }));
 })()
 """
+
+
+def test_without_the_extra_the_page_has_no_figures_and_says_which_extra_brings_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vl_convert" else found(name))
+    told: list[str] = []
+    assert write_reports(Outputs(html=tmp_path / "page.html"), rich(("memit", "memit+awq")), None, told.append)
+    page = (tmp_path / "page.html").read_text()
+    assert "vegaEmbed =" not in page and "<figure" not in page
+    assert "memit+awq" in page and "pip install &#39;pytest-lmcompose[html]&#39;" in page
+    assert told == [
+        f"lmcompose: {tmp_path / 'page.html'}: the page has no figures; they need the extra html: "
+        "pip install 'pytest-lmcompose[html]'"
+    ]

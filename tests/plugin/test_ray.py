@@ -84,7 +84,7 @@ def test_a_part_starts_from_the_state_that_another_node_built(project: Project) 
     assert "[p1] nudge  step 1/1 nudge" in "\n".join(outcome.lines)
     behind, nothing = run_part(job(project, compose, XDG_CACHE_HOME=stores[1]), "p2", ids("nudge+round"), None, parcels)
     lines = "\n".join(behind.lines)
-    assert "nudge  read from the store" in lines and "step 2/2 round" in lines and "step 1/2" not in lines
+    assert "nudge  read from the cache" in lines and "step 2/2 round" in lines and "step 1/2" not in lines
     assert nothing == {} and not behind.unreported
 
 
@@ -119,8 +119,8 @@ def test_a_project_that_is_not_there_is_told(project: Project) -> None:
     ("arguments", "message"),
     [
         (["--lmcompose-engine=cloud"], "--lmcompose-engine: expected local or ray, not 'cloud'"),
-        (["--lmcompose-engine=ray", NO_CACHE], "hands states from task to task through the store"),
-        (["--lmcompose-engine=ray", "-n2"], "--lmcompose-engine=ray and -n exclude each other"),
+        (["--lmcompose-engine=ray", NO_CACHE], "passes states between tasks through the cache"),
+        (["--lmcompose-engine=ray", "-n2"], "--lmcompose-engine=ray and -n cannot be combined"),
     ],
 )
 def test_flags_that_do_not_go_with_it(

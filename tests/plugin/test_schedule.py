@@ -151,7 +151,7 @@ def test_each_test_runs_once_whoever_dies(ids: list[str], workers: int, shared: 
 @given(suites)
 def test_the_order_is_depth_first_and_of_siblings_the_longest_first(ids: list[str]) -> None:
     uses = [parse(name) for name in ids]
-    order = [uses[i] for i in longest_first(uses, lambda step: SECONDS[step.method], 1.0)]
+    order = [uses[i] for i in longest_first(uses, lambda step: 1.0 if step is None else SECONDS[step.method])]
     assert sorted(order) == sorted(uses)
     assert Plan.of(order).order == tuple(order)
     for above in {use.prefixes()[k] for use in uses for k in range(len(use.steps))} | {Composition()}:
@@ -232,7 +232,7 @@ def test_a_worker_forgets_states_of_the_subtree_that_it_leaves(
     session = Session(config, read_options(config))
     found: list[str] = []
     run: Any = SimpleNamespace(release=lambda states: found.extend(map(str, states)), results={})
-    session.__dict__["run"] = run
+    session._run = run
     # As far as this process knows, all tests may still come here.
     session.expect([parse(name) for name in ("awq+ga+ft", "awq+ga+ft", "awq+memit", "awq+ga")])
     session.tested(parse("awq+ga+ft"), parse("awq+memit"))

@@ -13,8 +13,8 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from pytest_lmcompose.report import write
-from pytest_lmcompose.report.outputs import Outputs, Tracking
+from pytest_lmcompose.report import wandb as tracking
+from pytest_lmcompose.report.outputs import Tracking
 from pytest_lmcompose.report.wandb import track
 from tests.plugin.conftest import Project
 from tests.plugin.documents import typed
@@ -90,7 +90,7 @@ def test_summary_tables_and_page_of_a_run(offline: Path) -> None:
 
 
 def test_a_run_of_the_plugin_is_tracked(project: Project, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "_html", lambda *_: "page")  # which takes seconds, and is not what this is about
+    monkeypatch.setattr(tracking, "render", lambda *_: "page")  # which takes seconds, and is not what this is about
     result = project.run("--lmcompose-wandb=demo", "--lmcompose-wandb-tags=a, b", compose=("round",))
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(["lmcompose: tracked offline in *"])
@@ -100,19 +100,15 @@ def test_a_run_of_the_plugin_is_tracked(project: Project, offline: Path, monkeyp
     assert "round/edit_success_f1" in summary_of(found)
 
 
-def test_what_goes_wrong_is_told_and_costs_nothing(
-    offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_goes_wrong_is_told_and_costs_nothing(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: Any) -> None:
         raise wandb.errors.CommError("no such entity")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    monkeypatch.setattr(write, "_html", lambda *_: "page")
+    monkeypatch.setattr(tracking, "render", lambda *_: "page")
     told: list[str] = []
-    outputs = Outputs(markdown=tmp_path / "summary.md", tracking=Tracking("demo"))
-    assert write.write_reports(outputs, typed(broken_off()), None, told.append)
+    tracking.Tracker(Tracking("demo"), told.append).pytest_lmcompose_report(typed(broken_off()), None)
     assert told == ["lmcompose: the run could not be tracked on Weights & Biases: CommError: no such entity"]
-    assert (tmp_path / "summary.md").is_file()
 
 
 def test_disabled_is_told(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
