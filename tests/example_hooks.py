@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.results import CompositionResult, Report
 from pytest_lmcompose.session import composition_of
 from pytest_lmcompose.steps import StepRecord
 
@@ -25,16 +25,16 @@ def pytest_lmcompose_step_applied(composition: Composition, step: StepRecord) ->
     track(step=str(step.step), of=str(composition), seconds=step.report.seconds)
 
 
-def pytest_lmcompose_composition_measured(record: Mapping[str, Any]) -> None:
-    track(composition=record["id"], **{m["metric"]: m["value"] for m in record["measurements"]})
+def pytest_lmcompose_composition_measured(record: CompositionResult) -> None:
+    track(composition=record.id, **{measured.metric: measured.value for measured in record.measurements})
 
 
-def pytest_lmcompose_report(report: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> None:
-    track(status=report["status"], compared=baseline is not None)
+def pytest_lmcompose_report(report: Report, baseline: Report | None) -> None:
+    track(status=report.status, compared=baseline is not None)
 
 
-def pytest_lmcompose_terminal_summary(terminalreporter: pytest.TerminalReporter, report: Mapping[str, Any]) -> None:
-    terminalreporter.write_line(f"tracked {len(report['compositions'])} compositions in {LOG}")
+def pytest_lmcompose_terminal_summary(terminalreporter: pytest.TerminalReporter, report: Report) -> None:
+    terminalreporter.write_line(f"tracked {len(report.compositions)} compositions in {LOG}")
 
 
 class ShortestFirst:
