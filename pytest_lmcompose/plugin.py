@@ -152,15 +152,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    own, config = session.config.stash[SESSION], session.config
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if session.testsfailed or config.option.collectonly:
+    own, reporter = session.config.stash[SESSION], session.config.pluginmanager.get_plugin("terminalreporter")
+    if not own.options.plan or session.testsfailed or reporter is None:
         return None
-    if own.options.plan and reporter is not None:
-        own.write_plan(reporter)
-        return True
-    own.begun = True
-    return None
+    own.write_plan(reporter)
+    return True
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -230,6 +226,11 @@ class _Reporting:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._closing: Closing | None = None
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around whoever runs the tests
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        self._session.begun = not (session.testsfailed or session.config.option.collectonly)
+        return (yield)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
