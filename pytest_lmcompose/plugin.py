@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -101,27 +100,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         if "composition" in (names.replace(" ", "").split(",") if isinstance(names, str) else names):
             return
-    with _collecting():
+    try:
         compositions = metafunc.config.stash[SESSION].compositions()
+    except pytest.UsageError as error:  # shown as other modules that cannot be collected, without a traceback
+        raise pytest.Collector.CollectError(str(error)) from None
     metafunc.parametrize("composition", compositions, indirect=True, ids=str)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    with _collecting():
-        composition = composition_of(item)
+    composition = composition_of(item)
     for category in () if composition is None else item.config.stash[SESSION].categories(composition):
         if category not in CATEGORIES:  # of a method of another package
             _add_marker(item.config, category)
         item.add_marker(category)
-
-
-@contextmanager
-def _collecting() -> Iterator[None]:
-    """Show what the user did wrong as pytest shows a test module that it cannot collect: without a traceback."""
-    try:
-        yield
-    except pytest.UsageError as error:
-        raise pytest.Collector.CollectError(str(error)) from None
 
 
 @pytest.hookimpl(trylast=True)  # of what -k, -m and other plugins leave
