@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -101,27 +100,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         if "composition" in (names.replace(" ", "").split(",") if isinstance(names, str) else names):
             return
-    with _collecting():
+    try:
         compositions = metafunc.config.stash[SESSION].compositions()
+    except pytest.UsageError as error:  # shown as other modules that cannot be collected, without a traceback
+        raise pytest.Collector.CollectError(str(error)) from None
     metafunc.parametrize("composition", compositions, indirect=True, ids=str)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    with _collecting():
-        composition = composition_of(item)
+    composition = composition_of(item)
     for category in () if composition is None else item.config.stash[SESSION].categories(composition):
         if category not in CATEGORIES:  # of a method of another package
             _add_marker(item.config, category)
         item.add_marker(category)
-
-
-@contextmanager
-def _collecting() -> Iterator[None]:
-    """Show what the user did wrong as pytest shows a test module that it cannot collect: without a traceback."""
-    try:
-        yield
-    except pytest.UsageError as error:
-        raise pytest.Collector.CollectError(str(error)) from None
 
 
 @pytest.hookimpl(trylast=True)  # of what -k, -m and other plugins leave
@@ -152,15 +143,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    own, config = session.config.stash[SESSION], session.config
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if session.testsfailed or config.option.collectonly:
+    own, reporter = session.config.stash[SESSION], session.config.pluginmanager.get_plugin("terminalreporter")
+    if not own.options.plan or session.testsfailed or reporter is None:
         return None
-    if own.options.plan and reporter is not None:
-        own.write_plan(reporter)
-        return True
-    own.begun = True
-    return None
+    own.write_plan(reporter)
+    return True
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -230,6 +217,11 @@ class _Reporting:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._closing: Closing | None = None
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around whoever runs the tests
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        self._session.begun = not (session.testsfailed or session.config.option.collectonly)
+        return (yield)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

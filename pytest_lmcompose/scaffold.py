@@ -231,7 +231,7 @@ jobs:
           cache-dependency-path: .github/workflows/release-gate.yml
       # The CPU build of torch is a tenth of the one for GPUs.
       - run: python -m pip install torch --index-url https://download.pytorch.org/whl/cpu
-      - run: python -m pip install pytest-lmcompose==@VERSION@
+      - run: python -m pip install "pytest-lmcompose[html]==@VERSION@"
       # What nothing changed for is read from the store.
       - uses: actions/cache@v4
         with:
@@ -266,7 +266,7 @@ release gate:
   script:
     # The CPU build of torch is a tenth of the one for GPUs.
     - python -m pip install torch --index-url https://download.pytorch.org/whl/cpu
-    - python -m pip install pytest-lmcompose==@VERSION@
+    - python -m pip install "pytest-lmcompose[html]==@VERSION@"
     # The baseline is what `pytest --lmcompose-save=NAME` put into .lmcompose and was committed.
     - >
       pytest --lmcompose-cache-dir=lmcompose-cache --junitxml=junit.xml

@@ -20,7 +20,7 @@ from pytest_lmcompose import shadow
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.failures import plain_failures, usage_errors
-from pytest_lmcompose.options import Options, asked_for_distribution
+from pytest_lmcompose.options import LOCAL, Options, asked_for_distribution
 from pytest_lmcompose.plan import Plan, Planned, Remaining
 from pytest_lmcompose.progress import Progress
 from pytest_lmcompose.report.files import check_targets
@@ -120,7 +120,7 @@ class Session:
         keeping = self.options.keeping
         with usage_errors():
             self.run.check()
-            if self.writes and self.options.engine != "ray":  # whose nodes have devices of their own
+            if self.writes and self.options.engine == LOCAL:  # others may have devices of their own
                 from pytest_lmcompose.devices import check_device
 
                 check_device(self.options.device)
