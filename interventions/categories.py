@@ -31,7 +31,7 @@ class Category:
     """Fields of `Resources` that steps read."""
     streams: bool = False
     """The weights may stay on the host while steps compute: what a step reads off the model is not mixed with them."""
-    bounds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    bounds: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
     """What the thresholds of a new release repository ask of the metrics that are promised."""
     compare: tuple[str, ...] = ()
     """What such a repository compares with its baseline, as `--lmcompose-compare-fail` takes it."""

@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from interventions.context import Context
 from interventions.ranges import Checked
+from interventions.types import Resources
+
+__all__ = ["ZEROS", "Context", "Intervention", "Model", "Resources", "without_gradients"]
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from interventions.context import Context
-    from interventions.types import Resources
+    from torch.nn import Module as Model
+else:
+    Model = Any  # torch is imported when a method runs
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ZEROS = ("sparsity", "sparsity_2_4")
@@ -31,7 +34,7 @@ class Intervention(Checked):
     undoes: ClassVar[tuple[str, ...]] = ()
     """Categories whose promises this attacks; such a method promises nothing itself."""
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Change the model in place and return plain data for the report; `interventions.apply` guards the call."""
         raise NotImplementedError
 

@@ -151,6 +151,17 @@ def check_layers(setting: str, layers: Sequence[int], depth: int) -> list[int]:
     return chosen
 
 
+def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence[float], depth: int) -> list[int]:
+    """Return the blocks to edit: as named, or the span from the first to the last of the fractions of depth.
+
+    Raises InterventionError, naming the setting, for a block that the model does not have.
+    """
+    if layers is not None:
+        return check_layers(f"{method}.layers", layers, depth)
+    low, high = fractions
+    return list(range(round(low * depth), min(round(high * depth), depth - 1) + 1))
+
+
 def first_output(output: Any) -> Tensor:
     """Return a module's output, or the first of several: some architectures' blocks return a tuple."""
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

@@ -57,9 +57,8 @@ def promises(recipe: Recipe, composition: Composition) -> Iterator[Promise]:
             breaks = (s for s in later if not _keeps(recipe.settings(s), metric))
             yield Promise(step, category, next(breaks, None), metric, value)
         if category.promises and not _undoes(settings):
-            yield Promise(
-                step, category, next((s for s in later if category.name in _undoes(recipe.settings(s))), None)
-            )
+            attacks = (s for s in later if category.name in _undoes(recipe.settings(s)))
+            yield Promise(step, category, next(attacks, None))
 
 
 def broken(recipe: Recipe, composition: Composition) -> list[str]:

@@ -138,7 +138,7 @@ def _thresholds(recipe: Recipe, composition: Composition) -> str:
 
 
 def _bounds_of(metric: str, promised: Sequence[float]) -> str:
-    """Return bounds for a metric of which settings promise values: numbers, so that other settings do not lower them."""
+    """Return bounds for a metric whose values settings promise: numbers, which other settings do not change."""
     if metric == "average_bits":  # no fewer either
         return _braced({"min": promised[-1], "max": promised[-1] + 0.1})
     if metric in ZEROS:

@@ -21,17 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from interventions.compress.bases import Calibrated, Quantiser
 from interventions.compress.engines.table import OWN
-from interventions.intervention import without_gradients
+from interventions.intervention import Context, Model, Resources, without_gradients
 from interventions.ranges import Count
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from interventions.compress.kernels.awq_search import Seen
     from interventions.compress.kernels.capture import Call
-    from interventions.context import Context
     from interventions.structure import LinearGroup
-    from interventions.types import Resources
 
 
 BATCH_TOKENS = 512
@@ -61,7 +57,7 @@ class AwqSettings(Calibrated, Quantiser):
     blocks before it are at full precision."""
 
     @without_gradients
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Quantise the linear layers of every decoder block, in place, as de-quantised weights.
 
         Each block is worked on as a float32 copy and rounded once to the stored dtype; embeddings and
@@ -79,18 +75,8 @@ class AwqSettings(Calibrated, Quantiser):
             return run_engine("awq", model, tokenizer, self, resources, context)
         groups: list[dict[str, Any]] = []
         tokens = 0
-        for block in float_blocks(
-            model,
-            tokenizer,
-            resources,
-            context,
-            method=self.name,
-            samples=self.samples,
-            max_tokens=self.max_tokens,
-            sequential=self.quantised_inputs,
-            batch_tokens=BATCH_TOKENS,
-            scaled=True,
-        ):
+        options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "scaled": True}
+        for block in float_blocks(model, tokenizer, self, resources, context, self.quantised_inputs, **options):
             scope_calls: dict[str, list[Call]] = {}
             seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
             tokens = seen.statistics["attention_in"].count

@@ -86,3 +86,11 @@ class Calibrated(Intervention):
         """Yield what the engine cannot do."""
         yield from super().problems()
         yield from engine_problems(self.name, self)
+
+
+@dataclass(frozen=True)
+class Sequential(Calibrated):
+    """What the methods share that go through the blocks one after the other."""
+
+    sequential: bool = True
+    """Calibrate each block on what the already changed blocks put out."""

@@ -10,21 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interventions.compress.bases import Calibrated, Damping, Quantiser
+from interventions.compress.bases import Damping, Quantiser, Sequential
 from interventions.compress.engines.table import OWN
-from interventions.intervention import without_gradients
+from interventions.intervention import Context, Model, Resources, without_gradients
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from interventions.context import Context
     from interventions.statistics import InputStatistics
     from interventions.structure import Linear, LinearGroup
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
-class GptqSettings(Calibrated, Quantiser):
+class GptqSettings(Sequential, Quantiser):
     """GPTQ (Frantar et al., 2023); defaults as published, but for `true_sequential` and `preserve_mask`."""
 
     name = "gptq"
@@ -39,8 +37,6 @@ class GptqSettings(Calibrated, Quantiser):
     damping: Damping = 0.01
     """Added to the diagonal of the Gram matrix, as a share of its mean; raised tenfold, with a warning, where it
     leaves the matrix singular."""
-    sequential: bool = True
-    """Calibrate each block on what the already quantised blocks put out."""
     true_sequential: bool = True
     """The same within a block: calibrate each group of linears on the quantised ones before it. More forward passes."""
     preserve_mask: bool = True
@@ -48,7 +44,7 @@ class GptqSettings(Calibrated, Quantiser):
     compensation would fill them again."""
 
     @without_gradients
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Quantise the linear layers of every decoder block, in place, as de-quantised weights.
 
         Returns for each linear how far its weights moved, as a share of their norm, and the mean squared
@@ -100,19 +96,7 @@ class GptqSettings(Calibrated, Quantiser):
                 for linear, new, error in zip(group.linears, news, errors, strict=True)
             ]
 
-        linears = walk_blocks(
-            model,
-            tokenizer,
-            resources,
-            context,
-            method=self.name,
-            samples=self.samples,
-            max_tokens=self.max_tokens,
-            sequential=self.sequential,
-            true_sequential=self.true_sequential,
-            work=work,
-            sums=InputStatistics,
-        )
+        linears = walk_blocks(model, tokenizer, self, resources, context, work, InputStatistics)
         context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
         return {"linears": linears}
 

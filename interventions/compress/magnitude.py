@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.compress.bases import Pruner
-from interventions.intervention import without_gradients
+from interventions.intervention import Context, Model, Resources, without_gradients
 from interventions.ranges import Choice, Share
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from interventions.compress.kernels.masks import Pattern
-    from interventions.context import Context
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class MagnitudeSettings(Pruner):
     """What a weight is compared with: those of its `layer`, as a rule, or of its `row` (its output) alone."""
 
     @without_gradients
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Prune the linear layers of every decoder block, in place; no text is read."""
         from interventions.anatomy import find_anatomy
         from interventions.compress.kernels.blockwise import each_linear

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from interventions.compress.bases import Quantiser
-from interventions.intervention import without_gradients
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from interventions.context import Context
-    from interventions.types import Resources
+from interventions.intervention import Context, Model, Resources, without_gradients
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,7 @@ class RtnSettings(Quantiser):
     """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
 
     @without_gradients
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Quantise the linear layers of every decoder block, in place, as de-quantised weights.
 
         Zero is a level of every grid, so that pruned weights stay at zero. Returns for each linear how

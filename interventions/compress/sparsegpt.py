@@ -10,22 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interventions.compress.bases import Calibrated, Damping, Pruner
+from interventions.compress.bases import Damping, Pruner, Sequential
 from interventions.compress.engines.table import OWN
-from interventions.intervention import ZEROS, without_gradients
+from interventions.intervention import ZEROS, Context, Model, Resources, without_gradients
 from interventions.ranges import Count, Share
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from interventions.context import Context
     from interventions.statistics import InputStatistics
     from interventions.structure import LinearGroup
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
-class SparseGptSettings(Calibrated, Pruner):
+class SparseGptSettings(Sequential, Pruner):
     """SparseGPT (Frantar & Alistarh, 2023); defaults as published, but for `preserve_mask`."""
 
     name = "sparsegpt"
@@ -37,8 +33,6 @@ class SparseGptSettings(Calibrated, Pruner):
     damping: Damping = 0.01
     """Added to the diagonal of the Gram matrix, as a share of its mean; raised tenfold, with a warning, where it
     leaves the matrix singular."""
-    sequential: bool = True
-    """Calibrate each block on what the already pruned blocks put out."""
     true_sequential: bool = False
     """The same within a block: calibrate each group of linears on the pruned ones before it. More forward passes."""
     preserve_mask: bool = True
@@ -50,7 +44,7 @@ class SparseGptSettings(Calibrated, Pruner):
         return metric in ZEROS and self.preserve_mask
 
     @without_gradients
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Prune the linear layers of every decoder block, in place; `resources.calibration` gives the inputs.
 
         Returns for each linear its sparsity, the weights newly pruned, and the mean squared error that
@@ -103,17 +97,5 @@ class SparseGptSettings(Calibrated, Pruner):
                 low = high
             return outcomes
 
-        outcomes = walk_blocks(
-            model,
-            tokenizer,
-            resources,
-            context,
-            method=self.name,
-            samples=self.samples,
-            max_tokens=self.max_tokens,
-            sequential=self.sequential,
-            true_sequential=self.true_sequential,
-            work=work,
-            sums=InputStatistics,
-        )
+        outcomes = walk_blocks(model, tokenizer, self, resources, context, work, InputStatistics)
         return conclude(outcomes, self, context)

@@ -9,34 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interventions.compress.bases import Calibrated, Pruner
+from interventions.compress.bases import Pruner, Sequential
 from interventions.compress.engines.table import OWN
-from interventions.intervention import without_gradients
+from interventions.intervention import Context, Model, Resources, without_gradients
 from interventions.ranges import Share
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from interventions.compress.kernels.masks import Pattern
-    from interventions.context import Context
     from interventions.statistics import InputNorms
     from interventions.structure import LinearGroup
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
-class WandaSettings(Calibrated, Pruner):
+class WandaSettings(Sequential, Pruner):
     """Wanda (Sun et al., 2024); defaults as published."""
 
     name = "wanda"
 
     sparsity: Share = 0.5
     """Share of each row's (output's) weights that become zero; the number is rounded down."""
-    sequential: bool = True
-    """Calibrate each block on what the already pruned blocks put out."""
 
     @without_gradients
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Prune the linear layers of every decoder block, in place; `resources.calibration` gives the inputs."""
         from interventions.anatomy import find_anatomy
         from interventions.compress.engines.run import run_engine
@@ -54,19 +50,7 @@ class WandaSettings(Calibrated, Pruner):
                 prune_(linear, wanda_mask(linear.weight, norms, self.sparsity, pattern)) for linear in group.linears
             ]
 
-        outcomes = walk_blocks(
-            model,
-            tokenizer,
-            resources,
-            context,
-            method=self.name,
-            samples=self.samples,
-            max_tokens=self.max_tokens,
-            sequential=self.sequential,
-            true_sequential=False,
-            work=work,
-            sums=InputNorms,
-        )
+        outcomes = walk_blocks(model, tokenizer, self, resources, context, work, InputNorms)
         return conclude(outcomes, self, context)
 
 

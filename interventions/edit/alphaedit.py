@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.edit.bases import LayersRewriter
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Positive
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from interventions.context import Context
     from interventions.edit.kernels.rewriting import Solve
     from interventions.structure import Linear
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class AlphaEditSettings(LayersRewriter):
     ridge: Positive = 10.0
     """Weight of the update's own size (called L2 by the authors)."""
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.edits` in place; `resources.calibration` gives the keys whose outputs stay.
 
         The details have, besides MEMIT's, the share of each layer's directions that were free.
@@ -64,9 +63,7 @@ class AlphaEditSettings(LayersRewriter):
             self,
             resources,
             context,
-            method=self.name,
-            choose_layers=self.choose_layers,
-            make_solve=make_solve,
+            make_solve,
             remedy="lower alphaedit.ridge or raise alphaedit.nullspace_threshold",
         )
         return {**details, "free_directions": free}

@@ -45,6 +45,10 @@ class Rewriter(Intervention):
     preserve_mask: bool = False
     """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
 
+    def choose_layers(self, depth: int) -> list[int]:
+        """Return the blocks that are edited, from the number of blocks."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class LayersRewriter(Rewriter):
@@ -56,7 +60,7 @@ class LayersRewriter(Rewriter):
     """First and last edited block as fractions of depth (4 to 8 of 32 blocks as published)."""
 
     def choose_layers(self, depth: int) -> list[int]:
-        """Return the blocks that are edited."""
-        from interventions.edit.kernels.rewriting import chosen_layers
+        """Return those of `layers`, or of `layer_fractions`."""
+        from interventions.structure import chosen_layers
 
         return chosen_layers(self.name, self.layers, self.layer_fractions, depth)

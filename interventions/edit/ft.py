@@ -7,16 +7,10 @@ As the baseline of Meng et al. (2022), with the bound on single weights of Zhu e
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from interventions.intervention import Intervention
+from interventions.intervention import Context, Intervention, Model, Resources
 from interventions.ranges import Count, Fractions, Layers, Positive, Weight
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from interventions.context import Context
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
@@ -45,18 +39,16 @@ class FtSettings(Intervention):
     preserve_mask: bool = False
     """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train the chosen projections, in place, until the targets of `resources.edits` are likely.
 
         Weights in less than float32 are trained in float32 and rounded once at the end of each update.
         """
         from interventions.anatomy import find_anatomy
-        from interventions.edit.kernels.bounded import BoundedTrainer
         from interventions.edit.kernels.prompts import check_edits
-        from interventions.edit.kernels.rewriting import chosen_layers
         from interventions.edit.kernels.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
-        from interventions.structure import module_device
-        from interventions.training import workable_precision
+        from interventions.structure import chosen_layers, module_device
+        from interventions.training import BoundedTrainer, workable_precision
 
         edits = resources.edits
         check_edits(edits)
@@ -69,14 +61,9 @@ class FtSettings(Intervention):
         watch = Watch("ft", self.lr, layers, edits)
         with workable_precision(model):
             before = all_nll(model, anatomy.head, batches)
-            trainer = BoundedTrainer(
-                "ft",
-                model,
-                {name: model.get_parameter(name) for name in names},
-                self.norm_constraint,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
-            )
+            trained_weights = {name: model.get_parameter(name) for name in names}
+            options = {"lr": self.lr, "weight_decay": self.weight_decay, "bound": self.norm_constraint}
+            trainer = BoundedTrainer("ft", model, trained_weights, **options)
             steps = 0
             for steps in range(1, self.steps + 1):
                 trained = False

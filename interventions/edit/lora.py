@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.intervention import Intervention, without_gradients
+from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.layouts import ROLES
 from interventions.ranges import Choice, Count, Items, Layers, Positive, Share, Weight
 
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
     from torch import Tensor, nn
 
-    from interventions.context import Context
     from interventions.structure import Anatomy, Linear
-    from interventions.types import Resources
 
 
 IN_ATTENTION = ("query", "key", "value")
@@ -95,7 +93,7 @@ class LoraSettings(Intervention):
                 "AdaLoRA could cut ranks"
             )
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train adapters on `resources.edits` and add them to the weights, in place.
 
         The adapters are float32 whatever the model's dtype, and their product is rounded once, in the sum.
@@ -152,7 +150,7 @@ class LoraSettings(Intervention):
 
 
 def _chosen_layers(settings: LoraSettings, depth: int) -> list[int]:
-    from interventions.edit.kernels.rewriting import chosen_layers
+    from interventions.structure import chosen_layers
 
     return list(range(depth)) if settings.layers is None else chosen_layers("lora", settings.layers, (), depth)
 

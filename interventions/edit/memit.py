@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.edit.bases import LayersRewriter
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Positive
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from interventions.context import Context
     from interventions.edit.kernels.rewriting import Solve
     from interventions.structure import Linear
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
@@ -26,27 +25,16 @@ class MemitSettings(LayersRewriter):
     covariance_weight: Positive = 15000.0
     """How much what is stored weighs against the edits."""
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.edits` in place, weighing them against the keys of `resources.calibration`."""
         from functools import partial
 
-        from interventions.edit.kernels.closed_form import factorise, memit_update
-        from interventions.edit.kernels.rewriting import rewrite
+        from interventions.edit.kernels.closed_form import memit_update
+        from interventions.edit.kernels.rewriting import factorised, rewrite
 
         def make_solve(output: Linear, second_moment: Tensor) -> Solve:
-            stored = factorise(second_moment)
-            if stored.ridge:
-                context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
-            return partial(memit_update, stored=stored, weight=self.covariance_weight)
+            return partial(
+                memit_update, stored=factorised(output, second_moment, context), weight=self.covariance_weight
+            )
 
-        return rewrite(
-            model,
-            tokenizer,
-            self,
-            resources,
-            context,
-            method=self.name,
-            choose_layers=self.choose_layers,
-            make_solve=make_solve,
-            remedy="lower memit.covariance_weight",
-        )
+        return rewrite(model, tokenizer, self, resources, context, make_solve, remedy="lower memit.covariance_weight")

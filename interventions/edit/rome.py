@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.edit.bases import Rewriter
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Count, Items, Layer, Range, Share
 from interventions.types import InterventionError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from interventions.context import Context
     from interventions.edit.kernels.rewriting import Solve
     from interventions.structure import Linear
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,15 @@ class RomeSettings(Rewriter):
     """Lengths, in tokens, of the contexts that the model writes before the prompts."""
     contexts_per_length: Annotated[int, Range(0)] = 10
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.edits` in place, one after another, in one layer."""
         from functools import partial
 
-        from interventions.edit.kernels.closed_form import factorise, rome_update
-        from interventions.edit.kernels.rewriting import rewrite
+        from interventions.edit.kernels.closed_form import rome_update
+        from interventions.edit.kernels.rewriting import factorised, rewrite
 
         def make_solve(output: Linear, second_moment: Tensor) -> Solve:
-            stored = factorise(second_moment)
-            if stored.ridge:
-                context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
-            return partial(rome_update, stored=stored)
+            return partial(rome_update, stored=factorised(output, second_moment, context))
 
         return rewrite(
             model,
@@ -59,16 +55,14 @@ class RomeSettings(Rewriter):
             self,
             resources,
             context,
-            method=self.name,
-            choose_layers=lambda depth: [_chosen_layer(self, depth)],
-            make_solve=make_solve,
+            make_solve,
             remedy="make fewer edits, or set rome.contexts_per_length lower",
         )
 
-
-def _chosen_layer(settings: RomeSettings, depth: int) -> int:
-    if settings.layer is not None:
-        if not 0 <= settings.layer < depth:
-            raise InterventionError(f"rome.layer={settings.layer}: the model's blocks are 0 to {depth - 1}")
-        return settings.layer
-    return min(round(settings.layer_fraction * depth), depth - 1)
+    def choose_layers(self, depth: int) -> list[int]:
+        """Return the one block that is edited."""
+        if self.layer is None:
+            return [min(round(self.layer_fraction * depth), depth - 1)]
+        if not 0 <= self.layer < depth:
+            raise InterventionError(f"rome.layer={self.layer}: the model's blocks are 0 to {depth - 1}")
+        return [self.layer]

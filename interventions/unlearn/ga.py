@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Count
 from interventions.unlearn.bases import Trained
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from interventions.context import Context
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
@@ -24,8 +19,8 @@ class GaSettings(Trained):
     samples: Count | None = 25
     accumulation: Count = 2
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Maximise the mean negative log-likelihood a token of `resources.forget`, in place."""
         from interventions.unlearn.kernels.likelihood import Terms, ascend, train_on_likelihood
 
-        return train_on_likelihood(self.name, model, tokenizer, self, resources, context, Terms(ascend, by_token=True))
+        return train_on_likelihood(model, tokenizer, self, resources, context, Terms(ascend, by_token=True))

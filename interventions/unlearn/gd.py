@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Weight
 from interventions.unlearn.bases import TwoTerms
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from interventions.context import Context
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
@@ -27,9 +22,9 @@ class GdSettings(TwoTerms):
     retain_weight: Weight = 40.0
     """Weight of the loss on retain text; 0: gradient ascent alone."""
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Maximise it for `resources.forget` and minimise it for `resources.retain`, in place."""
         from interventions.unlearn.kernels.likelihood import Terms, ascend, train_on_likelihood
 
         terms = Terms(ascend, True, self.forget_weight, self.retain_weight)
-        return train_on_likelihood(self.name, model, tokenizer, self, resources, context, terms)
+        return train_on_likelihood(model, tokenizer, self, resources, context, terms)

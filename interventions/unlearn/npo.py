@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Count, Positive, Weight
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from interventions.context import Context
-    from interventions.types import Resources
     from interventions.unlearn.kernels.likelihood import TextLosses
     from interventions.unlearn.kernels.texts import TextBatch
 
@@ -37,7 +36,7 @@ class NpoSettings(TwoTerms):
     beta: Positive = 0.1
     """Inverse temperature: the smaller, the nearer to gradient ascent."""
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.forget` less likely than the model finds it now, in place; hold `resources.retain`."""
         from interventions.unlearn.kernels.likelihood import Terms, train_on_likelihood
         from interventions.unlearn.kernels.preference import npo_losses, reference_nll
@@ -52,4 +51,4 @@ class NpoSettings(TwoTerms):
             return losses
 
         terms = Terms(prepare, False, self.forget_weight, self.retain_weight)
-        return train_on_likelihood(self.name, model, tokenizer, self, resources, context, terms)
+        return train_on_likelihood(model, tokenizer, self, resources, context, terms)

@@ -7,16 +7,11 @@ those texts do not hold, it had been hidden, not removed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Count
 from interventions.unlearn.bases import PartOfDepth, Trained
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from interventions.context import Context
-    from interventions.types import Resources
 
 
 @dataclass(frozen=True)
@@ -30,9 +25,9 @@ class RelearnSettings(Trained):
     layer_fraction: PartOfDepth = 1.0
     epochs: Count = 3
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Fine-tune the model on the first texts of each topic of `resources.forget`, in place."""
         from interventions.unlearn.kernels.likelihood import Terms, nll_by_token, train_on_likelihood
 
         terms = Terms(lambda model, batches: nll_by_token, by_token=True)
-        return train_on_likelihood(self.name, model, tokenizer, self, resources, context, terms)
+        return train_on_likelihood(model, tokenizer, self, resources, context, terms)

@@ -10,16 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from interventions.intervention import Intervention
+from interventions.intervention import Context, Intervention, Model, Resources
 from interventions.ranges import Count, Layer, Layers, Positive, Share, Weight
 from interventions.types import InterventionError
 from interventions.unlearn.bases import Names, Tokens
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from interventions.context import Context
-    from interventions.types import Resources
     from interventions.unlearn.kernels.texts import TextBatch
 
 
@@ -60,7 +56,7 @@ class RmuSettings(Intervention):
         if self.layer is not None and self.train_layers is not None and self.train_layers[-1] > self.layer:
             yield f"train_layers={self.train_layers}: expected none above layer={self.layer}, whose output is steered"
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Steer the model's states on `resources.forget` away, in place; `resources.retain` holds all others.
 
         Each update takes a batch of one topic, the topics in turn, and a batch of retain text.

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Count, Positive, Weight
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from interventions.context import Context
-    from interventions.types import Resources
     from interventions.unlearn.kernels.likelihood import TextLosses
     from interventions.unlearn.kernels.texts import TextBatch
 
@@ -33,7 +32,7 @@ class SimNpoSettings(TwoTerms):
     """Margin: the larger, the less likely a text has to be until it is left alone."""
     forget_weight: Weight = 0.1375
 
-    def run(self, model: nn.Module, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.forget` unlikely by token, in place; hold `resources.retain`."""
         from interventions.unlearn.kernels.likelihood import Terms, train_on_likelihood
         from interventions.unlearn.kernels.preference import simnpo_losses
@@ -45,4 +44,4 @@ class SimNpoSettings(TwoTerms):
             return losses
 
         terms = Terms(prepare, False, self.forget_weight, self.retain_weight)
-        return train_on_likelihood(self.name, model, tokenizer, self, resources, context, terms)
+        return train_on_likelihood(model, tokenizer, self, resources, context, terms)

@@ -31,7 +31,7 @@ GUARD = "interventions.step"
 """The code around every method."""
 _NO_RESULT = re.compile(
     r"interventions|(interventions|evaluators)\.(registry|names|ranges|types)"
-    r"|interventions\.(categories|intervention|\w+\.bases)"
+    r"|interventions\.(categories|intervention)"
 )
 """Modules that route, describe and check: what they give is in an address by its value, or in none."""
 

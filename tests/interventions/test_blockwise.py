@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
+from interventions.compress.gptq import GptqSettings
 from interventions.compress.kernels.blockwise import affordable_tokens, walk_blocks
 from interventions.compress.kernels.working_memory import working_memory
 from interventions.context import Context
@@ -31,10 +32,10 @@ def tokenizer() -> Any:
 
 
 def walk(model: nn.Module, tokenizer: Any, work: Any, **options: Any) -> list[dict[str, Any]]:
-    defaults: dict[str, Any] = {"samples": 9, "max_tokens": 60, "sequential": True, "true_sequential": True}
     texts = Resources(calibration=options.pop("texts", SENTENCES))
-    defaults |= {"method": "test", "sums": InputStatistics}
-    return walk_blocks(model, tokenizer, texts, Context(), work=work, **defaults | options)
+    sums = options.pop("sums", InputStatistics)
+    settings = GptqSettings(**{"samples": 9, "max_tokens": 60} | options)
+    return walk_blocks(model, tokenizer, settings, texts, Context(), work, sums)
 
 
 def plain_statistics(model: nn.Module, tokenizer: Any) -> dict[str, InputStatistics]:

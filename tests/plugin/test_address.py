@@ -115,7 +115,7 @@ def test_every_method_has_a_code_version_which_counts_what_it_runs() -> None:
     codes = {method.name: method_code(method) for method in methods().values()}
     assert all(len(code) == 64 for code in codes.values())
     assert codes["memit"] != codes["awq"]
-    moved = Method("memit", "edit", MemitSettings, "interventions.edit.kernels.closed_form:rome_update")
+    moved = Method("memit", "edit", MemitSettings, "interventions.edit.rome:run")
     assert method_code(moved) != codes["memit"]
 
 

@@ -241,7 +241,7 @@ CHANGES: dict[str, tuple[What, Callable[[Bench], object]]] = {
     "another method's code": ("neither", lambda b: b.source("interventions.compress.kernels.sparsegpt_kernel")),
     "the code of another category": ("neither", lambda b: b.source("interventions.edit.memit")),
     "the table of methods": ("neither", lambda b: b.source("interventions.registry")),
-    "settings that methods share": ("neither", lambda b: b.source("interventions.compress.bases")),
+    "settings that methods share": ("both", lambda b: b.source("interventions.compress.bases")),
     "an evaluator's code": ("measurements", lambda b: b.source("evaluators.perplexity")),
     "the table of evaluators": ("neither", lambda b: b.source("evaluators.registry")),
     "torch": ("both", lambda b: b.version("torch")),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
+from interventions.compress.bases import Calibrated, Sequential
 from interventions.compress.kernels.capture import Call, catch_block_calls, keep_calls
 from interventions.compress.kernels.precision import pass_precision
 from interventions.compress.kernels.replay import Shapes, Tail, find_tails
@@ -36,14 +37,9 @@ Sums = TypeVar("Sums", InputStatistics, InputNorms)
 def walk_blocks(
     model: nn.Module,
     tokenizer: Any,
+    settings: Sequential,
     resources: Resources,
     context: Context,
-    *,
-    method: str,
-    samples: int,
-    max_tokens: int,
-    sequential: bool,
-    true_sequential: bool,
     work: Callable[[LinearGroup, Sums], list[dict[str, Any]]],
     sums: type[Sums],
 ) -> list[dict[str, Any]]:
@@ -54,24 +50,15 @@ def walk_blocks(
     statistics, which are of the kind `sums`, as they are and returns plain data, as a rule one dict
     for each linear.
 
-    With `sequential` a block is calibrated on what the changed blocks before it put out, otherwise
+    With `settings.sequential` a block is calibrated on what the changed blocks before it put out, otherwise
     on what they put out before they were changed. With `true_sequential` the same holds between
-    the groups of a block: a group sees the changed ones before it. `method` names the step in
-    messages; for the errors see `float_blocks`.
+    the groups of a block: a group sees the changed ones before it. For the errors see
+    `float_blocks`.
     """
     details: list[dict[str, Any]] = []
-    for block in float_blocks(
-        model,
-        tokenizer,
-        resources,
-        context,
-        method=method,
-        samples=samples,
-        max_tokens=max_tokens,
-        sequential=sequential,
-        true_sequential=true_sequential,
-        reads=sums,
-    ):
+    true_sequential = getattr(settings, "true_sequential", False)
+    options: dict[str, Any] = {"true_sequential": true_sequential, "reads": sums}
+    for block in float_blocks(model, tokenizer, settings, resources, context, settings.sequential, **options):
         if true_sequential:
             for group in block.groups:
                 details += work(group, block.collect([group], sums=sums)[group.role])
@@ -87,13 +74,11 @@ def walk_blocks(
 def float_blocks(
     model: nn.Module,
     tokenizer: Any,
+    settings: Calibrated,
     resources: Resources,
     context: Context,
-    *,
-    method: str,
-    samples: int,
-    max_tokens: int,
     sequential: bool,
+    *,
     true_sequential: bool = False,
     reads: type | None = None,
     batch_tokens: int | None = None,
@@ -102,7 +87,7 @@ def float_blocks(
     """Give each block of the model as a float32 copy, with the calls that reach it on the text.
 
     What the caller changes in the copy is written back when it asks for the next one. The first
-    `samples` windows of `max_tokens` of the text are read, in batches of as many tokens as the memory set
+    `samples` windows of `max_tokens` of the text are read, as the settings say, in batches of as many tokens as the memory set
     aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
     all groups of a block, of that kind, and nothing else, need not wait for what is known already. With `scaled` it is
     proved first which groups can take up a scaling of their input, with a warning about those that cannot.
@@ -111,6 +96,7 @@ def float_blocks(
     a linear has columns, for NaN or infinite weights or inputs, and for a memory budget that a
     block does not fit in.
     """
+    method = settings.name
     if not resources.calibration:
         raise InterventionError(f"{method} needs calibration texts: give `calibration`")
     blocks = find_anatomy(model).blocks
@@ -122,11 +108,11 @@ def float_blocks(
     batches = window_batches(
         tokenizer,
         resources.calibration,
-        samples=samples,
-        max_tokens=within_context(model, max_tokens),
+        samples=settings.samples,
+        max_tokens=within_context(model, settings.max_tokens),
         batch_tokens=affordable if batch_tokens is None else min(batch_tokens, affordable),
     )
-    check_enough(blocks, batches, method, samples, context)
+    check_enough(blocks, batches, method, settings.samples, context)
     if scaled:
         warn_of_unscaled(unscaled(blocks, method, context), method, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)

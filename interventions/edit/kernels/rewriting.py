@@ -26,7 +26,7 @@ from interventions.edit.kernels.target_values import TargetValues, optimise_valu
 from interventions.padding import padding_id
 from interventions.shared_statistics import collect_shared
 from interventions.statistics import Batch, scarce, token_batches
-from interventions.structure import Linear, check_layers, module_device, within_context
+from interventions.structure import Linear, module_device, within_context
 from interventions.types import Edit, InterventionError, Resources
 
 Solve = Callable[[Tensor, Tensor], Tensor]
@@ -46,15 +46,13 @@ def rewrite(
     settings: Rewriter,
     resources: Resources,
     context: Context,
-    *,
-    method: str,
-    choose_layers: Callable[[int], list[int]],
     make_solve: Callable[[Linear, Tensor], Solve],
+    *,
     remedy: str,
 ) -> dict[str, Any]:
     """Make all of `resources.edits`, batch after batch, in place; return the details of the step.
 
-    `choose_layers` gives the blocks to edit from the number of blocks; `make_solve` prepares the
+    `make_solve` prepares the
     solve of one projection from the second moment of its keys, which is that of the model before
     the first batch, on `resources.calibration`. Where there are several layers, each takes its
     share of what is still wanting, so that errors of the earlier ones are made up for. `remedy` says
@@ -63,19 +61,19 @@ def rewrite(
     edits = resources.edits
     check_edits(edits)
     anatomy = find_anatomy(model)
-    layers = choose_layers(len(anatomy.blocks))
+    layers = settings.choose_layers(len(anatomy.blocks))
     outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
 
     window = within_context(model, settings.covariance_window)
-    batches = _key_batches(tokenizer, resources.calibration, settings, window, outputs[0].in_features, method)
+    batches = _key_batches(tokenizer, resources.calibration, settings, window, outputs[0].in_features)
     statistics = collect_shared(context.statistics, model, batches, outputs)
     tokens = statistics[outputs[0].name].count
     context.progress(f"second moments of {tokens} keys")
-    few = scarce(method, tokens, {output.name: output.in_features for output in outputs}, _remedy(method, settings))
+    few = scarce(settings.name, tokens, {output.name: output.in_features for output in outputs}, _remedy(settings))
     if few is not None:
         context.warn(few)
     solves = {output.name: make_solve(output, statistics.pop(output.name).second_moment()) for output in outputs}
-    generator = context.generator(f"{method} contexts")
+    generator = context.generator(f"{settings.name} contexts")
     sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
     contexts = ["", *sampled]
     prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
@@ -133,7 +131,7 @@ def rewrite(
             {"prompt": edit.prompt, "target": edit.target, "nll": nll, "steps": steps, "moved": moved}
             for edit, nll, steps, moved in numbers
         ]
-        context.progress(f"{method}: {len(reports)} of {len(edits)} edits made")
+        context.progress(f"{settings.name}: {len(reports)} of {len(edits)} edits made")
     _, now = keys_and_values(model, tokenizer, anatomy, edits, [""], layers[-1], chat_template=settings.chat_template)
     shares = shares_reached(torch.cat(starts), torch.cat(values), now).tolist()
     texts = target_batches(tokenizer, edits, _BATCH, module_device(model), chat_template=settings.chat_template)
@@ -191,25 +189,22 @@ class _EditedWeight:
         return float(self._update.norm() / self._start.float().norm())
 
 
-def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence[float], depth: int) -> list[int]:
-    """Return the blocks to edit: as named, or the span from the first to the last of the fractions of depth.
-
-    Raises InterventionError, naming the setting, for a block that the model does not have.
-    """
-    if layers is not None:
-        return check_layers(f"{method}.layers", layers, depth)
-    low, high = fractions
-    return list(range(round(low * depth), min(round(high * depth), depth - 1) + 1))
+def factorised(output: Linear, second_moment: Tensor, context: Context) -> Factorised:
+    """Return the factor of a projection's second moment, with a warning where it is singular."""
+    stored = factorise(second_moment)
+    if stored.ridge:
+        context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
+    return stored
 
 
-def _remedy(method: str, settings: Rewriter) -> str:
+def _remedy(settings: Rewriter) -> str:
     more_text = "give more calibration text"
-    return more_text if settings.covariance_tokens is None else f"raise {method}.covariance_tokens, or {more_text}"
+    return (
+        more_text if settings.covariance_tokens is None else f"raise {settings.name}.covariance_tokens, or {more_text}"
+    )
 
 
-def _key_batches(
-    tokenizer: Any, texts: Sequence[str], settings: Rewriter, window: int, width: int, method: str
-) -> list[Batch]:
+def _key_batches(tokenizer: Any, texts: Sequence[str], settings: Rewriter, window: int, width: int) -> list[Batch]:
     """Tokenise as much text as the second moment needs, in order."""
     wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
     batches, tokens = [], 0
@@ -220,5 +215,7 @@ def _key_batches(
         if tokens >= wanted:
             break
     if not batches:
-        raise InterventionError(f"{method} needs calibration text for the second moment of the keys; none was given")
+        raise InterventionError(
+            f"{settings.name} needs calibration text for the second moment of the keys; none was given"
+        )
     return batches

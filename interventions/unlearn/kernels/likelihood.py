@@ -55,7 +55,6 @@ class Terms:
 
 @torch.enable_grad()
 def train_on_likelihood(
-    method: str,
     model: nn.Module,
     tokenizer: Any,
     settings: Trained,
@@ -67,6 +66,7 @@ def train_on_likelihood(
 
     Raises InterventionError for settings or texts that cannot work, and for a loss that is not finite.
     """
+    method = settings.name
     topics = choose_topics(method, settings.topics, resources.forget)
     if terms.retain_weight and not resources.retain:
         raise InterventionError(
