@@ -96,7 +96,7 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
             checked = [bound for k, v in _mapping(bounds, where).items() for bound in _bounds(k, v, where)]
             _check_together(checked, where)
             if any(b.kind in (PROMISED, LOST) for b in checked) and not may_be_promised(metric):
-                raise ThresholdError(f"{where}: no step promises anything of it; see docs/gates.md")
+                raise ThresholdError(f"{where}: no step is known to promise anything of it")
             rules.append(Rule(composition, metric, tuple(checked)))
     for rule in rules:
         if not rule.bounds and not any(_lifts(rule, other) for other in rules):

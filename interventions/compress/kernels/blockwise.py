@@ -87,8 +87,8 @@ def float_blocks(
     """Give each block of the model as a float32 copy, with the calls that reach it on the text.
 
     What the caller changes in the copy is written back when it asks for the next one. The first
-    `samples` windows of `max_tokens` of the text are read, as the settings say, in batches of as many tokens as the memory set
-    aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
+    `samples` windows of `max_tokens` of the text are read (both of the settings), in batches of as many tokens as the
+    memory set aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
     all groups of a block, of that kind, and nothing else, need not wait for what is known already. With `scaled` it is
     proved first which groups can take up a scaling of their input, with a warning about those that cannot.
 

@@ -19,6 +19,7 @@ from interventions.anatomy import find_anatomy
 from interventions.context import Context
 from interventions.edit.bases import Rewriter
 from interventions.edit.kernels.arrival import Arrival
+from interventions.edit.kernels.closed_form import Factor, factorise
 from interventions.edit.kernels.prompts import check_edits, sample_contexts, tokenise
 from interventions.edit.kernels.subjects import keys_and_values
 from interventions.edit.kernels.target_loss import all_nll, target_batches
@@ -189,7 +190,7 @@ class _EditedWeight:
         return float(self._update.norm() / self._start.float().norm())
 
 
-def factorised(output: Linear, second_moment: Tensor, context: Context) -> Factorised:
+def factorised(output: Linear, second_moment: Tensor, context: Context) -> Factor:
     """Return the factor of a projection's second moment, with a warning where it is singular."""
     stored = factorise(second_moment)
     if stored.ridge:
@@ -215,7 +216,5 @@ def _key_batches(tokenizer: Any, texts: Sequence[str], settings: Rewriter, windo
         if tokens >= wanted:
             break
     if not batches:
-        raise InterventionError(
-            f"{settings.name} needs calibration text for the second moment of the keys; none was given"
-        )
+        raise InterventionError(f"{settings.name} needs calibration text for the second moment of keys; none was given")
     return batches
