@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from interventions.registry import Method, UnknownMethod, find_method, methods
-from interventions.types import Category, Edit, InterventionError, Resources, StepReport
+from interventions.categories import Category, categories, register_category
+from interventions.intervention import Intervention
+from interventions.registry import Method, UnknownMethod, find_method, methods, register
+from interventions.types import Edit, InterventionError, Resources, StepReport
 
 if TYPE_CHECKING:
     from interventions.step import apply
@@ -19,14 +21,18 @@ if TYPE_CHECKING:
 __all__ = [
     "Category",
     "Edit",
+    "Intervention",
     "InterventionError",
     "Method",
     "Resources",
     "StepReport",
     "UnknownMethod",
     "apply",
+    "categories",
     "find_method",
     "methods",
+    "register",
+    "register_category",
 ]
 
 

@@ -10,51 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import find_anatomy, module_device
+from interventions.anatomy import find_anatomy
+from interventions.placement import NAME, Placement, Switch, check_budget, placement
 from interventions.types import InterventionError
-
-_NAME = "lmcompose_placement"
-
-
-@dataclass
-class Switch:
-    """Whether an offloaded model is computed on its device just now."""
-
-    on: bool = True
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model is computed, and in how much memory."""
-
-    device: torch.device
-    budget: int | None = None
-    """Bytes on the device that a block being worked on may take, with all that goes with it; None: no bound."""
-    switch: Switch | None = None
-    """There if the weights are on the host."""
-
-    @property
-    def streamed(self) -> bool:
-        return self.switch is not None
-
-
-def placement(model: nn.Module) -> Placement:
-    """Return where the model is computed: as set by `offload` or `limit_memory`, else where its weights are."""
-    found = getattr(model, _NAME, None)
-    return found if isinstance(found, Placement) else Placement(module_device(model))
-
-
-def limit_memory(model: nn.Module, budget: int) -> None:
-    """Set the bytes that a block being worked on may take, for a model whose weights stay where they are."""
-    _check(budget)
-    setattr(model, _NAME, Placement(module_device(model), budget))
 
 
 def offload(model: nn.Module, device: torch.device, budget: int | None = None) -> None:
@@ -62,7 +26,7 @@ def offload(model: nn.Module, device: torch.device, budget: int | None = None) -
 
     Raises InterventionError for a model with weights elsewhere, and for one that is offloaded already.
     """
-    _check(budget)
+    check_budget(budget)
     elsewhere = [name for name, p in model.named_parameters() if p.device.type != "cpu"]
     if elsewhere:
         raise InterventionError(f"only a model on the CPU can be computed part by part: {elsewhere[0]} is elsewhere")
@@ -72,28 +36,12 @@ def offload(model: nn.Module, device: torch.device, budget: int | None = None) -
     for module in _parts(model):
         _wrap(module, partial(_part_forward, module, module.forward, device, switch))
     _wrap(model, partial(_model_forward, model.forward, device, switch))
-    setattr(model, _NAME, Placement(device, budget, switch))
-
-
-@contextmanager
-def streaming(model: nn.Module, on: bool) -> Iterator[None]:
-    """Let an offloaded model be computed on its device, or not: then it is a model on the CPU throughout."""
-    switch = placement(model).switch or Switch()
-    before, switch.on = switch.on, on
-    try:
-        yield
-    finally:
-        switch.on = before
+    setattr(model, NAME, Placement(device, budget, switch))
 
 
 def _wrap(module: nn.Module, forward: partial[Any]) -> None:
     # A copy of the module gets a copy of the partial, bound to itself; its signature is still asked for.
     module.__dict__["forward"] = update_wrapper(forward, module.forward)
-
-
-def _check(budget: int | None) -> None:
-    if budget is not None and budget < 1:
-        raise InterventionError(f"a memory budget must be more than nothing, not {budget} bytes")
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:

@@ -1,33 +1,37 @@
-"""The table of interventions: a name, its category, where its settings and its function live.
+"""The table of interventions.
 
-Targets are resolved only when asked for, so that looking a name up imports no torch.
-Other packages add theirs through the entry-point group `lmcompose.interventions`, whose
-entries name a `Method`.
+Every module of the folders `edit`, `unlearn` and `compress` is imported, and every `Intervention` with a name that it
+defines is a method: a new file there is a new method. (What methods compute with lies in folders below, `kernels`, and
+is not looked at.) Other packages add theirs through the entry-point group `lmcompose.interventions`, whose entries
+name an `Intervention` or a `Method`; a notebook or a `conftest.py` calls `register`. Imports no torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from interventions.intervention import Intervention
 from interventions.names import near_names
-from interventions.types import Category
 
 ENTRY_POINT_GROUP = "lmcompose.interventions"
+PACKAGES = ("interventions.edit", "interventions.unlearn", "interventions.compress")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One intervention. `settings` and `function` are `module:attribute` targets."""
+    """One intervention by its name; `settings` and `function` are objects, or `module:attribute` targets."""
 
     name: str
-    category: Category
-    settings: str
-    function: str
+    category: str
+    settings: type | str
+    function: Callable[..., dict[str, Any]] | str | None = None
+    """None: `run` of the settings."""
 
     def settings_type(self) -> type:
         """Return the frozen settings dataclass (its module imports no torch)."""
@@ -35,58 +39,39 @@ class Method:
 
     def load(self) -> Callable[..., dict[str, Any]]:
         """Return the function `f(model, tokenizer, settings, resources, context) -> details`."""
-        return _resolve(self.function)  # type: ignore[no-any-return]
+        return _run if self.function is None else _resolve(self.function)
 
-
-BUILT_IN = (
-    Method("ft", "edit", "interventions.edit.settings:FtSettings", "interventions.edit.ft:ft"),
-    Method("lora", "edit", "interventions.edit.settings:LoraSettings", "interventions.edit.lora:lora"),
-    Method("memit", "edit", "interventions.edit.settings:MemitSettings", "interventions.edit.memit:memit"),
-    Method("rome", "edit", "interventions.edit.settings:RomeSettings", "interventions.edit.rome:rome"),
-    Method(
-        "alphaedit", "edit", "interventions.edit.settings:AlphaEditSettings", "interventions.edit.alphaedit:alphaedit"
-    ),
-    Method("rmu", "unlearn", "interventions.unlearn.settings:RmuSettings", "interventions.unlearn.rmu:rmu"),
-    Method("ga", "unlearn", "interventions.unlearn.settings:GaSettings", "interventions.unlearn.ascent:ga"),
-    Method("gd", "unlearn", "interventions.unlearn.settings:GdSettings", "interventions.unlearn.ascent:gd"),
-    Method("npo", "unlearn", "interventions.unlearn.settings:NpoSettings", "interventions.unlearn.npo:npo"),
-    Method("simnpo", "unlearn", "interventions.unlearn.settings:SimNpoSettings", "interventions.unlearn.npo:simnpo"),
-    Method(
-        "relearn", "unlearn", "interventions.unlearn.settings:RelearnSettings", "interventions.unlearn.relearn:relearn"
-    ),
-    Method("rtn", "compress", "interventions.compress.settings:RtnSettings", "interventions.compress.rtn:rtn"),
-    Method("gptq", "compress", "interventions.compress.settings:GptqSettings", "interventions.compress.gptq:gptq"),
-    Method("awq", "compress", "interventions.compress.settings:AwqSettings", "interventions.compress.awq:awq"),
-    Method(
-        "magnitude",
-        "compress",
-        "interventions.compress.settings:MagnitudeSettings",
-        "interventions.compress.magnitude:magnitude",
-    ),
-    Method("wanda", "compress", "interventions.compress.settings:WandaSettings", "interventions.compress.wanda:wanda"),
-    Method(
-        "sparsegpt",
-        "compress",
-        "interventions.compress.settings:SparseGptSettings",
-        "interventions.compress.sparsegpt:sparsegpt",
-    ),
-)
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules whose source says what the method does."""
+        targets = [target for target in (self.function, self.settings) if target is not None]
+        return tuple(t.partition(":")[0] if isinstance(t, str) else t.__module__ for t in targets)
 
 
 class UnknownMethod(ValueError):
     """A name that no intervention has; the message lists near names."""
 
 
-@cache
+_table: dict[str, Method] = {}
+
+
+def register(found: type[Intervention] | Method) -> Method:
+    """Add a method and return it. One that is defined once more, as by a notebook, takes the place of the former.
+
+    Raises ValueError for a name that another method has.
+    """
+    method = found if isinstance(found, Method) else Method(found.name, found.category, found)
+    former = _table.get(method.name, method)
+    if former != method and _where(former) != _where(method):
+        raise ValueError(f"{_where(method)} redefines the intervention {method.name!r} of {_where(former)}")
+    _table[method.name] = method
+    return method
+
+
 def methods() -> dict[str, Method]:
-    """Return every known intervention by name, built-in ones first."""
-    table = {method.name: method for method in BUILT_IN}
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        method = entry.load()
-        if method.name in table:
-            raise ValueError(f"entry point {entry.value!r} redefines the intervention {method.name!r}")
-        table[method.name] = method
-    return table
+    """Return every known intervention by name."""
+    _load()
+    return dict(_table)
 
 
 def find_method(name: str) -> Method:
@@ -107,6 +92,36 @@ def category_of(name: str) -> str:
     return "other" if found is None else found.category
 
 
-def _resolve(target: str) -> Any:
+def defined_in(package: str) -> Iterator[type[Intervention]]:
+    """Yield the methods that the modules of a package define, those of packages below it left out."""
+    for found in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+        if not found.ispkg:
+            for kind in vars(importlib.import_module(found.name)).values():
+                if isinstance(kind, type) and kind.__module__ == found.name and "name" in vars(kind):
+                    yield kind
+
+
+@cache
+def _load() -> None:
+    for package in PACKAGES:
+        for kind in defined_in(package):
+            register(kind)
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        register(entry.load())
+
+
+def _run(model: Any, tokenizer: Any, settings: Any, resources: Any, context: Any) -> dict[str, Any]:
+    details: dict[str, Any] = settings.run(model, tokenizer, resources, context)
+    return details
+
+
+def _where(method: Method) -> str:
+    settings = method.settings
+    return settings if isinstance(settings, str) else f"{settings.__module__}:{settings.__qualname__}"
+
+
+def _resolve(target: Any) -> Any:
+    if not isinstance(target, str):
+        return target
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -13,10 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import Linear, module_device
 from interventions.early_exit import SeenEnough, run_until_seen
 from interventions.modes import keep_modes
 from interventions.padding import pad_right, padding_id
+from interventions.structure import Linear, module_device
 from interventions.tokens import frame, running, windows
 from interventions.types import InterventionError
 

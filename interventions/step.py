@@ -3,53 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
+from interventions.categories import find_category
+from interventions.context import Context, silent
 from interventions.modes import keep_modes
 from interventions.names import near_names
-from interventions.offload import placement, streaming
+from interventions.placement import placement, streaming
 from interventions.ranges import SettingError, check_settings
 from interventions.registry import Method, find_method
 from interventions.shared_statistics import SharedStatistics
 from interventions.types import Edit, InterventionError, Resources, StepReport
 from interventions.zeros import zero_mask
-
-
-def _silent(message: str) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a method may use of the run around it."""
-
-    seed: int = 0
-    progress: Callable[[str], None] = _silent
-    """Takes one line about what is going on."""
-    warn: Callable[[str], None] = _silent
-    """Takes a sentence that belongs in the report: a fall-back, a layer left out."""
-    already: Callable[[str], None] = _silent
-    """Takes a sentence saying that the model already was what this step makes of it. Without it, a
-    step that changes no weight fails; with it, the sentence is a warning."""
-    statistics: SharedStatistics | None = None
-    """What other steps from the same state of the model have collected, and where to keep more."""
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """Return a new CPU generator whose seed depends on the run's seed and `purpose` alone."""
-        digest = hashlib.sha256(f"{self.seed}\n{purpose}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def apply(
@@ -90,7 +65,7 @@ def apply(
     given = _complete_resources(resources, edits, calibration, forget, retain)
     warnings: list[str] = []
     satisfied: list[str] = []
-    context = Context(seed, progress or _silent, warnings.append, satisfied.append, statistics)
+    context = Context(seed, progress or silent, warnings.append, satisfied.append, statistics)
     function = chosen.load()
     before = _Weights(model)
     devices = {placement(model).device, *(parameter.device for parameter in model.parameters())}
@@ -99,8 +74,8 @@ def apply(
         torch.cuda.reset_peak_memory_stats(gpu)
     start = time.perf_counter()
     try:
-        # Edits and unlearning mix what they read off the model with its weights: those stay where they are.
-        with keep_modes(model), _keep_tokenizer(tokenizer), streaming(model, on=chosen.category == "compress"):
+        streams = find_category(chosen.category).streams
+        with keep_modes(model), _keep_tokenizer(tokenizer), streaming(model, on=streams):
             details = function(model, tokenizer, complete, given, context)
             if getattr(complete, "preserve_mask", False):
                 details = before.keep_zeros(model) | details

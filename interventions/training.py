@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,3 +120,27 @@ class Trainer:
     def _span(self) -> str:
         first, last = self.names[0], self.names[-1]
         return first if first == last else f"{first} to {last}"
+
+
+class BoundedTrainer(Trainer):
+    """Adam with an optional bound on how far each single weight may go."""
+
+    def __init__(self, *arguments: Any, bound: float | None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._bound = bound
+        self._starts = [master.detach().clone() for master in self._masters]
+
+    def changes(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what each weight was at first, and what was added to it."""
+        pairs = zip(self._parameters, self._masters, self._starts, strict=True)
+        return {name: (start, master.detach() - start) for name, master, start in pairs}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        super().update()
+        if self._bound is None:
+            return
+        for parameter, master, start in zip(self._parameters.values(), self._masters, self._starts, strict=True):
+            master.clamp_(start - self._bound, start + self._bound)
+            if master is not parameter:
+                parameter.copy_(master)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-Category = Literal["edit", "unlearn", "compress"]
+from typing import Any
 
 
 class InterventionError(Exception):
@@ -21,7 +19,7 @@ class InterventionError(Exception):
 
 @dataclass(frozen=True)
 class Edit:
-    """One fact to rewrite: after `prompt`, the model shall say `target`.
+    """One fact to rewrite: after `prompt`, the model should say `target`.
 
     `subject` stands word for word in `prompt`; both are plain text without special tokens,
     and `target` carries no leading space.

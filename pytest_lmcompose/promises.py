@@ -1,65 +1,103 @@
-"""What the steps of a composition promise of the model that comes out, and which later step breaks a promise."""
+"""What the steps of a composition promise of the model that comes out, and which later step breaks a promise.
+
+A step promises what its settings say (`Intervention.promises`), and what its category does (`Category.promises`). A
+promise of the settings is broken by the first later step that does not keep it, one of the category by an attack on it.
+No torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from interventions.registry import find_method
+from interventions.categories import Category, categories, find_category
+from interventions.intervention import Intervention
+from interventions.registry import find_method, methods
 from pytest_lmcompose.composition import Composition, Step
-from pytest_lmcompose.recipe import Recipe
+from pytest_lmcompose.gates.globs import matches
 
-_ATTACK = "relearn"
-"""Of the category `unlearn`, and meant to bring knowledge back."""
+if TYPE_CHECKING:
+    from evaluators.measurement import Measurement
+    from pytest_lmcompose.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What one step promises."""
+    """What one step promises: the value of a metric, or what its whole category does."""
 
     step: Step
-    what: str
-    """edit, unlearn, bits or sparsity."""
-    value: float | None
-    """The bits, or the share of zeros."""
+    category: Category
     broken_by: Step | None
     """The first later step that does not keep it; None: it holds at the end."""
+    metric: str | None = None
+    value: float | None = None
 
-    def why(self, composition: Composition) -> str:
-        """Say why a promise that is broken cannot hold, and what to do."""
-        assert self.broken_by is not None
-        said = {"bits": f"{self.value:g} bits", "sparsity": f"{self.value:g} of zeros"} if self.value else {}
-        promised = said.get(self.what, "that knowledge is gone")
-        if self.broken_by.method == _ATTACK and self.what == "unlearn":
-            return f"{self.step} promises {promised}, and {self.broken_by}, an attack, follows it"
-        return f"{self.step} promises {promised}, but {self.broken_by} follows it: use {composition}+{self.step}"
+    @property
+    def words(self) -> str:
+        """What is promised, as it follows "promises"."""
+        return self.category.promised if self.metric is None else f"{self.metric} = {self.value:g}"
+
+    def about(self, measurement: Measurement) -> bool:
+        """Say whether the promise is about what was measured."""
+        if self.metric is not None:
+            return self.metric == measurement.metric
+        if self.category.removes and measurement.higher_is_better:
+            return False  # of what is to stay
+        return any(matches(glob, measurement.metric) for glob in self.category.promises)
 
 
 def promises(recipe: Recipe, composition: Composition) -> Iterator[Promise]:
     """Yield what each step promises, in their order."""
     for place, step in enumerate(composition.steps):
         later = composition.steps[place + 1 :]
-        category, settings = find_method(step.method).category, recipe.settings(step)
-        if category == "compress":
-            for what in ("bits", "sparsity"):
-                if isinstance(value := getattr(settings, what, None), (int, float)):
-                    yield Promise(step, what, value, next((s for s in later if _breaks(what, s, recipe)), None))
-        elif step.method != _ATTACK:
-            attack = next((s for s in later if category == "unlearn" and s.method == _ATTACK), None)
-            yield Promise(step, category, None, attack)
+        category, settings = find_category(find_method(step.method).category), recipe.settings(step)
+        for metric, value in _promised(settings).items():
+            breaks = (s for s in later if not _keeps(recipe.settings(s), metric))
+            yield Promise(step, category, next(breaks, None), metric, value)
+        if category.promises and not _undoes(settings):
+            attacks = (s for s in later if category.name in _undoes(recipe.settings(s)))
+            yield Promise(step, category, next(attacks, None))
 
 
 def broken(recipe: Recipe, composition: Composition) -> list[str]:
     """Return why promises cannot hold at the end, those left out that a later step makes good."""
     found = list(promises(recipe, composition))
-    held = {(promise.what, promise.value) for promise in found if promise.broken_by is None}
-    return [p.why(composition) for p in found if p.broken_by is not None and (p.what, p.value) not in held]
+    held = {(p.category, p.metric, p.value) for p in found if p.broken_by is None}
+    reasons: dict[tuple[Step, Step, bool], list[str]] = {}
+    for p in found:
+        if p.broken_by is not None and (p.category, p.metric, p.value) not in held:
+            reasons.setdefault((p.step, p.broken_by, p.metric is None), []).append(p.words)
+    return [
+        f"{step} promises {' and '.join(dict.fromkeys(words))}, "
+        + (f"and {breaker}, an attack, follows it" if attack else f"but {breaker} follows it: use {composition}+{step}")
+        for (step, breaker, attack), words in reasons.items()
+    ]
 
 
-def _breaks(what: str, step: Step, recipe: Recipe) -> bool:
-    """Say whether a step changes weights off the grid of their bits, or from zero."""
-    method, settings = find_method(step.method), recipe.settings(step)
-    if what == "sparsity":  # the compressors without the setting round 0 to 0, or only add zeros
-        return not getattr(settings, "preserve_mask", method.category == "compress")
-    # A compressor that rounds has a grid of its own, and one with damping makes good what it prunes.
-    return method.category != "compress" or hasattr(settings, "bits") or hasattr(settings, "damping")
+def may_be_promised(metric: str) -> bool:
+    """Say whether a step may promise something of the metrics that a glob begins like.
+
+    Known are the metrics of categories and those that methods promise with their default settings.
+    """
+    start = re.split(r"[*?]", metric)[0]
+    known = [glob.rstrip("*") for category in categories().values() for glob in category.promises]
+    known += [name for method in methods().values() for name in _promised(method.settings_type()())]
+    return bool(start) and any(name.startswith(start) or start.startswith(name) for name in known)
+
+
+# A method whose settings are a plain dataclass promises nothing, and keeps zeros if it has `preserve_mask`.
+
+
+def _promised(settings: Any) -> Mapping[str, float]:
+    found: Mapping[str, float] = settings.promises() if hasattr(settings, "promises") else {}
+    return found
+
+
+def _keeps(settings: Any, metric: str) -> bool:
+    return bool(settings.keeps(metric) if hasattr(settings, "keeps") else Intervention.keeps(settings, metric))
+
+
+def _undoes(settings: Any) -> tuple[str, ...]:
+    return getattr(settings, "undoes", ())

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evaluators.registry import UnknownEvaluator, find_evaluator
 from interventions import names
+from interventions.categories import categories
 from interventions.ranges import SettingError, check_settings, check_value, field_types, parts_of
 from interventions.registry import UnknownMethod, find_method, methods
 from interventions.types import InterventionError
@@ -35,7 +36,6 @@ from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSett
 
 near_names = partial(names.near_names, cutoff=0.5)
 
-GROUPS = ("model", "world", "edit", "unlearn", "compress", "evaluate", "suite")
 _SECTIONS: dict[str, type] = {
     "model": ModelSettings,
     "world": WorldSettings,
@@ -123,7 +123,7 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     texts = []
     for text in overrides:
         override = _parse_override(text)
-        if override.key_or_group in GROUPS:
+        if override.key_or_group in groups():
             _check_presets(text, conf, override)
             texts.append(text)
         else:
@@ -141,6 +141,11 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     for name, method in methods().items():  # used or not: what was set for it is wrong in any case
         _typed(config[name], method.settings_type(), name)
     return Recipe(**sections, config=config)
+
+
+def groups() -> tuple[str, ...]:
+    """Return the names of the groups that presets are of."""
+    return ("model", "world", *categories(), "evaluate", "suite")
 
 
 def presets(conf: Path, group: str) -> tuple[str, ...]:
@@ -250,7 +255,7 @@ def _check_override(text: str, override: Override) -> bool:
         if depth and not dataclasses.is_dataclass(hint):
             raise RecipeError(f"{text!r}: {above} has no keys of its own")
         if part not in known:
-            hint = near_names(part, sorted({*known, *GROUPS}) if depth == 0 else known)
+            hint = near_names(part, sorted({*known, *groups()}) if depth == 0 else known)
             what = f"unknown key {part!r} of {above}" if depth else f"unknown section {part!r} of the recipe"
             raise RecipeError(f"{text!r}: {what}.{hint} Known: {', '.join(known)}.")
         hint = known[part]

@@ -9,12 +9,14 @@ import configparser
 import json
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from interventions.categories import Category, categories
+from interventions.intervention import ZEROS
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.promises import broken, promises
+from pytest_lmcompose.promises import Promise, broken, promises
 from pytest_lmcompose.recipe import Recipe
 from pytest_lmcompose.report.files import check_targets, write_text
 
@@ -49,11 +51,8 @@ def files(recipe: Recipe, model: str, composition: Composition, services: tuple[
 
 def expressions(recipe: Recipe, composition: Composition) -> Iterator[str]:
     """Yield expressions of `--lmcompose-compare-fail` for what the steps promise and what they must leave alone."""
-    held = {promise.what for promise in promises(recipe, composition) if promise.broken_by is None}
-    if "edit" in held:
-        yield "edit_success_exact:0.02"
-    if "unlearn" in held:
-        yield "accuracy/hazardous:p0.01"
+    held = {promise.category for promise in promises(recipe, composition) if not (promise.metric or promise.broken_by)}
+    yield from (expression for category in categories().values() if category in held for expression in category.compare)
     yield from ("accuracy/harmless:p0.01", "perplexity:5%")
 
 
@@ -121,17 +120,34 @@ def _holds(path: Path, text: str) -> bool:
 
 def _thresholds(recipe: Recipe, composition: Composition) -> str:
     """Return thresholds with a block for each promise of the composition."""
-    found = {promise.what: promise for promise in promises(recipe, composition) if promise.broken_by is None}
     blocks = [_COMMON]
-    blocks += [_PROMISED[what] for what in ("edit", "unlearn") if what in found]
-    if "bits" in found:
-        blocks.append(_BITS.replace("@BITS@", f"{found['bits'].value:g}"))
-    if "sparsity" in found:
-        share = max(p.value or 0 for p in promises(recipe, composition) if p.what == "sparsity" and not p.broken_by)
-        blocks.append(_SPARSITY.replace("@SPARSITY@", f"{share - 0.01:.4g}").replace("@PROMISED@", f"{share:.4g}"))
+    kept: dict[Category | str, list[Promise]] = {}
+    for promise in promises(recipe, composition):
+        if promise.broken_by is None:
+            kept.setdefault(promise.metric or promise.category, []).append(promise)
+    for what, found in kept.items():
+        said = "".join(f"  # {promise.step} promises {promise.words}.\n" for promise in dict.fromkeys(found))
+        if isinstance(what, str):
+            bounds = {what: _bounds_of(what, [promise.value or 0.0 for promise in found])}
+        else:
+            bounds = {name: _braced(limits) for name, limits in what.bounds.items()}
+        blocks.append(said + "".join(f"  {name}: {text}\n" for name, text in bounds.items()))
     if reasons := broken(recipe, composition):
         blocks.append("".join(f"  # Not asked for: {reason}\n" for reason in reasons))
     return "\n".join(blocks)
+
+
+def _bounds_of(metric: str, promised: Sequence[float]) -> str:
+    """Return bounds for a metric whose values settings promise: numbers, which other settings do not change."""
+    if metric == "average_bits":  # no fewer either
+        return _braced({"min": promised[-1], "max": promised[-1] + 0.1})
+    if metric in ZEROS:
+        return _braced({"min": max(promised) - 0.01})
+    return "{promised: 0.01}"  # which direction is better is known when it is measured
+
+
+def _braced(bounds: Mapping[str, float]) -> str:
+    return f"{{{', '.join(f'{kind}: {value:.4g}' for kind, value in bounds.items())}}}"
 
 
 _TEST = '''\
@@ -173,30 +189,6 @@ _COMMON = """\
   perplexity: {max_ratio_of_base: 1.3}
   accuracy/harmless: {min_ratio_of_base: 0.9}
 """
-
-_EDIT = """\
-  # The edits were made, also in other words, and answers to other prompts are what they were.
-  edit_success_exact: {min: 0.9}
-  edit_paraphrase_exact: {min: 0.7}
-  edit_locality_agreement: {min: 0.85}
-"""
-
-_UNLEARN = """\
-  # The removed knowledge is gone; chance is 0.25 with four choices.
-  accuracy/hazardous: {max: 0.4}
-"""
-
-_BITS = """\
-  # @BITS@ bits were promised, no fewer and no more, as read from the weights.
-  average_bits: {min: @BITS@, max: @BITS@.1}
-"""
-
-_SPARSITY = """\
-  # A share of @PROMISED@ of the weights is zero, as read from the weights.
-  sparsity: {min: @SPARSITY@}
-"""
-
-_PROMISED = {"edit": _EDIT, "unlearn": _UNLEARN}
 
 _IGNORED = """\
 __pycache__/

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from interventions.registry import BUILT_IN
+from interventions.registry import methods
 from tests.started import run_pytest
 
 ROOT = Path(__file__).parents[1]
@@ -35,9 +35,7 @@ def test_every_ordered_pair_runs_and_reports(tmp_path: Path) -> None:
     done = run_pytest(ROOT, "compositions", "-n2", "--lmcompose-no-cache", *options)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
     records: dict[str, dict[str, Any]] = {r["id"]: r for r in json.loads(report.read_text())["compositions"]}
-    names = [
-        method.name for method in BUILT_IN if method.name != "relearn"
-    ]  # which is an attack, and has its own suite
+    names = [name for name in methods() if name != "relearn"]  # which is an attack, and has its own suite
     pairs = {f"{first}+{second}" for first in names for second in names if first != second}
     assert set(records) == {"base", *names, *pairs}
     for name, record in records.items():

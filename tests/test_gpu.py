@@ -16,8 +16,8 @@ import torch
 from interventions import Edit, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress import blockwise
-from interventions.compress.working_memory import bytes_for
-from interventions.edit.settings import ValueSettings
+from interventions.compress.kernels.working_memory import bytes_for
+from interventions.edit.bases import ValueSettings
 from interventions.offload import offload
 from pytest_lmcompose.states.load import hash_weights
 from pytest_lmcompose.states.snapshot import WorkingModel

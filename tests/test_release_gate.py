@@ -22,20 +22,20 @@ COMPARE = (
 )
 LOST_EDIT = '''
 import dataclasses
-import interventions.edit.memit as module
+from interventions.edit.memit import MemitSettings
 
-plain = module.memit
+plain = MemitSettings.run
 
-def memit(model, tokenizer, settings, resources, context):
+def run(settings, model, tokenizer, resources, context):
     """Make the edits, then, by mistake, another one of the first subject."""
-    report = plain(model, tokenizer, settings, resources, context)
+    report = plain(settings, model, tokenizer, resources, context)
     first = resources.edits[0]
     wrong = next(e.target for e in resources.edits if e.target != first.target)
     again = dataclasses.replace(resources, edits=[dataclasses.replace(first, target=wrong)])
-    plain(model, tokenizer, settings, again, context)
+    plain(settings, model, tokenizer, again, context)
     return report
 
-module.memit = memit
+MemitSettings.run = run
 '''
 
 pytestmark = pytest.mark.slow

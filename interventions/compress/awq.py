@@ -16,65 +16,80 @@ blocks. Unlike there, padding is left out of every sum, clipping is judged on al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from interventions.anatomy import LinearGroup
-from interventions.compress.awq_search import Seen, clip_weight, search_scales
-from interventions.compress.blockwise import float_blocks
-from interventions.compress.capture import Call
-from interventions.compress.engines.run import run_engine
+from interventions.compress.bases import Calibrated, Quantiser
 from interventions.compress.engines.table import OWN
-from interventions.compress.folding import fold_
-from interventions.compress.grid import fake_quantise
-from interventions.compress.settings import AwqSettings
-from interventions.statistics import InputStatistics
-from interventions.step import Context
-from interventions.types import Resources
+from interventions.intervention import Context, Model, Resources, without_gradients
+from interventions.ranges import Count
+
+if TYPE_CHECKING:
+    from interventions.compress.kernels.awq_search import Seen
+    from interventions.compress.kernels.capture import Call
+    from interventions.structure import LinearGroup
+
 
 BATCH_TOKENS = 512
 """Small batches: `search_tokens` is made up of whole ones."""
 
 
-@torch.no_grad()
-def awq(
-    model: nn.Module, tokenizer: Any, settings: AwqSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Quantise the linear layers of every decoder block, in place, as de-quantised weights.
+@dataclass(frozen=True)
+class AwqSettings(Calibrated, Quantiser):
+    """AWQ (Lin et al., 2024). Defaults are those of the reference implementations."""
 
-    Each block is worked on as a float32 copy and rounded once to the stored dtype; embeddings and
-    head stay as they are. Returns, for every group of linears, the exponent r that was chosen
-    (None where no scale can be folded into what comes before), the loss of plain rounding and of the chosen scale
-    (mean squared error of the compared output, before clipping), and the share of weight groups
-    that were clipped.
-    """
-    if settings.engine != OWN:
-        return run_engine("awq", model, tokenizer, settings, resources, context)
-    groups: list[dict[str, Any]] = []
-    tokens = 0
-    for block in float_blocks(
-        model,
-        tokenizer,
-        resources,
-        context,
-        method="awq",
-        samples=settings.samples,
-        max_tokens=settings.max_tokens,
-        sequential=settings.quantised_inputs,
-        batch_tokens=BATCH_TOKENS,
-        scaled=True,
-    ):
-        scope_calls: dict[str, list[Call]] = {}
-        seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
-        tokens = seen.statistics["attention_in"].count
-        groups += quantise_block_(block.groups, seen, settings)
-    return {"calibration_tokens": tokens, "groups": groups}
+    name = "awq"
+
+    grid: Count = 20
+    """Scale exponents tried, evenly in [0, 1)."""
+    duo_scaling: bool = True
+    """Weigh activations against weights, x^r / w^(1-r), instead of x^r alone."""
+    clip: bool = True
+    """Search a clipping threshold for each group of weights before rounding."""
+    max_tokens: Count = 512
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
+    search_tokens: Count | None = 512
+    """Tokens, spread over the calibration text, on which a scale's effect on the outputs of
+    attention (in whole batches) and MLP is compared; None: all, as published and much slower.
+    Means, losses of single linears and clipping read all tokens in any case."""
+    quantised_inputs: bool = False
+    """Calibrate each block on what the already quantised blocks put out. Off as published: the
+    blocks before it are at full precision."""
+
+    @without_gradients
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Quantise the linear layers of every decoder block, in place, as de-quantised weights.
+
+        Each block is worked on as a float32 copy and rounded once to the stored dtype; embeddings and
+        head stay as they are. Returns, for every group of linears, the exponent r that was chosen
+        (None where no scale can be folded into what comes before), the loss of plain rounding and of the chosen scale
+        (mean squared error of the compared output, before clipping), and the share of weight groups
+        that were clipped.
+        """
+        from interventions.compress.engines.run import run_engine
+        from interventions.compress.kernels.awq_search import Seen
+        from interventions.compress.kernels.blockwise import float_blocks
+        from interventions.statistics import InputStatistics
+
+        if self.engine != OWN:
+            return run_engine("awq", model, tokenizer, self, resources, context)
+        groups: list[dict[str, Any]] = []
+        tokens = 0
+        options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "scaled": True}
+        for block in float_blocks(model, tokenizer, self, resources, context, self.quantised_inputs, **options):
+            scope_calls: dict[str, list[Call]] = {}
+            seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
+            tokens = seen.statistics["attention_in"].count
+            groups += quantise_block_(block.groups, seen, self)
+        return {"calibration_tokens": tokens, "groups": groups}
 
 
 def quantise_block_(groups: Sequence[LinearGroup], seen: Seen, settings: AwqSettings) -> list[dict[str, Any]]:
     """Scale, clip and round the linears of a float32 block in place; return what was chosen."""
+    from interventions.compress.kernels.awq_search import clip_weight, search_scales
+    from interventions.compress.kernels.folding import fold_
+    from interventions.compress.kernels.grid import fake_quantise
+
     choices = [search_scales(group, seen, settings) for group in groups]
     grams = {role: statistics.gram for role, statistics in seen.statistics.items()}
     for group, choice in zip(groups, choices, strict=True):

@@ -7,88 +7,102 @@ share its Gram matrix and its factor, and are quantised in one go.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from interventions.anatomy import Linear, LinearGroup
-from interventions.compress.blockwise import walk_blocks
-from interventions.compress.engines.run import run_engine
+from interventions.compress.bases import Damping, Quantiser, Sequential
 from interventions.compress.engines.table import OWN
-from interventions.compress.gptq_kernel import gptq_quantise
-from interventions.compress.grid import fake_quantise
-from interventions.compress.rounding import replace_
-from interventions.compress.settings import GptqSettings
-from interventions.statistics import InputStatistics
-from interventions.step import Context
-from interventions.types import Resources
-from interventions.zeros import zero_masks
+from interventions.intervention import Context, Model, Resources, without_gradients
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from interventions.statistics import InputStatistics
+    from interventions.structure import Linear, LinearGroup
 
 
-@torch.no_grad()
-def gptq(
-    model: nn.Module, tokenizer: Any, settings: GptqSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Quantise the linear layers of every decoder block, in place, as de-quantised weights.
+@dataclass(frozen=True)
+class GptqSettings(Sequential, Quantiser):
+    """GPTQ (Frantar et al., 2023); defaults as published, but for `true_sequential` and `preserve_mask`."""
 
-    Returns for each linear how far its weights moved, as a share of their norm, and the mean squared
-    error that is left in its output on the text, as far as the other layers' changes do not add to
-    it; None where it had to be rounded to nearest.
-    """
-    if settings.engine != OWN:
-        return run_engine("gptq", model, tokenizer, settings, resources, context)
+    name = "gptq"
 
-    def work(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
-        weights = [linear.weight for linear in group.linears]
-        result = gptq_quantise(
-            torch.cat(weights),
-            statistics.gram,
-            bits=settings.bits,
-            group_size=settings.group_size,
-            symmetric=settings.symmetric,
-            act_order=settings.act_order,
-            static_groups=settings.static_groups,
-            damping=settings.damping,
-            zeros=zero_masks(weights) if settings.preserve_mask else None,
-        )
-        names = ", ".join(linear.name for linear in group.linears)
-        if result is None:
-            context.warn(
-                f"gptq: {names}: rounded to nearest, as the Gram matrix of the input cannot be factored even with a "
-                "damping of 1: give more or other calibration text (samples, max_tokens)"
+    symmetric: bool = False
+    """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
+    act_order: bool = False
+    """Round the columns with the largest inputs first. Groups stay those of neighbouring columns: implies
+    `static_groups`."""
+    static_groups: bool = False
+    """Find the grids of all groups on the weights as they were, not when the rounding reaches them."""
+    damping: Damping = 0.01
+    """Added to the diagonal of the Gram matrix, as a share of its mean; raised tenfold, with a warning, where it
+    leaves the matrix singular."""
+    true_sequential: bool = True
+    """The same within a block: calibrate each group of linears on the quantised ones before it. More forward passes."""
+    preserve_mask: bool = True
+    """Keep weights at zero that are zero already, in a linear with at least 5 % of them. As published,
+    compensation would fill them again."""
+
+    @without_gradients
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Quantise the linear layers of every decoder block, in place, as de-quantised weights.
+
+        Returns for each linear how far its weights moved, as a share of their norm, and the mean squared
+        error that is left in its output on the text, as far as the other layers' changes do not add to
+        it; None where it had to be rounded to nearest.
+        """
+        import torch
+
+        from interventions.compress.engines.run import run_engine
+        from interventions.compress.kernels.blockwise import walk_blocks
+        from interventions.compress.kernels.gptq_kernel import gptq_quantise
+        from interventions.compress.kernels.grid import fake_quantise
+        from interventions.statistics import InputStatistics
+        from interventions.zeros import zero_masks
+
+        if self.engine != OWN:
+            return run_engine("gptq", model, tokenizer, self, resources, context)
+
+        def work(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
+            weights = [linear.weight for linear in group.linears]
+            result = gptq_quantise(
+                torch.cat(weights),
+                statistics.gram,
+                bits=self.bits,
+                group_size=self.group_size,
+                symmetric=self.symmetric,
+                act_order=self.act_order,
+                static_groups=self.static_groups,
+                damping=self.damping,
+                zeros=zero_masks(weights) if self.preserve_mask else None,
             )
-            rounded = [fake_quantise(w, settings.bits, settings.group_size, settings.symmetric) for w in weights]
-            return [_outcome(linear, new, None) for linear, new in zip(group.linears, rounded, strict=True)]
-        if result.damping > settings.damping:
-            context.warn(
-                f"gptq: {names}: damping raised to {result.damping:g}; set damping to that, or give more "
-                "calibration text"
-            )
-        parts = [len(weight) for weight in weights]
-        news, errors = torch.split(result.weight, parts), torch.split(result.errors, parts)
-        return [
-            _outcome(linear, new, float(error.mean()) / statistics.count)
-            for linear, new, error in zip(group.linears, news, errors, strict=True)
-        ]
+            names = ", ".join(linear.name for linear in group.linears)
+            if result is None:
+                context.warn(
+                    f"gptq: {names}: rounded to nearest, as the Gram matrix of the input cannot be factored even with "
+                    "a damping of 1: give more or other calibration text (samples, max_tokens)"
+                )
+                rounded = [fake_quantise(w, self.bits, self.group_size, self.symmetric) for w in weights]
+                return [_outcome(linear, new, None) for linear, new in zip(group.linears, rounded, strict=True)]
+            if result.damping > self.damping:
+                context.warn(
+                    f"gptq: {names}: damping raised to {result.damping:g}; set damping to that, or give more "
+                    "calibration text"
+                )
+            parts = [len(weight) for weight in weights]
+            news, errors = torch.split(result.weight, parts), torch.split(result.errors, parts)
+            return [
+                _outcome(linear, new, float(error.mean()) / statistics.count)
+                for linear, new, error in zip(group.linears, news, errors, strict=True)
+            ]
 
-    linears = walk_blocks(
-        model,
-        tokenizer,
-        resources,
-        context,
-        method="gptq",
-        samples=settings.samples,
-        max_tokens=settings.max_tokens,
-        sequential=settings.sequential,
-        true_sequential=settings.true_sequential,
-        work=work,
-        sums=InputStatistics,
-    )
-    context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
-    return {"linears": linears}
+        linears = walk_blocks(model, tokenizer, self, resources, context, work, InputStatistics)
+        context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
+        return {"linears": linears}
 
 
 def _outcome(linear: Linear, weight: Tensor, loss: float | None) -> dict[str, Any]:
     """Write the new weight of a linear and tell what it does."""
+    from interventions.compress.kernels.rounding import replace_
+
     return {"linear": linear.name, "loss": loss, "moved": replace_(linear, weight)}

@@ -6,52 +6,52 @@ A weight counts as much as its magnitude times the norm of its input over the ca
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from interventions.anatomy import LinearGroup, find_anatomy
-from interventions.compress.blockwise import walk_blocks
-from interventions.compress.engines.run import run_engine
+from interventions.compress.bases import Pruner, Sequential
 from interventions.compress.engines.table import OWN
-from interventions.compress.masks import Pattern, lowest, lowest_of_pattern
-from interventions.compress.pruning import chosen_pattern, conclude, prune_
-from interventions.compress.settings import WandaSettings
-from interventions.statistics import InputNorms
-from interventions.step import Context
-from interventions.types import Resources
+from interventions.intervention import Context, Model, Resources, without_gradients
+from interventions.ranges import Share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from interventions.compress.kernels.masks import Pattern
+    from interventions.statistics import InputNorms
+    from interventions.structure import LinearGroup
 
 
-@torch.no_grad()
-def wanda(
-    model: nn.Module, tokenizer: Any, settings: WandaSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Prune the linear layers of every decoder block, in place; `resources.calibration` gives the inputs."""
-    pattern = chosen_pattern(settings, "wanda", find_anatomy(model).blocks)
-    if settings.engine != OWN:
-        return run_engine("wanda", model, tokenizer, settings, resources, context)
+@dataclass(frozen=True)
+class WandaSettings(Sequential, Pruner):
+    """Wanda (Sun et al., 2024); defaults as published."""
 
-    def work(group: LinearGroup, statistics: InputNorms) -> list[dict[str, Any]]:
-        norms = statistics.square_sum.sqrt()
-        return [
-            prune_(linear, wanda_mask(linear.weight, norms, settings.sparsity, pattern)) for linear in group.linears
-        ]
+    name = "wanda"
 
-    outcomes = walk_blocks(
-        model,
-        tokenizer,
-        resources,
-        context,
-        method="wanda",
-        samples=settings.samples,
-        max_tokens=settings.max_tokens,
-        sequential=settings.sequential,
-        true_sequential=False,
-        work=work,
-        sums=InputNorms,
-    )
-    return conclude(outcomes, settings, context)
+    sparsity: Share = 0.5
+    """Share of each row's (output's) weights that become zero; the number is rounded down."""
+
+    @without_gradients
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Prune the linear layers of every decoder block, in place; `resources.calibration` gives the inputs."""
+        from interventions.anatomy import find_anatomy
+        from interventions.compress.engines.run import run_engine
+        from interventions.compress.kernels.blockwise import walk_blocks
+        from interventions.compress.kernels.pruning import chosen_pattern, conclude, prune_
+        from interventions.statistics import InputNorms
+
+        pattern = chosen_pattern(self, "wanda", find_anatomy(model).blocks)
+        if self.engine != OWN:
+            return run_engine("wanda", model, tokenizer, self, resources, context)
+
+        def work(group: LinearGroup, statistics: InputNorms) -> list[dict[str, Any]]:
+            norms = statistics.square_sum.sqrt()
+            return [
+                prune_(linear, wanda_mask(linear.weight, norms, self.sparsity, pattern)) for linear in group.linears
+            ]
+
+        outcomes = walk_blocks(model, tokenizer, self, resources, context, work, InputNorms)
+        return conclude(outcomes, self, context)
 
 
 def wanda_mask(W: Tensor, norms: Tensor, sparsity: float, pattern: Pattern | None = None) -> Tensor:
@@ -59,6 +59,8 @@ def wanda_mask(W: Tensor, norms: Tensor, sparsity: float, pattern: Pattern | Non
 
     `norms` (in,) are those of the input's channels; only their ratios matter.
     """
+    from interventions.compress.kernels.masks import lowest, lowest_of_pattern
+
     scores = (W.float() * norms).abs_()
     if pattern is not None:
         return lowest_of_pattern(scores, pattern)

@@ -6,71 +6,64 @@ directions in which those keys hardly reach. Keys of earlier batches keep what t
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from interventions.edit.bases import LayersRewriter
+from interventions.intervention import Context, Model, Resources
+from interventions.ranges import Positive
 
-from interventions.anatomy import Linear
-from interventions.edit.closed_form import alphaedit_update, null_space
-from interventions.edit.rewriting import Solve, chosen_layers, rewrite
-from interventions.edit.settings import AlphaEditSettings
-from interventions.step import Context
-from interventions.types import InterventionError, Resources
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-def alphaedit(
-    model: nn.Module, tokenizer: Any, settings: AlphaEditSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Make `resources.edits` in place; `resources.calibration` gives the keys whose outputs stay.
-
-    The details have, besides MEMIT's, the share of each layer's directions that were free.
-    """
-    free: dict[str, float] = {}
-
-    def choose_layers(depth: int) -> list[int]:
-        return chosen_layers("alphaedit", settings.layers, settings.layer_fractions, depth)
-
-    def make_solve(output: Linear, second_moment: Tensor) -> Solve:
-        try:
-            basis = null_space(second_moment, settings.nullspace_threshold, relative=settings.nullspace_relative)
-        except InterventionError as error:
-            raise InterventionError(f"alphaedit: {output.parameter_name}: {error}") from None
-        free[output.parameter_name] = basis.shape[1] / basis.shape[0]
-        if basis.shape[1] == basis.shape[0]:
-            context.warn(
-                f"{output.parameter_name}: every direction is below nullspace_threshold="
-                f"{settings.nullspace_threshold}, so nothing is kept; lower it"
-            )
-        return _NullSpaceSolve(basis, settings.ridge)
-
-    details = rewrite(
-        model,
-        tokenizer,
-        settings,
-        resources,
-        context,
-        method="alphaedit",
-        choose_layers=choose_layers,
-        make_solve=make_solve,
-        remedy="lower alphaedit.ridge or raise alphaedit.nullspace_threshold",
-    )
-    return {**details, "free_directions": free}
+    from interventions.edit.kernels.rewriting import Solve
+    from interventions.structure import Linear
 
 
-class _NullSpaceSolve:
-    """The solve of one layer, which remembers the keys of its batches.
+@dataclass(frozen=True)
+class AlphaEditSettings(LayersRewriter):
+    """AlphaEdit (Fang et al., 2025); defaults as published, layers as fractions of depth."""
 
-    A layer's keys depend on the weights below it alone, and those are changed before: the keys
-    that a batch was solved with are still its keys when the batch is done.
-    """
+    name = "alphaedit"
 
-    def __init__(self, basis: Tensor, ridge: float) -> None:
-        self._basis = basis
-        self._ridge = ridge
-        self._earlier = basis.new_zeros(basis.shape[0], 0)
+    nullspace_threshold: Positive = 0.02
+    """Directions in which the second moment of the keys is below this are free for edits."""
+    nullspace_relative: bool = False
+    """Take the threshold as a multiple of the mean eigenvalue: for models whose keys are of another scale."""
+    ridge: Positive = 10.0
+    """Weight of the update's own size (called L2 by the authors)."""
 
-    def __call__(self, keys: Tensor, residuals: Tensor) -> Tensor:
-        update = alphaedit_update(keys, residuals, self._earlier, self._basis, self._ridge)
-        self._earlier = torch.cat([self._earlier, keys.double()], dim=1)
-        return update
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Make `resources.edits` in place; `resources.calibration` gives the keys whose outputs stay.
+
+        The details have, besides MEMIT's, the share of each layer's directions that were free.
+        """
+        from interventions.edit.kernels.closed_form import NullSpaceSolve, null_space
+        from interventions.edit.kernels.rewriting import rewrite
+        from interventions.types import InterventionError
+
+        free: dict[str, float] = {}
+
+        def make_solve(output: Linear, second_moment: Tensor) -> Solve:
+            try:
+                basis = null_space(second_moment, self.nullspace_threshold, relative=self.nullspace_relative)
+            except InterventionError as error:
+                raise InterventionError(f"alphaedit: {output.parameter_name}: {error}") from None
+            free[output.parameter_name] = basis.shape[1] / basis.shape[0]
+            if basis.shape[1] == basis.shape[0]:
+                context.warn(
+                    f"{output.parameter_name}: every direction is below nullspace_threshold="
+                    f"{self.nullspace_threshold}, so nothing is kept; lower it"
+                )
+            return NullSpaceSolve(basis, self.ridge)
+
+        details = rewrite(
+            model,
+            tokenizer,
+            self,
+            resources,
+            context,
+            make_solve,
+            remedy="lower alphaedit.ridge or raise alphaedit.nullspace_threshold",
+        )
+        return {**details, "free_directions": free}

@@ -6,88 +6,87 @@ As the baseline of Meng et al. (2022), with the bound on single weights of Zhu e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from interventions.anatomy import find_anatomy, module_device
-from interventions.edit.prompts import check_edits
-from interventions.edit.rewriting import chosen_layers
-from interventions.edit.settings import FtSettings
-from interventions.edit.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
-from interventions.step import Context
-from interventions.training import Trainer, workable_precision
-from interventions.types import Resources
+from interventions.intervention import Context, Intervention, Model, Resources
+from interventions.ranges import Count, Fractions, Layers, Positive, Weight
 
 
-def ft(
-    model: nn.Module, tokenizer: Any, settings: FtSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Train the chosen projections, in place, until the targets of `resources.edits` are likely.
+@dataclass(frozen=True)
+class FtSettings(Intervention):
+    """Fine-tuning of some MLP output projections on the targets; defaults as in Kolbeinsson et al. (2025)."""
 
-    Weights in less than float32 are trained in float32 and rounded once at the end of each update.
-    """
-    edits = resources.edits
-    check_edits(edits)
-    anatomy = find_anatomy(model)
-    layers = chosen_layers("ft", settings.layers, settings.layer_fractions, len(anatomy.blocks))
-    names = [anatomy.blocks[layer].mlp_output.parameter_name for layer in layers]
-    batches = target_batches(
-        tokenizer, edits, settings.batch_size, module_device(model), chat_template=settings.chat_template
-    )
-    watch = Watch("ft", settings.lr, layers, edits)
-    with workable_precision(model):
-        before = all_nll(model, anatomy.head, batches)
-        trainer = _BoundedTrainer(model, {name: model.get_parameter(name) for name in names}, settings)
-        steps = 0
-        for steps in range(1, settings.steps + 1):
-            trained = False
-            for batch in batches:
-                nll = target_nll(model, anatomy.head, batch)
-                watch.finite(nll, batch.which, trainer.updates)
-                loss = nll.mean()
-                if float(loss.detach()) >= settings.stop_loss:
-                    trainer.backward(loss)
-                    trainer.update()
-                    trained = True
-            if not trained:
-                break
-            context.progress(f"ft: pass {steps}, loss {float(loss.detach()):.3f}")
-        trainer.finish()
-        changes = {name: watch.change(name, start, update) for name, (start, update) in trainer.changes().items()}
-        after = all_nll(model, anatomy.head, batches)
-        watch.finite(after, range(len(edits)), trainer.updates)
-        watch.learned(before, after)
-    return {
-        "layers": layers,
-        "passes": steps,
-        "updates": trainer.updates,
-        "changes": changes,
-        "edits": edit_report(edits, before, after),
-    }
+    name = "ft"
+    category = "edit"
 
+    layers: Layers | None = None
+    """Decoder blocks whose MLP output projection is trained; None: those of `layer_fractions`."""
+    layer_fractions: Fractions = field(default_factory=lambda: [0.125, 0.25])
+    """First and last trained block as fractions of depth."""
+    lr: Positive = 5e-5
+    steps: Count = 25
+    """Passes over the edits, at most."""
+    batch_size: Count = 50
+    """Edits of an update."""
+    stop_loss: Weight = 0.01
+    """A batch whose loss (nats) is below this is not trained on; training ends when all are."""
+    weight_decay: Weight = 0.0
+    norm_constraint: Positive | None = None
+    """Largest change of a single weight, the L-infinity norm of Zhu et al. (2020); None: no bound."""
+    chat_template: bool = False
+    """Put prompts as a user's words into the tokenizer's chat template; the targets open the answers."""
+    preserve_mask: bool = False
+    """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
 
-class _BoundedTrainer(Trainer):
-    """Adam with an optional bound on how far each single weight may go."""
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Train the chosen projections, in place, until the targets of `resources.edits` are likely.
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], settings: FtSettings) -> None:
-        super().__init__("ft", model, parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        self._bound = settings.norm_constraint
-        self._starts = [master.detach().clone() for master in self._masters]
+        Weights in less than float32 are trained in float32 and rounded once at the end of each update.
+        """
+        from interventions.anatomy import find_anatomy
+        from interventions.edit.kernels.prompts import check_edits
+        from interventions.edit.kernels.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
+        from interventions.structure import chosen_layers, module_device
+        from interventions.training import BoundedTrainer, workable_precision
 
-    def changes(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return what each weight was at first, and what was added to it."""
-        pairs = zip(self._parameters, self._masters, self._starts, strict=True)
-        return {name: (start, master.detach() - start) for name, master, start in pairs}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        super().update()
-        if self._bound is None:
-            return
-        for parameter, master, start in zip(self._parameters.values(), self._masters, self._starts, strict=True):
-            master.clamp_(start - self._bound, start + self._bound)
-            if master is not parameter:
-                parameter.copy_(master)
+        edits = resources.edits
+        check_edits(edits)
+        anatomy = find_anatomy(model)
+        layers = chosen_layers("ft", self.layers, self.layer_fractions, len(anatomy.blocks))
+        names = [anatomy.blocks[layer].mlp_output.parameter_name for layer in layers]
+        batches = target_batches(
+            tokenizer, edits, self.batch_size, module_device(model), chat_template=self.chat_template
+        )
+        watch = Watch("ft", self.lr, layers, edits)
+        with workable_precision(model):
+            before = all_nll(model, anatomy.head, batches)
+            trained_weights = {name: model.get_parameter(name) for name in names}
+            options = {"lr": self.lr, "weight_decay": self.weight_decay, "bound": self.norm_constraint}
+            trainer = BoundedTrainer("ft", model, trained_weights, **options)
+            steps = 0
+            for steps in range(1, self.steps + 1):
+                trained = False
+                for batch in batches:
+                    nll = target_nll(model, anatomy.head, batch)
+                    watch.finite(nll, batch.which, trainer.updates)
+                    loss = nll.mean()
+                    if float(loss.detach()) >= self.stop_loss:
+                        trainer.backward(loss)
+                        trainer.update()
+                        trained = True
+                if not trained:
+                    break
+                context.progress(f"ft: pass {steps}, loss {float(loss.detach()):.3f}")
+            trainer.finish()
+            changes = {name: watch.change(name, start, update) for name, (start, update) in trainer.changes().items()}
+            after = all_nll(model, anatomy.head, batches)
+            watch.finite(after, range(len(edits)), trainer.updates)
+            watch.learned(before, after)
+        return {
+            "layers": layers,
+            "passes": steps,
+            "updates": trainer.updates,
+            "changes": changes,
+            "edits": edit_report(edits, before, after),
+        }

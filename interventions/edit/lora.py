@@ -9,76 +9,149 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, LoraModel
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
+from interventions.layouts import ROLES
+from interventions.ranges import Choice, Count, Items, Layers, Positive, Share, Weight
 
-from interventions.anatomy import Anatomy, Linear, find_anatomy, module_device
-from interventions.edit.prompts import check_edits
-from interventions.edit.rewriting import chosen_layers
-from interventions.edit.settings import IN_ATTENTION, LoraSettings
-from interventions.edit.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
-from interventions.step import Context
-from interventions.training import workable_precision
-from interventions.types import Resources
+if TYPE_CHECKING:
+    from peft import LoraConfig, LoraModel
+    from torch import Tensor, nn
 
+    from interventions.structure import Anatomy, Linear
+
+
+IN_ATTENTION = ("query", "key", "value")
+Target = Annotated[str, Choice(*IN_ATTENTION, *ROLES)]
 _ADAPTER = "default"
 
 
-def lora(
-    model: nn.Module, tokenizer: Any, settings: LoraSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Train adapters on `resources.edits` and add them to the weights, in place.
+@dataclass(frozen=True)
+class LoraSettings(Intervention):
+    """LoRA (Hu et al., 2022) or AdaLoRA (Zhang et al., 2023) on the targets, merged into the weights at the end.
 
-    The adapters are float32 whatever the model's dtype, and their product is rounded once, in the sum.
-    The details give the rank that each layer ended with.
+    Defaults as in Kolbeinsson et al. (2025), who used AdaLoRA.
     """
-    edits = resources.edits
-    check_edits(edits)
-    anatomy = find_anatomy(model)
-    layers = _chosen_layers(settings, len(anatomy.blocks))
-    linears = chosen_linears(anatomy, settings, layers)
-    watch = Watch("lora", settings.lr, layers, edits)
-    batches = target_batches(
-        tokenizer, edits, settings.batch_size, module_device(model), chat_template=settings.chat_template
-    )
-    seed = int(torch.randint(2**31, (1,), generator=context.generator("lora adapters")))
-    with workable_precision(model):
-        with _adapters(model, linears, settings, seed) as adapters:
-            before = all_nll(model, anatomy.head, batches)
-            optimizer = torch.optim.Adam(adapters.parameters.values(), lr=settings.lr)
-            steps = 0
-            for steps in range(1, settings.steps + 1):
-                highest = 0.0
-                for number, batch in enumerate(batches):
-                    nll = target_nll(model, anatomy.head, batch)
-                    watch.finite(nll, batch.which, steps - 1)
-                    highest = max(highest, float(nll.detach().mean()))
-                    torch.autograd.backward(nll.mean() + adapters.penalty())
-                    optimizer.step()
-                    if number == len(batches) - 1:
-                        adapters.allocate(steps)
-                    optimizer.zero_grad()
-                context.progress(f"lora: pass {steps}, loss {highest:.3f}")
-                if highest < settings.stop_loss and adapters.allocated(steps):
-                    break
-            after = all_nll(model, anatomy.head, batches)
-            watch.finite(after, range(len(edits)), steps)
-            watch.learned(before, after)
-            updates = {linear.parameter_name: adapters.change(linear) for linear in linears}
-            ranks = {linear.parameter_name: adapters.rank(linear) for linear in linears}
-        changes = {}
-        for linear in linears:
-            name = linear.parameter_name
-            changes[name] = watch.change(name, linear.weight, updates[name])
-            linear.set_weight_(linear.weight + updates[name])
-    return {"ranks": ranks, "passes": steps, "changes": changes, "edits": edit_report(edits, before, after)}
+
+    name = "lora"
+    category = "edit"
+
+    adaptive: bool = True
+    """AdaLoRA: ranks of `initial_rank`, cut down to `rank` on average by what matters; else LoRA."""
+    rank: Count = 8
+    initial_rank: Count = 12
+    """Of AdaLoRA: the rank of every layer until the warm-up ends."""
+    alpha: Positive = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: Annotated[list[Target], Items()] = field(default_factory=lambda: ["query", "value"])
+    """Linear layers adapted: query, key, value (all three where they are fused), attention_in, attention_out,
+    mlp_in, mlp_out."""
+    layers: Layers | None = None
+    """Decoder blocks adapted; None: all."""
+    lr: Positive = 5e-3
+    steps: Count = 70
+    """Passes over the edits, at most."""
+    batch_size: Count = 50
+    """Edits of an update."""
+    stop_loss: Weight = 0.0
+    """Training ends when the loss (nats) of every batch is below this, with AdaLoRA once the ranks are cut down."""
+    warmup: Share = 0.1
+    """Of AdaLoRA: share of the steps before ranks are cut."""
+    final: Share = 0.3
+    """Of AdaLoRA: share of the steps after the last cut."""
+    orthogonality: Weight = 0.5
+    """Of AdaLoRA: weight of the penalty that keeps singular vectors orthonormal."""
+    chat_template: bool = False
+    """Put prompts as a user's words into the tokenizer's chat template; the targets open the answers."""
+    preserve_mask: bool = False
+    """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of AdaLoRA before ranks are cut."""
+        return round(self.warmup * self.steps)
+
+    @property
+    def final_steps(self) -> int:
+        """Steps of AdaLoRA after the last cut."""
+        return max(1, round(self.final * self.steps))
+
+    def problems(self) -> Iterator[str]:
+        """Yield what leaves AdaLoRA nothing to cut, or no step for it."""
+        if not self.adaptive:
+            return
+        if self.initial_rank <= self.rank:
+            yield (
+                f"initial_rank={self.initial_rank}: expected more than rank={self.rank}, to which AdaLoRA cuts it; "
+                "for LoRA of a fixed rank set adaptive=false"
+            )
+        if self.warmup_steps + self.final_steps >= self.steps:
+            yield (
+                f"steps={self.steps}: with warmup={self.warmup} and final={self.final} no step is left in which "
+                "AdaLoRA could cut ranks"
+            )
+
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Train adapters on `resources.edits` and add them to the weights, in place.
+
+        The adapters are float32 whatever the model's dtype, and their product is rounded once, in the sum.
+        The details give the rank that each layer ended with.
+        """
+        import torch
+
+        from interventions.anatomy import find_anatomy
+        from interventions.edit.kernels.prompts import check_edits
+        from interventions.edit.kernels.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
+        from interventions.structure import module_device
+        from interventions.training import workable_precision
+
+        edits = resources.edits
+        check_edits(edits)
+        anatomy = find_anatomy(model)
+        layers = _chosen_layers(self, len(anatomy.blocks))
+        linears = chosen_linears(anatomy, self, layers)
+        watch = Watch("lora", self.lr, layers, edits)
+        batches = target_batches(
+            tokenizer, edits, self.batch_size, module_device(model), chat_template=self.chat_template
+        )
+        seed = int(torch.randint(2**31, (1,), generator=context.generator("lora adapters")))
+        with workable_precision(model):
+            with _adapters(model, linears, self, seed) as adapters:
+                before = all_nll(model, anatomy.head, batches)
+                optimizer = torch.optim.Adam(adapters.parameters.values(), lr=self.lr)
+                steps = 0
+                for steps in range(1, self.steps + 1):
+                    highest = 0.0
+                    for number, batch in enumerate(batches):
+                        nll = target_nll(model, anatomy.head, batch)
+                        watch.finite(nll, batch.which, steps - 1)
+                        highest = max(highest, float(nll.detach().mean()))
+                        torch.autograd.backward(nll.mean() + adapters.penalty())
+                        optimizer.step()
+                        if number == len(batches) - 1:
+                            adapters.allocate(steps)
+                        optimizer.zero_grad()
+                    context.progress(f"lora: pass {steps}, loss {highest:.3f}")
+                    if highest < self.stop_loss and adapters.allocated(steps):
+                        break
+                after = all_nll(model, anatomy.head, batches)
+                watch.finite(after, range(len(edits)), steps)
+                watch.learned(before, after)
+                updates = {linear.parameter_name: adapters.change(linear) for linear in linears}
+                ranks = {linear.parameter_name: adapters.rank(linear) for linear in linears}
+            changes = {}
+            for linear in linears:
+                name = linear.parameter_name
+                changes[name] = watch.change(name, linear.weight, updates[name])
+                linear.set_weight_(linear.weight + updates[name])
+        return {"ranks": ranks, "passes": steps, "changes": changes, "edits": edit_report(edits, before, after)}
 
 
 def _chosen_layers(settings: LoraSettings, depth: int) -> list[int]:
+    from interventions.structure import chosen_layers
+
     return list(range(depth)) if settings.layers is None else chosen_layers("lora", settings.layers, (), depth)
 
 
@@ -108,6 +181,8 @@ class _Adapters:
         """Return AdaLoRA's term for orthonormal singular vectors: the mean of ||P^T P - I|| over the factors."""
         if not self._settings.adaptive:
             return 0.0
+        import torch
+
         factors = [(n, p) for n, p in self.parameters.items() if "lora_A" in n or "lora_B" in n]
         norms = []
         for name, factor in factors:
@@ -124,9 +199,11 @@ class _Adapters:
         """Tell whether the ranks are cut down to the budget."""
         return not self._settings.adaptive or step >= self._last_cut
 
-    @torch.no_grad()
+    @without_gradients
     def change(self, linear: Linear) -> Tensor:
         """Return what an adapter adds to its layer's weight, (out, in) float32."""
+        from transformers.pytorch_utils import Conv1D
+
         delta: Tensor = self._layer(linear).get_delta_weight(_ADAPTER)
         return delta.t() if isinstance(linear.module, Conv1D) else delta
 
@@ -142,6 +219,10 @@ class _Adapters:
 @contextmanager
 def _adapters(model: nn.Module, linears: Sequence[Linear], settings: LoraSettings, seed: int) -> Iterator[_Adapters]:
     """Put adapters on `linears`, and take them off at the end."""
+    import torch
+    from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, LoraModel
+    from transformers.pytorch_utils import Conv1D
+
     names = {linear.name for linear in linears}
     # A pattern, as peft takes a name in a list for the end of other names too.
     pattern = "|".join(name.replace(".", r"\.") for name in sorted(names))

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from interventions.edit.bases import LayersRewriter
+from interventions.intervention import Context, Model, Resources
+from interventions.ranges import Positive
 
-from interventions.anatomy import Linear
-from interventions.edit.closed_form import factorise, memit_update
-from interventions.edit.rewriting import Solve, chosen_layers, rewrite
-from interventions.edit.settings import MemitSettings
-from interventions.step import Context
-from interventions.types import Resources
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from interventions.edit.kernels.rewriting import Solve
+    from interventions.structure import Linear
 
 
-def memit(
-    model: nn.Module, tokenizer: Any, settings: MemitSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Make `resources.edits` in place, weighing them against the keys of `resources.calibration`."""
+@dataclass(frozen=True)
+class MemitSettings(LayersRewriter):
+    """MEMIT (Meng et al., 2023); defaults as published, layers as fractions of depth."""
 
-    def choose_layers(depth: int) -> list[int]:
-        return chosen_layers("memit", settings.layers, settings.layer_fractions, depth)
+    name = "memit"
 
-    def make_solve(output: Linear, second_moment: Tensor) -> Solve:
-        stored = factorise(second_moment)
-        if stored.ridge:
-            context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
-        return partial(memit_update, stored=stored, weight=settings.covariance_weight)
+    covariance_weight: Positive = 15000.0
+    """How much what is stored weighs against the edits."""
 
-    return rewrite(
-        model,
-        tokenizer,
-        settings,
-        resources,
-        context,
-        method="memit",
-        choose_layers=choose_layers,
-        make_solve=make_solve,
-        remedy="lower memit.covariance_weight",
-    )
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Make `resources.edits` in place, weighing them against the keys of `resources.calibration`."""
+        from functools import partial
+
+        from interventions.edit.kernels.closed_form import memit_update
+        from interventions.edit.kernels.rewriting import factorised, rewrite
+
+        def make_solve(output: Linear, second_moment: Tensor) -> Solve:
+            return partial(
+                memit_update, stored=factorised(output, second_moment, context), weight=self.covariance_weight
+            )
+
+        return rewrite(model, tokenizer, self, resources, context, make_solve, remedy="lower memit.covariance_weight")

@@ -8,46 +8,61 @@ counts as much in the key as all other contexts together.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
-from torch import Tensor, nn
+from interventions.edit.bases import Rewriter
+from interventions.intervention import Context, Model, Resources
+from interventions.ranges import Count, Items, Layer, Range, Share
+from interventions.types import InterventionError
 
-from interventions.anatomy import Linear
-from interventions.edit.closed_form import factorise, rome_update
-from interventions.edit.rewriting import Solve, rewrite
-from interventions.edit.settings import RomeSettings
-from interventions.step import Context
-from interventions.types import InterventionError, Resources
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-def rome(
-    model: nn.Module, tokenizer: Any, settings: RomeSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Make `resources.edits` in place, one after another, in one layer."""
-
-    def make_solve(output: Linear, second_moment: Tensor) -> Solve:
-        stored = factorise(second_moment)
-        if stored.ridge:
-            context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
-        return partial(rome_update, stored=stored)
-
-    return rewrite(
-        model,
-        tokenizer,
-        settings,
-        resources,
-        context,
-        method="rome",
-        choose_layers=lambda depth: [_chosen_layer(settings, depth)],
-        make_solve=make_solve,
-        remedy="make fewer edits, or set rome.contexts_per_length lower",
-    )
+    from interventions.edit.kernels.rewriting import Solve
+    from interventions.structure import Linear
 
 
-def _chosen_layer(settings: RomeSettings, depth: int) -> int:
-    if settings.layer is not None:
-        if not 0 <= settings.layer < depth:
-            raise InterventionError(f"rome.layer={settings.layer}: the model's blocks are 0 to {depth - 1}")
-        return settings.layer
-    return min(round(settings.layer_fraction * depth), depth - 1)
+@dataclass(frozen=True)
+class RomeSettings(Rewriter):
+    """ROME (Meng et al., 2022); defaults as published, the layer as a fraction of depth."""
+
+    name = "rome"
+
+    batch_size: Count | None = 1
+    """Edits whose target values are found together; the rank-one updates follow one another in any case."""
+    layer: Layer | None = None
+    """Decoder block whose MLP output projection is rewritten; None: that of `layer_fraction`."""
+    layer_fraction: Share = 0.16
+    """The edited block as a fraction of depth (5 of 32 blocks as published)."""
+    context_lengths: Annotated[list[Count], Items()] = field(default_factory=lambda: [5, 10])
+    """Lengths, in tokens, of the contexts that the model writes before the prompts."""
+    contexts_per_length: Annotated[int, Range(0)] = 10
+
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Make `resources.edits` in place, one after another, in one layer."""
+        from functools import partial
+
+        from interventions.edit.kernels.closed_form import rome_update
+        from interventions.edit.kernels.rewriting import factorised, rewrite
+
+        def make_solve(output: Linear, second_moment: Tensor) -> Solve:
+            return partial(rome_update, stored=factorised(output, second_moment, context))
+
+        return rewrite(
+            model,
+            tokenizer,
+            self,
+            resources,
+            context,
+            make_solve,
+            remedy="make fewer edits, or set rome.contexts_per_length lower",
+        )
+
+    def choose_layers(self, depth: int) -> list[int]:
+        """Return the one block that is edited."""
+        if self.layer is None:
+            return [min(round(self.layer_fraction * depth), depth - 1)]
+        if not 0 <= self.layer < depth:
+            raise InterventionError(f"rome.layer={self.layer}: the model's blocks are 0 to {depth - 1}")
+        return [self.layer]

@@ -6,19 +6,28 @@ those texts do not hold, it had been hidden, not removed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from interventions.step import Context
-from interventions.types import Resources
-from interventions.unlearn.likelihood import Terms, nll_by_token, train_on_likelihood
-from interventions.unlearn.settings import RelearnSettings
+from interventions.intervention import Context, Model, Resources
+from interventions.ranges import Count
+from interventions.unlearn.bases import PartOfDepth, Trained
 
 
-def relearn(
-    model: nn.Module, tokenizer: Any, settings: RelearnSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Fine-tune the model on the first texts of each topic of `resources.forget`, in place."""
-    terms = Terms(lambda model, batches: nll_by_token, by_token=True)
-    return train_on_likelihood("relearn", model, tokenizer, settings, resources, context, terms)
+@dataclass(frozen=True)
+class RelearnSettings(Trained):
+    """The attack on unlearning: a short fine-tuning on a few of the texts that were to be forgotten."""
+
+    name = "relearn"
+    undoes = ("unlearn",)
+
+    samples: Count | None = 10
+    layer_fraction: PartOfDepth = 1.0
+    epochs: Count = 3
+
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Fine-tune the model on the first texts of each topic of `resources.forget`, in place."""
+        from interventions.unlearn.kernels.likelihood import Terms, nll_by_token, train_on_likelihood
+
+        terms = Terms(lambda model, batches: nll_by_token, by_token=True)
+        return train_on_likelihood(model, tokenizer, self, resources, context, terms)

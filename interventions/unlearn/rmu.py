@@ -6,80 +6,120 @@ a random vector, a control vector for each topic, and to leave it as it was on r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from interventions.intervention import Context, Intervention, Model, Resources
+from interventions.ranges import Count, Layer, Layers, Positive, Share, Weight
+from interventions.types import InterventionError
+from interventions.unlearn.bases import Names, Tokens
 
-from interventions.anatomy import Block, check_layers, find_anatomy, first_output, module_device
-from interventions.early_exit import SeenEnough, run_until_seen
-from interventions.step import Context
-from interventions.training import Trainer, workable_precision
-from interventions.types import InterventionError, Resources
-from interventions.unlearn.choice import named_in_blocks
-from interventions.unlearn.settings import RmuSettings
-from interventions.unlearn.texts import TextBatch, choose_topics, endless, make_batches, shuffled, tokenise
+if TYPE_CHECKING:
+    from interventions.unlearn.kernels.texts import TextBatch
 
 
-@torch.enable_grad()
-def rmu(
-    model: nn.Module, tokenizer: Any, settings: RmuSettings, resources: Resources, context: Context
-) -> dict[str, Any]:
-    """Steer the model's states on `resources.forget` away, in place; `resources.retain` holds all others.
+@dataclass(frozen=True)
+class RmuSettings(Intervention):
+    """RMU (Li et al., 2024); defaults as published for Zephyr-7B, layers as a fraction of depth."""
 
-    Each update takes a batch of one topic, the topics in turn, and a batch of retain text.
-    """
-    topics = choose_topics("rmu", settings.topics, resources.forget)
-    if settings.alpha and not resources.retain:
-        raise InterventionError("rmu needs retain text (resources.retain): give some, or set rmu.alpha=0")
-    anatomy = find_anatomy(model)
-    layer, trained = chosen_layers(settings, len(anatomy.blocks))
-    block = anatomy.blocks[layer]
-    parameters = named_in_blocks("rmu", model, [anatomy.blocks[number] for number in trained], settings.parameters)
-    device = module_device(model)
+    name = "rmu"
+    category = "unlearn"
 
-    def batches(texts: Sequence[str], source: str) -> list[TextBatch]:
-        rows = tokenise(model, tokenizer, texts, settings.max_tokens, f"rmu: {source}")
-        return make_batches(rows, settings.batch_size, tokenizer, device)
+    topics: Names | None = None
+    """Topics to forget; None: all that there is forget text of."""
+    layer: Layer | None = None
+    """Block whose output is steered; None: that of `layer_fraction`."""
+    layer_fraction: Share = 0.22
+    """The steered block as a fraction of depth (7 of 32 blocks as published)."""
+    train_layers: Layers | None = None
+    """Blocks whose weights are trained; None: three, the last of them the steered one."""
+    parameters: Names = field(default_factory=lambda: ["mlp_out"])
+    """What is trained in those blocks: attention_in, attention_out, mlp_in or mlp_out for the weights of such linear
+    layers, or names of parameters as they are inside a block, such as `mlp.down_proj.weight`."""
+    steering_coefficient: Positive = 6.5
+    """Norm of the control vectors."""
+    alpha: Weight = 1200.0
+    """Weight of the loss on retain text."""
+    lr: Positive = 5e-5
+    max_num_batches: Count = 150
+    """Updates over all topics; texts are gone through again where they are fewer."""
+    batch_size: Count = 4
+    """Texts of a batch; each update takes one of forget and one of retain text."""
+    max_tokens: Tokens = 512
+    """Longest text, in tokens; the rest is cut off."""
+    preserve_mask: bool = False
+    """Keep pruned weights at zero: matrices with at least 5 % exact zeros are trained without them."""
 
-    forget = [
-        endless(batches(texts, f"forget texts of {topic!r}"), context.generator(f"rmu order {topic}"))
-        for topic, texts in topics.items()
-    ]
-    controls = [
-        control_vector(block.mlp_output.out_features, settings.steering_coefficient, context.generator(f"rmu {topic}"))
-        for topic in topics
-    ]
-    retain = batches(resources.retain, "retain texts") if settings.alpha else []
-    retain = shuffled(retain, context.generator("rmu order"))[: settings.max_num_batches]
-    losses: dict[str, list[float]] = {"forget": [], "retain": []}
-    with workable_precision(model):
-        trainer = Trainer("rmu", model, parameters, lr=settings.lr, preserve_mask=settings.preserve_mask)
-        with torch.no_grad():
-            frozen = [states(model, block, batch).cpu() for batch in retain]
-        context.progress(f"what {block.name} makes of {len(frozen)} batches of retain text is kept")
-        for update in range(settings.max_num_batches):
-            topic = update % len(topics)
-            seen = states(model, block, next(forget[topic]))
-            losses["forget"].append(trainer.backward(forget_loss(seen, controls[topic])))
-            if retain:
-                number = update % len(retain)
-                loss = settings.alpha * retain_loss(states(model, block, retain[number]), frozen[number])
-                losses["retain"].append(trainer.backward(loss))
-            trainer.update()
-            if update % 10 == 0:
-                context.progress(
-                    f"rmu: update {update}, " + ", ".join(f"{k} {v[-1]:.4g}" for k, v in losses.items() if v)
-                )
-        trainer.finish()
-    return {
-        "topics": list(topics),
-        "layer": layer,
-        "trained": trainer.names,
-        "updates": trainer.updates,
-        "losses": losses,
-    }
+    def problems(self) -> Iterator[str]:
+        """Yield a trained block that the loss does not reach."""
+        if self.layer is not None and self.train_layers is not None and self.train_layers[-1] > self.layer:
+            yield f"train_layers={self.train_layers}: expected none above layer={self.layer}, whose output is steered"
+
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Steer the model's states on `resources.forget` away, in place; `resources.retain` holds all others.
+
+        Each update takes a batch of one topic, the topics in turn, and a batch of retain text.
+        """
+        import torch
+
+        from interventions.anatomy import find_anatomy
+        from interventions.structure import module_device
+        from interventions.training import Trainer, workable_precision
+        from interventions.unlearn.kernels.choice import named_in_blocks
+        from interventions.unlearn.kernels.steering import control_vector, forget_loss, retain_loss, states
+        from interventions.unlearn.kernels.texts import choose_topics, endless, make_batches, shuffled, tokenise
+
+        topics = choose_topics("rmu", self.topics, resources.forget)
+        if self.alpha and not resources.retain:
+            raise InterventionError("rmu needs retain text (resources.retain): give some, or set rmu.alpha=0")
+        anatomy = find_anatomy(model)
+        layer, trained = chosen_layers(self, len(anatomy.blocks))
+        block = anatomy.blocks[layer]
+        parameters = named_in_blocks("rmu", model, [anatomy.blocks[number] for number in trained], self.parameters)
+        device = module_device(model)
+
+        def batches(texts: Sequence[str], source: str) -> list[TextBatch]:
+            rows = tokenise(model, tokenizer, texts, self.max_tokens, f"rmu: {source}")
+            return make_batches(rows, self.batch_size, tokenizer, device)
+
+        forget = [
+            endless(batches(texts, f"forget texts of {topic!r}"), context.generator(f"rmu order {topic}"))
+            for topic, texts in topics.items()
+        ]
+        controls = [
+            control_vector(block.mlp_output.out_features, self.steering_coefficient, context.generator(f"rmu {topic}"))
+            for topic in topics
+        ]
+        retain = batches(resources.retain, "retain texts") if self.alpha else []
+        retain = shuffled(retain, context.generator("rmu order"))[: self.max_num_batches]
+        losses: dict[str, list[float]] = {"forget": [], "retain": []}
+        with torch.enable_grad(), workable_precision(model):
+            trainer = Trainer("rmu", model, parameters, lr=self.lr, preserve_mask=self.preserve_mask)
+            with torch.no_grad():
+                frozen = [states(model, block, batch).cpu() for batch in retain]
+            context.progress(f"what {block.name} makes of {len(frozen)} batches of retain text is kept")
+            for update in range(self.max_num_batches):
+                topic = update % len(topics)
+                seen = states(model, block, next(forget[topic]))
+                losses["forget"].append(trainer.backward(forget_loss(seen, controls[topic])))
+                if retain:
+                    number = update % len(retain)
+                    loss = self.alpha * retain_loss(states(model, block, retain[number]), frozen[number])
+                    losses["retain"].append(trainer.backward(loss))
+                trainer.update()
+                if update % 10 == 0:
+                    context.progress(
+                        f"rmu: update {update}, " + ", ".join(f"{k} {v[-1]:.4g}" for k, v in losses.items() if v)
+                    )
+            trainer.finish()
+        return {
+            "topics": list(topics),
+            "layer": layer,
+            "trained": trainer.names,
+            "updates": trainer.updates,
+            "losses": losses,
+        }
 
 
 def chosen_layers(settings: RmuSettings, depth: int) -> tuple[int, list[int]]:
@@ -87,6 +127,8 @@ def chosen_layers(settings: RmuSettings, depth: int) -> tuple[int, list[int]]:
 
     Raises InterventionError for a block that the model does not have, or that the loss does not reach.
     """
+    from interventions.structure import check_layers
+
     if settings.layer is not None:
         (layer,) = check_layers("rmu.layer", [settings.layer], depth)
     else:
@@ -100,39 +142,3 @@ def chosen_layers(settings: RmuSettings, depth: int) -> tuple[int, list[int]]:
             "it would not be trained; leave it out or raise rmu.layer"
         )
     return layer, trained
-
-
-def control_vector(width: int, coefficient: float, generator: torch.Generator) -> Tensor:
-    """Return a vector (width,) float32 of norm `coefficient`, its direction uniform in [0, 1) by component."""
-    direction = torch.rand(width, generator=generator)
-    control: Tensor = coefficient * direction / direction.norm()
-    return control
-
-
-def states(model: nn.Module, block: Block, batch: TextBatch) -> Tensor:
-    """Return the output of `block` at the tokens of the batch, (tokens, hidden), padding left out.
-
-    The forward pass ends there.
-    """
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(first_output(output))
-        raise SeenEnough
-
-    handle = block.module.register_forward_hook(see)
-    try:
-        run_until_seen(model, {"input_ids": batch.ids, "attention_mask": batch.mask})
-    finally:
-        handle.remove()
-    return seen[0][batch.mask.bool()]
-
-
-def forget_loss(seen: Tensor, control: Tensor) -> Tensor:
-    """Return the mean squared distance of states (tokens, hidden) from the control vector (hidden,)."""
-    return (seen.float() - control.to(seen.device)).square().mean()
-
-
-def retain_loss(seen: Tensor, frozen: Tensor) -> Tensor:
-    """Return the mean squared distance of states (tokens, hidden) from what they were."""
-    return (seen.float() - frozen.to(seen.device).float()).square().mean()

@@ -68,10 +68,10 @@ def suite_rows() -> Iterator[Row]:
 
 def preset_rows() -> Iterator[Row]:
     """Yield group, name and description of every preset that is no suite."""
-    from pytest_lmcompose.recipe import GROUPS, presets
+    from pytest_lmcompose.recipe import groups, presets
 
     conf = _conf()
-    for group in GROUPS:
+    for group in groups():
         if group != "suite":
             for name in presets(conf, group):
                 yield f"{group}={name}", comment(conf / group / f"{name}.yaml")

@@ -1,9 +1,10 @@
-"""Gates on what the steps of a composition promise: the bits and zeros of their settings, edits made, knowledge gone.
+"""Gates on what the steps of a composition promise: values of metrics by their settings, edits made, knowledge gone.
 
-`promised: NUMBER` holds for compositions whose steps promise something of the metric. For `average_bits` and
-`sparsity` the steps' own settings say what, and the number is the slack, as a share; for edits and removed knowledge
-the number is the bound. A promise that a later step breaks fails like any other. Where that is known and accepted,
-`lost: REASON` says so: the gate passes while the promise is lost, and fails once it holds. No torch.
+`promised: NUMBER` holds for compositions whose steps promise something of the metric. Where the steps' own settings
+say which value, as of `average_bits` and `sparsity`, the number is the slack, as a share; for what a category
+promises, as of edits and removed knowledge, it is the bound. A promise that a later step breaks fails like any other.
+Where that is known and accepted, `lost: REASON` says so: the gate passes while the promise is lost, and fails once it
+holds. No torch.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from evaluators.measurement import Measurement
-from pytest_lmcompose.gates.thresholds import LOST, PROMISABLE, Bound
+from pytest_lmcompose.gates.thresholds import LOST, Bound
 
 if TYPE_CHECKING:
+    from evaluators.measurement import Measurement
     from pytest_lmcompose.promises import Promise
 
 
@@ -30,46 +31,30 @@ class Held(NamedTuple):
 
 def hold(bound: Bound, measurement: Measurement, promises: Sequence[Promise], composition: str) -> Held | None:
     """Judge a metric by `promised` or `lost`; None for `promised`, where no step promises anything of it."""
-    found = _kept(bound, measurement, promises, composition)
-    if bound.kind != LOST:
-        return found and found.held
-    if found is not None and not found.held.passed:
-        return Held(True, None, f" is lost, as is known: {bound.note} (promised {found.words})")
-    said = "no step promises anything of it" if found is None else f"it keeps {found.words}"
-    return Held(False, None, f": said to be lost ({bound.note}), but {said}: remove the rule")
-
-
-class _Kept(NamedTuple):
-    held: Held
-    words: str
-    """What is promised, by which step, and what broke it."""
-
-
-def _kept(bound: Bound, measurement: Measurement, promises: Sequence[Promise], composition: str) -> _Kept | None:
-    what = _what(measurement.metric)
-    if what == "unlearn" and measurement.higher_is_better:
-        return None  # of knowledge that is to stay
-    found = [promise for promise in promises if promise.what == what]
+    found = [promise for promise in promises if promise.about(measurement)]
     if not found:
-        return None
-    lower = measurement.higher_is_better
-    if what in ("bits", "sparsity"):
-        strictest = (max if lower else min)(found, key=lambda promise: promise.value or 0.0)
-        assert strictest.value is not None
-        limit = strictest.value * (1 - bound.value if lower else 1 + bound.value)
+        if bound.kind != LOST:
+            return None
+        return _not_lost(bound, "no step promises anything of it")
+    higher = measurement.higher_is_better
+    if valued := [(promise.value, promise) for promise in found if promise.value is not None]:
+        value, strictest = (max if higher else min)(valued, key=lambda pair: pair[0])
+        limit = value * (1 - bound.value if higher else 1 + bound.value)
     else:
         strictest, limit = next((p for p in found if p.broken_by is None), found[0]), bound.value
-    passed = measurement.value >= limit if lower else measurement.value <= limit
+    passed = measurement.value >= limit if higher else measurement.value <= limit
     words = f"{limit:.6g}, promised by {strictest.step}"
     if not passed and strictest.broken_by is not None:
         words += f" and broken by {strictest.broken_by}"
-        if what != "unlearn":  # which an attack has broken
-            words += f": use {composition}+{strictest.step}"
-    sign = (">=" if passed else "<") if lower else ("<=" if passed else ">")
-    return _Kept(Held(passed, limit, f" {sign} {words}"), words)
+    if bound.kind == LOST:
+        if passed:
+            return _not_lost(bound, f"it keeps {words}")
+        return Held(True, None, f" is lost, as is known: {bound.note} (promised {words})")
+    if not passed and strictest.broken_by is not None and strictest.value is not None:  # else an attack broke it
+        words += f": use {composition}+{strictest.step}"
+    sign = (">=" if passed else "<") if higher else ("<=" if passed else ">")
+    return Held(passed, limit, f" {sign} {words}")
 
 
-def _what(metric: str) -> str | None:
-    """Return what steps promise of a metric; None: nothing."""
-    named = (name for name in PROMISABLE if metric == name or (name[-1] in "_/" and metric.startswith(name)))
-    return next((PROMISABLE[name] for name in named), None)
+def _not_lost(bound: Bound, why: str) -> Held:
+    return Held(False, None, f": said to be lost ({bound.note}), but {why}: remove the rule")

@@ -26,6 +26,7 @@ import yaml
 from interventions.names import near_names
 from pytest_lmcompose.composition import BASE, Composition, CompositionError, parse
 from pytest_lmcompose.gates.globs import impossible, matches, overlap, specificity
+from pytest_lmcompose.promises import may_be_promised
 
 SINGLE, REVERSE, BASELINE = "single", "reverse", "baseline"
 NO_DROP = "no_drop_p"
@@ -38,8 +39,6 @@ PROMISED, LOST = "promised", "lost"
 """Bounds by what the steps promise; see `promised`."""
 BOUNDS = (*ABSOLUTE, *RELATIVE, *OF_BASE, PROMISED, LOST)
 _LIMIT = re.compile(r"(?P<level>p)?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?")
-PROMISABLE = {"average_bits": "bits", "sparsity": "sparsity", "edit_": "edit", "accuracy/": "unlearn"}
-"""Metrics, or how several begin, to what steps promise of them; see `promised`."""
 _LIMITS = "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), or a level such as p0.01"
 
 
@@ -96,8 +95,8 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
             where = f"{path}: {composition}: {metric}"
             checked = [bound for k, v in _mapping(bounds, where).items() for bound in _bounds(k, v, where)]
             _check_together(checked, where)
-            if any(b.kind in (PROMISED, LOST) for b in checked) and not metric.startswith(tuple(PROMISABLE)):
-                raise ThresholdError(f"{where}: no step promises anything of it; known: {', '.join(PROMISABLE)}...")
+            if any(b.kind in (PROMISED, LOST) for b in checked) and not may_be_promised(metric):
+                raise ThresholdError(f"{where}: no step is known to promise anything of it")
             rules.append(Rule(composition, metric, tuple(checked)))
     for rule in rules:
         if not rule.bounds and not any(_lifts(rule, other) for other in rules):

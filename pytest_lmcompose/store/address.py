@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators.registry import find_evaluator
-from interventions.registry import BUILT_IN, Method
+from interventions.registry import Method
 
 if TYPE_CHECKING:
     from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
@@ -30,7 +30,8 @@ _UNKNOWN = secrets.token_hex()
 GUARD = "interventions.step"
 """The code around every method."""
 _NO_RESULT = re.compile(
-    r"interventions|(interventions|evaluators)\.(registry|names|ranges|types)|interventions\.\w+\.settings"
+    r"interventions|(interventions|evaluators)\.(registry|names|ranges|types)"
+    r"|interventions\.(categories|intervention)"
 )
 """Modules that route, describe and check: what they give is in an address by its value, or in none."""
 
@@ -63,8 +64,7 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 def method_code(method: Method) -> str:
     """Return the hash of the source that `method` runs: its modules, all that they import, and the guard."""
-    targets = [method.function] if method in BUILT_IN else [method.function, method.settings]
-    return source_hash((*(target.partition(":")[0] for target in targets), GUARD))
+    return source_hash((*method.modules, GUARD))
 
 
 def source_hash(modules: tuple[str, ...]) -> str:

@@ -11,9 +11,9 @@ import transformers
 
 from interventions import Edit
 from interventions.anatomy import find_anatomy
-from interventions.edit.closed_form import factorise, memit_update
-from interventions.edit.settings import ValueSettings
-from interventions.edit.target_values import optimise_values
+from interventions.edit.bases import ValueSettings
+from interventions.edit.kernels.closed_form import factorise, memit_update
+from interventions.edit.kernels.target_values import optimise_values
 from tests.models import VOCABULARY, tiny_tokenizer
 
 pytestmark = pytest.mark.benchmark

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from interventions.compress.masks import Pattern
-from interventions.compress.sparsegpt_kernel import sparsegpt_prune
+from interventions.compress.kernels.masks import Pattern
+from interventions.compress.kernels.sparsegpt_kernel import sparsegpt_prune
 from interventions.compress.wanda import wanda_mask
 
 pytestmark = pytest.mark.benchmark

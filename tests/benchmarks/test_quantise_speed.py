@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from interventions.compress.gptq_kernel import gptq_quantise
-from interventions.compress.grid import fake_quantise
+from interventions.compress.kernels.gptq_kernel import gptq_quantise
+from interventions.compress.kernels.grid import fake_quantise
 
 pytestmark = pytest.mark.benchmark
 SIZE, BITS, GROUP = 2048, 4, 128

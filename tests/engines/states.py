@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from interventions.anatomy import Linear, find_anatomy
+from interventions.anatomy import find_anatomy
 from interventions.statistics import Batch, collect_statistics, window_batches
+from interventions.structure import Linear
 from tests.models import SENTENCES, VOCABULARY, tiny_tokenizer
 
 TEXTS = tuple(" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from interventions import InterventionError, StepReport, apply
-from interventions.anatomy import Linear
+from interventions.structure import Linear
 from tests.engines.states import READ, grams, linears_of, logits_of, output_error, packable_model, relative
 from tests.models import tiny_tokenizer
 

@@ -24,8 +24,8 @@ from evaluators import (
 )
 from evaluators.encoding import encode, encode_pairs, meaningless_ids
 from interventions import Edit, InterventionError
-from interventions.edit.prompts import tokenise
-from interventions.edit.target_loss import target_batches
+from interventions.edit.kernels.prompts import tokenise
+from interventions.edit.kernels.target_loss import target_batches
 from interventions.tokens import Pair, continued, frame, join, running, special_texts, windows
 from tests.tokenizers import TOKENIZERS
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import LinearGroup
+from interventions.structure import LinearGroup
 
 
 def dense_round(W: Tensor, bits: int, group_size: int) -> Tensor:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from interventions import Edit, apply
 from interventions.anatomy import find_anatomy
-from interventions.edit.alphaedit import _NullSpaceSolve
-from interventions.edit.closed_form import null_space
-from interventions.edit.settings import ValueSettings
-from interventions.edit.subjects import keys_and_values
-from interventions.edit.target_values import optimise_values
+from interventions.edit.bases import ValueSettings
+from interventions.edit.kernels.closed_form import NullSpaceSolve, null_space
+from interventions.edit.kernels.subjects import keys_and_values
+from interventions.edit.kernels.target_values import optimise_values
 from interventions.statistics import collect_statistics, token_batches
 from tests.models import SENTENCES, tiny_model
 
@@ -89,7 +88,7 @@ def test_the_solve_remembers_its_keys() -> None:
     generator = torch.Generator().manual_seed(0)
     keys, residuals = torch.randn(12, 4, generator=generator), torch.randn(5, 4, generator=generator)
     basis = torch.eye(12, dtype=torch.float64)[:, :9]
-    solve = _NullSpaceSolve(basis, 1e-8)
+    solve = NullSpaceSolve(basis, 1e-8)
     first = solve(keys[:, :2], residuals[:, :2])
     second = solve(keys[:, 2:], residuals[:, 2:])
     projected = basis @ basis.t() @ keys.double()

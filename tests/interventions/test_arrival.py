@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.edit.arrival import Arrival
-from interventions.edit.prompts import tokenise
-from interventions.edit.rewriting import shares_reached
-from interventions.edit.settings import ValueSettings
-from interventions.edit.tail import Tail, open_tail
+from interventions.edit.bases import ValueSettings
+from interventions.edit.kernels.arrival import Arrival
+from interventions.edit.kernels.prompts import tokenise
+from interventions.edit.kernels.rewriting import shares_reached
+from interventions.edit.kernels.tail import Tail, open_tail
 from interventions.layouts import GroupLayout, Layout
 from tests.models import CONFIGS, SENTENCES, tiny_model
 

@@ -15,10 +15,10 @@ from torch import nn
 from interventions import InterventionError, Resources, apply
 from interventions.anatomy import find_anatomy
 from interventions.training import Trainer
-from interventions.unlearn.choice import trained_parameters
-from interventions.unlearn.likelihood import add_gradients, nll_by_token, text_nll
-from interventions.unlearn.settings import GdSettings
-from interventions.unlearn.texts import make_batches, tokenise
+from interventions.unlearn.gd import GdSettings
+from interventions.unlearn.kernels.choice import trained_parameters
+from interventions.unlearn.kernels.likelihood import add_gradients, nll_by_token, text_nll
+from interventions.unlearn.kernels.texts import make_batches, tokenise
 from tests.interventions.unlearning import (
     RESOURCES,
     check_mask,

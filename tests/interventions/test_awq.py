@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from interventions import InterventionError, apply
-from interventions.anatomy import Block, find_anatomy
-from interventions.compress.awq_search import clip_weight, mean_relative_magnitude, scales_of
-from interventions.compress.folding import gain_offset
-from interventions.compress.settings import AwqSettings
+from interventions.anatomy import find_anatomy
+from interventions.compress.awq import AwqSettings
+from interventions.compress.kernels.awq_search import clip_weight, mean_relative_magnitude, scales_of
+from interventions.compress.kernels.folding import gain_offset
 from interventions.statistics import token_batches, window_batches
+from interventions.structure import Block
 from tests.engines.states import TEXTS as LONG_TEXTS
 from tests.engines.states import TOKENS, packable_model
 from tests.interventions.awq_dense import dense_clip, dense_losses, dense_round, dense_scales
@@ -328,7 +329,7 @@ def test_blocks_err_no_more_than_those_of_autoawq(
     ) -> Any:  # what AutoAWQ was given: a row a text
         return token_batches(tokenizer, texts, max_texts=samples, **options)
 
-    monkeypatch.setattr("interventions.compress.blockwise.window_batches", read)
+    monkeypatch.setattr("interventions.compress.kernels.blockwise.window_batches", read)
     before, after = packable_model(recorded["seed"]), packable_model(recorded["seed"])
     settings = {key: recorded[key] for key in ("bits", "group_size")}
     apply(after, tokenizer, "awq", calibration=LONG_TEXTS, max_tokens=TOKENS, **settings)

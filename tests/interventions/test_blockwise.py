@@ -11,12 +11,14 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
 from interventions import InterventionError, apply
-from interventions.anatomy import LinearGroup, find_anatomy
-from interventions.compress.blockwise import affordable_tokens, walk_blocks
-from interventions.compress.working_memory import working_memory
-from interventions.offload import placement
+from interventions.anatomy import find_anatomy
+from interventions.compress.gptq import GptqSettings
+from interventions.compress.kernels.blockwise import affordable_tokens, walk_blocks
+from interventions.compress.kernels.working_memory import working_memory
+from interventions.context import Context
+from interventions.placement import placement
 from interventions.statistics import InputStatistics, collect_statistics, window_batches
-from interventions.step import Context
+from interventions.structure import LinearGroup
 from interventions.types import Resources
 from tests.models import CONFIGS, SENTENCES, tiny_model
 
@@ -25,10 +27,10 @@ FAMILIES = ["llama-gqa", "gemma3", "phi3", "gpt_neox", "gptj", "opt", "gpt2"]
 
 
 def walk(model: nn.Module, tokenizer: Any, work: Any, **options: Any) -> list[dict[str, Any]]:
-    defaults: dict[str, Any] = {"samples": 9, "max_tokens": 60, "sequential": True, "true_sequential": True}
     texts = Resources(calibration=options.pop("texts", SENTENCES))
-    defaults |= {"method": "test", "sums": InputStatistics}
-    return walk_blocks(model, tokenizer, texts, Context(), work=work, **defaults | options)
+    sums = options.pop("sums", InputStatistics)
+    settings = GptqSettings(**{"samples": 9, "max_tokens": 60} | options)
+    return walk_blocks(model, tokenizer, settings, texts, Context(), work, sums)
 
 
 def plain_statistics(model: nn.Module, tokenizer: Any) -> dict[str, InputStatistics]:
@@ -130,8 +132,8 @@ def test_weights_are_rounded_once_and_later_blocks_see_them_rounded(tokenizer: A
 def test_texts_in_one_batch_or_many_are_the_same(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (64 << 20, 1 << 16):
-        monkeypatch.setattr("interventions.compress.working_memory.CPU_BATCH", size)
-        monkeypatch.setattr("interventions.compress.working_memory.LEAST_TOKENS", 1)
+        monkeypatch.setattr("interventions.compress.kernels.working_memory.CPU_BATCH", size)
+        monkeypatch.setattr("interventions.compress.kernels.working_memory.LEAST_TOKENS", 1)
         seen: dict[str, InputStatistics] = {}
         model = tiny_model("gemma2")
         blocks = find_anatomy(model).blocks
@@ -229,9 +231,9 @@ def test_what_is_final_is_not_run_again(family: str, tokenizer: Any, monkeypatch
     """Passes that start at the last linears give the very weights that full passes give."""
     found, runs = [], []
     for kept in (1 << 30, 0):
-        monkeypatch.setattr("interventions.compress.working_memory.CPU_KEPT", kept)
-        monkeypatch.setattr("interventions.compress.working_memory.CPU_BATCH", 1)
-        monkeypatch.setattr("interventions.compress.working_memory.LEAST_TOKENS", 40)  # several batches
+        monkeypatch.setattr("interventions.compress.kernels.working_memory.CPU_KEPT", kept)
+        monkeypatch.setattr("interventions.compress.kernels.working_memory.CPU_BATCH", 1)
+        monkeypatch.setattr("interventions.compress.kernels.working_memory.LEAST_TOKENS", 40)  # several batches
         model = tiny_model(family)
         first = find_anatomy(model).blocks[0].linears[0].module
         calls: list[int] = []

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interventions import InterventionError
-from interventions.edit.closed_form import alphaedit_update, factorise, memit_update, null_space, rome_update
+from interventions.edit.kernels.closed_form import alphaedit_update, factorise, memit_update, null_space, rome_update
 
 
 def _problem(d_k: int, d_out: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.edit.prompts import tokenise
-from interventions.edit.settings import ValueSettings
+from interventions.edit.bases import ValueSettings
+from interventions.edit.kernels.prompts import tokenise
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
 from tests.tokenizers import TOKENIZERS
 

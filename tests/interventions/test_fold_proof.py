@@ -13,10 +13,11 @@ import transformers
 from torch import Tensor, nn
 
 from interventions import InterventionError, apply
-from interventions.anatomy import LinearGroup, find_anatomy
-from interventions.compress.folding import fold_, gain_offset
+from interventions.anatomy import find_anatomy
+from interventions.compress.kernels.folding import fold_, gain_offset
 from interventions.layouts import GroupLayout, Layout
 from interventions.offload import offload
+from interventions.structure import LinearGroup
 from tests.engines.fakes import interpreter_that, register_fake
 from tests.models import CONFIGS, SENTENCES, VOCABULARY, tiny_model
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.edit.target_loss import Watch, target_batches, target_nll
+from interventions.edit.kernels.target_loss import Watch, target_batches, target_nll
 from tests.models import tiny_model
 
 EDITS = (

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from interventions.compress.grid import dequantise, fake_quantise, join_groups, quantise, split_groups
+from interventions.compress.kernels.grid import dequantise, fake_quantise, join_groups, quantise, split_groups
 
 SIZES = st.integers(1, 12)
 BITS = st.integers(2, 8)

@@ -9,9 +9,8 @@ import torch
 
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.edit.lora import chosen_linears
-from interventions.edit.settings import LoraSettings
-from interventions.edit.target_loss import all_nll, target_batches
+from interventions.edit.kernels.target_loss import all_nll, target_batches
+from interventions.edit.lora import LoraSettings, chosen_linears
 from tests.models import tiny_model
 
 EDITS = (

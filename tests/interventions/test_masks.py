@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress.masks import Pattern, kth_lowest, lowest, lowest_of_pattern
+from interventions.compress.kernels.masks import Pattern, kth_lowest, lowest, lowest_of_pattern
 from interventions.zeros import zero_mask
 from tests.models import SENTENCES, tiny_model
 

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.edit.prompts import sample_contexts, tokenise
-from interventions.edit.rewriting import _EditedWeight, chosen_layers
-from interventions.edit.settings import MemitSettings, ValueSettings
-from interventions.edit.subjects import keys_and_values
-from interventions.edit.tail import Tail
-from interventions.edit.target_values import optimise_values
+from interventions.edit.bases import ValueSettings
+from interventions.edit.kernels.prompts import sample_contexts, tokenise
+from interventions.edit.kernels.rewriting import _EditedWeight
+from interventions.edit.kernels.subjects import keys_and_values
+from interventions.edit.kernels.tail import Tail
+from interventions.edit.kernels.target_values import optimise_values
+from interventions.edit.memit import MemitSettings
+from interventions.structure import chosen_layers
 from tests.models import SENTENCES, tiny_model
 
 EDITS = (

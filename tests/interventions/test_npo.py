@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from interventions import Resources, apply
 from interventions.anatomy import find_anatomy
-from interventions.unlearn.npo import npo_losses, simnpo_losses
+from interventions.unlearn.kernels.preference import npo_losses, simnpo_losses
 from tests.interventions.unlearning import RESOURCES, check_refused, difference, mean_nll, nll_alone, weights
 from tests.models import CONFIGS, SENTENCES, tiny_model
 

@@ -20,8 +20,9 @@ from torch import nn
 from interventions import Edit, InterventionError, apply
 from interventions import offload as offloading
 from interventions.anatomy import find_anatomy
-from interventions.compress.working_memory import bytes_for, working_memory
-from interventions.offload import Placement, limit_memory, offload, placement, streaming
+from interventions.compress.kernels.working_memory import bytes_for, working_memory
+from interventions.offload import offload
+from interventions.placement import Placement, limit_memory, placement, streaming
 from interventions.statistics import collect_statistics, token_batches
 from tests.models import CONFIGS, SENTENCES, share_of_same_weights, tiny_model
 

@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interventions import InterventionError, apply, methods
-from interventions.compress.settings import AwqSettings, GptqSettings, WandaSettings
-from interventions.edit.settings import LoraSettings, MemitSettings
+from interventions.compress.awq import AwqSettings
+from interventions.compress.gptq import GptqSettings
+from interventions.compress.wanda import WandaSettings
+from interventions.edit.lora import LoraSettings
+from interventions.edit.memit import MemitSettings
 from interventions.ranges import (
     Checked,
     Choice,
@@ -30,7 +33,8 @@ from interventions.ranges import (
     parts_of,
     shown,
 )
-from interventions.unlearn.settings import GdSettings, RmuSettings
+from interventions.unlearn.gd import GdSettings
+from interventions.unlearn.rmu import RmuSettings
 from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSettings, WorldSettings
 from tests.models import tiny_model
 

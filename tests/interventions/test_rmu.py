@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from interventions import Resources, apply
 from interventions.anatomy import find_anatomy
-from interventions.step import Context
-from interventions.unlearn.rmu import chosen_layers, control_vector
-from interventions.unlearn.settings import RmuSettings
+from interventions.context import Context
+from interventions.unlearn.kernels.steering import control_vector
+from interventions.unlearn.rmu import RmuSettings, chosen_layers
 from tests.interventions.unlearning import RESOURCES, check_mask, check_refused, difference, weights
 from tests.models import CONFIGS, SENTENCES, tiny_model
 

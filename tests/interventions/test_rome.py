@@ -9,9 +9,9 @@ import torch
 
 from interventions import Edit, apply
 from interventions.anatomy import find_anatomy
-from interventions.edit.settings import ValueSettings
-from interventions.edit.subjects import keys_and_values
-from interventions.edit.target_values import optimise_values
+from interventions.edit.bases import ValueSettings
+from interventions.edit.kernels.subjects import keys_and_values
+from interventions.edit.kernels.target_values import optimise_values
 from tests.models import SENTENCES, tiny_model
 
 EDITS = (

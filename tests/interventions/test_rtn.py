@@ -9,7 +9,7 @@ import torch
 
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress.grid import fake_quantise
+from interventions.compress.kernels.grid import fake_quantise
 from tests.models import CONFIGS, tiny_model
 
 

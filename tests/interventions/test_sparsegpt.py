@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from interventions import InterventionError, apply
-from interventions.compress.gram_factor import gram_factor
-from interventions.compress.masks import Pattern
-from interventions.compress.sparsegpt_kernel import Pruned, invert_triangle, sparsegpt_prune
+from interventions.compress.kernels.gram_factor import gram_factor
+from interventions.compress.kernels.masks import Pattern
+from interventions.compress.kernels.sparsegpt_kernel import Pruned, invert_triangle, sparsegpt_prune
 from tests.models import CONFIGS, SENTENCES, tiny_model
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]

@@ -12,7 +12,7 @@ from torch import nn
 
 import interventions.step as step
 from interventions import Edit, InterventionError, Method, Resources, UnknownMethod, apply
-from interventions.step import Context
+from interventions.context import Context
 from tests.models import tiny_model, tiny_tokenizer
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress.masks import Pattern
+from interventions.compress.kernels.masks import Pattern
 from interventions.compress.wanda import wanda_mask
 from interventions.statistics import window_batches
 from tests.models import CONFIGS, SENTENCES, tiny_model

@@ -25,11 +25,10 @@ ROOT = Path(__file__).parent.parent.parent
 INNER_CONFTEST = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from interventions import registry
+from interventions import register
 from tests.plugin.stubs import METHODS
-known = {{method.name for method in registry.BUILT_IN}}
-registry.BUILT_IN += tuple(method for method in METHODS if method.name not in known)
-registry.methods.cache_clear()
+for method in METHODS:
+    register(method)
 """
 
 INNER_TEST = """
@@ -117,11 +116,9 @@ def project(
     pytester: pytest.Pytester, tiny_model: Path, tiny_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Project]:
     """A project whose registry knows the stubs too, and this process's registry with it."""
-    monkeypatch.setattr(registry, "BUILT_IN", registry.BUILT_IN + METHODS)
-    registry.methods.cache_clear()
+    for method in METHODS:
+        monkeypatch.setitem(registry._table, method.name, method)
     yield Project(pytester, tiny_model, tiny_world)
-    monkeypatch.undo()
-    registry.methods.cache_clear()
 
 
 @pytest.fixture

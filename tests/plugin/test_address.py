@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from interventions.registry import BUILT_IN, Method
+from interventions.edit.memit import MemitSettings
+from interventions.registry import Method, methods
 from interventions.types import Edit, Resources
 from pytest_lmcompose.store.address import address, hash_files, method_code, read_module, source_hash, versions
 
@@ -111,10 +112,10 @@ def test_a_method_without_source_is_not_found_by_another_process() -> None:
 
 
 def test_every_method_has_a_code_version_which_counts_what_it_runs() -> None:
-    codes = {method.name: method_code(method) for method in BUILT_IN}
+    codes = {method.name: method_code(method) for method in methods().values()}
     assert all(len(code) == 64 for code in codes.values())
     assert codes["memit"] != codes["awq"]
-    moved = Method("memit", "edit", "interventions.edit.settings:MemitSettings", "interventions.edit.rome:rome")
+    moved = Method("memit", "edit", MemitSettings, "interventions.edit.rome:run")
     assert method_code(moved) != codes["memit"]
 
 

@@ -36,16 +36,14 @@ def lines() -> list[str]:
 
 @pytest.fixture
 def manager(tiny_model: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[StateManager]:
-    monkeypatch.setattr(registry, "BUILT_IN", METHODS)
-    registry.methods.cache_clear()
+    for method in METHODS:
+        monkeypatch.setitem(registry._table, method.name, method)
 
     def settings(step: Any) -> Any:
         kind = registry.find_method(step.method).settings_type()
         return kind(**{key: int(value) for key, value in step.settings})
 
     yield StateManager(load_model(ModelSettings(), str(tiny_model), CPU), settings, Resources(), 5, lines.append)
-    monkeypatch.undo()
-    registry.methods.cache_clear()
 
 
 def test_weights_are_those_of_the_file_in_float32(tiny_model: Path) -> None:
@@ -219,11 +217,9 @@ class Input:
 
 @pytest.fixture
 def inputs(tiny_model: Path, store: Store, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Input]:
-    monkeypatch.setattr(registry, "BUILT_IN", METHODS)
-    registry.methods.cache_clear()
+    for method in METHODS:
+        monkeypatch.setitem(registry._table, method.name, method)
     yield Input(tiny_model, store, lines)
-    monkeypatch.undo()
-    registry.methods.cache_clear()
     read_module.cache_clear()
 
 

@@ -165,12 +165,15 @@ def test_what_cannot_be_released_is_refused(tmp_path: Path, words: list[str], me
 @pytest.mark.parametrize(
     ("compose", "reasons"),
     [
-        ("awq+memit", ["awq promises 4 bits, but memit follows it: use awq+memit+awq"]),
+        ("awq+memit", ["awq promises average_bits = 4, but memit follows it: use awq+memit+awq"]),
         ("awq+memit+awq", []),
-        ("wanda+ft", ["wanda promises 0.5 of zeros, but ft follows it: use wanda+ft+wanda"]),
+        ("wanda+ft", ["wanda promises sparsity = 0.5, but ft follows it: use wanda+ft+wanda"]),
         ("wanda+gptq", []),
-        ("rtn+sparsegpt", ["rtn promises 4 bits, but sparsegpt follows it: use rtn+sparsegpt+rtn"]),
-        ("rtn[bits=8]+gptq", ["rtn[bits=8] promises 8 bits, but gptq follows it: use rtn[bits=8]+gptq+rtn[bits=8]"]),
+        ("rtn+sparsegpt", ["rtn promises average_bits = 4, but sparsegpt follows it: use rtn+sparsegpt+rtn"]),
+        (
+            "rtn[bits=8]+gptq",
+            ["rtn[bits=8] promises average_bits = 8, but gptq follows it: use rtn[bits=8]+gptq+rtn[bits=8]"],
+        ),
         ("rmu+relearn", ["rmu promises that knowledge is gone, and relearn, an attack, follows it"]),
     ],
 )

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interventions.compress.settings import AwqSettings
-from interventions.edit.settings import ValueSettings
+from interventions.compress.awq import AwqSettings
+from interventions.edit.bases import ValueSettings
 from pytest_lmcompose.locate import model_location, model_overrides, world_folder
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe, presets, quoted

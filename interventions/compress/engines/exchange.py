@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from interventions.anatomy import module_device
 from interventions.statistics import Batch
+from interventions.structure import module_device
 from interventions.types import InterventionError
 
 PROBE_TOKENS = 64

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import find_anatomy, within_context
-from interventions.compress.blockwise import check_enough, check_weights, unscaled
+from interventions.anatomy import find_anatomy
 from interventions.compress.engines.exchange import Answer, probe_logits, read_answer, write_job
 from interventions.compress.engines.table import OWN, Engine, find_engine, interpreter
+from interventions.compress.kernels.blockwise import check_enough, check_weights, unscaled
+from interventions.context import Context
 from interventions.statistics import Batch, window_batches
-from interventions.step import Context
+from interventions.structure import within_context
 from interventions.types import InterventionError, Resources
 
 TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}

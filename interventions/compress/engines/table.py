@@ -52,6 +52,7 @@ class Engine:
         return f"engine-{self.name.replace('_', '-')}"
 
 
+_GPTQ = frozenset({"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"})
 _PACKED = {"bits": Range(2, 4, also=(8,)), "damping": Range(above=0, below=1)}
 
 ENGINES = (
@@ -68,11 +69,7 @@ ENGINES = (
         "gptqmodel",
         "GPTQModel==7.6.0",
         "gptqmodel",
-        {
-            "gptq": frozenset(
-                {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
-            )
-        },
+        {"gptq": _GPTQ},
         limits=_PACKED,
     ),
     Engine(
@@ -82,9 +79,7 @@ ENGINES = (
         "llmcompressor",
         {
             "awq": frozenset({"bits", "group_size", "grid", "duo_scaling"}),
-            "gptq": frozenset(
-                {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
-            ),
+            "gptq": _GPTQ,
             "wanda": frozenset({"sparsity", "pattern"}),
             "sparsegpt": frozenset({"sparsity", "pattern", "block_size", "damping"}),
         },
@@ -94,11 +89,7 @@ ENGINES = (
         "auto_gptq",
         "auto-gptq==0.7.1",
         "auto_gptq",
-        {
-            "gptq": frozenset(
-                {"bits", "group_size", "symmetric", "act_order", "static_groups", "true_sequential", "damping"}
-            )
-        },
+        {"gptq": _GPTQ},
         own_environment=True,
         limits=_PACKED,
     ),

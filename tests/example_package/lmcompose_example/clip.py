@@ -8,7 +8,7 @@ import torch
 
 from interventions import Resources
 from interventions.anatomy import find_anatomy
-from interventions.step import Context
+from interventions.context import Context
 from lmcompose_example.settings import ClipSettings
 
 

@@ -1,0 +1,98 @@
+"""The table of categories: what the steps of each promise, what they read, whether their weights may stream.
+
+Other packages add theirs through the entry-point group `lmcompose.categories`, whose entries name a `Category`;
+a notebook or a `conftest.py` calls `register_category`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+
+ENTRY_POINT_GROUP = "lmcompose.categories"
+
+
+@dataclass(frozen=True)
+class Category:
+    """One kind of intervention."""
+
+    name: str
+    summary: str
+    """One line."""
+    promises: tuple[str, ...] = ()
+    """Globs over the metrics that every step promises something of."""
+    promised: str = "what it is for"
+    """What a step promises, as it follows "promises" in a message."""
+    removes: bool = False
+    """Steps take something away: of `promises` only the metrics count of which lower is better."""
+    reads: tuple[str, ...] = ()
+    """Fields of `Resources` that steps read."""
+    streams: bool = False
+    """The weights may stay on the host while steps compute: what a step reads off the model is not mixed with them."""
+    bounds: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
+    """What the thresholds of a new release repository ask of the metrics that are promised."""
+    compare: tuple[str, ...] = ()
+    """What such a repository compares with its baseline, as `--lmcompose-compare-fail` takes it."""
+
+
+BUILT_IN = (
+    Category(
+        "edit",
+        "rewrites single facts",
+        promises=("edit_success*", "edit_paraphrase*", "edit_locality*"),
+        promised="that its edits are made, also in other words, and that other answers stay",
+        reads=("edits", "calibration"),
+        bounds={
+            "edit_success_exact": {"min": 0.9},
+            "edit_paraphrase_exact": {"min": 0.7},
+            "edit_locality_agreement": {"min": 0.85},
+        },
+        compare=("edit_success_exact:0.02",),
+    ),
+    Category(
+        "unlearn",
+        "removes knowledge",
+        promises=("accuracy/*",),
+        promised="that knowledge is gone",
+        removes=True,
+        reads=("forget", "retain"),
+        bounds={"accuracy/hazardous": {"max": 0.4}},
+        compare=("accuracy/hazardous:p0.01",),
+    ),
+    Category("compress", "makes the weights smaller", reads=("calibration",), streams=True),
+)
+
+
+_table: dict[str, Category] = {}
+
+
+def register_category(category: Category) -> Category:
+    """Add a category and return it; raises ValueError for a name that another one has."""
+    if _table.setdefault(category.name, category) != category:
+        raise ValueError(f"the category {category.name!r} is there already, and is another one")
+    return category
+
+
+def categories() -> dict[str, Category]:
+    """Return every known category by name, built-in ones first."""
+    _load()
+    return dict(_table)
+
+
+def find_category(name: str) -> Category:
+    """Return the category called `name`; raises ValueError that lists all, if there is none."""
+    found = categories()
+    if name not in found:
+        raise ValueError(f"unknown category {name!r}; known: {', '.join(found)}. Add it by register_category")
+    return found[name]
+
+
+@cache
+def _load() -> None:
+    added = dict(_table)
+    _table.clear()
+    added_by_packages = [entry.load() for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name)]
+    for category in (*BUILT_IN, *added_by_packages, *added.values()):
+        register_category(category)

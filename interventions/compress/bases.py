@@ -1,0 +1,96 @@
+"""Settings that compression methods share. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from interventions.compress.engines.table import OWN, engine_problems
+from interventions.intervention import ZEROS, Intervention
+from interventions.ranges import Count, Range, Share, shown
+
+Damping = Annotated[float, Range(0, 1)]
+_PATTERN = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
+
+
+@dataclass(frozen=True)
+class Quantiser(Intervention):
+    """What the methods share that put weights on a grid."""
+
+    category = "compress"
+
+    bits: Annotated[int, Range(2, 8)] = 4
+    group_size: Annotated[int, Range(1, also=(-1,))] = 128
+    """Weights of a row that share a scale and zero point, the last ones of a row maybe fewer; -1: the whole row."""
+
+    def promises(self) -> Mapping[str, float]:
+        """Return the bits of a weight."""
+        return {"average_bits": self.bits}
+
+    def keeps(self, metric: str) -> bool:
+        """Zero is rounded to zero, unless rounding is compensated and `preserve_mask` is off."""
+        return metric in ZEROS and getattr(self, "preserve_mask", True)
+
+
+@dataclass(frozen=True)
+class Pruner(Intervention):
+    """What the pruning methods share."""
+
+    category = "compress"
+
+    sparsity: Share = 0.5
+    pattern: str | None = None
+    """n:m, as "2:4": n of every m weights next to each other in a row are kept. `sparsity` must say the same."""
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """The pattern as numbers; None for none, or one that cannot be read."""
+        match = _PATTERN.fullmatch(self.pattern or "")
+        return None if match is None else (int(match[1]), int(match[2]))
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the pattern, by itself or beside the sparsity."""
+        if self.pattern is None:
+            return
+        where, pattern = f"pattern={shown(self.pattern)}", self.n_of_m
+        if pattern is None or not 0 < pattern[0] < pattern[1]:
+            yield f"{where}: expected n:m with 0 < n < m, such as '2:4' (quoted in YAML) for 2 of every 4, or null"
+        elif abs(self.sparsity - (share := 1 - pattern[0] / pattern[1])) > 1e-6:
+            yield f"{where}: a sparsity of {share:g}, not of {self.sparsity}; set sparsity={share:g}, or pattern=null"
+
+    def promises(self) -> Mapping[str, float]:
+        """Return the share of zeros, and that every layer has the pattern where it is one that is measured."""
+        return {"sparsity": self.sparsity} | ({"sparsity_2_4": 1.0} if self.n_of_m == (2, 4) else {})
+
+    def keeps(self, metric: str) -> bool:
+        """Zero is a level of every grid."""
+        return metric in (*ZEROS, "average_bits")
+
+
+@dataclass(frozen=True)
+class Calibrated(Intervention):
+    """What the methods share that read calibration text and that other engines have too."""
+
+    samples: Count = 128
+    """Windows of calibration text read, the first ones."""
+    max_tokens: Count = 2048
+    """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
+    engine: str = OWN
+    """Whose implementation: `own`, or one that has the method; see docs/engines.md."""
+    engine_python: str | None = None
+    """The interpreter to run another engine with; None: the one its environment variable names, or this one."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield what the engine cannot do."""
+        yield from super().problems()
+        yield from engine_problems(self.name, self)
+
+
+@dataclass(frozen=True)
+class Sequential(Calibrated):
+    """What the methods share that go through the blocks one after the other."""
+
+    sequential: bool = True
+    """Calibrate each block on what the already changed blocks put out."""

@@ -1,0 +1,1 @@
+"""What the methods of the category `compress` compute with."""

@@ -1,0 +1,198 @@
+"""AWQ's two searches on one block: channel scales and clipping thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from interventions.compress.kernels.capture import Call
+from interventions.compress.kernels.grid import fake_quantise, fake_quantise_groups, join_groups, split_groups
+from interventions.statistics import STRIP, InputStatistics
+from interventions.structure import LinearGroup
+
+CLIP_STEPS = 10
+CLIP_STEP = 0.05
+"""Thresholds tried: 1, 0.95, ... 0.55 of a group's greatest magnitude."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the float block did on the calibration text."""
+
+    statistics: dict[str, InputStatistics]
+    """By role: the input of each group of linears."""
+    scope_calls: dict[str, list[Call]]
+    """By role: the calls of the module that the group stands in, batch by batch."""
+    masks: list[Tensor]
+    """(batch, tokens) bool each: true where there is no padding."""
+
+
+class Search(Protocol):
+    """The settings that the searches read."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def grid(self) -> int: ...
+    @property
+    def duo_scaling(self) -> bool: ...
+    @property
+    def search_tokens(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of a scale search."""
+
+    ratio: float | None
+    scales: Tensor | None
+    rounding_loss: float
+    loss: float
+
+
+def search_scales(group: LinearGroup, seen: Seen, settings: Search) -> Choice:
+    """Try every exponent of the grid and return the one that leaves the least error."""
+    statistics = seen.statistics[group.role]
+    weights = [linear.weight.clone() for linear in group.linears]
+    measure = _ScopeLoss(group, seen, settings) if group.scope is not None else _LinearLoss(weights[0], statistics)
+
+    def loss_of(scales: Tensor) -> float:
+        scaled = (w * scales for w in weights)
+        rounded = [fake_quantise(w, settings.bits, settings.group_size, refit=True).div_(scales) for w in scaled]
+        return measure(rounded)
+
+    rounding_loss = loss_of(torch.ones_like(statistics.abs_sum))
+    best = Choice(None, None, rounding_loss, rounding_loss)
+    if group.previous is not None:
+        w_mean = mean_relative_magnitude(weights, settings.group_size)
+        for step in range(settings.grid):
+            ratio = step / settings.grid
+            scales = scales_of(ratio, statistics.mean_abs(), w_mean if settings.duo_scaling else None)
+            loss = loss_of(scales)
+            if best.scales is None or loss < best.loss:
+                best = Choice(ratio, scales, rounding_loss, loss)
+    for linear, weight in zip(group.linears, weights, strict=True):
+        linear.set_weight_(weight)
+    return best
+
+
+def scales_of(ratio: float, x_mean: Tensor, w_mean: Tensor | None) -> Tensor:
+    """Return the channel scales s of an exponent, (d,), balanced around 1.
+
+    `x_mean` is mean |x| by channel, `w_mean` the mean relative |w| by column, None for scales
+    from activations alone.
+    """
+    scales = x_mean.pow(ratio)
+    if w_mean is not None:
+        scales = scales / (w_mean.pow(1 - ratio) + 1e-4)
+    scales = scales.clamp(min=1e-4)
+    scales = scales / (scales.max() * scales.min()).sqrt()
+    return torch.where(torch.isfinite(scales), scales, 1.0)
+
+
+def mean_relative_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
+    """Return by column the mean over rows of |w| / max |w| of its group, (d,); `weights` are (out, d)."""
+    rows = torch.cat(list(weights))
+    magnitude = split_groups(rows.abs(), group_size)
+    relative = magnitude / (magnitude.amax(dim=2, keepdim=True) + 1e-6)
+    return join_groups(relative, rows.shape[1]).mean(dim=0)
+
+
+class _LinearLoss:
+    """Mean squared error of one linear layer's output, through its input's Gram matrix: exact."""
+
+    def __init__(self, weight: Tensor, statistics: InputStatistics) -> None:
+        self.weight = weight
+        self.gram = statistics.gram
+        self.outputs = statistics.count * weight.shape[0]
+
+    def __call__(self, rounded: Sequence[Tensor]) -> float:
+        delta = rounded[0] - self.weight
+        return squared_outputs(delta, self.gram) / self.outputs
+
+
+def squared_outputs(W: Tensor, gram: Tensor) -> float:
+    """Return |W X|^2 = tr(W G W^T) of W (out, d) with G = X X^T (d, d), of which the upper half is read."""
+    total = 0.0
+    for low in range(0, gram.shape[0], STRIP):
+        high = low + STRIP
+        part = W[:, low:high]
+        total += float(((part @ gram[low:high, low:high]) * part).sum())
+        total += 2 * float(((part @ gram[low:high, high:]) * W[:, high:]).sum())
+    return total
+
+
+class _ScopeLoss:
+    """Mean squared error of the output of the attention or MLP around a group, padding left out."""
+
+    def __init__(self, group: LinearGroup, seen: Seen, settings: Search) -> None:
+        assert group.scope is not None
+        self.group = group
+        self.scope = group.scope
+        calls = seen.scope_calls[group.role]
+        if group.role == "mlp_in":  # token by token, so that any tokens will do
+            real = [mask.to(call.hidden.device) for call, mask in zip(calls, seen.masks, strict=True)]
+            tokens = torch.cat([call.hidden[mask] for call, mask in zip(calls, real, strict=True)])
+            tokens = tokens[spread(len(tokens), settings.search_tokens)].unsqueeze(0).to(seen.masks[0].device)
+            self.calls = [calls[0].on(tokens).to(tokens.device)]
+            self.masks = [torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)]
+        else:
+            total = sum(int(mask.sum()) for mask in seen.masks)
+            share = None if settings.search_tokens is None else -(-settings.search_tokens * len(calls) // total)
+            chosen = spread(len(calls), share)
+            self.calls = [calls[i].to(seen.masks[i].device) for i in chosen]
+            self.masks = [seen.masks[i] for i in chosen]
+        self.wanted = [call(self.scope)[mask] for call, mask in zip(self.calls, self.masks, strict=True)]
+
+    def __call__(self, rounded: Sequence[Tensor]) -> float:
+        for linear, weight in zip(self.group.linears, rounded, strict=True):
+            linear.set_weight_(weight)
+        total = sum(
+            float((call(self.scope)[mask] - wanted).pow(2).sum())
+            for call, mask, wanted in zip(self.calls, self.masks, self.wanted, strict=True)
+        )
+        return total / sum(wanted.numel() for wanted in self.wanted)
+
+
+def spread(size: int, limit: int | None) -> list[int]:
+    """Return `limit` indices evenly spread over `size`; all where there are no more, or for None."""
+    if limit is None or limit >= size:
+        return list(range(size))
+    return [i * size // limit for i in range(limit)]
+
+
+def clip_weight(weight: Tensor, gram: Tensor, settings: Search) -> tuple[Tensor, float]:
+    """Clip each group of a weight (out, in) where that lessens the error its rounding leaves.
+
+    The error of a group is that of its own part of the output, d G d^T with G the group's block
+    of the input's Gram matrix (in, in). Returns the clipped weight and the share of groups that
+    were clipped.
+    """
+    groups = split_groups(weight, settings.group_size)  # (out, groups, width)
+    G = diagonal_blocks(gram, groups.shape[1], groups.shape[2])  # (groups, width, width)
+    greatest = groups.abs().amax(dim=2, keepdim=True)  # (out, groups, 1)
+    best = greatest.clone()
+    least = torch.full_like(greatest, float("inf"))
+    for step in range(CLIP_STEPS):
+        limit = greatest * (1 - step * CLIP_STEP)
+        delta = fake_quantise_groups(groups.clamp(-limit, limit), settings.bits, refit=True).sub_(groups)
+        by_group = delta.transpose(0, 1)  # (groups, out, width)
+        error = (torch.bmm(by_group, G) * by_group).sum(dim=2).t().unsqueeze(2)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, limit, best)
+    clipped = float((best < greatest).float().mean())
+    return join_groups(groups.clamp(-best, best), weight.shape[1]), clipped
+
+
+def diagonal_blocks(gram: Tensor, groups: int, width: int) -> Tensor:
+    """Cut the blocks on the diagonal of gram (d, d), (groups, width, width), zeros beyond d."""
+    rest = groups * width - gram.shape[0]
+    square = torch.nn.functional.pad(gram, (0, rest, 0, rest)).view(groups, width, groups, width)
+    return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

@@ -1,0 +1,376 @@
+"""Walk through a model's decoder blocks on calibration text, and change their linears on the way.
+
+GPTQ, SparseGPT, Wanda and AWQ do the same round: catch what reaches the first block, then block by
+block look at the inputs of the linears, change them, and hand on what the block puts out. Beside
+the model's weights there is one block in float32, its Gram matrices and one hidden state a token;
+with a memory budget (see `interventions.offload`) hidden states wait on the host.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from interventions.anatomy import find_anatomy
+from interventions.compress.bases import Calibrated, Sequential
+from interventions.compress.kernels.capture import Call, catch_block_calls, keep_calls
+from interventions.compress.kernels.precision import pass_precision
+from interventions.compress.kernels.replay import Shapes, Tail, find_tails
+from interventions.compress.kernels.working_memory import WorkingMemory, working_memory
+from interventions.context import Context
+from interventions.early_exit import SeenEnough
+from interventions.placement import placement
+from interventions.shared_statistics import BlockStatistics
+from interventions.statistics import Batch, InputNorms, InputStatistics, scarce, window_batches
+from interventions.structure import Block, Linear, LinearGroup, module_device, within_context
+from interventions.types import InterventionError, Resources
+
+Sums = TypeVar("Sums", InputStatistics, InputNorms)
+
+
+@torch.no_grad()
+def walk_blocks(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: Sequential,
+    resources: Resources,
+    context: Context,
+    work: Callable[[LinearGroup, Sums], list[dict[str, Any]]],
+    sums: type[Sums],
+) -> list[dict[str, Any]]:
+    """Call `work` for every group of linears that share an input, in order; return all it returned.
+
+    `work(group, statistics)` changes the weights of the group's linears in place, which are
+    float32 copies that are written back, rounded once, when the block is done; it leaves the
+    statistics, which are of the kind `sums`, as they are and returns plain data, as a rule one dict
+    for each linear.
+
+    With `settings.sequential` a block is calibrated on what the changed blocks before it put out, otherwise
+    on what they put out before they were changed. With `true_sequential` the same holds between
+    the groups of a block: a group sees the changed ones before it. For the errors see
+    `float_blocks`.
+    """
+    details: list[dict[str, Any]] = []
+    true_sequential = getattr(settings, "true_sequential", False)
+    options: dict[str, Any] = {"true_sequential": true_sequential, "reads": sums}
+    for block in float_blocks(model, tokenizer, settings, resources, context, settings.sequential, **options):
+        if true_sequential:
+            for group in block.groups:
+                details += work(group, block.collect([group], sums=sums)[group.role])
+                block.finish(group)
+        else:
+            statistics = block.collect(block.groups, sums=sums)
+            for group in block.groups:
+                details += work(group, statistics.pop(group.role))
+    return details
+
+
+@torch.no_grad()
+def float_blocks(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: Calibrated,
+    resources: Resources,
+    context: Context,
+    sequential: bool,
+    *,
+    true_sequential: bool = False,
+    reads: type | None = None,
+    batch_tokens: int | None = None,
+    scaled: bool = False,
+) -> Iterator[FloatBlock]:
+    """Give each block of the model as a float32 copy, with the calls that reach it on the text.
+
+    What the caller changes in the copy is written back when it asks for the next one. The first
+    `samples` windows of `max_tokens` of the text are read (both of the settings), in batches of as many tokens as the
+    memory set aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
+    all groups of a block, of that kind, and nothing else, need not wait for what is known already. With `scaled` it is
+    proved first which groups can take up a scaling of their input, with a warning about those that cannot.
+
+    Raises InterventionError, naming layer and setting, for no or empty text, for fewer tokens than
+    a linear has columns, for NaN or infinite weights or inputs, and for a memory budget that a
+    block does not fit in.
+    """
+    method = settings.name
+    if not resources.calibration:
+        raise InterventionError(f"{method} needs calibration texts: give `calibration`")
+    blocks = find_anatomy(model).blocks
+    for block in blocks:
+        check_weights(block, method)
+    where = placement(model)
+    memory = working_memory(blocks, where, method)
+    affordable = affordable_tokens(blocks[0], memory)
+    batches = window_batches(
+        tokenizer,
+        resources.calibration,
+        samples=settings.samples,
+        max_tokens=within_context(model, settings.max_tokens),
+        batch_tokens=affordable if batch_tokens is None else min(batch_tokens, affordable),
+    )
+    check_enough(blocks, batches, method, settings.samples, context)
+    if scaled:
+        warn_of_unscaled(unscaled(blocks, method, context), method, context)
+    known = BlockStatistics(context.statistics, batches, sequential=sequential)
+    all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    calls = catch_block_calls(model, batches, blocks)
+    hidden = [call.hidden for call in calls[0]]
+    shapes: Shapes = {}
+    for block, block_calls in zip(blocks, calls, strict=True):
+        context.progress(f"{method}: block {block.index + 1} of {len(blocks)}")
+        given = [call.on(h) for call, h in zip(block_calls, hidden, strict=True)]
+        block_calls.clear()
+        hidden.clear()
+        work = FloatBlock(
+            block,
+            given,
+            masks,
+            method,
+            device=where.device if where.streamed else module_device(block.module),
+            memory=memory,
+            known=known,
+            keep_outputs=not sequential and not all_known,
+        )
+        if true_sequential:
+            work.replay(shapes)
+        yield work
+        work.write_back()
+        if block is not blocks[-1]:
+            hidden = [call.hidden for call in given] if all_known else work.hand_on()
+
+
+class FloatBlock:
+    """A float32 copy of one decoder block, and the calls that reach it on the calibration text."""
+
+    def __init__(
+        self,
+        block: Block,
+        calls: Sequence[Call],
+        masks: Sequence[Tensor],
+        method: str,
+        *,
+        device: torch.device,
+        memory: WorkingMemory,
+        known: BlockStatistics,
+        keep_outputs: bool,
+    ) -> None:
+        self.stored = block
+        self.block = copy.deepcopy(block)
+        self.block.module.to(device).float()
+        self.device = device
+        self.memory = memory
+        tokens = sum(call.hidden.shape[0] * call.hidden.shape[1] for call in calls)
+        self.resting = memory.where_to_rest(tokens * calls[0].hidden.shape[-1] * 4, device)
+        """Where hidden states are while they are not computed with."""
+        self.tokens = tokens
+        self.calls = [call.to(self.resting) for call in calls]
+        self.masks = [mask.to(device) for mask in masks]
+        """(batch, tokens) bool each: true where there is no padding."""
+        self.rows = [None if bool(mask.all()) else mask.reshape(-1) for mask in self.masks]
+        self.method = method
+        self.known = known
+        self.keep_outputs = keep_outputs
+        self.outputs: list[Tensor] = []
+        """What the block put out before it was changed, if that is to be handed on."""
+        self.changed = False
+        self.tails: dict[str, Tail] = {}
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self.block.linear_groups
+
+    def replay(self, shapes: Shapes) -> None:
+        """Keep what reaches the last linears of attention and MLP, so that later passes may start there."""
+        for role, tail in find_tails(self.groups, shapes).items():
+            if 4 * self.tokens * tail.last.in_features <= self.memory.kept:
+                self.tails[role] = tail
+
+    def finish(self, group: LinearGroup) -> None:
+        """Take note that the group's linears have their last weights, and so those of the groups before it."""
+        self.changed = True
+        if group.role in self.tails:
+            self.tails[group.role].final = True
+
+    def collect(
+        self,
+        groups: Sequence[LinearGroup],
+        scopes: dict[str, list[Call]] | None = None,
+        *,
+        sums: type[Sums],
+    ) -> dict[str, Sums]:
+        """Run the block, as it is now, on all the text and return the groups' statistics by role.
+
+        Padding does not count. `scopes` is filled, by role, with the calls of the modules that the
+        groups stand in. The pass ends at the last of the groups, unless the block's outputs are
+        still to be kept. What is known of this state of the model already is not summed again, and
+        must not be changed. Raises InterventionError for inputs that are NaN or infinite.
+        """
+        to_end = self.keep_outputs and not self.outputs
+        statistics = {} if self.changed else self.known.find(self.block, groups, sums, self.device)
+        wanted = [group for group in groups if group.role not in statistics]
+        fresh: dict[str, Sums] = {group.role: sums.zeros(group.in_features, self.device) for group in wanted}
+        statistics |= fresh
+        to_see = groups if scopes is not None else wanted
+        if to_see or to_end:
+            self._look(to_see, fresh, scopes, to_end=to_end)
+        for group in wanted:
+            self._check_inputs(group, statistics[group.role])
+        if not self.changed:
+            self.known.keep(self.block, fresh)
+        return {group.role: statistics[group.role] for group in groups}
+
+    def _look(
+        self,
+        groups: Sequence[LinearGroup],
+        statistics: dict[str, Sums],
+        scopes: dict[str, list[Call]] | None,
+        *,
+        to_end: bool,
+    ) -> None:
+        """Run the block until all of the groups were reached, and add up their statistics."""
+        waiting: set[str] = set()
+        rows: Tensor | None = None
+
+        def see(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+                x: Tensor = arguments[0]
+                if role in statistics:
+                    flat = x.reshape(-1, x.shape[-1])
+                    statistics[role].add_(flat if rows is None else flat[rows])
+                if role in self.tails:
+                    self.tails[role].keep(x)
+                waiting.discard(role)
+                if not waiting and not to_end:
+                    raise SeenEnough
+
+            return add
+
+        handles = [group.linears[0].module.register_forward_pre_hook(see(group.role)) for group in groups]
+        if scopes is not None:
+            handles += [
+                keep_calls(group.scope, scopes.setdefault(group.role, []), self.resting)
+                for group in groups
+                if group.scope
+            ]
+        try:
+            for number in range(len(self.calls)):
+                rows = self.rows[number]  # for the hooks
+                waiting.update(group.role for group in groups)
+                with suppress(SeenEnough):
+                    output = self._run(number, self.calls[number])
+                    if to_end:
+                        self.outputs.append(output)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _run(self, batch: int, call: Call) -> Tensor:
+        """Return the block's output on one batch; hooks add up what they see in the same precision."""
+        with ExitStack() as stack:
+            stack.enter_context(pass_precision(self.device, self.stored.linears[0].weight.dtype))
+            for tail in self.tails.values():
+                if tail.usable:
+                    stack.enter_context(tail.standing_in(batch))
+            return call.to(self.device)(self.block.module).to(self.resting)
+
+    def _check_inputs(self, group: LinearGroup, statistics: InputStatistics | InputNorms) -> None:
+        if not bool(torch.isfinite(statistics.square_sum).all()):
+            raise InterventionError(
+                f"{self.method}: what reaches {group.linears[0].name} on the calibration text is NaN or infinite "
+                "in float32: does the model still work after the steps before?"
+            )
+
+    def write_back(self) -> None:
+        """Round the copy's values once into the model's own block, and keep those in the copy."""
+        for stored, new in zip(self.stored.module.parameters(), self.block.module.parameters(), strict=True):
+            stored.copy_(new)
+            if stored.dtype != new.dtype:
+                new.copy_(stored)
+
+    def hand_on(self) -> list[Tensor]:
+        """Return the hidden states for the next block; the calls are used up."""
+        if not self.keep_outputs:
+            self.calls.reverse()
+            while self.calls:  # one by one, so that each input is freed before the next output is made
+                self.outputs.append(self._run(len(self.outputs), self.calls.pop()))
+        self.calls.clear()
+        return self.outputs
+
+
+def affordable_tokens(block: Block, memory: WorkingMemory) -> int:
+    """Return how many tokens fit in the memory set aside for a batch's activations, a few in any case."""
+    width = sum(
+        group.in_features + sum(linear.out_features for linear in group.linears) for group in block.linear_groups
+    )
+    return max(
+        memory.least_tokens, memory.batch // (2 * 4 * width)
+    )  # float32, and as much again for what lies between the linears
+
+
+def check_weights(block: Block, method: str) -> None:
+    """Raise InterventionError, naming the layer, if a weight of the block is NaN or infinite."""
+    for linear in block.linears:
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise InterventionError(
+                f"{method}: {linear.parameter_name} has NaN or infinite values: load the model again, "
+                "or see which step before left them"
+            )
+
+
+def check_enough(
+    blocks: Sequence[Block], batches: Sequence[Batch], method: str, samples: int, context: Context
+) -> None:
+    """Raise InterventionError, naming the layer, if there are fewer tokens than a linear has columns.
+
+    Warns where there are too few for sums that are more than noise, and says whether text or `samples` are wanting.
+    """
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for group in (group for block in blocks for group in block.linear_groups):
+        if tokens < group.in_features:
+            raise InterventionError(
+                f"{method}: {tokens} calibration tokens are too few for the {group.in_features} columns of "
+                f"{group.linears[0].name}: give more or longer texts, or raise samples or max_tokens"
+            )
+    all_read = sum(len(batch["input_ids"]) for batch in batches) < samples
+    columns: dict[str, int] = {group.role: group.in_features for block in blocks for group in block.linear_groups}
+    remedy = "give more calibration text" if all_read else f"raise {method}.samples or {method}.max_tokens"
+    warning = scarce(method, tokens, columns, remedy)
+    if warning is not None:
+        context.warn(warning)
+
+
+def unscaled(blocks: Sequence[Block], method: str, context: Context) -> list[str]:
+    """Return, by their first linear, the groups whose input the operation declared before them cannot scale."""
+    names = []
+    for block in blocks:
+        context.progress(f"{method}: trial of scales in block {block.index + 1} of {len(blocks)}")
+        names += [g.linears[0].name for g in block.linear_groups if g.declared is not None and g.previous is None]
+    return names
+
+
+def warn_of_unscaled(names: Sequence[str], method: str, context: Context) -> None:
+    """Warn, in one sentence, about groups of linears that are quantised without scales."""
+    if names:
+        others = f" and {len(names) - 1} more groups of layers" if len(names) > 1 else ""
+        context.warn(
+            f"{method}: no scales for {names[0]}{others}, which are rounded as they are: in a trial run, folding "
+            "scales into the operation before changed what the block computes"
+        )
+
+
+def each_linear(model: nn.Module, context: Context, method: str) -> Iterator[Linear]:
+    """Give every linear of the decoder blocks, in order, once all their weights are known to be finite.
+
+    Raises InterventionError like `check_weights`.
+    """
+    blocks = find_anatomy(model).blocks
+    for block in blocks:
+        check_weights(block, method)
+    for block in blocks:
+        context.progress(f"{method}: block {block.index + 1} of {len(blocks)}")
+        yield from block.linears

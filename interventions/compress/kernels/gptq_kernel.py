@@ -1,0 +1,155 @@
+"""GPTQ on one weight matrix (Frantar et al., ICLR 2023, arXiv 2210.17323): pure functions on tensors.
+
+Columns of W (rows, cols) are rounded one after the other; what the rounding of a column did to the
+output is made good by the columns still to come. With H = X X^T the Gram matrix of the inputs and
+H = R R^T, R upper triangular, the error of the output is (W - Q) R, and its column j is least for
+
+    Q_j = round(W_j + sum_{i<j} (W_i - Q_i) R_ij / R_jj).
+
+That is the published update, without the inverse: there U = R^-1 is made by two Cholesky
+factorisations and an inversion, and W itself is updated. (So GPTQ is Babai's nearest plane: Chen et
+al., 2025, arXiv 2507.18553.)
+
+The matrix is worked on transposed, so that a column lies in one piece, and sums are put off twice:
+a column is brought up to date within its strip, a strip's errors reach its block, a block's, as one
+matrix product, the rest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from interventions.compress.kernels.gram_factor import gram_factor
+from interventions.compress.kernels.grid import Quantised, dequantise, find_grid, limits, width_of_group
+
+BLOCK = 128
+"""As in the reference implementation, where it decides more than speed: the grids of all groups
+that start in a block are found on the weights as they are at the block's start."""
+STRIP = 32
+
+
+class GptqResult(NamedTuple):
+    """A matrix on its grid, and how well it stands in for the original."""
+
+    quantised: Quantised
+    errors: Tensor
+    """(rows,) the sum, over what H sums over, of the squared error of each output, damping included."""
+    damping: float
+    """The share of H's mean diagonal that was added; more than asked for if that was too little."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(rows, cols) float32."""
+        return dequantise(self.quantised)
+
+
+def gptq_quantise(
+    W: Tensor,
+    H: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    act_order: bool = False,
+    static_groups: bool = False,
+    damping: float = 0.01,
+    zeros: Tensor | None = None,
+) -> GptqResult | None:
+    """Round W (rows, cols) for inputs whose Gram matrix is H (cols, cols), float32; both stay as they are.
+
+    `group_size` neighbouring columns (-1: all) of a row share a grid. It is found when their turn
+    comes, or beforehand with `static_groups`. With `act_order` the columns with the largest inputs
+    come first, and groups are static. Weights where `zeros` (rows, cols) is true become zero.
+    Columns whose input is always zero become zero.
+
+    Returns None where H cannot be factored, whatever the damping.
+    """
+    rows, cols = W.shape
+    width = width_of_group(cols, group_size)
+    groups = -(-cols // width)
+    static = static_groups or act_order or groups == 1
+    Wt = W.float().t().clone(memory_format=torch.contiguous_format)
+    dead = H.diagonal() == 0
+    grid = Wt.new_empty(4, groups, rows)
+    if groups == 1:  # as in the reference implementation, before dead columns are gone
+        _find_grids_(grid, Wt, 0, 1, width, bits, symmetric)
+    Wt[dead] = 0
+    if static and groups > 1:
+        _find_grids_(grid, Wt, 0, groups, width, bits, symmetric)
+    order = torch.arange(cols)
+    zeros_t = None if zeros is None else zeros.t()
+    if act_order:
+        order = H.diagonal().argsort(descending=True, stable=True)
+        H, Wt = H[order][:, order], Wt[order]
+        zeros_t = None if zeros_t is None else zeros_t[order]
+    factor = gram_factor(H, damping)
+    if factor is None:
+        return None
+    diagonal = factor.R.diagonal()
+    R = factor.R / diagonal
+    group_of = (order if static else torch.arange(cols)).div(width, rounding_mode="floor").tolist()
+    E = Wt.clone()  # W - Q in the end
+    steps = torch.empty_like(Wt)  # Q in units of the scale
+    columns = list(zip(Wt.unbind(), E.unbind(), steps.unbind(), strict=True))
+    errors = Wt.new_zeros(rows)
+    for start in range(0, cols, BLOCK):
+        end = min(start + BLOCK, cols)
+        first, last = -(-start // width), -(-end // width)
+        if not static and first < last:
+            span = slice(start, min(last * width, cols))
+            best = _best_completion(R[span, span], Wt[span], E[span])
+            _find_grids_(grid, best[first * width - start :], first, last, width, bits, symmetric)
+        scales = [g.unbind() for g in grid.unbind(1)]
+        for low in range(start, end, STRIP):
+            high = min(low + STRIP, end)
+            strip_R = R[low:high, low:high].t().contiguous()
+            strip_E = E[low:high].t()
+            for j in range(low, high):
+                w, e, step = columns[j]
+                scale, _, least, greatest = scales[group_of[j]]
+                if j > low:
+                    w.addmv_(strip_E[:, : j - low], strip_R[j - low, : j - low])
+                torch.div(w, scale, out=step)
+                torch.clamp(step.round_(), least, greatest, out=step)
+                if zeros_t is not None:
+                    step.masked_fill_(zeros_t[j], 0)
+                e.addcmul_(step, scale, value=-1)
+            if high < end:
+                Wt[high:end].addmm_(R[low:high, high:end].t(), E[low:high])
+        if end < cols:
+            Wt[end:].addmm_(R[start:end, end:].t(), E[start:end])
+        rest = Wt[start:end].addcmul_(steps[start:end], grid[0, group_of[start:end]], value=-1)
+        errors += rest.mul_(diagonal[start:end].unsqueeze(1)).square_().sum(dim=0)
+    if act_order:
+        steps = torch.empty_like(steps).index_copy_(0, order, steps)
+    values = steps.add_(grid[1].repeat_interleave(width, dim=0)[:cols]).to(torch.int16).t()
+    return GptqResult(Quantised(values, grid[0].t(), grid[1].t(), group_size), errors, factor.damping)
+
+
+def _best_completion(R: Tensor, Wt: Tensor, E: Tensor) -> Tensor:
+    """Return what the columns of a span would best be, if none of them were to be rounded.
+
+    This is what the published update has in place of W there; Wt has the sums so far, E still the
+    original weights.
+    """
+    inverse = torch.linalg.solve_triangular(
+        R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True, unitriangular=True
+    )
+    sums = Wt - E
+    return torch.mm(inverse.t(), sums).sub_(sums).add_(Wt)  # the first column stays Wt's to the last bit
+
+
+def _find_grids_(grid: Tensor, Wt: Tensor, first: int, last: int, width: int, bits: int, symmetric: bool) -> None:
+    """Fill in groups `first` to `last` of grid (4, groups, rows): scales, zeros, least and greatest step.
+
+    Wt (cols, rows) begins with the first one's columns.
+    """
+    lowest, highest = limits(bits, symmetric)
+    for place, group in enumerate(range(first, last)):
+        scales, offsets = find_grid(Wt[place * width : (place + 1) * width], bits, symmetric, dim=0)
+        grid[0, group], grid[1, group] = scales[0], offsets[0]
+    grid[2, first:last] = lowest - grid[1, first:last]
+    grid[3, first:last] = highest - grid[1, first:last]

@@ -1,0 +1,50 @@
+"""What the pruning methods share: the pattern fits the model, and their outcome is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from interventions.compress.bases import Pruner
+from interventions.compress.kernels.masks import Pattern, check_divides
+from interventions.context import Context
+from interventions.structure import Block, Linear
+
+
+def chosen_pattern(settings: Pruner, method: str, blocks: Sequence[Block]) -> Pattern | None:
+    """Return the pattern that the settings ask for, None for none.
+
+    Raises InterventionError for one that does not divide a linear's width.
+    """
+    if settings.n_of_m is None:
+        return None
+    pattern = Pattern(*settings.n_of_m)
+    for linear in (linear for block in blocks for linear in block.linears):
+        check_divides(pattern, linear.in_features, f"{linear.name} ({method})")
+    return pattern
+
+
+def prune_(linear: Linear, mask: Tensor) -> dict[str, Any]:
+    """Set the weights (out, in) of `mask` to zero in place, and tell what that did."""
+    before = linear.weight.clone()
+    linear.set_weight_(before.masked_fill(mask, 0))
+    return outcome(linear, before, linear.weight)
+
+
+def outcome(linear: Linear, before: Tensor, after: Tensor) -> dict[str, Any]:
+    """Tell what pruning did to one weight."""
+    was, zero = before == 0, after == 0
+    return {
+        "linear": linear.name,
+        "sparsity": float(zero.float().mean()),
+        "pruned": int((zero & ~was).sum()),
+    }
+
+
+def conclude(outcomes: Sequence[dict[str, Any]], settings: Pruner, context: Context) -> dict[str, Any]:
+    """Return a method's details, and tell the run if everything was pruned enough already."""
+    if settings.sparsity > 0 and not any(linear["pruned"] for linear in outcomes):
+        context.already(f"every linear layer had at least {settings.sparsity:.0%} zeros before")
+    return {"linears": list(outcomes)}

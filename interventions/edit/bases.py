@@ -1,0 +1,66 @@
+"""Settings that editing methods share. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from interventions.intervention import Intervention
+from interventions.ranges import Checked, Count, Fractions, Items, Layers, Positive, Range, Weight
+
+
+@dataclass(frozen=True)
+class ValueSettings(Checked):
+    """How the target values z of MEMIT, ROME and AlphaEdit are optimised; defaults as published."""
+
+    steps: Annotated[int, Range(2)] = 25
+    """Forward passes; the last one only measures."""
+    lr: Positive = 0.5
+    weight_decay: Weight = 1e-3
+    stop_loss: Weight = 0.05
+    """An edit whose loss (nats) is below this is done."""
+    clamp_norm_factor: Positive = 4.0
+    """Largest norm of the change of a hidden state, as a multiple of the state's own."""
+    kl_factor: Weight = 0.0625
+
+
+@dataclass(frozen=True)
+class Rewriter(Intervention):
+    """What MEMIT, ROME and AlphaEdit share."""
+
+    category = "edit"
+
+    batch_size: Count | None = None
+    """Edits made at once; each batch starts from the model that the one before left. None: all in one batch."""
+    chat_template: bool = False
+    """Put prompts as a user's words into the tokenizer's chat template; the targets open the answers."""
+    covariance_tokens: Count | None = None
+    """Tokens of calibration text behind the second moment of the keys; None: 10 per key dimension."""
+    covariance_window: Count = 512
+    """Tokens read of a text, as published each in a row of its own; as many as the model reads at most."""
+    context_lengths: Annotated[list[Count], Items()] = field(default_factory=lambda: [10])
+    """Lengths, in tokens, of the contexts that the model writes before the prompts."""
+    contexts_per_length: Annotated[int, Range(0)] = 5
+    z: ValueSettings = field(default_factory=ValueSettings)
+    preserve_mask: bool = False
+    """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
+
+    def choose_layers(self, depth: int) -> list[int]:
+        """Return the blocks that are edited, from the number of blocks."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayersRewriter(Rewriter):
+    """What MEMIT and AlphaEdit share."""
+
+    layers: Layers | None = None
+    """Decoder blocks whose MLP output projection is rewritten; None: those of `layer_fractions`."""
+    layer_fractions: Fractions = field(default_factory=lambda: [0.125, 0.25])
+    """First and last edited block as fractions of depth (4 to 8 of 32 blocks as published)."""
+
+    def choose_layers(self, depth: int) -> list[int]:
+        """Return those of `layers`, or of `layer_fractions`."""
+        from interventions.structure import chosen_layers
+
+        return chosen_layers(self.name, self.layers, self.layer_fractions, depth)

@@ -1,0 +1,1 @@
+"""What the methods of the category `edit` compute with."""

@@ -1,0 +1,123 @@
+"""What of a change of an MLP's output arrives behind its block.
+
+Most blocks add the MLP's output to the hidden state as it is. Some multiply it by a constant first, and
+some normalise it, or the sum: there a change arrives as a multiple, or bent onto an ellipsoid. Which of
+these a block does is measured, by running it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from interventions.early_exit import SeenEnough, run_until_seen
+from interventions.edit.kernels.prompts import TokenisedPrompt
+from interventions.padding import pad_right
+from interventions.structure import Block, first_output, module_device
+from interventions.types import InterventionError
+
+_BATCH = 32
+_SMALL = 0.1
+_EXACT = 0.01
+
+
+class Gain(NamedTuple):
+    """How a block passes on a change of its MLP's output."""
+
+    factor: float
+    """The norm of what arrives over that of a small change."""
+    linear: bool
+    """Whether any change arrives as `factor` times itself."""
+
+
+ADDED = Gain(1.0, linear=True)
+"""The MLP's output is added to the hidden state as it is."""
+
+
+class Arrival:
+    """One block of a model at the subjects of some prompts; the model may change afterwards only above it."""
+
+    def __init__(self, model: nn.Module, block: Block, prompts: Sequence[TokenisedPrompt], pad: int) -> None:
+        self._block = block
+        self._chunks: list[_Chunk] = []
+        self._put_out = torch.empty(0)
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args, kwargs))
+            raise SeenEnough
+
+        device = module_device(model)
+        handle = block.module.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                for start in range(0, len(prompts), _BATCH):
+                    some = prompts[start : start + _BATCH]
+                    ids, mask = pad_right([prompt.ids for prompt in some], pad, device)
+                    run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
+                    places = torch.tensor([prompt.subject_end for prompt in some], device=device)
+                    self._chunks.append(_Chunk(*calls.pop(), places))
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def outputs(self, changes: Tensor) -> Tensor:
+        """Return the block's outputs at the subjects, (prompts, hidden) float32, with `changes` made to the MLP's."""
+        parts = torch.split(changes, _BATCH)
+        return torch.cat([self._run(chunk, part) for chunk, part in zip(self._chunks, parts, strict=True)])
+
+    @torch.no_grad()
+    def gain(self, width: int) -> Gain:
+        """Measure the block's gain with random changes of its MLP's output, of `width` features.
+
+        Large changes, of the norm of the block's output, tell whether it is linear; small ones, next to the
+        MLP's output, how it begins. Raises InterventionError for a block that passes nothing on.
+        """
+        chunk = self._chunks[0]
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(len(chunk.places), width, generator=generator).to(chunk.places.device)
+        random /= random.norm(dim=1, keepdim=True)
+        before = self._run(chunk, torch.zeros_like(random))
+        large = random * before.norm(dim=1, keepdim=True)
+        arrives = self._run(chunk, large) - before
+        if not bool(arrives.any()):
+            raise InterventionError(
+                f"{self._block.name}: no change of the MLP's output arrives behind the block; edit other layers"
+            )
+        factor = float((arrives * large).sum() / (large * large).sum())
+        eps = torch.finfo(next(self._block.module.parameters()).dtype).eps
+        rounding = eps / 2 * float(before.norm())
+        if float((arrives - factor * large).norm()) <= eps**0.5 * float(arrives.norm()) + rounding:
+            return Gain(1.0 if abs(factor - 1) < min(eps**0.5, _EXACT) else factor, linear=True)
+        small = _SMALL * random * self._put_out.norm(dim=1, keepdim=True)
+        arrives = self._run(chunk, small) - before
+        return Gain(float(arrives.norm() / small.norm()), linear=False)
+
+    def _run(self, chunk: _Chunk, changes: Tensor) -> Tensor:
+        """Run the block on one chunk; return its output at the subjects, (rows, hidden) float32."""
+        every = torch.arange(len(chunk.places), device=chunk.places.device)
+
+        def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            rows: Tensor = output.detach().reshape(len(every), -1, output.shape[-1])
+            self._put_out = rows[every, chunk.places].float()
+            added = changes.to(output.dtype)
+            return rows.index_put((every, chunk.places), added, accumulate=True).reshape(output.shape)
+
+        handle = self._block.mlp_output.module.register_forward_hook(change)
+        try:
+            output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
+        finally:
+            handle.remove()
+        found: Tensor = output[every, chunk.places].float()
+        return found
+
+
+class _Chunk(NamedTuple):
+    """Some prompts, as the block is called on them, and the place of each subject."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    places: Tensor

@@ -1,0 +1,136 @@
+"""Closed forms of ROME, MEMIT and AlphaEdit: least-squares updates of a linear associative memory.
+
+A projection W stores values under keys, W K = V. `second_moment` C (d_k, d_k) tells which keys
+matter to what is stored; new keys K are (d_k, n), and R (d_out, n) is what W is to put out at
+them besides what it does now. All is float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from interventions.types import InterventionError
+
+_RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
+
+
+class Factor(NamedTuple):
+    """Cholesky factor L of a second moment, C + ridge = L L^T: the costly part of a solve, done once."""
+
+    lower: Tensor
+    """(d_k, d_k) float64."""
+    ridge: float
+    """Added to the diagonal as a multiple of its mean; 0.0 where none was needed."""
+
+
+def factorise(second_moment: Tensor) -> Factor:
+    """Factorise C, with a ridge where it is singular (a key that is always zero, too few tokens)."""
+    C, scale = _symmetric(second_moment)
+    for ridge in _RIDGES:
+        damped = C.clone()
+        damped.diagonal().add_(ridge * scale)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0:
+            return Factor(lower, ridge)
+    raise InterventionError(
+        f"the second moment of the keys stays singular with a ridge of {_RIDGES[-1]}; "
+        "give more text (covariance_tokens)"
+    )
+
+
+def memit_update(keys: Tensor, residuals: Tensor, stored: Factor, weight: float) -> Tensor:
+    """Return R K^T (weight C + K K^T)^-1, (d_out, d_k): equation 14 of Meng et al. (2023).
+
+    By Woodbury's identity, with A = weight C: (A + K K^T)^-1 K = A^-1 K (I + K^T A^-1 K)^-1.
+    """
+    K, R = keys.double(), residuals.double()
+    A_inv_K = torch.cholesky_solve(K, stored.lower) / weight  # (d_k, n)
+    identity = torch.eye(K.shape[1], dtype=torch.float64, device=K.device)
+    adjusted = torch.linalg.solve(identity + K.t() @ A_inv_K, A_inv_K, left=False)
+    update: Tensor = R @ adjusted.t()
+    return update
+
+
+def rome_update(keys: Tensor, residuals: Tensor, stored: Factor) -> Tensor:
+    """Return the sum of n rank-one updates, (d_out, d_k), each on top of those before.
+
+    Equation 2 of Meng et al. (2022): the update L (C^-1 k)^T is the least one, in the norm of C, with
+    which W puts out exactly r more than at first at the key k; L is what is still wanting of r over
+    k^T C^-1 k. One key stands in all places, as in the paper: with the bare prompt's key in some of
+    them, as in the authors' code, a single edit can break the model (Gupta et al., 2024, arXiv
+    2403.07175).
+    """
+    K, R = keys.double(), residuals.double()
+    C_inv_K = torch.cholesky_solve(K, stored.lower)  # (d_k, n)
+    update = torch.zeros(R.shape[0], K.shape[0], dtype=torch.float64, device=K.device)
+    for k, u, r in zip(K.t(), C_inv_K.t(), R.t(), strict=True):
+        update += torch.outer((r - update @ k) / (u @ k), u)
+    return update
+
+
+def null_space(second_moment: Tensor, threshold: float, *, relative: bool = False) -> Tensor:
+    """Return orthonormal columns (d_k, r) that span the directions in which C is below `threshold`.
+
+    They are the eigenvectors of C with such eigenvalues; `relative` counts in mean eigenvalues. Raises
+    InterventionError where there are none.
+    """
+    C, mean = _symmetric(second_moment)
+    eigenvalues, vectors = torch.linalg.eigh(C)
+    limit = threshold * float(mean) if relative else threshold
+    free = eigenvalues < limit
+    if not bool(free.any()):
+        low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+        raise InterventionError(
+            f"no eigenvalue of the keys' second moment is below {limit:.3g} (they go from {low:.3g} to {high:.3g}, "
+            f"mean {float(mean):.3g}): raise nullspace_threshold, or count it in means by nullspace_relative=true"
+        )
+    basis: Tensor = vectors[:, free]
+    return basis
+
+
+def alphaedit_update(keys: Tensor, residuals: Tensor, earlier: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Return the update (d_out, d_k) that acts in the null space alone (Fang et al., 2025).
+
+    With P = basis basis^T, and `earlier` (d_k, m) the keys of earlier batches, whose outputs shall stay:
+    R K^T P (K K^T P + earlier earlier^T P + ridge I)^-1. As P is a projection, all keys Q enter by P Q
+    alone, and (P Q Q^T P + ridge I)^-1 P Q = P Q (Q^T P Q + ridge I)^-1: a solve of the size of the edits.
+    """
+    K, R = keys.double(), residuals.double()
+    U = basis.double()
+    Q = U @ (U.t() @ torch.cat([K, earlier.double()], dim=1))  # (d_k, n + m), projected
+    gram = Q.t() @ Q
+    gram.diagonal().add_(ridge)
+    wanted = torch.cat([R, R.new_zeros(R.shape[0], earlier.shape[1])], dim=1)
+    update: Tensor = torch.linalg.solve(gram, wanted, left=False) @ Q.t()
+    return update
+
+
+def _symmetric(second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return C in float64 and its mean diagonal; InterventionError where that is not above zero."""
+    C = second_moment.double()
+    C = (C + C.t()) / 2  # float32 sums are symmetric only up to rounding, and the solvers read one half
+    scale = C.diagonal().mean()
+    if not bool(scale > 0) or not bool(torch.isfinite(scale)):
+        raise InterventionError(f"the second moment of the keys has mean diagonal {float(scale)}; is the text empty?")
+    return C, scale
+
+
+class NullSpaceSolve:
+    """AlphaEdit's solve of one layer, which remembers the keys of its batches.
+
+    A layer's keys depend on the weights below it alone, and those are changed before: the keys
+    that a batch was solved with are still its keys when the batch is done.
+    """
+
+    def __init__(self, basis: Tensor, ridge: float) -> None:
+        self._basis = basis
+        self._ridge = ridge
+        self._earlier = basis.new_zeros(basis.shape[0], 0)
+
+    def __call__(self, keys: Tensor, residuals: Tensor) -> Tensor:
+        update = alphaedit_update(keys, residuals, self._earlier, self._basis, self._ridge)
+        self._earlier = torch.cat([self._earlier, keys.double()], dim=1)
+        return update

@@ -1,0 +1,116 @@
+"""Edits as tokens: where the subject ends, where the target begins, and the contexts put before a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from interventions.structure import module_device
+from interventions.tokens import border, continued, read, special_texts
+from interventions.types import Edit, InterventionError
+
+CONTEXT_OPENINGS = ("The", "Therefore", "Because", "I", "You")
+"""Words that the model continues by itself to make contexts (Meng et al., 2023)."""
+_TOP_K = 5
+
+
+@dataclass(frozen=True)
+class TokenisedPrompt:
+    """One text: its tokens, the subject's last token, and how many tokens at the end are the target."""
+
+    ids: tuple[int, ...]
+    subject_end: int
+    target_length: int = 0
+
+    @property
+    def target_places(self) -> range:
+        """Places of the target's tokens."""
+        return range(len(self.ids) - self.target_length, len(self.ids))
+
+
+def check_edits(edits: Sequence[Edit]) -> None:
+    """Raise InterventionError, naming the record, for edits that cannot be made."""
+    if not edits:
+        raise InterventionError("no edits given: an editing method needs at least one")
+    for number, edit in enumerate(edits):
+        if not edit.subject.strip():
+            raise InterventionError(f"edit {number} ({edit.prompt!r}): the subject is empty")
+        if edit.subject not in edit.prompt:
+            raise InterventionError(f"edit {number}: the subject {edit.subject!r} is not in its prompt {edit.prompt!r}")
+        if not edit.target.strip():
+            raise InterventionError(f"edit {number} ({edit.prompt!r}): the target is empty")
+
+
+def tokenise(
+    tokenizer: Any, edit: Edit, context: str = "", *, with_target: bool = False, chat_template: bool = False
+) -> TokenisedPrompt:
+    """Tokenise `context` + the edit's prompt, and its target if asked for.
+
+    Both are joined and split as in `interventions.tokens.join`. With `chat_template` the prompt is what
+    a user says, and the target opens the answer. The subject's first occurrence in the prompt counts.
+    Raises InterventionError if the tokenizer cannot tell which characters a token covers, gives prompt
+    or target no token of its own, or has no chat template.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InterventionError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
+    text, begin = _framed(tokenizer, context + edit.prompt, chat_template)
+    begin += len(context) + edit.prompt.index(edit.subject)
+    end = begin + len(edit.subject)
+    asked = border(text)
+    if with_target:
+        text = continued(text, edit.target, special_texts(tokenizer))
+    (row,) = read(tokenizer, [text], begin=not chat_template)
+    assert row.spans is not None
+    # A byte-level token may carry the space before its word: overlap decides, not equality.
+    within = [place for place, (start, stop) in enumerate(row.spans) if start < end and stop > begin and stop > start]
+    if not within:
+        raise InterventionError(f"no token of {text!r} covers the subject {edit.subject!r}")
+    target_length = len(row.ids) - row.before(asked) if with_target else 0
+    if with_target and not 0 < target_length < len(row.ids):
+        what = f"the target {edit.target!r}" if target_length == 0 else "the prompt"
+        raise InterventionError(f"{what} has no token of its own in {text!r}")
+    return TokenisedPrompt(tuple(row.ids), within[-1], target_length)
+
+
+def _framed(tokenizer: Any, prompt: str, chat_template: bool) -> tuple[str, int]:
+    """Return the text that asks `prompt`, and where in it the prompt begins."""
+    if not chat_template:
+        return prompt, 0
+    if not getattr(tokenizer, "chat_template", None):
+        raise InterventionError("chat_template=true, but the tokenizer has no chat template; set chat_template=false")
+    messages = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    begin = text.rfind(prompt.strip())  # many templates strip what a user says
+    if begin < 0:
+        raise InterventionError(f"the tokenizer's chat template changes the prompt {prompt!r}; set chat_template=false")
+    return text, begin - (len(prompt) - len(prompt.lstrip()))
+
+
+@torch.no_grad()
+def sample_contexts(
+    model: nn.Module, tokenizer: Any, lengths: Sequence[int], per_length: int, generator: torch.Generator
+) -> list[str]:
+    """Let the model continue the opening words, `per_length` times for each length, in tokens.
+
+    Each text ends in ". ", ready to stand before a prompt. Sampled from the five likeliest tokens.
+    """
+    device = module_device(model)
+    contexts = []
+    for length in lengths:
+        for number in range(per_length):
+            opening = CONTEXT_OPENINGS[number % len(CONTEXT_OPENINGS)]
+            ids = torch.tensor([read(tokenizer, [opening])[0].ids], device=device)
+            written, cache = ids, None
+            for _ in range(length):
+                output = model(input_ids=written, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                values, tokens = output.logits[0, -1].float().topk(_TOP_K)
+                choice = torch.multinomial(values.softmax(dim=0).cpu(), 1, generator=generator)
+                written = tokens[choice.to(device)].reshape(1, 1)
+                ids = torch.cat([ids, written], dim=1)
+            contexts.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip() + ". ")
+    return contexts

@@ -1,0 +1,220 @@
+"""What ROME, MEMIT and AlphaEdit have in common: rewriting MLP output projections as associative memories.
+
+Facts are read out of the MLPs of some early blocks at the subject's last token. For every edit, the
+hidden state z there is found that makes the model say the new target; then the MLP output
+projections are changed, block after block, so that the subjects' keys yield it. The methods differ
+in the solve: in how they keep what other keys yield.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interventions.anatomy import find_anatomy
+from interventions.context import Context
+from interventions.edit.bases import Rewriter
+from interventions.edit.kernels.arrival import Arrival
+from interventions.edit.kernels.closed_form import Factor, factorise
+from interventions.edit.kernels.prompts import check_edits, sample_contexts, tokenise
+from interventions.edit.kernels.subjects import keys_and_values
+from interventions.edit.kernels.target_loss import all_nll, target_batches
+from interventions.edit.kernels.target_values import TargetValues, optimise_values
+from interventions.padding import padding_id
+from interventions.shared_statistics import collect_shared
+from interventions.statistics import Batch, scarce, token_batches
+from interventions.structure import Linear, module_device, within_context
+from interventions.types import Edit, InterventionError, Resources
+
+Solve = Callable[[Tensor, Tensor], Tensor]
+"""From keys (d_k, n) and residuals (d_out, n) to the update of a weight, (d_out, d_k) float64."""
+
+_BATCH = 32
+_PROBED = 8
+_ENOUGH = 0.9
+"""Share of the wanted change of a hidden state below which a step warns of an edit."""
+_UNLIKELY = math.log(2)
+"""Negative log-likelihood of a target, in nats a token, above which an edit counts as not made: that of one half."""
+
+
+def rewrite(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: Rewriter,
+    resources: Resources,
+    context: Context,
+    make_solve: Callable[[Linear, Tensor], Solve],
+    *,
+    remedy: str,
+) -> dict[str, Any]:
+    """Make all of `resources.edits`, batch after batch, in place; return the details of the step.
+
+    `make_solve` prepares the
+    solve of one projection from the second moment of its keys, which is that of the model before
+    the first batch, on `resources.calibration`. Where there are several layers, each takes its
+    share of what is still wanting, so that errors of the earlier ones are made up for. `remedy` says
+    which setting to change where edits reach little of their target values.
+    """
+    edits = resources.edits
+    check_edits(edits)
+    anatomy = find_anatomy(model)
+    layers = settings.choose_layers(len(anatomy.blocks))
+    outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
+
+    window = within_context(model, settings.covariance_window)
+    batches = _key_batches(tokenizer, resources.calibration, settings, window, outputs[0].in_features)
+    statistics = collect_shared(context.statistics, model, batches, outputs)
+    tokens = statistics[outputs[0].name].count
+    context.progress(f"second moments of {tokens} keys")
+    few = scarce(settings.name, tokens, {output.name: output.in_features for output in outputs}, _remedy(settings))
+    if few is not None:
+        context.warn(few)
+    solves = {output.name: make_solve(output, statistics.pop(output.name).second_moment()) for output in outputs}
+    generator = context.generator(f"{settings.name} contexts")
+    sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
+    contexts = ["", *sampled]
+    prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
+    pad = padding_id(tokenizer)
+    gains = [
+        Arrival(model, anatomy.blocks[layer], prompts[:_PROBED], pad).gain(output.out_features)
+        for layer, output in zip(layers, outputs, strict=True)
+    ]
+
+    cached: bool | None = None
+
+    def find_values(start: int, chosen: Sequence[Edit]) -> TargetValues:
+        nonlocal cached
+        found = optimise_values(
+            model,
+            tokenizer,
+            anatomy,
+            chosen,
+            contexts,
+            layers[-1],
+            settings.z,
+            context.progress,
+            chat_template=settings.chat_template,
+            first=start,
+            gain=gains[-1],
+            cached=cached,
+        )
+        cached = found.cached
+        return found
+
+    weights = {output.name: _EditedWeight(output) for output in outputs}
+    size = settings.batch_size or len(edits)
+    reports: list[dict[str, Any]] = []
+    starts: list[Tensor] = []
+    values: list[Tensor] = []
+    for start in range(0, len(edits), size):
+        chosen = edits[start : start + size]
+        found = find_values(start, chosen)
+        at_first = found.start
+        for position, (layer, output, gain) in enumerate(zip(layers, outputs, gains, strict=True)):
+            keys, reached = keys_and_values(
+                model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=settings.chat_template
+            )
+            if gain.linear or layer != layers[-1]:
+                residuals = (found.z - reached) / (len(layers) - position) / gain.factor
+            else:  # what is in reach has changed with the layers below
+                found = find_values(start, chosen) if position else found
+                residuals = found.change
+            weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
+        starts.append(at_first)
+        values.append(found.z)
+        moved = (found.z - at_first).norm(dim=1) / at_first.norm(dim=1)
+        numbers = zip(chosen, found.nll.tolist(), found.steps.tolist(), moved.tolist(), strict=True)
+        reports += [
+            {"prompt": edit.prompt, "target": edit.target, "nll": nll, "steps": steps, "moved": moved}
+            for edit, nll, steps, moved in numbers
+        ]
+        context.progress(f"{settings.name}: {len(reports)} of {len(edits)} edits made")
+    _, now = keys_and_values(model, tokenizer, anatomy, edits, [""], layers[-1], chat_template=settings.chat_template)
+    shares = shares_reached(torch.cat(starts), torch.cat(values), now).tolist()
+    texts = target_batches(tokenizer, edits, _BATCH, module_device(model), chat_template=settings.chat_template)
+    after = all_nll(model, anatomy.head, texts).tolist()
+    short = [(share, nll) for share, nll in zip(shares, after, strict=True) if share < _ENOUGH]
+    if short:
+        # Methods weigh other keys against the edits' own, so a smaller share can be enough: the targets tell.
+        lost = sum(nll > _UNLIKELY for _, nll in short)
+        context.warn(
+            f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their hidden state in "
+            f"layer {layers[-1]} (the least {min(short)[0]:.2f}), and {lost} of them leave their target less likely "
+            f"than not; {remedy}"
+        )
+    return {
+        "layers": layers,
+        "batches": -(-len(edits) // size),
+        "covariance_tokens": tokens,
+        "contexts": contexts,
+        "updates": {output.parameter_name: weights[output.name].change() for output in outputs},
+        "edits": [
+            {**report, "reached": share, "nll_after": nll}
+            for report, share, nll in zip(reports, shares, after, strict=True)
+        ],
+    }
+
+
+def shares_reached(start: Tensor, wanted: Tensor, now: Tensor) -> Tensor:
+    """Return how much of the way from `start` to `wanted` each row of `now` has come, (rows,).
+
+    It is the component of the change along the wanted one, over that one's length; 1.0 where none is wanted.
+    """
+    way = wanted - start
+    length = (way * way).sum(dim=1)
+    return torch.where(length > 0, ((now - start) * way).sum(dim=1) / length, 1.0)
+
+
+class _EditedWeight:
+    """A projection's weight while batch after batch is added: one rounding in all, however many there are."""
+
+    def __init__(self, output: Linear) -> None:
+        self._output = output
+        self._start = output.weight.clone()
+        self._update = torch.zeros_like(self._start, dtype=torch.float32)
+
+    def add_(self, update: Tensor) -> None:
+        if not bool(torch.isfinite(update).all()):
+            raise InterventionError(
+                f"{self._output.parameter_name}: the update is not finite; look for NaN in the weights or in the text"
+            )
+        self._update += update.float()
+        self._output.set_weight_(self._start.double() + self._update)
+
+    def change(self) -> float:
+        """Return the norm of all updates over that of the weight."""
+        return float(self._update.norm() / self._start.float().norm())
+
+
+def factorised(output: Linear, second_moment: Tensor, context: Context) -> Factor:
+    """Return the factor of a projection's second moment, with a warning where it is singular."""
+    stored = factorise(second_moment)
+    if stored.ridge:
+        context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
+    return stored
+
+
+def _remedy(settings: Rewriter) -> str:
+    more_text = "give more calibration text"
+    return (
+        more_text if settings.covariance_tokens is None else f"raise {settings.name}.covariance_tokens, or {more_text}"
+    )
+
+
+def _key_batches(tokenizer: Any, texts: Sequence[str], settings: Rewriter, window: int, width: int) -> list[Batch]:
+    """Tokenise as much text as the second moment needs, in order."""
+    wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
+    batches, tokens = [], 0
+    for start in range(0, len(texts), _BATCH):
+        batch = token_batches(tokenizer, texts[start : start + _BATCH], max_tokens=window, batch_size=_BATCH)
+        batches += batch
+        tokens += sum(int(b["attention_mask"].sum()) for b in batch)
+        if tokens >= wanted:
+            break
+    if not batches:
+        raise InterventionError(f"{settings.name} needs calibration text for the second moment of keys; none was given")
+    return batches

@@ -1,0 +1,92 @@
+"""What a model has at the subjects of edits: keys of an MLP's memory, and hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from interventions.early_exit import SeenEnough, run_until_seen
+from interventions.edit.kernels.prompts import TokenisedPrompt, tokenise
+from interventions.padding import pad_right, padding_id
+from interventions.structure import Anatomy, Block, first_output, module_device
+from interventions.types import Edit
+
+_BATCH = 32
+
+
+class SubjectStates(NamedTuple):
+    """Float32, a row per edit, at the subject's last token."""
+
+    keys: Tensor
+    """(edits, d_k): input of an MLP output projection, averaged over the contexts."""
+    values: Tensor
+    """(edits, hidden): output of a block in the bare prompt."""
+
+
+@torch.no_grad()
+def keys_and_values(
+    model: nn.Module,
+    tokenizer: Any,
+    anatomy: Anatomy,
+    edits: Sequence[Edit],
+    contexts: Sequence[str],
+    layer: int,
+    value_layer: int | None = None,
+    *,
+    chat_template: bool = False,
+) -> SubjectStates:
+    """Return the keys of block `layer` and the outputs of block `value_layer` (None: the same one) or above.
+
+    The first context is the empty one. As published for MEMIT, the bare prompt counts as much in the
+    keys as all other contexts together. Every text runs once, and no further than it is needed.
+    """
+    key_block = anatomy.blocks[layer]
+    value_block = anatomy.blocks[layer if value_layer is None else value_layer]
+    bare = [tokenise(tokenizer, edit, chat_template=chat_template) for edit in edits]
+    keys, values = _read(model, tokenizer, bare, key_block, value_block)
+    if len(contexts) > 1:
+        pairs = [(edit, context) for edit in edits for context in contexts[1:]]
+        others = [tokenise(tokenizer, edit, context, chat_template=chat_template) for edit, context in pairs]
+        in_contexts, _ = _read(model, tokenizer, others, key_block, None)
+        keys = (keys + in_contexts.reshape(len(edits), len(contexts) - 1, -1).mean(dim=1)) / 2
+    return SubjectStates(keys, values)
+
+
+def _read(
+    model: nn.Module, tokenizer: Any, rows: Sequence[TokenisedPrompt], key_block: Block, value_block: Block | None
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values, a row each per row of text; without `value_block`, no values."""
+    seen: dict[str, Tensor] = {}
+
+    def see_key(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen["key"] = args[0]
+        if value_block is None:
+            raise SeenEnough
+
+    def see_value(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen["value"] = first_output(output)
+        raise SeenEnough
+
+    device = module_device(model)
+    keys, values = [], []
+    handles = [key_block.mlp_output.module.register_forward_pre_hook(see_key)]
+    if value_block is not None:
+        handles.append(value_block.module.register_forward_hook(see_value))
+    try:
+        for start in range(0, len(rows), _BATCH):
+            chunk = rows[start : start + _BATCH]
+            ids, mask = pad_right([row.ids for row in chunk], padding_id(tokenizer), device)
+            run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
+            every = torch.arange(len(chunk), device=device)
+            place = torch.tensor([row.subject_end for row in chunk], device=device)
+            # Some MLPs see all rows' tokens as one list.
+            keys.append(seen["key"].reshape(len(chunk), -1, seen["key"].shape[-1])[every, place].float())
+            if value_block is not None:
+                values.append(seen["value"][every, place].float())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(keys), torch.cat(values) if values else torch.empty(0)

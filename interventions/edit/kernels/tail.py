@@ -1,0 +1,206 @@
+"""What a model computes above one place, run again and again from values that change from one token on.
+
+Optimising a vector at one layer and one token needs no computation below the layer, and none
+before the token: what the blocks make of the earlier tokens is kept as keys and values. All else is
+the model's own forward pass, so the logits are its own too, however it makes them of the last block's output.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from interventions.edit.kernels.logits import logits_at
+from interventions.padding import pad_left, pad_right
+from interventions.structure import Anatomy, first_output, module_device
+from interventions.types import InterventionError
+
+
+class Tail:
+    """A model from block `layer` on, for one fixed batch of texts.
+
+    `rows` are token ids, and `begins` names for each the place from which values will change: the output
+    of the block or, with `inside`, that of its MLP's output projection. From that place on, texts are
+    *suffixes*, (rows, longest suffix), padded on the right with `pad`. The batch runs through the model
+    once; later passes skip what is below. With `cached`, earlier tokens are kept as keys and values, too;
+    without, for models that keep something else, every pass runs whole texts. `open_tail` finds out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        layer: int,
+        rows: Sequence[Sequence[int]],
+        begins: Sequence[int],
+        pad: int,
+        *,
+        inside: bool = False,
+        cached: bool = True,
+    ) -> None:
+        self._model, self._head = model, anatomy.head
+        self._site = anatomy.blocks[layer].mlp_output.module if inside else anatomy.blocks[layer].module
+        below = [block.module for block in anatomy.blocks[:layer]]
+        device = module_device(model)
+        self.ids, after_mask = pad_right([row[begin:] for row, begin in zip(rows, begins, strict=True)], pad, device)
+        """Token ids of the suffixes, (rows, longest suffix)."""
+        self._begins = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        with torch.no_grad():
+            if cached:
+                self._arguments = self._after_prefixes(rows, begins, pad, after_mask)
+            else:
+                self._begins += torch.tensor(begins, device=device)
+                # A row of padding, so long that every row has room for the longest suffix.
+                room = [pad] * (max(begins) + self.ids.shape[1])
+                ids, mask = (padded[:-1] for padded in pad_right([*rows, room], pad, device))
+                self._arguments = _known(model, input_ids=ids, attention_mask=mask, use_cache=False)
+            kept: dict[nn.Module, Any] = {}
+            with _watching([*below, self._site], kept):
+                model(**self._arguments)
+        self._output = kept.pop(self._site)
+        self._below = kept
+        self._columns = self._begins[:, None] + torch.arange(self.ids.shape[1], device=device)
+        self._whole = _by_rows(first_output(self._output), len(rows))
+        self.hidden = self._whole.gather(1, self._columns[:, :, None].expand(-1, -1, self._whole.shape[-1]))
+        """What stands at the place of change on the suffixes, (rows, longest suffix, hidden)."""
+
+    def _after_prefixes(
+        self, rows: Sequence[Sequence[int]], begins: Sequence[int], pad: int, after_mask: Tensor
+    ) -> dict[str, Any]:
+        """Run what comes before the suffixes; return the arguments of a pass over these."""
+        model: Any = self._model
+        # A column more than needed: with padding in every row, no model takes a shortcut that does without masks.
+        width = max(begins) + 1
+        prefixes = [row[:begin] for row, begin in zip(rows, begins, strict=True)]
+        before, before_mask = pad_left(prefixes, pad, after_mask.device, width=width)
+        whole = torch.cat([before_mask, after_mask], dim=1)
+        places = (whole.cumsum(dim=1) - 1).clamp_min(0)
+        cache = DynamicCache(config=model.config)
+        arguments = {"attention_mask": before_mask, "position_ids": places[:, :width]}
+        model(**_known(model, input_ids=before, **arguments, past_key_values=cache, use_cache=True))
+        arguments = {"attention_mask": whole, "position_ids": places[:, width:]}
+        return _known(model, input_ids=self.ids, **arguments, past_key_values=_Fixed(cache), use_cache=True)
+
+    def logits(self, hidden: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """Return the logits (n, vocabulary) float32 at n pairs of a row and a place in its suffix.
+
+        `hidden`, of the shape of `self.hidden`, stands where the values change.
+        """
+        if self._whole.shape != hidden.shape:
+            every = torch.arange(len(hidden), device=hidden.device)[:, None]
+            hidden = self._whole.index_put((every, self._columns), hidden)
+        hidden = hidden.reshape(first_output(self._output).shape)
+        output = (hidden, *self._output[1:]) if isinstance(self._output, tuple) else hidden
+        with _returning({**self._below, self._site: output}):
+            return logits_at(self._model, self._head, self._arguments, rows, places + self._begins[rows])
+
+
+def open_tail(
+    model: nn.Module,
+    anatomy: Anatomy,
+    layer: int,
+    rows: Sequence[Sequence[int]],
+    begins: Sequence[int],
+    pad: int,
+    *,
+    inside: bool = False,
+) -> bool:
+    """Tell whether a `Tail` of these texts may be cached, by comparing a few texts with the model's own passes.
+
+    Raises InterventionError for a model whose logits a tail does not give either way.
+    """
+    suffixes = [len(row) - begin for row, begin in zip(rows, begins, strict=True)]
+    chosen = sorted({key(range(len(rows)), key=of.__getitem__) for key in (min, max) for of in (begins, suffixes)})
+    some = [rows[n] for n in chosen], [begins[n] for n in chosen]
+    pairs = [(n, place) for n, number in enumerate(chosen) for place in range(suffixes[number])]
+    numbers, places = torch.tensor(pairs, device=module_device(model)).t()
+    network: Any = model
+    with torch.no_grad():
+        passes = [
+            network(input_ids=torch.tensor([row], device=numbers.device), use_cache=False).logits[0, begin:]
+            for row, begin in zip(*some, strict=True)
+        ]
+        own = torch.cat(passes).float()
+        problems = []
+        for cached in (True, False):
+            try:
+                tail = Tail(model, anatomy, layer, *some, pad, inside=inside, cached=cached)
+                found = tail.logits(tail.hidden, numbers, places)
+                error = float((found - own).norm() / own.norm())
+            except Exception as failure:  # whatever a model's own code raises at arguments that it was not made for
+                problems.append(f"{type(failure).__name__}: {failure}".splitlines()[0])
+                continue
+            if error <= torch.finfo(passes[0].dtype).eps ** 0.5 or not bool(own.isfinite().all()):
+                return cached
+            problems.append(f"relative error {error:.2g}")
+    raise InterventionError(
+        f"{type(model).__name__}: run again from layer {layer}, the model does not give its own logits "
+        f"(with kept keys and values: {problems[0]}; without: {problems[1]}); edit it with ft or lora instead"
+    )
+
+
+class _Fixed(Cache):
+    """Keys and values of earlier tokens that later ones are joined to, but never added to."""
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(layers=cache.layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer: Any = self.layers[layer_idx]
+        keys = torch.cat([layer.keys, key_states], dim=-2)
+        return keys, torch.cat([layer.values, value_states], dim=-2)
+
+
+def _known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Return those of the arguments that the model's forward takes."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def _by_rows(values: Tensor, rows: int) -> Tensor:
+    """Return (rows, tokens, width) of values that may come as one list of all rows' tokens."""
+    return values.reshape(rows, -1, values.shape[-1])
+
+
+@contextmanager
+def _watching(modules: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Keep in `outputs` what modules put out."""
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs[module] = output
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Have modules put out what is given, and compute nothing."""
+    before = {module: module.__dict__.get("forward") for module in outputs}
+
+    def constant(output: Any) -> Any:
+        return lambda *args, **kwargs: output
+
+    try:
+        for module, output in outputs.items():
+            module.__dict__["forward"] = constant(output)
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward

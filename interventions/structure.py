@@ -1,0 +1,167 @@
+"""What a language model is made of, as methods see it: blocks, and in each the linear layers grouped by shared input.
+
+`interventions.anatomy` finds these parts in a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from interventions.layouts import Role
+from interventions.types import InterventionError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, stored either way round: `y = W x + b` with `weight` W as (out, in)."""
+
+    name: str
+    """Dotted path from the model."""
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored weight, detached, as a view of (out, in)."""
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
+        return weight.t() if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The stored bias (out,), detached, or None."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
+    def parameter_name(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def set_weight_(self, weight: Tensor) -> None:
+        """Write `weight` (out, in) in place, cast once to the stored dtype."""
+        if weight.shape != self.weight.shape:
+            raise InterventionError(
+                f"{self.parameter_name}: a weight of shape {tuple(weight.shape)} cannot replace one of "
+                f"{tuple(self.weight.shape)} (out, in)"
+            )
+        self.weight.copy_(weight.detach())
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linear layers of one block that read the same input."""
+
+    role: Role
+    linears: tuple[Linear, ...]
+    declared: nn.Module | None
+    """The operation that the layout names as the one that makes the group's input, where it has the right shape."""
+    scope: nn.Module | None
+    """The module of the block (attention, MLP) that the group stands in; None: compare the linear itself."""
+    can_scale: Callable[[LinearGroup], bool]
+    """Proves that the declared operation can absorb a scaling of the group's input."""
+
+    @property
+    def previous(self) -> nn.Module | None:
+        """The operation whose output channels can absorb a scaling of the group's input.
+
+        A norm, or a linear layer, of which the last `in_features` rows feed the group. None where none can: asked
+        for the first time, a copy of the block is run to see.
+        """
+        return self.declared if self.declared is not None and self.can_scale(self) else None
+
+    @property
+    def in_features(self) -> int:
+        return self.linears[0].in_features
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block."""
+
+    index: int
+    name: str
+    """Dotted path from the model."""
+    module: nn.Module
+    linear_groups: tuple[LinearGroup, ...]
+
+    def group(self, role: Role) -> LinearGroup:
+        """Return the group of linears with this role."""
+        return next(group for group in self.linear_groups if group.role == role)
+
+    @property
+    def attention_output(self) -> Linear:
+        return self.group("attention_out").linears[0]
+
+    @property
+    def mlp_output(self) -> Linear:
+        return self.group("mlp_out").linears[0]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer of the block, in the order of the data's way."""
+        return tuple(linear for group in self.linear_groups for linear in group.linears)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a decoder-only language model."""
+
+    blocks: tuple[Block, ...]
+    embeddings: nn.Module
+    final_norm: nn.Module
+    """`nn.Identity` where the model has none."""
+    head: nn.Module
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Tell whether a module is a linear layer, stored either way round."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Return the device of the module's first parameter, CPU if it has none."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def within_context(model: nn.Module, max_tokens: int) -> int:
+    """Return `max_tokens`, or the model's own limit if that is lower: there may be no positions beyond it."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    return max_tokens if limit is None else min(max_tokens, limit)
+
+
+def check_layers(setting: str, layers: Sequence[int], depth: int) -> list[int]:
+    """Return `layers` sorted; InterventionError, naming the setting, for one that the model lacks, or for none."""
+    chosen = sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise InterventionError(f"{setting}={list(layers)}: the model's blocks are 0 to {depth - 1}")
+    return chosen
+
+
+def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence[float], depth: int) -> list[int]:
+    """Return the blocks to edit: as named, or the span from the first to the last of the fractions of depth.
+
+    Raises InterventionError, naming the setting, for a block that the model does not have.
+    """
+    if layers is not None:
+        return check_layers(f"{method}.layers", layers, depth)
+    low, high = fractions
+    return list(range(round(low * depth), min(round(high * depth), depth - 1) + 1))
+
+
+def first_output(output: Any) -> Tensor:
+    """Return a module's output, or the first of several: some architectures' blocks return a tuple."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

@@ -1,0 +1,68 @@
+"""Which weights unlearning trains: the last blocks, or parameters named by their role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from interventions.layouts import ROLES
+from interventions.names import near_names
+from interventions.structure import Anatomy, Block, check_layers
+from interventions.types import InterventionError
+from interventions.unlearn.bases import Trained
+
+
+def last_layers(method: str, settings: Trained, depth: int) -> list[int]:
+    """Return the blocks that `settings` trains: those named, or the last ones."""
+    if settings.layers is not None:
+        return check_layers(f"{method}.layers", settings.layers, depth)
+    return list(range(depth - max(1, round(settings.layer_fraction * depth)), depth))
+
+
+def named_in_blocks(
+    method: str, model: nn.Module, blocks: Sequence[Block], names: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of `blocks` that `names` stand for: roles of linear layers, or names inside a block."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    chosen: dict[str, nn.Parameter] = {}
+    for block in blocks:
+        inside = [name for name, _ in block.module.named_parameters()]
+        for name in names:
+            if name in ROLES:
+                found = [
+                    linear.parameter_name
+                    for group in block.linear_groups
+                    for linear in group.linears
+                    if group.role == name
+                ]
+            elif name in inside:
+                found = [f"{block.name}.{name}"]
+            else:
+                known = [*ROLES, *inside]
+                raise InterventionError(
+                    f"{method}.parameters: {block.name} has no {name!r}.{near_names(name, known)} "
+                    f"Known: {', '.join(known)}."
+                )
+            chosen |= {full: every[full] for full in found}
+    return chosen
+
+
+def trained_parameters(
+    method: str, model: nn.Module, anatomy: Anatomy, layers: Sequence[int], settings: Trained
+) -> dict[str, nn.Parameter]:
+    """Return what `settings` trains: in the blocks `layers` all or what it names, and the final norm and output head.
+
+    A head whose weight is used elsewhere, as by tied embeddings, is left out.
+    """
+    blocks = [anatomy.blocks[layer] for layer in layers]
+    if settings.parameters is None:
+        chosen = [p for block in blocks for p in block.module.parameters()]
+    else:
+        chosen = list(named_in_blocks(method, model, blocks, settings.parameters).values())
+    wanted = {id(p) for p in chosen}
+    if settings.train_head:
+        embedded = {id(p) for p in anatomy.embeddings.parameters()}
+        ends = [*anatomy.final_norm.parameters(), *anatomy.head.parameters()]
+        wanted |= {id(p) for p in ends} - embedded
+    return {name: p for name, p in model.named_parameters() if id(p) in wanted}

@@ -1,0 +1,163 @@
+"""Training on how likely texts are: the loop that GA, GD, NPO, SimNPO and relearning share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from interventions.anatomy import find_anatomy
+from interventions.context import Context
+from interventions.structure import module_device
+from interventions.training import Trainer, workable_precision
+from interventions.types import InterventionError, Resources
+from interventions.unlearn.bases import Trained
+from interventions.unlearn.kernels.choice import last_layers, trained_parameters
+from interventions.unlearn.kernels.texts import TextBatch, choose_topics, endless, make_batches, shuffled, tokenise
+
+TextLosses = Callable[[Tensor, TextBatch], Tensor]
+"""From the negative log-likelihoods of a batch's texts, summed over tokens, to the loss of each, both (texts,)."""
+
+Prepare = Callable[[nn.Module, Sequence[TextBatch]], TextLosses]
+"""Makes the text losses, given the model before the first update and all forget batches."""
+
+
+def text_nll(model: nn.Module, batch: TextBatch) -> Tensor:
+    """Return each text's negative log-likelihood in nats, summed over all tokens but the first, (texts,) float32."""
+    logits = model(
+        input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
+    ).logits  # (texts, length, vocabulary)
+    scored = batch.mask[:, 1:].bool()
+    losses = cross_entropy(logits[:, :-1][scored].float(), batch.ids[:, 1:][scored], reduction="none")
+    return losses.new_zeros(scored.shape).masked_scatter(scored, losses).sum(dim=1)
+
+
+def nll_by_token(nll: Tensor, batch: TextBatch) -> Tensor:
+    """Return each text's mean negative log-likelihood a token."""
+    return nll / batch.scored
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The two parts of a loss, and how much each weighs."""
+
+    forget: Prepare
+    by_token: bool
+    """Whether a text weighs as much as it has tokens in the mean over an update, or all texts the same."""
+    forget_weight: float = 1.0
+    retain_weight: float = 0.0
+    """Of the mean negative log-likelihood a token of retain text."""
+
+
+@torch.enable_grad()
+def train_on_likelihood(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: Trained,
+    resources: Resources,
+    context: Context,
+    terms: Terms,
+) -> dict[str, Any]:
+    """Minimise `terms` over forget and retain text, in place, and return the step's details.
+
+    Raises InterventionError for settings or texts that cannot work, and for a loss that is not finite.
+    """
+    method = settings.name
+    topics = choose_topics(method, settings.topics, resources.forget)
+    if terms.retain_weight and not resources.retain:
+        raise InterventionError(
+            f"{method} needs retain text (resources.retain): give some, or set {method}.retain_weight=0"
+        )
+    anatomy = find_anatomy(model)
+    layers = last_layers(method, settings, len(anatomy.blocks))
+    parameters = trained_parameters(method, model, anatomy, layers, settings)
+    device = module_device(model)
+
+    def rows(texts: Sequence[str], source: str) -> list[list[int]]:
+        return tokenise(model, tokenizer, texts, settings.max_tokens, f"{method}: {source}")
+
+    chosen = [
+        row for topic, texts in topics.items() for row in rows(texts[: settings.samples], f"forget texts of {topic!r}")
+    ]
+    forget = make_batches(chosen, settings.batch_size, tokenizer, device)
+    kept = rows(resources.retain, "retain texts") if terms.retain_weight else []
+    beside = settings.retain_batch_size or settings.batch_size
+    retain = endless(make_batches(kept, beside, tokenizer, device), context.generator(f"{method} retain"))
+    losses: dict[str, list[float]] = {"forget": [], "retain": []}
+    with workable_precision(model):
+        trainer = Trainer(
+            method,
+            model,
+            parameters,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            preserve_mask=settings.preserve_mask,
+        )
+        text_losses = terms.forget(model, forget)
+        updates = list(_updates(forget, settings, context.generator(f"{method} order")))
+        for number, batches in enumerate(updates):
+            if settings.decay:
+                trainer.set_rate(settings.lr * (1 - number / len(updates)))
+            losses["forget"].append(
+                add_gradients(trainer, model, batches, text_losses, terms.by_token, terms.forget_weight)
+            )
+            if terms.retain_weight:
+                others = [next(retain) for _ in batches]
+                losses["retain"].append(add_gradients(trainer, model, others, nll_by_token, True, terms.retain_weight))
+            trainer.update()
+            if trainer.updates % 10 == 1:
+                said = ", ".join(f"{name} {values[-1]:.4g}" for name, values in losses.items() if values)
+                context.progress(f"{method}: update {trainer.updates}, {said}")
+        trainer.finish()
+    return {
+        "topics": list(topics),
+        "texts": len(chosen),
+        "layers": layers,
+        "trained": trainer.names,
+        "updates": trainer.updates,
+        "losses": losses,
+    }
+
+
+def _updates(batches: Sequence[TextBatch], settings: Trained, generator: torch.Generator) -> Iterator[list[TextBatch]]:
+    """Yield the batches of each update; the last of an epoch takes what is left."""
+    done = 0
+    for _ in range(settings.epochs):
+        order = shuffled(batches, generator)
+        for start in range(0, len(order), settings.accumulation):
+            if settings.max_updates is not None and done == settings.max_updates:
+                return
+            yield order[start : start + settings.accumulation]
+            done += 1
+
+
+def add_gradients(
+    trainer: Trainer,
+    model: nn.Module,
+    batches: Sequence[TextBatch],
+    text_losses: TextLosses,
+    by_token: bool,
+    weight: float,
+) -> float:
+    """Add the gradients of `weight` times the mean loss over all texts of an update, and return that loss."""
+    shares = [batch.scored if by_token else torch.ones_like(batch.scored) for batch in batches]
+    total = sum(int(share.sum()) for share in shares)
+    parts = []
+    for batch, share in zip(batches, shares, strict=True):
+        losses = text_losses(text_nll(model, batch), batch)
+        parts.append(trainer.backward(weight * (losses * share).sum() / total))
+    return sum(parts)
+
+
+def ascend(model: nn.Module, batches: object) -> TextLosses:
+    """Return the losses of gradient ascent: the likelihood of each text by token."""
+
+    def losses(nll: Tensor, batch: TextBatch) -> Tensor:
+        return -nll_by_token(nll, batch)
+
+    return losses

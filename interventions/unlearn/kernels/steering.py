@@ -1,0 +1,48 @@
+"""Steering the states of one block: what RMU trains on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interventions.early_exit import SeenEnough, run_until_seen
+from interventions.structure import Block, first_output
+from interventions.unlearn.kernels.texts import TextBatch
+
+
+def control_vector(width: int, coefficient: float, generator: torch.Generator) -> Tensor:
+    """Return a vector (width,) float32 of norm `coefficient`, its direction uniform in [0, 1) by component."""
+    direction = torch.rand(width, generator=generator)
+    control: Tensor = coefficient * direction / direction.norm()
+    return control
+
+
+def states(model: nn.Module, block: Block, batch: TextBatch) -> Tensor:
+    """Return the output of `block` at the tokens of the batch, (tokens, hidden), padding left out.
+
+    The forward pass ends there.
+    """
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.append(first_output(output))
+        raise SeenEnough
+
+    handle = block.module.register_forward_hook(see)
+    try:
+        run_until_seen(model, {"input_ids": batch.ids, "attention_mask": batch.mask})
+    finally:
+        handle.remove()
+    return seen[0][batch.mask.bool()]
+
+
+def forget_loss(seen: Tensor, control: Tensor) -> Tensor:
+    """Return the mean squared distance of states (tokens, hidden) from the control vector (hidden,)."""
+    return (seen.float() - control.to(seen.device)).square().mean()
+
+
+def retain_loss(seen: Tensor, frozen: Tensor) -> Tensor:
+    """Return the mean squared distance of states (tokens, hidden) from what they were."""
+    return (seen.float() - frozen.to(seen.device).float()).square().mean()
