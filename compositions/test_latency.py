@@ -13,7 +13,7 @@ from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.session import SESSION
 
 if TYPE_CHECKING:
-    from pytest_lmcompose.states.build import ModelState
+    from pytest_lmcompose.build.states import ModelState
 
 
 @pytest.mark.latency

@@ -22,7 +22,7 @@ from interventions.registry import methods
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.cli.flags import plugin_flags
 from pytest_lmcompose.cli.listing import KINDS
-from pytest_lmcompose.report.json import SCHEMA_PATH
+from pytest_lmcompose.report.collect import SCHEMA_PATH
 from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSettings, WorldSettings
 
 MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 
-class SeenEnough(Exception):
+class StopForward(Exception):
     """Raised by a hook: the layers above need not run."""
 
 
 def run_until_seen(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
-    """Run `model` on `batch` without KV cache; tell whether a hook ended the pass by SeenEnough."""
+    """Run `model` on `batch` without KV cache; tell whether a hook ended the pass by StopForward."""
     try:
         model(**batch, use_cache=False)
-    except SeenEnough:
+    except StopForward:
         return True
     return False

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from interventions.early_exit import SeenEnough, run_until_seen
+from interventions.early_exit import StopForward, run_until_seen
 from interventions.modes import keep_modes
 from interventions.padding import pad_right, padding_id
 from interventions.structure import Linear, module_device
@@ -217,7 +217,7 @@ class _Collector:
                 self.last = (x, linear.name)
             self.waiting.discard(linear.name)
             if not self.waiting:
-                raise SeenEnough
+                raise StopForward
 
         return see
 

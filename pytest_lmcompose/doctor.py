@@ -21,10 +21,10 @@ from packaging.requirements import Requirement
 
 from interventions.compress.engines.table import ENGINES, Engine, interpreter
 from interventions.types import InterventionError
+from pytest_lmcompose.cache.folder import Store, default_folder
 from pytest_lmcompose.costs import size
+from pytest_lmcompose.distribute.threads import WORKER_COUNT, available_cores, torch_threads
 from pytest_lmcompose.options import SUITE_FOLDER
-from pytest_lmcompose.parallel.threads import WORKER_COUNT, available_cores, torch_threads
-from pytest_lmcompose.store.folder import Store, default_folder
 
 DISTRIBUTION = "pytest-lmcompose"
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")

@@ -18,7 +18,7 @@ def usage_errors() -> Iterator[None]:
     except ValueError as error:
         from pytest_lmcompose.baseline.storage import StorageError
         from pytest_lmcompose.errors import RecipeError
-        from pytest_lmcompose.gates.thresholds import ThresholdError
+        from pytest_lmcompose.gate.thresholds import ThresholdError
         from pytest_lmcompose.report.files import TargetError
 
         if isinstance(error, (RecipeError, ThresholdError, StorageError, TargetError)):
@@ -36,8 +36,8 @@ def plain_failures(stop: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        from pytest_lmcompose.data.records import WorldError
         from pytest_lmcompose.errors import ModelError
-        from pytest_lmcompose.world.records import WorldError
 
         if isinstance(error, (ModelError, WorldError)):
             stop("lmcompose: the model or the data cannot be used: see the failure above")
@@ -50,9 +50,9 @@ def _says_everything(error: Exception) -> bool:
     from evaluators.measurement import EvaluationError
     from interventions.types import InterventionError
     from pytest_lmcompose.baseline.storage import StorageError
+    from pytest_lmcompose.data.records import WorldError
     from pytest_lmcompose.errors import BuildError, RecipeError
-    from pytest_lmcompose.gates.thresholds import ThresholdError
-    from pytest_lmcompose.world.records import WorldError
+    from pytest_lmcompose.gate.thresholds import ThresholdError
 
     if isinstance(error, BuildError):
         return isinstance(error.__cause__, InterventionError)

@@ -7,9 +7,9 @@ import os
 import re
 from pathlib import Path
 
+from pytest_lmcompose.build.checkpoint import check_folder
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.recipe import RecipeError, near_names, presets, quoted
-from pytest_lmcompose.states.checkpoint import check_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

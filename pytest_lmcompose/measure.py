@@ -22,9 +22,9 @@ from evaluators import (
 )
 from evaluators import capture_unedited as _capture
 from evaluators.registry import Asked, find_evaluator
+from pytest_lmcompose.data.records import EditRecord, FactRecord
+from pytest_lmcompose.data.run_data import RunData
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-from pytest_lmcompose.world.data import RunData
-from pytest_lmcompose.world.records import EditRecord, FactRecord
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pytest_lmcompose.gates.thresholds import Unused
+from pytest_lmcompose.gate.thresholds import Unused
 from pytest_lmcompose.merge_checks import interrupted, missing, parts, problems
-from pytest_lmcompose.report.json import Collected
+from pytest_lmcompose.report.collect import Collected
 from pytest_lmcompose.report.planned import idle, untested
 from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pytest_lmcompose.baseline.compare import circumstances
-from pytest_lmcompose.gates.thresholds import Rule
-from pytest_lmcompose.parallel.shard import Shard
+from pytest_lmcompose.distribute.shard import Shard
+from pytest_lmcompose.gate.thresholds import Rule
 from pytest_lmcompose.results import CompositionResult, Outcome, Part, Plan, Report, replace
 
 _NAMED = 3

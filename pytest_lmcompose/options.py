@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.baseline.keeping import (
+from pytest_lmcompose.baseline.options import (
     COMPARE,
     COMPARE_METAVAR,
     FAIL,
     LATEST,
     SWITCHES,
     VALUES,
-    Keeping,
-    read_keeping,
+    BaselineOptions,
+    read_baseline_options,
 )
-from pytest_lmcompose.parallel.shard import Shard, read_shard
+from pytest_lmcompose.cache.folder import DEFAULT_LIMIT, default_folder
+from pytest_lmcompose.cache.remote import check_url, front_folder, is_url, local_path
+from pytest_lmcompose.distribute.shard import Shard, read_shard
 from pytest_lmcompose.report.files import TargetError, check_folder, is_file, path_of
-from pytest_lmcompose.report.outputs import FLAGS, Outputs, read_outputs
-from pytest_lmcompose.store.folder import DEFAULT_LIMIT, default_folder
-from pytest_lmcompose.store.remote import check_url, front_folder, is_url, local_path
+from pytest_lmcompose.report.options import FLAGS, Outputs, read_outputs
 
 SUITE_FOLDER = Path(__file__).resolve().parent.parent / "compositions"
 """The installed suite: its recipes, thresholds and embedded world. Found beside the plugin, since a
@@ -70,7 +70,7 @@ class Options:
     """Interpreters of compression engines, by the environment variable that they are the default of."""
     folder: Path
     """Where pytest was called: relative paths count from here."""
-    keeping: Keeping
+    keeping: BaselineOptions
     """Which runs are stored and compared."""
     outputs: Outputs
     """Reports beside the JSON, and how the terminal shows the run."""
@@ -171,7 +171,7 @@ def read_options(config: pytest.Config) -> Options:
         raise pytest.UsageError(
             f"--lmcompose-gpus-per-worker: expected a whole number from 0 up, not {gpus_per_worker!r}"
         )
-    keeping = read_keeping(
+    keeping = read_baseline_options(
         lambda name: _value(config, name.replace("-", "_")),
         lambda name: _switch(config, name),
         _values(config, "compare_fail"),

@@ -15,17 +15,17 @@ import pytest
 
 from pytest_lmcompose import hookspec
 from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.distribute import threads
 from pytest_lmcompose.options import LOCAL, add_options, read_options
-from pytest_lmcompose.parallel import threads
 from pytest_lmcompose.plan import Planned
 from pytest_lmcompose.session import BASELINE_INPUT, PLAN_OUTPUT, Session, composition_of
 from pytest_lmcompose.session import SESSION as SESSION
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
-    from pytest_lmcompose.closing import Closing
+    from pytest_lmcompose.build.states import ModelState
     from pytest_lmcompose.results import Gate
-    from pytest_lmcompose.states.build import ModelState
+    from pytest_lmcompose.session_report import SessionReport
 
 CATEGORIES = ("edit", "unlearn", "compress")
 _HOLDS_FAILURES = re.compile(r"contains \d+ failed subtests?")
@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)  # around xdist's own, which asks how many workers to start
 def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
     if any(getattr(config.option, name, None) for name in ("numprocesses", "tx")):  # which xdist defines
-        from pytest_lmcompose.parallel.schedule import Workers
+        from pytest_lmcompose.distribute.schedule import Workers
 
         workers = Workers(lambda: config.stash[SESSION], partial(read_options, config))
         config.pluginmanager.register(workers, "lmcompose-workers")
@@ -88,7 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_lmcompose_make_engine(config: pytest.Config, name: str) -> object | None:
     if name != "ray":
         return None
-    from pytest_lmcompose.cluster.engine import RayEngine
+    from pytest_lmcompose.distribute.ray.engine import RayEngine
 
     return RayEngine(config, config.stash[SESSION])
 
@@ -216,7 +216,7 @@ class _Reporting:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._closing: Closing | None = None
+        self._closing: SessionReport | None = None
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)  # around whoever runs the tests
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -254,9 +254,9 @@ class _Reporting:
             output[PLAN_OUTPUT] = [list(plan.tested), list(plan.judged)]
         if not own.has_results:
             return
-        from pytest_lmcompose.closing import Closing
+        from pytest_lmcompose.session_report import SessionReport
 
-        self._closing = Closing(own)
+        self._closing = SessionReport(own)
         self._closing.finish(session, exitstatus)
         if own.report is not None:
             baseline = None if own.baseline is None else own.baseline.report

@@ -20,8 +20,8 @@ from msgspec import Meta
 from msgspec.structs import replace as replace
 
 from pytest_lmcompose.composition import CompositionError, parse
-from pytest_lmcompose.gates.thresholds import LOST, Rule, Unused
-from pytest_lmcompose.parallel.shard import Shard
+from pytest_lmcompose.distribute.shard import Shard
+from pytest_lmcompose.gate.thresholds import LOST, Rule, Unused
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement

@@ -18,11 +18,19 @@ from interventions.registry import methods
 from pytest_lmcompose.baseline.history import choose
 from pytest_lmcompose.baseline.reference import Baseline, architecture, architecture_at
 from pytest_lmcompose.baseline.storage import StorageError
+from pytest_lmcompose.build.checkpoint import check_folder
+from pytest_lmcompose.cache.address import address, data_address, measurements_address
+from pytest_lmcompose.cache.folder import Store
+from pytest_lmcompose.cache.journal import Journal
+from pytest_lmcompose.cache.remote import RemoteStore
+from pytest_lmcompose.cache.run_cache import RunCache, costs
 from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.counter import Counter
-from pytest_lmcompose.gates.repeats import Repeat, pooled
-from pytest_lmcompose.gates.thresholds import (
+from pytest_lmcompose.data.asked import asked, question_files
+from pytest_lmcompose.gate.repeats import Repeat, pooled
+from pytest_lmcompose.gate.thresholds import (
     Rule,
     check_compositions,
     needs_baseline,
@@ -35,21 +43,13 @@ from pytest_lmcompose.locate import model_location, model_overrides, world_folde
 from pytest_lmcompose.options import SUITE_FOLDER, Options
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
-from pytest_lmcompose.result import Result
 from pytest_lmcompose.results import Model, Tokenisation
-from pytest_lmcompose.states.checkpoint import check_folder
-from pytest_lmcompose.store.address import address, data_address, measurements_address
-from pytest_lmcompose.store.entries import Shelf, costs
-from pytest_lmcompose.store.folder import Store
-from pytest_lmcompose.store.journal import Journal
-from pytest_lmcompose.store.remote import RemoteStore
-from pytest_lmcompose.world.asked import asked, question_files
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
-    from pytest_lmcompose.states.build import ModelState, StateManager
+    from pytest_lmcompose.build.states import ModelState, StateManager
+    from pytest_lmcompose.data.run_data import RunData
     from pytest_lmcompose.steps import StepRecord
-    from pytest_lmcompose.world.data import RunData
 
 CONF = SUITE_FOLDER / "conf"
 
@@ -157,7 +157,7 @@ class Run:
     @cached_property
     def data(self) -> tuple[RunData, ...]:
         """The edits, facts and texts of each repeat; raises WorldError."""
-        from pytest_lmcompose.world.data import load_data
+        from pytest_lmcompose.data.run_data import load_data
 
         folder = world_folder(self.recipe.world.folder, self.options.folder)
         return tuple(load_data(self.recipe.world, self.recipe.evaluate, folder, seed) for seed in self.seeds)
@@ -178,11 +178,11 @@ class Run:
         return Store(options.cache_dir, options.cache_size, self._progress)
 
     @cached_property
-    def shelf(self) -> Shelf | None:
+    def shelf(self) -> RunCache | None:
         """This run's part of the store."""
         if self.store is None:
             return None
-        return Shelf(self.store, self.recipe.model.path)
+        return RunCache(self.store, self.recipe.model.path)
 
     @cached_property
     def journal(self) -> Journal | None:
@@ -223,8 +223,8 @@ class Run:
         if self._manager is None:
             data = self.data  # broken data are known before the model is loaded
             self._doing(f"loading {self.recipe.model.path}")
-            from pytest_lmcompose.states.build import StateManager
-            from pytest_lmcompose.states.load import choose_device, load_model
+            from pytest_lmcompose.build.load import choose_device, load_model
+            from pytest_lmcompose.build.states import StateManager
 
             loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
             self._manager = StateManager(

@@ -16,7 +16,7 @@ from pathlib import Path
 from interventions.categories import Category, categories
 from interventions.intervention import ZEROS
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.promises import Promise, broken, promises
+from pytest_lmcompose.gate.promises import Promise, broken, promises
 from pytest_lmcompose.recipe import Recipe
 from pytest_lmcompose.report.files import check_targets, write_text
 

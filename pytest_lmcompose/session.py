@@ -28,11 +28,11 @@ from pytest_lmcompose.report.files import check_targets
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
     from pytest_lmcompose.baseline.reference import Baseline
-    from pytest_lmcompose.judging import Judging
-    from pytest_lmcompose.report.json import Collected
+    from pytest_lmcompose.build.states import ModelState
+    from pytest_lmcompose.gate.evaluator import GateEvaluator
+    from pytest_lmcompose.report.collect import Collected
     from pytest_lmcompose.results import Gate, Report
     from pytest_lmcompose.run import Run
-    from pytest_lmcompose.states.build import ModelState
     from pytest_lmcompose.steps import StepRecord
 
 SESSION = pytest.StashKey["Session"]()
@@ -99,7 +99,7 @@ class Session:
     def collected(self) -> Collected:
         """The results of all processes, where the report is written."""
         if self._collected is None:
-            from pytest_lmcompose.report.json import Collected
+            from pytest_lmcompose.report.collect import Collected
 
             self._collected = Collected()
         return self._collected
@@ -110,10 +110,10 @@ class Session:
         return self.in_use or self._collected is not None
 
     @cached_property
-    def judging(self) -> Judging:
-        from pytest_lmcompose.judging import Judging
+    def judging(self) -> GateEvaluator:
+        from pytest_lmcompose.gate.evaluator import GateEvaluator
 
-        return Judging(self.run)
+        return GateEvaluator(self.run)
 
     def check(self) -> None:
         """Check all options before collection; raises pytest.UsageError."""
@@ -251,7 +251,7 @@ class Session:
 
     def crashed(self, composition: Composition, message: str) -> None:
         """Keep, for the report, that a worker died in the test of `composition`."""
-        from pytest_lmcompose.result import Result
+        from pytest_lmcompose.composition_run import Result
         from pytest_lmcompose.results import Message
 
         result = Result(composition)

@@ -19,8 +19,8 @@ from interventions.compress import blockwise
 from interventions.compress.kernels.working_memory import bytes_for
 from interventions.edit.bases import ValueSettings
 from interventions.offload import offload
-from pytest_lmcompose.states.load import hash_weights
-from pytest_lmcompose.states.snapshot import WorkingModel
+from pytest_lmcompose.build.load import hash_weights
+from pytest_lmcompose.build.snapshot import WorkingModel
 from tests.interventions.unlearning import difference
 from tests.models import SENTENCES, share_of_same_weights, tiny_model
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluators.measurement import EvaluationError
-from pytest_lmcompose.gates.paired import change, corrected, is_exact
+from pytest_lmcompose.data.asked import METHODS, OF_WEIGHTS, part_of
+from pytest_lmcompose.gate.paired import change, corrected, is_exact
 from pytest_lmcompose.results import Compared, Difference, Measured, Model, Report, Row, replace
-from pytest_lmcompose.world.asked import METHODS, OF_WEIGHTS, part_of
 
 LEVEL = 0.05
 _MODEL = {"id": "name", "revision": "revision", "weight_hash": "weights", "dtype": "dtype", "device": "device"}

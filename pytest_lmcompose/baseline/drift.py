@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from pytest_lmcompose.baseline.compare import incomparable, other_questions
-from pytest_lmcompose.gates.paired import corrected
+from pytest_lmcompose.gate.paired import corrected
 from pytest_lmcompose.results import DriftRow, Report, replace
 
 WINDOW = 10

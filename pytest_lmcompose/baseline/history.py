@@ -9,7 +9,7 @@ from pathlib import Path
 from pytest_lmcompose.baseline.compare import ComparedReports, compare_reports
 from pytest_lmcompose.baseline.drift import LEVEL, WINDOW, drifts
 from pytest_lmcompose.baseline.git import changes, commit
-from pytest_lmcompose.baseline.keeping import LATEST, Keeping
+from pytest_lmcompose.baseline.options import LATEST, BaselineOptions
 from pytest_lmcompose.baseline.reference import Baseline
 from pytest_lmcompose.baseline.storage import Storage, StorageError, passed, read_run
 from pytest_lmcompose.results import Comparison, Drift, DriftRow, Report, Stored
@@ -21,7 +21,7 @@ _READ = 3 * WINDOW
 _SHOWN = 5
 
 
-def choose(keeping: Keeping, folder: Path, *, needed: bool) -> Baseline | None:
+def choose(keeping: BaselineOptions, folder: Path, *, needed: bool) -> Baseline | None:
     """Return the stored run to compare with; None where none is wanted, or there is none.
 
     `needed` says that a gate compares with one. Raises StorageError for one that is not there, broken, or
@@ -50,7 +50,7 @@ def choose(keeping: Keeping, folder: Path, *, needed: bool) -> Baseline | None:
     return None
 
 
-def check_tree(keeping: Keeping, folder: Path) -> None:
+def check_tree(keeping: BaselineOptions, folder: Path) -> None:
     """Refuse to make a baseline of files that are not committed; raises StorageError."""
     if not keeping.update or keeping.force:
         return
@@ -93,7 +93,11 @@ class Outcome:
         return changed(report, comparison=comparison, drift=drift)
 
 
-def outcome(report: Report, baseline: Baseline | None, keeping: Keeping, judged: Callable[[str, str], bool]) -> Outcome:
+def outcome(
+    report: Report, baseline: Baseline | None, keeping: BaselineOptions, judged: Callable[[str, str], bool]
+) -> Outcome:
+    report: Report, baseline: Baseline | None, keeping: BaselineOptions, judged: Callable[[str, str], bool]
+) -> Outcome:
     """Compare a finished run with its baseline, and look for drift over the stored runs.
 
     `judged` says whether a metric of a composition has a gate: drift is judged for those.
@@ -106,7 +110,7 @@ def outcome(report: Report, baseline: Baseline | None, keeping: Keeping, judged:
     return Outcome(baseline, compared, tuple(found), len(before) + 1, tuple(problems))
 
 
-def keep(report: Report, keeping: Keeping, baseline: Baseline | None, root: Path, *, ok: bool) -> str | None:
+def keep(report: Report, keeping: BaselineOptions, baseline: Baseline | None, root: Path, *, ok: bool) -> str | None:
     """Store a run as its flags say; return what to tell, None if it is not to be stored. Raises OSError."""
     if not keeping.stores:
         return None

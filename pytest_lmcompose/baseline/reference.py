@@ -11,7 +11,7 @@ from typing import Any
 
 from pytest_lmcompose.baseline.compare import other_questions, unlike
 from pytest_lmcompose.baseline.storage import read_run
-from pytest_lmcompose.gates.gate import Reference
+from pytest_lmcompose.gate.judge import Reference
 from pytest_lmcompose.results import CompositionResult, Model, Report
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -16,12 +16,12 @@ from typing import Any
 import msgspec
 
 from interventions.names import near_names
-from pytest_lmcompose.baseline.keeping import FOLDER as FOLDER
-from pytest_lmcompose.baseline.keeping import NAME as NAME
+from pytest_lmcompose.baseline.options import FOLDER as FOLDER
+from pytest_lmcompose.baseline.options import NAME as NAME
+from pytest_lmcompose.cache.locks import locked
 from pytest_lmcompose.report.files import is_file, write_text
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.results import LaterReportError, Report, ReportError, decode
-from pytest_lmcompose.store.locks import locked
 
 _FILE = re.compile(rf"(\d{{4,}})_({NAME.pattern})\.json")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
+from pytest_lmcompose.cache.folder import Store, default_folder
+from pytest_lmcompose.cache.remote import is_url, local_path
 from pytest_lmcompose.costs import size
-from pytest_lmcompose.store.folder import Store, default_folder
-from pytest_lmcompose.store.remote import is_url, local_path
 
 
 class _Folder(click.Path):

@@ -39,8 +39,8 @@ def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -
     from pytest_lmcompose.baseline.storage import StorageError, passed, read_run
     from pytest_lmcompose.merge import MergeError
     from pytest_lmcompose.merge import merge as joined
+    from pytest_lmcompose.report.collect import write
     from pytest_lmcompose.report.files import TargetError, check_targets
-    from pytest_lmcompose.report.json import write
 
     try:
         check_targets({"--output": output}, {f"the report {path}": path for path in runs})

@@ -17,7 +17,7 @@ import pytest
 from pytest_lmcompose.baseline.storage import FOLDER, Storage, StorageError, read_run
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, Refused
-from pytest_lmcompose.report.outputs import BY_ID, GROUPS, Layout
+from pytest_lmcompose.report.options import BY_ID, GROUPS, Layout
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.results import CompositionResult, Report, Row, replace
 

@@ -24,9 +24,9 @@ def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
     Nothing is overwritten without --force.
     """
     from pytest_lmcompose import scaffold
+    from pytest_lmcompose.gate.promises import broken
     from pytest_lmcompose.locate import model_location, model_overrides
     from pytest_lmcompose.options import SUITE_FOLDER
-    from pytest_lmcompose.promises import broken
     from pytest_lmcompose.recipe import RecipeError, load_recipe, presets
 
     conf = SUITE_FOLDER / "conf"

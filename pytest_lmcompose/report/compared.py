@@ -9,7 +9,7 @@ import pytest
 from pytest_lmcompose.baseline.compare import ComparedReports
 from pytest_lmcompose.baseline.drift import LEVEL
 from pytest_lmcompose.baseline.history import Outcome
-from pytest_lmcompose.gates.thresholds import Unused
+from pytest_lmcompose.gate.thresholds import Unused
 from pytest_lmcompose.report.numbers import MISSING, number
 from pytest_lmcompose.report.terminal import Cell, blocks, write_blocks
 from pytest_lmcompose.report.text import visible

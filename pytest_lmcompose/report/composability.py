@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, per_unit, ratio_error
 from pytest_lmcompose.composition import BASE
-from pytest_lmcompose.gates.repeats import evened, independent, link_of, scaled
+from pytest_lmcompose.data.asked import OF_WEIGHTS
+from pytest_lmcompose.gate.repeats import evened, independent, link_of, scaled
 from pytest_lmcompose.report.shares import shares
 from pytest_lmcompose.results import (
     Composability,
@@ -28,7 +29,6 @@ from pytest_lmcompose.results import (
     StepInterference,
     replace,
 )
-from pytest_lmcompose.world.asked import OF_WEIGHTS
 
 if TYPE_CHECKING:
     from evaluators.composability import Interval as Bounds

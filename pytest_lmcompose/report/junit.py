@@ -11,8 +11,8 @@ import pytest
 if TYPE_CHECKING:
     from _pytest.junitxml import LogXML
 
-    from pytest_lmcompose.report.json import Collected
-    from pytest_lmcompose.result import Result
+    from pytest_lmcompose.composition_run import Result
+    from pytest_lmcompose.report.collect import Collected
 
 PREFIX = "lmcompose."
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from interventions.names import near_names
 from interventions.registry import category_of
 from pytest_lmcompose.composition import BASE, parse
-from pytest_lmcompose.report.outputs import BY_ID, Layout
+from pytest_lmcompose.report.options import BY_ID, Layout
 from pytest_lmcompose.results import CompositionResult
 
 Records = Sequence[CompositionResult]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from interventions.names import near_names
 from pytest_lmcompose.composition import BASE, parse
-from pytest_lmcompose.gates.thresholds import Rule, compares_with
+from pytest_lmcompose.gate.thresholds import Rule, compares_with
 from pytest_lmcompose.results import BaselineFile, CompositionResult, Plan, Report
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from pytest_lmcompose.results import CompositionResult, Prompts
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_lmcompose.world.data import RunData
-    from pytest_lmcompose.world.records import FactRecord
+    from pytest_lmcompose.data.records import FactRecord
+    from pytest_lmcompose.data.run_data import RunData
 
 LONGEST = 200
 """Characters of a text; longer ones are cut."""

@@ -14,7 +14,7 @@ from evaluators.measurement import EvaluationError, Measurement
 from evaluators.recovery import returned
 from evaluators.survival import measure_survival
 from pytest_lmcompose.composition import BASE
-from pytest_lmcompose.gates.repeats import side_by_side
+from pytest_lmcompose.gate.repeats import side_by_side
 from pytest_lmcompose.results import CompositionResult, Measured, Share
 
 

@@ -10,7 +10,7 @@ import pytest
 from pytest_lmcompose.report.layout import arranged, chosen_metrics, unmatched
 from pytest_lmcompose.report.layout import shown_metrics as shown_metrics
 from pytest_lmcompose.report.numbers import value_text
-from pytest_lmcompose.report.outputs import Layout
+from pytest_lmcompose.report.options import Layout
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.results import CompositionResult
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
+from pytest_lmcompose.report.collect import write
 from pytest_lmcompose.report.files import write_text
 from pytest_lmcompose.report.html import render
-from pytest_lmcompose.report.json import write
-from pytest_lmcompose.report.outputs import Tracking
+from pytest_lmcompose.report.options import Tracking
 from pytest_lmcompose.report.view import verdicts
 from pytest_lmcompose.results import Report
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pytest_lmcompose.report.files import append_text, write_text
-from pytest_lmcompose.report.outputs import Outputs
+from pytest_lmcompose.report.options import Outputs
 from pytest_lmcompose.results import Report
 
 

@@ -17,20 +17,20 @@ CASES = 5000
 STUBS = """
 import atexit, pathlib, time
 from evaluators.measurement import Measurement
-import pytest_lmcompose.states.build, pytest_lmcompose.measure
+import pytest_lmcompose.build.states, pytest_lmcompose.measure
 names = ("edit_success_f1", "perplexity", "recall", "bits", "sparsity")
 found = [Measurement(name, 0.5, 0.1, 4, True, (0.0, 1.0, 0.0, 1.0)) for name in names]
 pytest_lmcompose.measure.measure_state = lambda *arguments: found
 pytest_lmcompose.measure.capture_unedited = lambda *arguments: None
 spent = [0.0]
-apply = pytest_lmcompose.states.build.apply
+apply = pytest_lmcompose.build.states.apply
 def timed(*arguments, **named):
     start = time.process_time()
     try:
         return apply(*arguments, **named)
     finally:
         spent[0] += time.process_time() - start
-pytest_lmcompose.states.build.apply = timed
+pytest_lmcompose.build.states.apply = timed
 atexit.register(lambda: pathlib.Path(__file__).with_name("applying").write_text(str(spent[0])))
 """
 PLAIN = """

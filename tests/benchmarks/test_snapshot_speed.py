@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from pytest_lmcompose.states.load import hash_weights
-from pytest_lmcompose.states.snapshot import WorkingModel
+from pytest_lmcompose.build.load import hash_weights
+from pytest_lmcompose.build.snapshot import WorkingModel
 
 pytestmark = pytest.mark.benchmark
 

@@ -101,7 +101,7 @@ def test_settings_have_every_key_of_a_recipe_with_its_default(generate: Any) -> 
 def test_the_schema_page_has_every_property(generate: Any) -> None:
     import json
 
-    from pytest_lmcompose.report.json import SCHEMA_PATH
+    from pytest_lmcompose.report.collect import SCHEMA_PATH
 
     def names(node: Any) -> Any:
         if isinstance(node, dict):

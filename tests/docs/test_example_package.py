@@ -15,10 +15,10 @@ import pytest
 
 from evaluators import registry
 from evaluators.registry import Evaluator
+from pytest_lmcompose.cache.address import measurements_address, read_module
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.recipe import RecipeError, load_recipe
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-from pytest_lmcompose.store.address import measurements_address, read_module
 from tests.plugin.tiny import write_model, write_world
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pytest
 from interventions.edit.memit import MemitSettings
 from interventions.registry import Method, methods
 from interventions.types import Edit, Resources
-from pytest_lmcompose.store.address import address, hash_files, method_code, read_module, source_hash, versions
+from pytest_lmcompose.cache.address import address, hash_files, method_code, read_module, source_hash, versions
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,7 +105,7 @@ def test_source_counts_with_all_that_it_imports(package: Path) -> None:
 
 
 def test_a_method_without_source_is_not_found_by_another_process() -> None:
-    code = "from pytest_lmcompose.store.address import source_hash; print(source_hash(('nowhere.at.all',)))"
+    code = "from pytest_lmcompose.cache.address import source_hash; print(source_hash(('nowhere.at.all',)))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert len(other.stdout.strip()) == 64
     assert fresh("nowhere.at.all") == fresh("nowhere.at.all") != other.stdout.strip()

@@ -18,9 +18,9 @@ from pytest_lmcompose.baseline.reference import Baseline
 from pytest_lmcompose.baseline.storage import StorageError, read_run
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.cli.flags import plugin_flags
-from pytest_lmcompose.gates.gate import Reference, judge, settle
-from pytest_lmcompose.gates.globs import impossible, overlap
-from pytest_lmcompose.gates.thresholds import ThresholdError, check_compositions, read_expression, read_rules
+from pytest_lmcompose.gate.globs import impossible, overlap
+from pytest_lmcompose.gate.judge import Reference, judge, settle
+from pytest_lmcompose.gate.thresholds import ThresholdError, check_compositions, read_expression, read_rules
 from pytest_lmcompose.options import read_options
 from pytest_lmcompose.report import html, latex, markdown
 from pytest_lmcompose.report.planned import dropped, idle, unmatched

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lmcompose.gates.thresholds import read_rules
+from pytest_lmcompose.gate.thresholds import read_rules
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
 from pytest_lmcompose.run import CONF

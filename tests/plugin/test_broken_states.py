@@ -13,7 +13,7 @@ import pytest
 import vl_convert  # noqa: F401  here, since it cannot be imported again when pytester has forgotten it
 
 from evaluators.measurement import Measurement
-from pytest_lmcompose.gates.paired import Paired, change, compare_with_base, describe, noise_floor
+from pytest_lmcompose.gate.paired import Paired, change, compare_with_base, describe, noise_floor
 from tests.plugin.conftest import Project
 from tests.plugin.test_run import by_id, read_report
 

@@ -13,17 +13,17 @@ import torch
 
 from evaluators.measurement import Measurement
 from interventions import Edit, Resources, StepReport, registry
+from pytest_lmcompose.build.load import Loaded, choose_device, hash_tensors, hash_weights, load_model
+from pytest_lmcompose.build.snapshot import StateGoneError
+from pytest_lmcompose.build.states import StateManager, step_seed
+from pytest_lmcompose.cache.address import read_module
+from pytest_lmcompose.cache.folder import Store
+from pytest_lmcompose.cache.run_cache import RunCache, costs
 from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.errors import BuildError, ModelError
-from pytest_lmcompose.gates.repeats import Repeat
+from pytest_lmcompose.gate.repeats import Repeat
 from pytest_lmcompose.settings import ModelSettings
-from pytest_lmcompose.states.build import StateManager, step_seed
-from pytest_lmcompose.states.load import Loaded, choose_device, hash_tensors, hash_weights, load_model
-from pytest_lmcompose.states.snapshot import StateGoneError
 from pytest_lmcompose.steps import StepRecord
-from pytest_lmcompose.store.address import read_module
-from pytest_lmcompose.store.entries import Shelf, costs
-from pytest_lmcompose.store.folder import Store
 from tests.plugin.stubs import METHODS, NudgeSettings, RoundSettings
 
 CPU = torch.device("cpu")
@@ -201,7 +201,7 @@ class Input:
     def manager(self) -> StateManager:
         loaded = load_model(ModelSettings(), str(self.model), CPU)
         self.change_model(loaded)
-        shelf = Shelf(self.store, "tiny")
+        shelf = RunCache(self.store, "tiny")
         return StateManager(
             loaded, lambda step: self.settings[step.method], self.resources, self.seed, self.lines.append, shelf
         )
@@ -247,7 +247,7 @@ def _code(inputs: Input, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _libraries(inputs: Input, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_lmcompose.states.build.versions", lambda names: {"torch": "9.9"})
+    monkeypatch.setattr("pytest_lmcompose.build.states.versions", lambda names: {"torch": "9.9"})
 
 
 def _weights(loaded: Loaded) -> None:
@@ -323,7 +323,7 @@ def test_stored_steps_tell_what_they_cost(inputs: Input, store: Store) -> None:
 
 
 def test_measurements_come_back_exactly(store: Store) -> None:
-    shelf = Shelf(store, "tiny")
+    shelf = RunCache(store, "tiny")
     report = StepReport("nudge", {"scale": 0.1}, ("a",), {"loss": float("nan")}, ("w",), 1.5, 7)
     samples = (1 / 3, float("inf"), 2.0)
     steps, measurements = (

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.parallel.threads import available_cores
-from pytest_lmcompose.store.folder import Store
+from pytest_lmcompose.cache.folder import Store
+from pytest_lmcompose.distribute.threads import available_cores
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_run import by_id, read_report
 from tests.plugin.tiny import replace_text
@@ -123,7 +123,7 @@ def test_what_changed_is_made_again(cached: Project, tiny_world: Path) -> None:
 SHARE = """
 def test_share_of_the_cores():
     import os, torch
-    from pytest_lmcompose.parallel.threads import available_cores
+    from pytest_lmcompose.distribute.threads import available_cores
     assert torch.get_num_threads() == max(1, available_cores() // 2)
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
 """

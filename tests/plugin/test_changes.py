@@ -15,16 +15,16 @@ import torch
 
 from interventions.compress.engines import identity
 from interventions.types import Edit, Resources
+from pytest_lmcompose.build.load import Loaded
+from pytest_lmcompose.build.states import StateManager
+from pytest_lmcompose.cache import address as addresses
+from pytest_lmcompose.cache.address import data_address, measurements_address
 from pytest_lmcompose.composition import parse
+from pytest_lmcompose.data.asked import question_files
+from pytest_lmcompose.data.run_data import load_data
 from pytest_lmcompose.recipe import Recipe, load_recipe
 from pytest_lmcompose.run import CONF
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-from pytest_lmcompose.states.build import StateManager
-from pytest_lmcompose.states.load import Loaded
-from pytest_lmcompose.store import address as addresses
-from pytest_lmcompose.store.address import data_address, measurements_address
-from pytest_lmcompose.world.asked import question_files
-from pytest_lmcompose.world.data import load_data
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plugin.tiny import replace_text, write_world
 

@@ -13,9 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from pytest_lmcompose.build.load import load_model
 from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.settings import ModelSettings
-from pytest_lmcompose.states.load import load_model
 from tests.models import CONFIGS, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from pytest_lmcompose.cache.folder import Store
 from pytest_lmcompose.cli import main
-from pytest_lmcompose.store.folder import Store
 
 ROOT = Path(__file__).parents[2]
 

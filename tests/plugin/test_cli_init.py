@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from pytest_lmcompose.cli import main
-from pytest_lmcompose.gates.thresholds import read_expression, read_rules
+from pytest_lmcompose.gate.thresholds import read_expression, read_rules
 from tests.started import Finished, run_pytest
 
 WRITTEN = {

@@ -16,8 +16,8 @@ import pytest
 
 from pytest_lmcompose.baseline.compare import compare_reports
 from pytest_lmcompose.baseline.drift import LEVEL, drifts, trend_p
+from pytest_lmcompose.report.collect import SCHEMA_PATH
 from pytest_lmcompose.report.compared import is_bad
-from pytest_lmcompose.report.json import SCHEMA_PATH
 from pytest_lmcompose.results import DriftRow, Row
 from tests.plugin.documents import composition, measured, report, step, typed
 

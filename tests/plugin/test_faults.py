@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pytest_lmcompose.store.folder import Store
+from pytest_lmcompose.cache.folder import Store
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_cache import applied, measured, wait_for, without_times
 from tests.plugin.test_run import by_id, read_report

@@ -14,11 +14,11 @@ import pytest
 
 from evaluators.measurement import Measurement
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.gates import paired
-from pytest_lmcompose.gates.gate import Reference, paired_gates, settle
-from pytest_lmcompose.gates.gate import judge as judge_by
-from pytest_lmcompose.gates.paired import BASE_MODEL
-from pytest_lmcompose.gates.thresholds import Rule, ThresholdError, compares_with, read_expression, read_rules, unused
+from pytest_lmcompose.gate import paired
+from pytest_lmcompose.gate.judge import Reference, paired_gates, settle
+from pytest_lmcompose.gate.judge import judge as judge_by
+from pytest_lmcompose.gate.paired import BASE_MODEL
+from pytest_lmcompose.gate.thresholds import Rule, ThresholdError, compares_with, read_expression, read_rules, unused
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.results import Gate
 

@@ -14,8 +14,8 @@ import vl_convert  # noqa: F401  here, since it cannot be imported again when py
 from lxml import html as lxml_html
 
 from pytest_lmcompose.report import html
-from pytest_lmcompose.report.json import SCHEMA_PATH
-from pytest_lmcompose.report.outputs import Outputs
+from pytest_lmcompose.report.collect import SCHEMA_PATH
+from pytest_lmcompose.report.options import Outputs
 from pytest_lmcompose.report.write import write_reports
 from tests.plugin.browser import CHROMIUM, Page, browser
 from tests.plugin.conftest import Project

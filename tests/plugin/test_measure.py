@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from evaluators import EvaluationError
+from pytest_lmcompose.data.run_data import load_data
 from pytest_lmcompose.measure import capture_unedited, measure_state
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-from pytest_lmcompose.world.data import load_data
 from tests.plugin.tiny import PLACES, SUBJECTS, copy_with_hazardous_facts
 
 NOTHING = EvaluateSettings(

@@ -11,13 +11,13 @@ import torch
 
 from interventions import Resources
 from interventions.placement import placement
+from pytest_lmcompose.build import load
+from pytest_lmcompose.build.identity import base_address
+from pytest_lmcompose.build.load import hash_weights, load_model
+from pytest_lmcompose.build.states import StateManager
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.recipe import RecipeError, load_recipe
 from pytest_lmcompose.settings import ModelSettings
-from pytest_lmcompose.states import load
-from pytest_lmcompose.states.build import StateManager
-from pytest_lmcompose.states.identity import base_address
-from pytest_lmcompose.states.load import hash_weights, load_model
 from tests.plugin.conftest import ROOT
 
 CPU = torch.device("cpu")

@@ -147,6 +147,6 @@ def test_only_single_steps_are_permuted() -> None:
 
 
 def test_planning_imports_no_torch() -> None:
-    code = "import sys, pytest_lmcompose.cli, pytest_lmcompose.plan, pytest_lmcompose.store.entries"
+    code = "import sys, pytest_lmcompose.cli, pytest_lmcompose.plan, pytest_lmcompose.cache.run_cache"
     check = f"{code}; assert not {{'torch', 'transformers', 'hydra'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[2])

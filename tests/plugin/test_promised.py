@@ -9,10 +9,10 @@ import pytest
 
 from evaluators.measurement import Measurement
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.gates.gate import judge
-from pytest_lmcompose.gates.thresholds import ThresholdError, read_rules
+from pytest_lmcompose.gate.judge import judge
+from pytest_lmcompose.gate.promises import promises
+from pytest_lmcompose.gate.thresholds import ThresholdError, read_rules
 from pytest_lmcompose.options import read_options
-from pytest_lmcompose.promises import promises
 from pytest_lmcompose.recipe import load_recipe
 from pytest_lmcompose.results import Gate
 from pytest_lmcompose.run import CONF, Run

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from evaluators import Measurement, Probe
 from interventions import Edit
 from interventions.types import Resources
+from pytest_lmcompose.data.records import EditRecord, FactRecord
+from pytest_lmcompose.data.run_data import RunData
 from pytest_lmcompose.report.prompts import LONGEST, prompts
 from pytest_lmcompose.results import CompositionResult, Measured, Prompts, replace
-from pytest_lmcompose.world.data import RunData
-from pytest_lmcompose.world.records import EditRecord, FactRecord
 from tests.plugin.documents import measured, record, typed_record
 
 

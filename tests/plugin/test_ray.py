@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_lmcompose.cluster.parts import Part, parts
-from pytest_lmcompose.cluster.work import Job, run_part
 from pytest_lmcompose.composition import Composition, Step, parse
+from pytest_lmcompose.distribute.ray.parts import Part, parts
+from pytest_lmcompose.distribute.ray.work import Job, run_part
 from pytest_lmcompose.plan import Plan
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_cache import STEPS, applied, without_times

@@ -13,9 +13,9 @@ import fsspec
 import pytest
 from click.testing import CliRunner
 
+from pytest_lmcompose.cache.folder import Store
+from pytest_lmcompose.cache.remote import RemoteStore, front_folder, is_url, local_path
 from pytest_lmcompose.cli import main
-from pytest_lmcompose.store.folder import Store
-from pytest_lmcompose.store.remote import RemoteStore, front_folder, is_url, local_path
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_cache import IDS, STEPS, applied, measured
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import pytest_lmcompose
 from evaluators.measurement import Measurement
-from pytest_lmcompose.report.json import SCHEMA_PATH
+from pytest_lmcompose.report.collect import SCHEMA_PATH
 from pytest_lmcompose.results import Measured, Report, ReportError, decode, encode, replace, schema
 from tests.plugin.documents import report, typed
 from tests.plugin.rich_documents import broken_off, compared, rich

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from pytest_lmcompose.report.json import SCHEMA_PATH
+from pytest_lmcompose.report.collect import SCHEMA_PATH
 from tests.plugin.conftest import Project
 from tests.plugin.tiny import zsre_records
 
@@ -133,7 +133,7 @@ def test_fixtures_in_a_users_own_module(project: Project) -> None:
         @pytest.mark.parametrize("composition", ["nudge+round", "base"], indirect=True)
         def test_own(composition, intervened_model, base_model, measurements, gates):
             import torch
-            from pytest_lmcompose.states.load import hash_weights
+            from pytest_lmcompose.build.load import hash_weights
             assert gates  # they compare with the base model, and yet:
             assert hash_weights(intervened_model.model) == intervened_model.state_hash
             steps = [str(record.step) for record in intervened_model.steps]
@@ -150,7 +150,7 @@ def test_fixtures_in_a_users_own_module(project: Project) -> None:
 
         @pytest.mark.parametrize("composition", ["nudge"], indirect=True)
         def test_state(intervened_model):
-            from pytest_lmcompose.states.load import hash_weights
+            from pytest_lmcompose.build.load import hash_weights
             assert hash_weights(intervened_model.model) == intervened_model.state_hash
         """
     )

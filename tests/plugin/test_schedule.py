@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from pytest_lmcompose.composition import Composition, parse, permutations
 from pytest_lmcompose.costs import Costs, StepCost
+from pytest_lmcompose.distribute.gpus import share_of, visible_gpus
+from pytest_lmcompose.distribute.schedule import PrefixScheduling, Workers, composition_of
 from pytest_lmcompose.options import SUITE_FOLDER, asked_for_distribution, read_options
-from pytest_lmcompose.parallel.gpus import share_of, visible_gpus
-from pytest_lmcompose.parallel.schedule import PrefixScheduling, Workers, composition_of
 from pytest_lmcompose.plan import Plan, longest_first
 from pytest_lmcompose.recipe import load_recipe
 from pytest_lmcompose.session import Session

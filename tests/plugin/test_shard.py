@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_lmcompose.composition import Composition, parse
+from pytest_lmcompose.distribute.shard import read_shard, split, work
 from pytest_lmcompose.options import SUITE_FOLDER
-from pytest_lmcompose.parallel.shard import read_shard, split, work
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.recipe import load_recipe
 from tests.plugin.conftest import Project

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from evaluators.measurement import Measurement
-from pytest_lmcompose.gates.repeats import pooled
+from pytest_lmcompose.gate.repeats import pooled
+from pytest_lmcompose.report.collect import SCHEMA_PATH
 from pytest_lmcompose.report.composability import composability
-from pytest_lmcompose.report.json import SCHEMA_PATH
 from pytest_lmcompose.report.sections import interference_rows, share_rows
 from pytest_lmcompose.results import Composability, encode
 from tests.plugin import documents

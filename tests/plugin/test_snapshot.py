@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pytest_lmcompose.states.load import hash_weights
-from pytest_lmcompose.states.snapshot import WorkingModel
+from pytest_lmcompose.build.load import hash_weights
+from pytest_lmcompose.build.snapshot import WorkingModel
 from tests.models import tiny_model
 
 NAMES = tuple(f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))

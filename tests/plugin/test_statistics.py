@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from pytest_lmcompose.gates import gate
-from pytest_lmcompose.gates.paired import Paired
+from pytest_lmcompose.gate import gate
+from pytest_lmcompose.gate.paired import Paired
 from pytest_lmcompose.report import composability
 from tests.plugin.conftest import Project
 from tests.plugin.test_run import by_id, read_report
@@ -160,7 +160,7 @@ def test_a_state_held_by_a_test_outlives_the_repeats(project: Project) -> None:
     project.pytester.makepyfile(
         test_inner="""
         def test_it(composition, intervened_model, measurements):
-            from pytest_lmcompose.states.load import hash_weights
+            from pytest_lmcompose.build.load import hash_weights
             assert hash_weights(intervened_model.model) == intervened_model.state_hash
         """
     )

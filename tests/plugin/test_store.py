@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.store.folder import ENTRY, Store, default_folder
+from pytest_lmcompose.cache.folder import ENTRY, Store, default_folder
 
 ROOT = Path(__file__).parents[2]
 A, B, C, D = (letter * 64 for letter in "abcd")
@@ -42,7 +42,7 @@ def keep(store: Store, address: str, size: int = 100, about: dict[str, Any] | No
 
 
 def script(code: str, *arguments: str) -> subprocess.Popen[str]:
-    head = "import sys, time, os\nfrom pathlib import Path\nfrom pytest_lmcompose.store.folder import Store\n"
+    head = "import sys, time, os\nfrom pathlib import Path\nfrom pytest_lmcompose.cache.folder import Store\n"
     command = [sys.executable, "-c", head + code, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
@@ -259,7 +259,7 @@ def test_what_is_listed_and_cleared(store: Store) -> None:
 
 def test_a_changed_layout_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(store, A)
-    monkeypatch.setattr("pytest_lmcompose.store.folder.VERSION", "3")
+    monkeypatch.setattr("pytest_lmcompose.cache.folder.VERSION", "3")
     newer = Store(store.folder.parent, 10_000, print)
     assert newer.read(A, "state") is None and newer.entries() == []
 

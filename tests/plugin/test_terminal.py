@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from pytest_lmcompose.report.layout import unmatched
-from pytest_lmcompose.report.outputs import Layout
+from pytest_lmcompose.report.options import Layout
 from pytest_lmcompose.report.terminal import Cell, table
 from pytest_lmcompose.results import CompositionResult, replace
 from tests.plugin import documents

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_lmcompose.parallel.threads import set_defaults, torch_threads
+from pytest_lmcompose.distribute.threads import set_defaults, torch_threads
 
 
 @pytest.mark.parametrize(

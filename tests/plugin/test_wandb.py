@@ -14,7 +14,7 @@ import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from pytest_lmcompose.report import wandb as tracking
-from pytest_lmcompose.report.outputs import Tracking
+from pytest_lmcompose.report.options import Tracking
 from pytest_lmcompose.report.wandb import track
 from tests.plugin.conftest import Project
 from tests.plugin.documents import typed

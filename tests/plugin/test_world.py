@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from interventions.types import Edit
-from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-from pytest_lmcompose.world.data import load_data
-from pytest_lmcompose.world.records import (
+from pytest_lmcompose.data.records import (
     Probe,
     WorldError,
     mentions,
@@ -22,6 +20,8 @@ from pytest_lmcompose.world.records import (
     read_texts,
     select_edits,
 )
+from pytest_lmcompose.data.run_data import load_data
+from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 from tests.plugin.tiny import copy_with_hazardous_facts, zsre_records
 
 COUNTERFACT = {

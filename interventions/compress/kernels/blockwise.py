@@ -23,7 +23,7 @@ from interventions.compress.kernels.precision import pass_precision
 from interventions.compress.kernels.replay import Shapes, Tail, find_tails
 from interventions.compress.kernels.working_memory import WorkingMemory, working_memory
 from interventions.context import Context
-from interventions.early_exit import SeenEnough
+from interventions.early_exit import StopForward
 from interventions.placement import placement
 from interventions.shared_statistics import BlockStatistics
 from interventions.statistics import Batch, InputNorms, InputStatistics, scarce, window_batches
@@ -246,7 +246,7 @@ class FloatBlock:
                     self.tails[role].keep(x)
                 waiting.discard(role)
                 if not waiting and not to_end:
-                    raise SeenEnough
+                    raise StopForward
 
             return add
 
@@ -261,7 +261,7 @@ class FloatBlock:
             for number in range(len(self.calls)):
                 rows = self.rows[number]  # for the hooks
                 waiting.update(group.role for group in groups)
-                with suppress(SeenEnough):
+                with suppress(StopForward):
                     output = self._run(number, self.calls[number])
                     if to_end:
                         self.outputs.append(output)

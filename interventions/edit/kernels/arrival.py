@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interventions.early_exit import SeenEnough, run_until_seen
+from interventions.early_exit import StopForward, run_until_seen
 from interventions.edit.kernels.prompts import TokenisedPrompt
 from interventions.padding import pad_right
 from interventions.structure import Block, first_output, module_device
@@ -48,7 +48,7 @@ class Arrival:
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append((args, kwargs))
-            raise SeenEnough
+            raise StopForward
 
         device = module_device(model)
         handle = block.module.register_forward_pre_hook(see, with_kwargs=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interventions.early_exit import SeenEnough, run_until_seen
+from interventions.early_exit import StopForward, run_until_seen
 from interventions.edit.kernels.prompts import TokenisedPrompt, tokenise
 from interventions.padding import pad_right, padding_id
 from interventions.structure import Anatomy, Block, first_output, module_device
@@ -64,11 +64,11 @@ def _read(
     def see_key(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen["key"] = args[0]
         if value_block is None:
-            raise SeenEnough
+            raise StopForward
 
     def see_value(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen["value"] = first_output(output)
-        raise SeenEnough
+        raise StopForward
 
     device = module_device(model)
     keys, values = [], []

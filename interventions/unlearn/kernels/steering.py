@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.early_exit import SeenEnough, run_until_seen
+from interventions.early_exit import StopForward, run_until_seen
 from interventions.structure import Block, first_output
 from interventions.unlearn.kernels.texts import TextBatch
 
@@ -28,7 +28,7 @@ def states(model: nn.Module, block: Block, batch: TextBatch) -> Tensor:
 
     def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append(first_output(output))
-        raise SeenEnough
+        raise StopForward
 
     handle = block.module.register_forward_hook(see)
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.shared_statistics import StatisticsCache
-from pytest_lmcompose.states.load import hash_digests, tensor_digest
+from pytest_lmcompose.build.load import hash_digests, tensor_digest
 
 
 @dataclass(frozen=True)

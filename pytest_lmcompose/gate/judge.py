@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from evaluators.measurement import EvaluationError, Measurement
 from interventions.names import near_names
 from pytest_lmcompose.composition import BASE, parse
-from pytest_lmcompose.gates.paired import (
+from pytest_lmcompose.gate.paired import (
     BASE_MODEL,
     change,
     compare_with_base,
@@ -31,9 +31,9 @@ from pytest_lmcompose.gates.paired import (
     is_exact,
     noise_floor,
 )
-from pytest_lmcompose.gates.promised import hold
-from pytest_lmcompose.gates.repeats import find
-from pytest_lmcompose.gates.thresholds import (
+from pytest_lmcompose.gate.promised import hold
+from pytest_lmcompose.gate.repeats import find
+from pytest_lmcompose.gate.thresholds import (
     BASELINE,
     LOSS,
     LOSS_ERRORS,
@@ -49,7 +49,7 @@ from pytest_lmcompose.gates.thresholds import (
 from pytest_lmcompose.results import Gate, Paired, replace
 
 if TYPE_CHECKING:
-    from pytest_lmcompose.promises import Promise
+    from pytest_lmcompose.gate.promises import Promise
 
 _LOWER = ("min", "min_ratio", "min_ratio_of_base", "max_drop")
 _SHOWN = 5

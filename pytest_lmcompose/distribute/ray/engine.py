@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.cluster.parts import Part, parts
-from pytest_lmcompose.cluster.work import Job, Outcome, run_part
 from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.distribute.ray.parts import Part, parts
+from pytest_lmcompose.distribute.ray.work import Job, Outcome, run_part
 from pytest_lmcompose.options import Options
 from pytest_lmcompose.session import BASELINE_INPUT, Session, composition_of
 

@@ -6,12 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.gates.repeats import find
+from pytest_lmcompose.gate.repeats import find
 from pytest_lmcompose.results import CompositionResult, Gate, Measured, RepeatInfo, Step
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
-    from pytest_lmcompose.gates.repeats import Repeat
+    from pytest_lmcompose.gate.repeats import Repeat
     from pytest_lmcompose.steps import StepRecord
 
 

@@ -16,7 +16,7 @@ from interventions.categories import Category, categories, find_category
 from interventions.intervention import Intervention
 from interventions.registry import find_method, methods
 from pytest_lmcompose.composition import Composition, Step
-from pytest_lmcompose.gates.globs import matches
+from pytest_lmcompose.gate.globs import matches
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement

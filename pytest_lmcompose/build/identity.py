@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from interventions.placement import placement
-from pytest_lmcompose.states.load import Loaded, hash_tensors
-from pytest_lmcompose.store.address import address, hash_files
+from pytest_lmcompose.build.load import Loaded, hash_tensors
+from pytest_lmcompose.cache.address import address, hash_files
 
 _OF_PLACES = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file", "special_tokens_map_file", "is_local")
 """What a tokenizer was made with that says where it came from."""

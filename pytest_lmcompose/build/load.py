@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from interventions.offload import offload
 from interventions.placement import limit_memory
+from pytest_lmcompose.build.checkpoint import check_folder
 from pytest_lmcompose.devices import check_device
+from pytest_lmcompose.distribute.threads import torch_threads
 from pytest_lmcompose.errors import ModelError
-from pytest_lmcompose.parallel.threads import torch_threads
 from pytest_lmcompose.recipe import RecipeError
 from pytest_lmcompose.settings import ModelSettings
-from pytest_lmcompose.states.checkpoint import check_folder
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pytest_lmcompose.store.folder import VERSION, Entry, Store, default_folder
+from pytest_lmcompose.cache.folder import VERSION, Entry, Store, default_folder
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://.+")
 _LOCAL = re.compile(r"(?:file|local)://")

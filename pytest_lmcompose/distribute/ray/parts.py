@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.parallel.shard import Cost
+from pytest_lmcompose.distribute.shard import Cost
 from pytest_lmcompose.plan import Node, Plan
 
 

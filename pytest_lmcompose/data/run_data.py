@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interventions.types import Resources
-from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-from pytest_lmcompose.world.records import (
+from pytest_lmcompose.data.records import (
     EditRecord,
     FactRecord,
     WorldError,
@@ -17,6 +16,7 @@ from pytest_lmcompose.world.records import (
     sample,
     select_edits,
 )
+from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 
 @dataclass(frozen=True)

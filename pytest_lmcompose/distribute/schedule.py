@@ -23,8 +23,8 @@ from xdist.scheduler import LoadScheduling, LoadScopeScheduling
 from pytest_lmcompose import shadow
 from pytest_lmcompose.composition import Composition, CompositionError, parse
 from pytest_lmcompose.costs import Costs
+from pytest_lmcompose.distribute.gpus import VISIBLE, share_of, visible_gpus
 from pytest_lmcompose.options import Options, asked_for_distribution
-from pytest_lmcompose.parallel.gpus import VISIBLE, share_of, visible_gpus
 from pytest_lmcompose.plan import longest_first
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators.measurement import Measurement
 from interventions.types import StepReport
+from pytest_lmcompose.cache.folder import Entry, Store
 from pytest_lmcompose.composition import Composition, parse
 from pytest_lmcompose.costs import Costs, StepCost
-from pytest_lmcompose.gates.repeats import Repeat
+from pytest_lmcompose.gate.repeats import Repeat
 from pytest_lmcompose.steps import StepRecord
-from pytest_lmcompose.store.folder import Entry, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class StoredState(NamedTuple):
     state_hash: str
 
 
-class Shelf:
+class RunCache:
     """The part of a store that holds one run's work."""
 
     def __init__(self, store: Store, model: str) -> None:

@@ -26,9 +26,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from pytest_lmcompose.cache.locks import locked
+from pytest_lmcompose.cache.parcel import pack, unpack
 from pytest_lmcompose.costs import size
-from pytest_lmcompose.store.locks import locked
-from pytest_lmcompose.store.parcel import pack, unpack
 
 VERSION = "2"
 """Of the layout; another one is not read."""

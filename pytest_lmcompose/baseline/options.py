@@ -17,7 +17,7 @@ LATEST = "latest"
 
 
 @dataclass(frozen=True)
-class Keeping:
+class BaselineOptions:
     """What the user wants of stored runs."""
 
     storage: Path
@@ -70,9 +70,9 @@ SWITCHES = (
 """Name and help of each flag without a value."""
 
 
-def read_keeping(
+def read_baseline_options(
     value: Callable[[str], str | None], switch: Callable[[str], bool], fail: tuple[str, ...], folder: Path, root: Path
-) -> Keeping:
+) -> BaselineOptions:
     """Read the flags; relative paths count from `folder`, the default storage from `root`.
 
     Raises pytest.UsageError for a value that cannot be used.
@@ -80,7 +80,7 @@ def read_keeping(
     from pytest_lmcompose.report.files import TargetError, check_folder, path_of
 
     storage = value("storage")
-    keeping = Keeping(
+    keeping = BaselineOptions(
         storage=path_of(storage, folder) or root / FOLDER,
         save=value("save"),
         autosave=switch("autosave"),
@@ -109,7 +109,7 @@ def read_keeping(
 def _check_expressions(fail: tuple[str, ...]) -> None:
     if not fail:
         return
-    from pytest_lmcompose.gates.thresholds import ThresholdError, read_expression
+    from pytest_lmcompose.gate.thresholds import ThresholdError, read_expression
 
     for text in fail:
         try:

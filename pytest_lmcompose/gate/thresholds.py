@@ -25,8 +25,8 @@ import yaml
 
 from interventions.names import near_names
 from pytest_lmcompose.composition import BASE, Composition, CompositionError, parse
-from pytest_lmcompose.gates.globs import impossible, matches, overlap, specificity
-from pytest_lmcompose.promises import may_be_promised
+from pytest_lmcompose.gate.globs import impossible, matches, overlap, specificity
+from pytest_lmcompose.gate.promises import may_be_promised
 
 SINGLE, REVERSE, BASELINE = "single", "reverse", "baseline"
 NO_DROP = "no_drop_p"

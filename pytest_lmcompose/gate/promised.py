@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_lmcompose.gates.thresholds import LOST, Bound
+from pytest_lmcompose.gate.thresholds import LOST, Bound
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
-    from pytest_lmcompose.promises import Promise
+    from pytest_lmcompose.gate.promises import Promise
 
 
 class Held(NamedTuple):

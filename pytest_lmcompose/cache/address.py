@@ -20,8 +20,8 @@ from evaluators.registry import find_evaluator
 from interventions.registry import Method
 
 if TYPE_CHECKING:
+    from pytest_lmcompose.data.run_data import RunData
     from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-    from pytest_lmcompose.world.data import RunData
 
 METHOD_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "scipy")
 """Libraries whose version may change what a step makes."""

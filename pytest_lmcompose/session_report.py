@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_lmcompose import hookspec as hooks
-from pytest_lmcompose.gates.advice import advice
+from pytest_lmcompose.gate.advice import advice
+from pytest_lmcompose.report.collect import document, now, write
 from pytest_lmcompose.report.files import TargetError
-from pytest_lmcompose.report.json import document, now, write
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
 from pytest_lmcompose.report.prompts import prompts
@@ -20,13 +20,13 @@ from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
 
 if TYPE_CHECKING:
     from pytest_lmcompose.baseline.history import Outcome
-    from pytest_lmcompose.gates.thresholds import Unused
+    from pytest_lmcompose.gate.thresholds import Unused
     from pytest_lmcompose.session import Session
 
 _STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
 
 
-class Closing:
+class SessionReport:
     """Ends a session whose tests are over."""
 
     def __init__(self, session: Session) -> None:
@@ -162,7 +162,7 @@ class Closing:
 
     def _prompts(self) -> tuple[Prompts, ...]:
         """Return what the samples asked; none where the data cannot be read, which the tests have told."""
-        from pytest_lmcompose.world.records import WorldError
+        from pytest_lmcompose.data.records import WorldError
 
         if not self._collected.records:
             return ()
@@ -192,7 +192,7 @@ class Closing:
 
     def _unused(self) -> list[Unused]:
         """Return the rules that judged nothing."""
-        from pytest_lmcompose.gates.thresholds import unused
+        from pytest_lmcompose.gate.thresholds import unused
 
         found = self._collected.records.values()
         measured = {r.id: [m.metric for m in r.measurements] for r in found if r.status == "measured"}

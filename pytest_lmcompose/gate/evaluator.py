@@ -6,15 +6,15 @@ from evaluators.measurement import EvaluationError, Measurement
 from pytest_lmcompose.baseline.reference import UPDATE, Circumstances
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.errors import BuildError
-from pytest_lmcompose.gates.gate import Reference, judge, paired_gates, settle
-from pytest_lmcompose.gates.paired import BASE_MODEL
-from pytest_lmcompose.gates.thresholds import BASELINE, compares_with, needs_baseline
-from pytest_lmcompose.promises import promises
+from pytest_lmcompose.gate.judge import Reference, judge, paired_gates, settle
+from pytest_lmcompose.gate.paired import BASE_MODEL
+from pytest_lmcompose.gate.promises import promises
+from pytest_lmcompose.gate.thresholds import BASELINE, compares_with, needs_baseline
 from pytest_lmcompose.results import Gate
 from pytest_lmcompose.run import Run
 
 
-class Judging:
+class GateEvaluator:
     """Judges the compositions of a run, and knows what paired gates were judged before."""
 
     def __init__(self, run: Run) -> None:

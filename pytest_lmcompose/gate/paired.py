@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement, expm1
-from pytest_lmcompose.gates.repeats import Link, evened, link_of, side_by_side
+from pytest_lmcompose.gate.repeats import Link, evened, link_of, side_by_side
 from pytest_lmcompose.results import Paired
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.cluster.work import PART
 from pytest_lmcompose.composition import parse
+from pytest_lmcompose.distribute.ray.work import PART
 from pytest_lmcompose.errors import BuildError
 from pytest_lmcompose.session import SESSION, Session
 

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 from interventions import Resources, apply, find_method
 from interventions.compress.engines.identity import engine_identity
+from pytest_lmcompose.build.identity import base_address
+from pytest_lmcompose.build.load import Loaded
+from pytest_lmcompose.build.snapshot import Lease, Snapshot, WorkingModel, bytes_of
+from pytest_lmcompose.cache.address import METHOD_LIBRARIES, address, method_code, versions
+from pytest_lmcompose.cache.run_cache import RunCache, StoredState
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.errors import BuildError
-from pytest_lmcompose.states.identity import base_address
-from pytest_lmcompose.states.load import Loaded
-from pytest_lmcompose.states.snapshot import Lease, Snapshot, WorkingModel, bytes_of
 from pytest_lmcompose.steps import StepRecord
-from pytest_lmcompose.store.address import METHOD_LIBRARIES, address, method_code, versions
-from pytest_lmcompose.store.entries import Shelf, StoredState
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class StateManager:
         resources: Resources,
         seed: int,
         progress: Callable[[str], None],
-        shelf: Shelf | None = None,
+        shelf: RunCache | None = None,
         *,
         doing: Callable[[str], None] | None = None,
         applied: Callable[[Composition, StepRecord], None] | None = None,

@@ -91,7 +91,7 @@ def _process(job: Job, name: str, tests: Sequence[str], leaves: str | None, fold
     part.write_text(json.dumps({**described, "inputs": {**job.inputs, "workerid": name}}), encoding="utf-8")
     # As in a worker of pytest-xdist: by that variable plugins know that there is no terminal.
     environment = {**os.environ, **job.environment, PART: str(part), "PYTEST_XDIST_WORKER": name}
-    command = [sys.executable, "-m", "pytest", "-p", "pytest_lmcompose.cluster.inside", *job.arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_lmcompose.distribute.ray.inside", *job.arguments]
     (folder / "events").write_text("")
     try:
         with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_lmcompose.store.address import address, hash_files
+from pytest_lmcompose.cache.address import address, hash_files
 
 if TYPE_CHECKING:
+    from pytest_lmcompose.data.run_data import RunData
     from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
-    from pytest_lmcompose.world.data import RunData
 
 METHODS = "methods"
 """The part of the data that methods read and no metric asks."""

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_lmcompose.parallel.threads import available_cores
+from pytest_lmcompose.distribute.threads import available_cores
 from pytest_lmcompose.report.composability import composability
 from pytest_lmcompose.report.files import write_text
 from pytest_lmcompose.results import (
@@ -30,7 +30,7 @@ from pytest_lmcompose.results import (
 )
 
 if TYPE_CHECKING:
-    from pytest_lmcompose.parallel.shard import Shard
+    from pytest_lmcompose.distribute.shard import Shard
     from pytest_lmcompose.recipe import Recipe
 
 SCHEMA_PATH = Path(__file__).parent / "schema" / f"report-{SCHEMA_VERSION}.schema.json"
@@ -99,7 +99,7 @@ class Collected:
         paired = [gate.paired for record in self.results for gate in record.gates if gate.paired is not None]
         if not paired:
             return
-        from pytest_lmcompose.gates.gate import settle
+        from pytest_lmcompose.gate.judge import settle
 
         planned = max(pair.gates for pair in paired) if part else 0
         for name, gates in settle({r.id: r.gates for r in self.results}, planned).items():
