@@ -70,7 +70,7 @@ class Options:
     """Interpreters of compression engines, by the environment variable that they are the default of."""
     folder: Path
     """Where pytest was called: relative paths count from here."""
-    keeping: BaselineOptions
+    baselines: BaselineOptions
     """Which runs are stored and compared."""
     outputs: Outputs
     """Reports beside the JSON, and how the terminal shows the run."""
@@ -171,7 +171,7 @@ def read_options(config: pytest.Config) -> Options:
         raise pytest.UsageError(
             f"--lmcompose-gpus-per-worker: expected a whole number from 0 up, not {gpus_per_worker!r}"
         )
-    keeping = read_baseline_options(
+    baselines = read_baseline_options(
         lambda name: _value(config, name.replace("-", "_")),
         lambda name: _switch(config, name),
         _values(config, "compare_fail"),
@@ -199,9 +199,9 @@ def read_options(config: pytest.Config) -> Options:
         resume=bool(config.getoption("lmcompose_resume")),
         engines=_engines(config),
         folder=folder,
-        keeping=keeping,
+        baselines=baselines,
         outputs=outputs,
-        given=any(values.values()) or bool(compose or overrides) or keeping.wanted or outputs.wanted,
+        given=any(values.values()) or bool(compose or overrides) or baselines.wanted or outputs.wanted,
     )
 
 

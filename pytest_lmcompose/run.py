@@ -98,14 +98,14 @@ class Run:
         own_file = self.options.thresholds == SUITE_FOLDER / "thresholds.yaml"
         if own_file and not Path(self.location).is_relative_to(SUITE_FOLDER):
             rules = without_losses(rules)  # which the suite accepts for its own model, and nobody for another
-        return (*rules, *map(read_expression, self.options.keeping.fail))
+        return (*rules, *map(read_expression, self.options.baselines.fail))
 
     @cached_property
     def baseline(self) -> Baseline | None:
         """The stored run to compare with; raises StorageError."""
         options, chosen = self.options, self.baseline_chosen
         if chosen is None:
-            found = choose(options.keeping, options.folder, needed=needs_baseline(self.rules))
+            found = choose(options.baselines, options.folder, needed=needs_baseline(self.rules))
         else:
             found = Baseline.read(Path(chosen)) if chosen else None
         self.baseline_read = True
@@ -178,7 +178,7 @@ class Run:
         return Store(options.cache_dir, options.cache_size, self._progress)
 
     @cached_property
-    def shelf(self) -> RunCache | None:
+    def run_cache(self) -> RunCache | None:
         """This run's part of the store."""
         if self.store is None:
             return None
@@ -233,7 +233,7 @@ class Run:
                 data[0].resources,
                 self.seeds[0],
                 self._progress,
-                self.shelf,
+                self.run_cache,
                 doing=self._doing,
                 applied=self._applied,
             )
@@ -291,14 +291,14 @@ class Run:
 
     def _repeat(self, composition: Composition, number: int) -> Repeat:
         """Return one repeat of `composition` from the store, or build and measure it."""
-        shelf = self.shelf
-        if shelf is None:
+        run_cache = self.run_cache
+        if run_cache is None:
             return self._measure(composition, number)
-        read = shelf.measurements_read
-        found = shelf.measured(
+        read = run_cache.measurements_read
+        found = run_cache.measured(
             self._address(composition, number), composition, lambda: self._measure(composition, number)
         )
-        if shelf.measurements_read > read:
+        if run_cache.measurements_read > read:
             self._count(composition, None, "measurements read from the cache")
         return found
 

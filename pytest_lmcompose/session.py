@@ -110,25 +110,25 @@ class Session:
         return self.in_use or self._collected is not None
 
     @cached_property
-    def judging(self) -> GateEvaluator:
+    def gate_evaluator(self) -> GateEvaluator:
         from pytest_lmcompose.gate.evaluator import GateEvaluator
 
         return GateEvaluator(self.run)
 
     def check(self) -> None:
         """Check all options before collection; raises pytest.UsageError."""
-        keeping = self.options.keeping
+        baselines = self.options.baselines
         with usage_errors():
             self.run.check()
             if self.writes and self.options.engine == LOCAL:  # others may have devices of their own
                 from pytest_lmcompose.devices import check_device
 
                 check_device(self.options.device)
-            if self.writes and keeping.update:
+            if self.writes and baselines.update:
                 from pytest_lmcompose.baseline.history import check_tree
 
-                check_tree(keeping, self.config.rootpath)
-        if keeping.stores and self.options.shard is not None:
+                check_tree(baselines, self.config.rootpath)
+        if baselines.stores and self.options.shard is not None:
             raise pytest.UsageError("--lmcompose-shard: store the whole run after `lmcompose merge` has joined it")
 
     def check_outputs(self) -> None:
@@ -149,7 +149,7 @@ class Session:
         found["the world's folder"] = world_folder(self.run.recipe.world.folder, options.folder)
         if self.run.baseline is not None:
             found["the stored run to compare with"] = self.run.baseline.path
-        found |= {f"the stored run {run}": run.path for run in Storage(options.keeping.storage).runs()}
+        found |= {f"the stored run {run}": run.path for run in Storage(options.baselines.storage).runs()}
         if config.inipath is not None:
             found["the file of pytest's settings"] = config.inipath
         if (junit := getattr(config.option, "xmlpath", None)) is not None:
@@ -158,7 +158,7 @@ class Session:
 
     def unmatched(self) -> list[str]:
         """Return why expressions of the command line would judge nothing."""
-        if self.planned is None or not self.options.keeping.fail:
+        if self.planned is None or not self.options.baselines.fail:
             return []
         from pytest_lmcompose.report.planned import unmatched
 
@@ -166,8 +166,8 @@ class Session:
 
     def dropped(self) -> list[str]:
         """Return which expressions of the command line hold for compositions that nobody tests any more."""
-        keeping, baseline = self.options.keeping, self.run.baseline
-        if self.planned is None or not keeping.fail or baseline is None or keeping.update:
+        baselines, baseline = self.options.baselines, self.run.baseline
+        if self.planned is None or not baselines.fail or baseline is None or baselines.update:
             return []
         from pytest_lmcompose.report.planned import dropped
 
@@ -222,9 +222,9 @@ class Session:
 
     def gates(self, composition: Composition) -> tuple[Gate, ...]:
         """Return the verdicts on `composition`."""
-        self.judging.expected = self.judging.expected or (*self.judged, *self.elsewhere)
+        self.gate_evaluator.expected = self.gate_evaluator.expected or (*self.judged, *self.elsewhere)
         with self._working():
-            return self.judging.gates(composition)
+            return self.gate_evaluator.gates(composition)
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -272,7 +272,7 @@ class Session:
         if self._keeps_subtrees and following is not None:
             over = tuple(state for state in composition.prefixes() if state not in following.prefixes())
         if self.in_use:
-            compared = [p for c in self.judging.compared_with(composition) for p in c.prefixes()]
+            compared = [p for c in self.gate_evaluator.compared_with(composition) for p in c.prefixes()]
             self.run.release((*over, *(state for state in compared if not self._remaining.needs(state))))
 
     def here(self, tests: Sequence[tuple[str, Composition | None]]) -> list[bool] | None:
@@ -307,7 +307,7 @@ class Session:
         return [f"lmcompose: {count} of the model {recipe.model.path}{where}, on the world {recipe.world.folder}"]
 
     def _compared(self) -> list[str]:
-        if not self.options.keeping.compares:
+        if not self.options.baselines.compares:
             return []
         baseline = self.run.baseline
         if baseline is None:

@@ -57,7 +57,7 @@ class SessionReport:
         reported = (
             path is not None
             or self._options.outputs.wanted
-            or self._options.keeping.wanted
+            or self._options.baselines.wanted
             or self._session.baseline is not None
             or hooks.read_reports(self._config)
         )
@@ -105,13 +105,13 @@ class SessionReport:
             return report
         from pytest_lmcompose.baseline.history import keep, outcome
 
-        keeping, baseline = self._options.keeping, self._session.run.baseline
-        self._outcome = outcome(report, baseline, keeping, self._judged)
+        baselines, baseline = self._options.baselines, self._session.run.baseline
+        self._outcome = outcome(report, baseline, baselines, self._judged)
         try:
             ok = session.exitstatus == pytest.ExitCode.OK
-            self._kept = keep(report, keeping, baseline, self._config.rootpath, ok=ok)
+            self._kept = keep(report, baselines, baseline, self._config.rootpath, ok=ok)
         except OSError as error:
-            self._kept = f"lmcompose: the run could not be stored in {keeping.storage}: {error}"
+            self._kept = f"lmcompose: the run could not be stored in {baselines.storage}: {error}"
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         return replace(self._outcome.added_to(report), unused_rules=tuple(self._unused()))
 
@@ -142,7 +142,7 @@ class SessionReport:
         from pytest_lmcompose.report.planned import idle
 
         run, options = self._session.run, self._options
-        if not options.keeping.fail:
+        if not options.baselines.fail:
             return []
         # Those that match nothing are known before any work where there are no workers.
         if found := [*self._session.unmatched(), *self._session.dropped()]:

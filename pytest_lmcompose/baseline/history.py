@@ -21,40 +21,40 @@ _READ = 3 * WINDOW
 _SHOWN = 5
 
 
-def choose(keeping: BaselineOptions, folder: Path, *, needed: bool) -> Baseline | None:
+def choose(baselines: BaselineOptions, folder: Path, *, needed: bool) -> Baseline | None:
     """Return the stored run to compare with; None where none is wanted, or there is none.
 
     `needed` says that a gate compares with one. Raises StorageError for one that is not there, broken, or
     required.
     """
-    if not (keeping.compares or needed or keeping.update):
+    if not (baselines.compares or needed or baselines.update):
         return None
-    storage = Storage(keeping.storage)
-    if keeping.compare not in (None, LATEST):
-        assert keeping.compare is not None
-        if (folder / keeping.compare).is_dir():
+    storage = Storage(baselines.storage)
+    if baselines.compare not in (None, LATEST):
+        assert baselines.compare is not None
+        if (folder / baselines.compare).is_dir():
             raise StorageError(
-                f"--lmcompose-compare took the folder {keeping.compare!r} for a run; before a path write "
+                f"--lmcompose-compare took the folder {baselines.compare!r} for a run; before a path write "
                 f"--lmcompose-compare={LATEST}"
             )
-        return Baseline.read(storage.find(keeping.compare, folder))
+        return Baseline.read(storage.find(baselines.compare, folder))
     path, failed = storage.latest()
     if path is not None:
         return replace(Baseline.read(path), passed_over=tuple(map(str, failed)))
-    if keeping.require or (keeping.compares and not keeping.stores):
-        flag = "--lmcompose-require-baseline" if keeping.require else "nothing to compare with"
+    if baselines.require or (baselines.compares and not baselines.stores):
+        flag = "--lmcompose-require-baseline" if baselines.require else "nothing to compare with"
         raise StorageError(
-            f"{flag}: no run that passed is stored in {keeping.storage}; store one with "
+            f"{flag}: no run that passed is stored in {baselines.storage}; store one with "
             "--lmcompose-save=NAME or --lmcompose-update-baseline"
         )
     return None
 
 
-def check_tree(keeping: BaselineOptions, folder: Path) -> None:
+def check_tree(baselines: BaselineOptions, folder: Path) -> None:
     """Refuse to make a baseline of files that are not committed; raises StorageError."""
-    if not keeping.update or keeping.force:
+    if not baselines.update or baselines.force:
         return
-    if dirty := changes(folder, keeping.storage):
+    if dirty := changes(folder, baselines.storage):
         named = ", ".join(dirty[:_SHOWN]) + (", ..." if len(dirty) > _SHOWN else "")
         raise StorageError(
             f"--lmcompose-update-baseline: {len(dirty)} file{'s are' if len(dirty) > 1 else ' is'} not committed, and "
@@ -94,40 +94,41 @@ class Outcome:
 
 
 def outcome(
-    report: Report, baseline: Baseline | None, keeping: BaselineOptions, judged: Callable[[str, str], bool]
-) -> Outcome:
-    report: Report, baseline: Baseline | None, keeping: BaselineOptions, judged: Callable[[str, str], bool]
+    report: Report, baseline: Baseline | None, baselines: BaselineOptions, judged: Callable[[str, str], bool]
 ) -> Outcome:
     """Compare a finished run with its baseline, and look for drift over the stored runs.
 
     `judged` says whether a metric of a composition has a gate: drift is judged for those.
     """
     compared = None if baseline is None else compare_reports(baseline.report, report)
-    if baseline is None and not keeping.wanted:
+    if baseline is None and not baselines.wanted:
         return Outcome()
-    before, problems = _history(Storage(keeping.storage))
+    before, problems = _history(Storage(baselines.storage))
     found = drifts([*before, report], judged=judged)
     return Outcome(baseline, compared, tuple(found), len(before) + 1, tuple(problems))
 
 
-def keep(report: Report, keeping: BaselineOptions, baseline: Baseline | None, root: Path, *, ok: bool) -> str | None:
+def keep(report: Report, baselines: BaselineOptions, baseline: Baseline | None, root: Path, *, ok: bool) -> str | None:
     """Store a run as its flags say; return what to tell, None if it is not to be stored. Raises OSError."""
-    if not keeping.stores:
+    if not baselines.stores:
         return None
     if report.status != "finished":
         return "lmcompose: the run was interrupted, and is not stored"
     if not any(record.status == "measured" for record in report.compositions):
         return "lmcompose: nothing was measured, and the run is not stored"
-    if keeping.update and not ok and not keeping.force:
+    if baselines.update and not ok and not baselines.force:
         return "lmcompose: the baseline is not updated, since tests failed; mend them, or add --lmcompose-force"
     head = commit(root)
-    if keeping.update:
+    if baselines.update:
         name = _NEW_NAME if baseline is None else _name_of(baseline)
     else:
-        name = keeping.save or f"auto-{head[:8]}" if head else keeping.save or "auto"
-    how = "update" if keeping.update else "save" if keeping.save else "autosave"
-    stored = Stored(name, how, ok, head, bool(head and changes(root, keeping.storage)))  # type: ignore[arg-type]
-    path = Storage(keeping.storage).save(changed(report, prompts=(), comparison=None, drift=None, stored=stored), name)
+        name = baselines.save or f"auto-{head[:8]}" if head else baselines.save or "auto"
+    how = "update" if baselines.update else "save" if baselines.save else "autosave"
+    stored = Stored(name, how, ok, head, bool(head and changes(root, baselines.storage)))  # type: ignore[arg-type]
+    kept = changed(report, prompts=(), comparison=None, drift=None, stored=stored)
+    path = Storage(baselines.storage).save(kept, name)
+        changed(report, prompts=(), comparison=None, drift=None, stored=stored), name
+    )
     return f"lmcompose: the run is stored as {path}" + ("" if ok else ", as one that failed")
 
 

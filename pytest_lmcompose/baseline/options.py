@@ -80,7 +80,7 @@ def read_baseline_options(
     from pytest_lmcompose.report.files import TargetError, check_folder, path_of
 
     storage = value("storage")
-    keeping = BaselineOptions(
+    baselines = BaselineOptions(
         storage=path_of(storage, folder) or root / FOLDER,
         save=value("save"),
         autosave=switch("autosave"),
@@ -90,20 +90,20 @@ def read_baseline_options(
         fail=fail,
         require=switch("require-baseline"),
     )
-    if keeping.save is not None and (not NAME.fullmatch(keeping.save) or keeping.save == LATEST):
+    if baselines.save is not None and (not NAME.fullmatch(baselines.save) or baselines.save == LATEST):
         raise pytest.UsageError(
-            f"--lmcompose-save: expected letters, digits, dots, - and _, and not {LATEST}, found {keeping.save!r}"
+            f"--lmcompose-save: expected letters, digits, dots, - and _, and not {LATEST}, found {baselines.save!r}"
         )
-    if keeping.update and (keeping.save is not None or keeping.autosave):
+    if baselines.update and (baselines.save is not None or baselines.autosave):
         raise pytest.UsageError("--lmcompose-update-baseline stores the run: leave --lmcompose-save and -autosave away")
-    if keeping.force and not keeping.update:
+    if baselines.force and not baselines.update:
         raise pytest.UsageError("--lmcompose-force goes with --lmcompose-update-baseline")
     try:
-        check_folder(keeping.storage)
+        check_folder(baselines.storage)
     except TargetError as error:
         raise pytest.UsageError(f"--lmcompose-storage: {error}") from None
     _check_expressions(fail)
-    return keeping
+    return baselines
 
 
 def _check_expressions(fail: tuple[str, ...]) -> None:

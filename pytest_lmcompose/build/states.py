@@ -67,7 +67,7 @@ class StateManager:
         resources: Resources,
         seed: int,
         progress: Callable[[str], None],
-        shelf: RunCache | None = None,
+        run_cache: RunCache | None = None,
         *,
         doing: Callable[[str], None] | None = None,
         applied: Callable[[Composition, StepRecord], None] | None = None,
@@ -80,7 +80,7 @@ class StateManager:
         """
         self.loaded = loaded
         self._settings = settings
-        self._shelf = shelf
+        self._run_cache = run_cache
         self._resources, self._seed, self._progress = resources, seed, progress
         self._doing, self._applied = doing, applied
         # The hash of what steps read, and of what computes.
@@ -143,7 +143,7 @@ class StateManager:
             resources,
             seed,
             progress,
-            self._shelf,
+            self._run_cache,
             doing=self._doing,
             applied=self._applied,
             working=self._working,
@@ -191,11 +191,11 @@ class StateManager:
 
     def _build(self, prefix: Composition, before: _Built, composition: Composition) -> None:
         """Make the state of `prefix` from the one before, which the model is in, for `composition`."""
-        if self._shelf is None:
+        if self._run_cache is None:
             self._states[prefix] = self._apply(prefix, before, composition)
             return
         where = self.address(prefix)
-        with self._shelf.building(where, prefix):
+        with self._run_cache.building(where, prefix):
             if self._read(prefix):  # another process made it meanwhile
                 self._working.restore(self._states[prefix].snapshot)
                 return
@@ -203,7 +203,7 @@ class StateManager:
             snapshot = built.snapshot
             added = [snapshot.changed[name] for name in built.steps[-1].report.changed]
             state = StoredState(dict(snapshot.changed), built.steps, snapshot.state_hash)
-            self._shelf.keep_state(where, prefix, state, step_bytes=bytes_of(added))
+            self._run_cache.keep_state(where, prefix, state, step_bytes=bytes_of(added))
 
     def _apply(self, prefix: Composition, before: _Built, composition: Composition) -> _Built:
         step = prefix.steps[-1]
@@ -236,9 +236,9 @@ class StateManager:
 
     def _read(self, prefix: Composition) -> bool:
         """Read a state from the store, if it is there and is what it says; the model is left as it is."""
-        if self._shelf is None or not prefix.steps:
+        if self._run_cache is None or not prefix.steps:
             return False
-        stored = self._shelf.state(self.address(prefix))
+        stored = self._run_cache.state(self.address(prefix))
         if stored is None:
             return False
         near = max((p for p in (Composition(), *prefix.prefixes()) if p in self._states), key=lambda p: len(p.steps))

@@ -83,11 +83,11 @@ class GateEvaluator:
 
     def _stored(self, composition: Composition) -> Reference:
         """Return what a stored run says of `composition`."""
-        keeping = self.run.options.keeping
-        if keeping.update or (self.run.baseline is None and keeping.stores):
+        baselines = self.run.options.baselines
+        if baselines.update or (self.run.baseline is None and baselines.stores):
             return Reference("the baseline", replaced=True)
         if self.run.baseline is None:
-            missing = f"no run that passed is stored in {keeping.storage}; {UPDATE}"
+            missing = f"no run that passed is stored in {baselines.storage}; {UPDATE}"
             return Reference("the baseline", missing=missing)
         now = Circumstances(self.run.model_facts(), self.run.asked, self.run.seeds)
         return self.run.baseline.reference(composition.id, now)

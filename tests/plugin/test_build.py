@@ -201,9 +201,9 @@ class Input:
     def manager(self) -> StateManager:
         loaded = load_model(ModelSettings(), str(self.model), CPU)
         self.change_model(loaded)
-        shelf = RunCache(self.store, "tiny")
+        run_cache = RunCache(self.store, "tiny")
         return StateManager(
-            loaded, lambda step: self.settings[step.method], self.resources, self.seed, self.lines.append, shelf
+            loaded, lambda step: self.settings[step.method], self.resources, self.seed, self.lines.append, run_cache
         )
 
     def applied(self, name: str = "nudge+round") -> list[str]:
@@ -323,7 +323,7 @@ def test_stored_steps_tell_what_they_cost(inputs: Input, store: Store) -> None:
 
 
 def test_measurements_come_back_exactly(store: Store) -> None:
-    shelf = RunCache(store, "tiny")
+    run_cache = RunCache(store, "tiny")
     report = StepReport("nudge", {"scale": 0.1}, ("a",), {"loss": float("nan")}, ("w",), 1.5, 7)
     samples = (1 / 3, float("inf"), 2.0)
     steps, measurements = (
@@ -331,8 +331,8 @@ def test_measurements_come_back_exactly(store: Store) -> None:
         (Measurement("m", 0.1, None, 3, True, samples, "n", (1.0, 2.0, 3.0), (0, 0, 1)),),
     )
     found = Repeat(5, "state", steps, measurements, 2.5)
-    assert shelf.measured("a" * 64, parse("nudge"), lambda: found) is found
-    again = shelf.measured("a" * 64, parse("nudge"), lambda: pytest.fail("it is there"))
+    assert run_cache.measured("a" * 64, parse("nudge"), lambda: found) is found
+    again = run_cache.measured("a" * 64, parse("nudge"), lambda: pytest.fail("it is there"))
     assert again is not found and repr(again) == repr(found)
     assert costs(store, "tiny").evaluation == 2.5
 
