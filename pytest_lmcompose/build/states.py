@@ -75,7 +75,7 @@ class StateManager:
     ) -> None:
         """Take over `loaded`; `settings` gives a step's settings, `progress` takes one line a step.
 
-        With a `shelf`, states that were built before, or are in another process, are read from it. `doing` takes
+        With a `run_cache`, states that were built before, or are in another process, are read from it. `doing` takes
         what is being built, `applied` each step that was applied. `working` is the model of another manager.
         """
         self.loaded = loaded
