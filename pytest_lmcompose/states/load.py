@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.offload import offload
-from interventions.placement import limit_memory
+from interventions.structure import limit_memory
 from pytest_lmcompose.devices import check_device
 from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.parallel.threads import torch_threads

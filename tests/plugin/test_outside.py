@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_the_tables_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "_table", table.categories())
     monkeypatch.setattr(registry, "_table", registry.methods())
     monkeypatch.delitem(sys.modules, "tests.plugin.tune", raising=False)
-
+    importlib.import_module("tests.plugin.tune")
     recipe = load_recipe(CONF, ["thin.every=5"])
     assert registry.category_of("thin") == "tune" == list(table.categories())[-1]
     found = list(promises(recipe, parse("thin+memit+thin[every=2]")))

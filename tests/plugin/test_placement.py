@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from interventions import Resources
-from interventions.placement import placement
+from interventions.structure import placement
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.recipe import RecipeError, load_recipe
 from pytest_lmcompose.settings import ModelSettings
