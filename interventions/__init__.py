@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from interventions.categories import Category, categories, register_category
+from interventions.categories import Category, register_category
 from interventions.intervention import Intervention
 from interventions.registry import Method, UnknownMethod, find_method, methods, register
 from interventions.types import Edit, InterventionError, Resources, StepReport
@@ -28,7 +28,6 @@ __all__ = [
     "StepReport",
     "UnknownMethod",
     "apply",
-    "categories",
     "find_method",
     "methods",
     "register",

@@ -65,7 +65,7 @@ BUILT_IN = (
 )
 
 
-_table: dict[str, Category] = {}
+_table = {category.name: category for category in BUILT_IN}
 
 
 def register_category(category: Category) -> Category:
@@ -91,8 +91,5 @@ def find_category(name: str) -> Category:
 
 @cache
 def _load() -> None:
-    added = dict(_table)
-    _table.clear()
-    added_by_packages = [entry.load() for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name)]
-    for category in (*BUILT_IN, *added_by_packages, *added.values()):
-        register_category(category)
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        register_category(entry.load())

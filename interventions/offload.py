@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
-from interventions.placement import NAME, Placement, Switch, check_budget, placement
+from interventions.structure import PLACEMENT, Placement, Switch, check_budget, placement
 from interventions.types import InterventionError
 
 
@@ -36,7 +36,7 @@ def offload(model: nn.Module, device: torch.device, budget: int | None = None) -
     for module in _parts(model):
         _wrap(module, partial(_part_forward, module, module.forward, device, switch))
     _wrap(model, partial(_model_forward, model.forward, device, switch))
-    setattr(model, NAME, Placement(device, budget, switch))
+    setattr(model, PLACEMENT, Placement(device, budget, switch))
 
 
 def _wrap(module: nn.Module, forward: partial[Any]) -> None:

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from interventions.placement import streaming
 from interventions.statistics import Batch, InputNorms, InputStatistics, collect_statistics
-from interventions.structure import Block, Linear, LinearGroup, module_device
+from interventions.structure import Block, Linear, LinearGroup, module_device, streaming
 
 Sums = TypeVar("Sums", InputStatistics, InputNorms)
 Entry = InputStatistics | InputNorms

@@ -19,10 +19,10 @@ from interventions.categories import find_category
 from interventions.context import Context, silent
 from interventions.modes import keep_modes
 from interventions.names import near_names
-from interventions.placement import placement, streaming
 from interventions.ranges import SettingError, check_settings
 from interventions.registry import Method, find_method
 from interventions.shared_statistics import SharedStatistics
+from interventions.structure import placement, streaming
 from interventions.types import Edit, InterventionError, Resources, StepReport
 from interventions.zeros import zero_mask
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from interventions.layouts import Role
 from interventions.types import InterventionError
+
+PLACEMENT = "lmcompose_placement"
+"""The attribute of a model that says where it is computed."""
 
 
 @dataclass(frozen=True)
@@ -165,3 +169,53 @@ def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence
 def first_output(output: Any) -> Tensor:
     """Return a module's output, or the first of several: some architectures' blocks return a tuple."""
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+@dataclass
+class Switch:
+    """Whether an offloaded model is computed on its device just now."""
+
+    on: bool = True
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is computed, and in how much memory."""
+
+    device: torch.device
+    budget: int | None = None
+    """Bytes on the device that a block being worked on may take, with all that goes with it; None: no bound."""
+    switch: Switch | None = None
+    """There if the weights are on the host."""
+
+    @property
+    def streamed(self) -> bool:
+        return self.switch is not None
+
+
+def placement(model: nn.Module) -> Placement:
+    """Return where the model is computed: as set by `offload` or `limit_memory`, else where its weights are."""
+    found = getattr(model, PLACEMENT, None)
+    return found if isinstance(found, Placement) else Placement(module_device(model))
+
+
+def limit_memory(model: nn.Module, budget: int) -> None:
+    """Set the bytes that a block being worked on may take, for a model whose weights stay where they are."""
+    check_budget(budget)
+    setattr(model, PLACEMENT, Placement(module_device(model), budget))
+
+
+@contextmanager
+def streaming(model: nn.Module, on: bool) -> Iterator[None]:
+    """Let an offloaded model be computed on its device, or not: then it is a model on the CPU throughout."""
+    switch = placement(model).switch or Switch()
+    before, switch.on = switch.on, on
+    try:
+        yield
+    finally:
+        switch.on = before
+
+
+def check_budget(budget: int | None) -> None:
+    if budget is not None and budget < 1:
+        raise InterventionError(f"a memory budget must be more than nothing, not {budget} bytes")

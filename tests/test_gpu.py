@@ -15,7 +15,7 @@ import torch
 
 from interventions import Edit, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress import blockwise
+from interventions.compress.kernels import blockwise
 from interventions.compress.kernels.working_memory import bytes_for
 from interventions.edit.bases import ValueSettings
 from interventions.offload import offload

@@ -103,6 +103,6 @@ class GptqSettings(Sequential, Quantiser):
 
 def _outcome(linear: Linear, weight: Tensor, loss: float | None) -> dict[str, Any]:
     """Write the new weight of a linear and tell what it does."""
-    from interventions.compress.kernels.rounding import replace_
+    from interventions.compress.kernels.outcomes import replace_
 
     return {"linear": linear.name, "loss": loss, "moved": replace_(linear, weight)}

@@ -31,7 +31,7 @@ class MagnitudeSettings(Pruner):
         """Prune the linear layers of every decoder block, in place; no text is read."""
         from interventions.anatomy import find_anatomy
         from interventions.compress.kernels.blockwise import each_linear
-        from interventions.compress.kernels.pruning import chosen_pattern, conclude, prune_
+        from interventions.compress.kernels.outcomes import chosen_pattern, conclude, prune_
 
         pattern = chosen_pattern(self, "magnitude", find_anatomy(model).blocks)
         outcomes = [

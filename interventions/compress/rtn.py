@@ -27,7 +27,7 @@ class RtnSettings(Quantiser):
         """
         from interventions.compress.kernels.blockwise import each_linear
         from interventions.compress.kernels.grid import fake_quantise
-        from interventions.compress.kernels.rounding import replace_
+        from interventions.compress.kernels.outcomes import replace_
 
         linears = []
         for linear in each_linear(model, context, "rtn"):

@@ -55,7 +55,7 @@ class SparseGptSettings(Sequential, Pruner):
         from interventions.anatomy import find_anatomy
         from interventions.compress.engines.run import run_engine
         from interventions.compress.kernels.blockwise import walk_blocks
-        from interventions.compress.kernels.pruning import chosen_pattern, conclude, outcome
+        from interventions.compress.kernels.outcomes import chosen_pattern, conclude, outcome
         from interventions.compress.kernels.sparsegpt_kernel import sparsegpt_prune
         from interventions.statistics import InputStatistics
         from interventions.types import InterventionError

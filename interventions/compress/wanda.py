@@ -37,7 +37,7 @@ class WandaSettings(Sequential, Pruner):
         from interventions.anatomy import find_anatomy
         from interventions.compress.engines.run import run_engine
         from interventions.compress.kernels.blockwise import walk_blocks
-        from interventions.compress.kernels.pruning import chosen_pattern, conclude, prune_
+        from interventions.compress.kernels.outcomes import chosen_pattern, conclude, prune_
         from interventions.statistics import InputNorms
 
         pattern = chosen_pattern(self, "wanda", find_anatomy(model).blocks)

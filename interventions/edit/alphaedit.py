@@ -57,13 +57,6 @@ class AlphaEditSettings(LayersRewriter):
                 )
             return NullSpaceSolve(basis, self.ridge)
 
-        details = rewrite(
-            model,
-            tokenizer,
-            self,
-            resources,
-            context,
-            make_solve,
-            remedy="lower alphaedit.ridge or raise alphaedit.nullspace_threshold",
-        )
+        remedy = "lower alphaedit.ridge or raise alphaedit.nullspace_threshold"
+        details = rewrite(model, tokenizer, self, resources, context, make_solve, remedy=remedy)
         return {**details, "free_directions": free}

@@ -49,15 +49,8 @@ class RomeSettings(Rewriter):
         def make_solve(output: Linear, second_moment: Tensor) -> Solve:
             return partial(rome_update, stored=factorised(output, second_moment, context))
 
-        return rewrite(
-            model,
-            tokenizer,
-            self,
-            resources,
-            context,
-            make_solve,
-            remedy="make fewer edits, or set rome.contexts_per_length lower",
-        )
+        remedy = "make fewer edits, or set rome.contexts_per_length lower"
+        return rewrite(model, tokenizer, self, resources, context, make_solve, remedy=remedy)
 
     def choose_layers(self, depth: int) -> list[int]:
         """Return the one block that is edited."""

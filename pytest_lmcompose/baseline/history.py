@@ -127,8 +127,6 @@ def keep(report: Report, baselines: BaselineOptions, baseline: Baseline | None, 
     stored = Stored(name, how, ok, head, bool(head and changes(root, baselines.storage)))  # type: ignore[arg-type]
     kept = changed(report, prompts=(), comparison=None, drift=None, stored=stored)
     path = Storage(baselines.storage).save(kept, name)
-        changed(report, prompts=(), comparison=None, drift=None, stored=stored), name
-    )
     return f"lmcompose: the run is stored as {path}" + ("" if ok else ", as one that failed")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from interventions.placement import placement
+from interventions.structure import placement
 from pytest_lmcompose.build.load import Loaded, hash_tensors
 from pytest_lmcompose.cache.address import address, hash_files
 

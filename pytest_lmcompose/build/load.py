@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.offload import offload
-from interventions.placement import limit_memory
+from interventions.structure import limit_memory
 from pytest_lmcompose.build.checkpoint import check_folder
 from pytest_lmcompose.devices import check_device
 from pytest_lmcompose.distribute.threads import torch_threads

@@ -145,7 +145,7 @@ def test_named_parameters_of_the_layers_alone_change(method: str, tokenizer: Any
 
 
 def test_retain_texts_beside_a_batch_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    from interventions.unlearn import likelihood
+    from interventions.unlearn.kernels import likelihood
 
     made: list[tuple[int, int]] = []
 

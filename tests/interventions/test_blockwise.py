@@ -16,9 +16,8 @@ from interventions.compress.gptq import GptqSettings
 from interventions.compress.kernels.blockwise import affordable_tokens, walk_blocks
 from interventions.compress.kernels.working_memory import working_memory
 from interventions.context import Context
-from interventions.placement import placement
 from interventions.statistics import InputStatistics, collect_statistics, window_batches
-from interventions.structure import LinearGroup
+from interventions.structure import LinearGroup, placement
 from interventions.types import Resources
 from tests.models import CONFIGS, SENTENCES, tiny_model
 
@@ -184,7 +183,7 @@ def test_windows_are_no_longer_than_the_models_context(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texts": ()}, "test needs calibration texts"),
+        ({"texts": ()}, "gptq needs calibration texts"),
         ({"texts": ("fine", " ")}, "text 1 is empty"),
         ({"samples": 1, "max_tokens": 20}, "20 calibration tokens are too few for the 32 columns of .*q_proj"),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress import gptq as gptq_module
-from interventions.compress import gptq_kernel
+from interventions.compress.kernels import gptq_kernel
 from interventions.compress.kernels.gptq_kernel import GptqResult, gptq_quantise
 from interventions.compress.kernels.grid import fake_quantise
 from tests.models import CONFIGS, SENTENCES, tiny_model

@@ -22,8 +22,8 @@ from interventions import offload as offloading
 from interventions.anatomy import find_anatomy
 from interventions.compress.kernels.working_memory import bytes_for, working_memory
 from interventions.offload import offload
-from interventions.placement import Placement, limit_memory, placement, streaming
 from interventions.statistics import collect_statistics, token_batches
+from interventions.structure import Placement, limit_memory, placement, streaming
 from tests.models import CONFIGS, SENTENCES, share_of_same_weights, tiny_model
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from interventions import Resources
-from interventions.placement import placement
+from interventions.structure import placement
 from pytest_lmcompose.build import load
 from pytest_lmcompose.build.identity import base_address
 from pytest_lmcompose.build.load import hash_weights, load_model

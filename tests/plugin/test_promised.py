@@ -17,6 +17,7 @@ from pytest_lmcompose.recipe import load_recipe
 from pytest_lmcompose.results import Gate
 from pytest_lmcompose.run import CONF, Run
 
+ROOT = Path(__file__).parents[2]
 PROMISED = """
 "*":
   average_bits: {promised: 0.01}
@@ -128,3 +129,26 @@ def test_losses_that_the_suite_accepts_are_accepted_for_its_own_model_alone(
         return [bound.kind for rule in rules if rule.composition == "awq+memit" for bound in rule.bounds]
 
     assert judged(None) == ["lost"] and judged(str(tiny_model)) == []
+
+
+@pytest.mark.parametrize(
+    ("composition", "value", "passed"),
+    [
+        ("wanda[pattern='2:4']", 1.0, True),
+        ("wanda[pattern='2:4']+awq", 1.0, True),
+        ("wanda[pattern='2:4']+memit", 0.7, False),
+    ],
+)
+def test_a_pattern_that_a_later_step_loses_fails_by_the_default_thresholds(
+    tmp_path: Path, composition: str, value: float, passed: bool
+) -> None:
+    default = (ROOT / "compositions" / "thresholds.yaml").read_text()
+    (verdict,) = verdicts(tmp_path, composition, "sparsity_2_4", value, default)
+    assert verdict.passed is passed and "promised by wanda" in verdict.message
+    assert ("and broken by memit" in verdict.message) is not passed
+
+
+def test_a_known_loss_names_its_fix_once(tmp_path: Path) -> None:
+    rule = '"awq+memit": {average_bits: {lost: use awq+memit+awq to ship both}}'
+    (verdict,) = verdicts(tmp_path, "awq+memit", "average_bits", 6.8, rule)
+    assert verdict.message.count("awq+memit+awq") == 1

@@ -24,10 +24,9 @@ from interventions.compress.kernels.replay import Shapes, Tail, find_tails
 from interventions.compress.kernels.working_memory import WorkingMemory, working_memory
 from interventions.context import Context
 from interventions.early_exit import StopForward
-from interventions.placement import placement
 from interventions.shared_statistics import BlockStatistics
 from interventions.statistics import Batch, InputNorms, InputStatistics, scarce, window_batches
-from interventions.structure import Block, Linear, LinearGroup, module_device, within_context
+from interventions.structure import Block, Linear, LinearGroup, module_device, placement, within_context
 from interventions.types import InterventionError, Resources
 
 Sums = TypeVar("Sums", InputStatistics, InputNorms)

@@ -20,8 +20,7 @@ from interventions.compress.kernels.capture import Call, catch_block_calls
 from interventions.compress.kernels.folding import move_scales_
 from interventions.compress.kernels.precision import matmul_precision
 from interventions.modes import keep_modes
-from interventions.placement import placement
-from interventions.structure import Block, Linear, LinearGroup, is_linear, module_device, within_context
+from interventions.structure import Block, Linear, LinearGroup, is_linear, module_device, placement, within_context
 from interventions.types import InterventionError
 
 TOKENS = 16

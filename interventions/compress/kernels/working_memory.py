@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from interventions.placement import Placement
-from interventions.structure import Block
+from interventions.structure import Block, Placement
 from interventions.types import InterventionError
 
 CPU_BATCH = 16 << 20

@@ -1,14 +1,7 @@
 """What the entry points name. Imports no torch, so that every run may look at it."""
 
 from evaluators.registry import Evaluator
-from interventions import Method
 
-CLIP = Method(
-    "clip",
-    "compress",
-    settings="lmcompose_example.settings:ClipSettings",
-    function="lmcompose_example.clip:clip",
-)
 REPETITION = Evaluator(
     "repetition",
     "how often the model says again what it has just said",

@@ -9,14 +9,6 @@ from interventions.ranges import Checked, Range
 
 
 @dataclass(frozen=True)
-class ClipSettings(Checked):
-    """Outlying weights of each linear layer, cut to a number of standard deviations."""
-
-    deviations: Annotated[float, Range(above=0)] = 3.0
-    """Weights further from zero than so many standard deviations of their layer are cut."""
-
-
-@dataclass(frozen=True)
 class RepetitionSettings(Checked):
     """Continuations whose words are looked at."""
 

@@ -1,10 +1,11 @@
-"""What the pruning methods share: the pattern fits the model, and their outcome is reported."""
+"""Write new weights into linear layers, and tell what that did; which pattern of zeros fits the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from interventions.compress.bases import Pruner
@@ -24,6 +25,14 @@ def chosen_pattern(settings: Pruner, method: str, blocks: Sequence[Block]) -> Pa
     for linear in (linear for block in blocks for linear in block.linears):
         check_divides(pattern, linear.in_features, f"{linear.name} ({method})")
     return pattern
+
+
+def replace_(linear: Linear, weight: Tensor) -> float:
+    """Write new weights (out, in) into a linear; return how far they moved, as a share of their norm."""
+    before = linear.weight.float()
+    moved = float((weight - before).norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    linear.set_weight_(weight)
+    return moved
 
 
 def prune_(linear: Linear, mask: Tensor) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""A category with a method of its own, added by a project's conftest: found, planned, built, marked and held."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from interventions import categories as table
+from interventions import registry
+from pytest_lmcompose import scaffold
+from pytest_lmcompose.composition import parse
+from pytest_lmcompose.gate.promises import broken, promises
+from pytest_lmcompose.recipe import load_recipe
+from pytest_lmcompose.run import CONF
+from tests.plugin.conftest import INNER_CONFTEST, Project
+
+SOURCE = Path(__file__).with_name("tune.py")
+THRESHOLDS = """
+"*":
+  sparsity: {promised: 0.02}
+  recall: {promised: 0.0}
+"""
+
+
+def test_it_is_short() -> None:
+    assert len(SOURCE.read_text().splitlines()) + len(THRESHOLDS.splitlines()) <= 60
+
+
+def test_a_run_builds_marks_and_holds_it(project: Project) -> None:
+    (project.path / "thresholds.yaml").write_text(THRESHOLDS)
+    project.pytester.makeconftest(INNER_CONFTEST + "import tests.plugin.tune\n")
+    result = project.run_apart("-v", "-m", "tune", compose=("thin", "thin+nudge[layers=[0,1]]", "nudge"))
+    lines = "\n".join(result.outlines)
+    assert "1 failed" in lines and "1 passed" in lines and "1 deselected" in lines, lines
+    result.stdout.fnmatch_lines(["*promised by thin and broken by nudge*: use thin+nudge*+thin*"])
+
+
+def test_the_tables_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_table", table.categories())
+    monkeypatch.setattr(registry, "_table", registry.methods())
+    monkeypatch.delitem(sys.modules, "tests.plugin.tune", raising=False)
+    importlib.import_module("tests.plugin.tune")
+    recipe = load_recipe(CONF, ["thin.every=5"])
+    assert registry.category_of("thin") == "tune" == list(table.categories())[-1]
+    found = list(promises(recipe, parse("thin+memit+thin[every=2]")))
+    assert [(str(p.step), p.words, str(p.broken_by)) for p in found if p.category.name == "tune"] == [
+        ("thin", "sparsity = 0.2", "memit"),
+        ("thin", "that facts are still known", "None"),
+        ("thin[every=2]", "sparsity = 0.5", "None"),
+        ("thin[every=2]", "that facts are still known", "None"),
+    ]
+    assert broken(recipe, parse("thin+memit")) == [
+        "thin promises sparsity = 0.2, but memit follows it: use thin+memit+thin"
+    ]
+    text = scaffold.files(recipe, "model", parse("memit+thin"), ())["thresholds.yaml"]
+    assert "# thin promises sparsity = 0.2.\n  sparsity: {min: 0.19}\n" in text
+    assert "# thin promises that facts are still known.\n" in text
+
+
+def test_another_category_of_a_known_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="the category 'edit' is there already"):
+        table.register_category(table.Category("edit", "something else"))
+
+
+NOTEBOOK = """
+import sys
+from dataclasses import dataclass
+from interventions import Intervention, find_method, methods, register
+
+def define(default):
+    @dataclass(frozen=True)
+    class Mine(Intervention):
+        name, category = "mine", "edit"
+        factor: float = default
+    return Mine
+
+register(define(1.0))
+again = register(define(2.0))
+assert find_method("mine") == again and again.settings_type()().factor == 2.0
+assert "memit" in methods() and "torch" not in sys.modules
+try:
+    register(type("Other", (Intervention,), {"name": "memit", "category": "edit"}))
+except ValueError as error:
+    assert "redefines the intervention 'memit' of interventions.edit.memit:MemitSettings" in str(error), error
+else:
+    raise AssertionError
+"""
+
+
+def test_a_notebook_may_define_its_method_again_but_none_of_another_name() -> None:
+    subprocess.run([sys.executable, "-c", NOTEBOOK], check=True)
