@@ -34,7 +34,9 @@ _STORAGE = click.option(
     show_default=True,
     help="Folder of stored runs, as in pytest's --lmcompose-storage.",
 )
-_METRICS = click.option("--metric", "-m", "metrics", multiple=True, metavar="GLOB", help="Show only these.  [repeatable]")
+_METRICS = click.option(
+    "--metric", "-m", "metrics", multiple=True, metavar="GLOB", help="Show only these.  [repeatable]"
+)
 
 
 @click.command()

@@ -16,7 +16,9 @@ _SERVICES = {"both": ("github", "gitlab"), "github": ("github",), "gitlab": ("gi
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=".")
 @click.option("--model", default="tinyworld", show_default=True, help="Preset, folder with config.json, or hub id.")
 @click.option("--compose", metavar="ID", default="memit+awq", show_default=True, help="Composition to release.")
-@click.option("--ci", type=click.Choice(sorted(_SERVICES)), default="both", show_default=True, help="CI examples to write.")
+@click.option(
+    "--ci", type=click.Choice(sorted(_SERVICES)), default="both", show_default=True, help="CI examples to write."
+)
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
     """Set up a release gate in FOLDER: a test, thresholds, pytest settings, CI examples.
