@@ -108,7 +108,7 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
 
 
 def _answers(before: Mapping[str, Any], after: Mapping[str, Any], rows: Iterable[Row]) -> Iterator[str]:
-    """Yield old and new answers for some changed samples of each metric that changed."""
+    """Yield what the model said before and says now, for some samples of each metric that changed."""
     from pytest_lmcompose.report.text import visible
     from pytest_lmcompose.report.view import changed_samples
 
@@ -154,7 +154,7 @@ def report(
 
 
 def load(run: str, storage: Path) -> tuple[Path, Document]:
-    """Return the file of a run and its report; raise Refused if there is none."""
+    """Return a run's file and its report; raises Refused."""
     try:
         path = Storage(storage).find(run)
         return path, read_run(path)
@@ -171,7 +171,7 @@ def _head(path: Path, document: Document) -> None:
 
 
 def _chosen(globs: Sequence[str], *documents: Document) -> Sequence[str]:
-    """Return `globs` if each matches a metric; raise Refused with similar names otherwise."""
+    """Return `globs` after making sure that each means a metric; raises Refused with near names."""
     known = _metrics(*documents)
     for glob in globs:
         if not any(fnmatchcase(metric, glob) for metric in known):
@@ -180,7 +180,7 @@ def _chosen(globs: Sequence[str], *documents: Document) -> Sequence[str]:
 
 
 def _known(metric: str, *documents: Document) -> None:
-    """Check that a metric was measured; raise Refused with similar names otherwise."""
+    """Make sure that a metric was measured; raises Refused with near names."""
     from interventions.names import near_names
 
     known = _metrics(*documents)
@@ -193,7 +193,7 @@ def _metrics(*documents: Document) -> list[str]:
 
 
 def _only(record: Mapping[str, Any], globs: Sequence[str]) -> dict[str, Any]:
-    """Return a composition's record with only the metrics that match `globs`."""
+    """Return a composition's record with the metrics of `globs` alone."""
 
     def kept(name: str) -> list[Any]:
         return [part for part in record[name] if any(fnmatchcase(part["metric"], glob) for glob in globs)]
