@@ -67,7 +67,7 @@ def suite_rows() -> Iterator[Row]:
 
 
 def preset_rows() -> Iterator[Row]:
-    """Yield the group, name and description of every preset except suites."""
+    """Yield group, name and description of every preset that is no suite."""
     from pytest_lmcompose.recipe import GROUPS, presets
 
     conf = _conf()

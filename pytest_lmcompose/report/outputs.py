@@ -62,17 +62,17 @@ class Outputs:
 
 
 FLAGS = (
-    ("html", "write the report as a self-contained HTML page to this file", "PATH"),
-    ("markdown", "append a summary to this file, for example the job summary of a CI service", "PATH"),
+    ("html", "write the report as one page that needs no network to this file", "PATH"),
+    ("markdown", "append a summary to this file, such as the job summary of a CI service", "PATH"),
     ("latex", "write tables of order-free error and order sensitivity to this file", "PATH"),
     (
         "columns",
-        "metrics in the terminal table, as globs separated by commas (default: metrics with a threshold)",
+        "metrics in the terminal's table, globs with commas between (default: those with a threshold)",
         "GLOBS",
     ),
-    ("sort", "sort the terminal table by a metric, best first, or by id; -METRIC: worst first", "METRIC"),
-    ("group", "group the terminal table by category, or by first (the first step)", "HOW"),
-    ("wandb", "log the run to this Weights & Biases project; needs the extra wandb", "PROJECT"),
+    ("sort", "sort the terminal's table by a metric, the best first, or by id; -METRIC: the worst first", "METRIC"),
+    ("group", "group the terminal's table by category or first (step)", "HOW"),
+    ("wandb", "track the run in this project of Weights & Biases; needs the extra wandb", "PROJECT"),
     ("wandb-entity", "user or team that the project belongs to (default: the user's own)", "NAME"),
     ("wandb-tags", "tags of the tracked run, with commas between", "TAGS"),
 )
