@@ -18,22 +18,23 @@ NamesOrNone = Annotated[list[str], Items(least=0)]
 
 @dataclass(frozen=True)
 class ModelSettings(Checked):
-    """Which model, and how it is loaded."""
+    """The model and how to load it."""
 
     path: str = ""
-    """A folder with config.json (relative ones: to the working folder, then to the suite's), or a hub id."""
+    """A folder with config.json (relative to the working folder, then to the suite's), or a hub id."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     dtype: Annotated[str, Choice(*DTYPES)] = "auto"
-    """auto, float32, bfloat16 or float16; auto is float32 on a CPU, the checkpoint's own elsewhere."""
+    """auto means float32 on a CPU and the checkpoint's dtype elsewhere."""
     trust_remote_code: bool = False
+    """Run code that comes with the model."""
     device_map: Any = None
-    """Where the weights are. null: all on the device; host: in the host's memory, each block on the device only while
-    it is computed; auto, balanced, balanced_low_0, sequential, or a mapping from modules to devices: spread over
-    devices by accelerate."""
+    """Where to keep the weights. null: on the device. host: in host memory, with each block on the device only while it
+    runs. auto, balanced, balanced_low_0, sequential, or a mapping from modules to devices: spread over devices by
+    accelerate."""
     memory_budget: Positive | None = None
-    """GiB. Of a model that is spread over GPUs: what its weights may take of each. Else: what a block that is being
-    compressed may take on the device, with statistics and activations; the less, the smaller the batches."""
+    """Limit in GiB. With weights spread over GPUs: for the weights on each GPU. Otherwise: for a block during
+    compression, with its statistics and activations; a lower limit means smaller batches."""
 
     def problems(self) -> Iterator[str]:
         """Yield a device map of another kind than accelerate takes."""
@@ -48,35 +49,38 @@ class ModelSettings(Checked):
 
 @dataclass(frozen=True)
 class WorldSettings(Checked):
-    """The data of all methods and evaluators; a file that is null is one that this world lacks."""
+    """The datasets of all methods and evaluators; null means that there is no such file."""
 
     folder: str = ""
-    """Relative ones: to the working folder, then to the suite's."""
+    """Folder of the files; relative to the working folder, then to the suite's."""
     edits: str | None = None
+    """File of edits."""
     edits_schema: Annotated[str, Choice(*EDIT_SCHEMAS)] = "zsre"
-    """zsre, counterfact or mquake."""
+    """Format of the edit file."""
     strip_nq: bool = True
-    """Remove zsRE's "nq question: " before locality prompts."""
+    """Remove zsRE's "nq question: " from the start of locality prompts."""
     ask_as: str = "{}"
-    """How a question of a mquake file is put, {} being the question: a base model needs more than a question mark."""
+    """Prompt for the questions of an mquake file; {} stands for the question."""
     facts: str | None = None
-    """Prompts and answers for recall. Those whose relation is `topic/...`, of a topic of `forget`, count apart."""
+    """Prompts and answers for recall. Facts with the relation `topic/...` for a topic of `forget` count separately."""
     calibration: str | None = None
+    """Calibration text of editing and compression methods."""
     retain: str | None = None
+    """Text that unlearning must not affect."""
     forget: dict[str, str] = field(default_factory=dict)
-    """Domain to file."""
+    """Forget text: a file for each topic to unlearn."""
     perplexity: str | None = None
-    """Text that perplexity is measured on; never the retain or calibration text."""
+    """Text for perplexity; must not overlap with the retain or calibration text."""
     tasks: str | None = None
-    """Folder of question tasks, as YAML files of lm-evaluation-harness."""
+    """Folder of question tasks: YAML files of lm-evaluation-harness."""
     pools: dict[str, Names] = field(default_factory=dict)
-    """Pool of question tasks, such as harmless, to its tasks, groups or tags: of the folder, or of the harness
-    itself (wmdp_bio, mmlu); accuracy is measured by task and by pool."""
+    """Tasks, groups or tags of each pool, such as harmless: from the folder, or from the harness itself (wmdp_bio,
+    mmlu). Accuracy is measured per task and per pool."""
     hazardous: NamesOrNone = field(default_factory=list)
-    """Pools of knowledge that unlearning removes: the lower their accuracy, the better."""
+    """Pools with knowledge to unlearn: a lower accuracy is better."""
     trust_code: bool = False
-    """Let task files of the folder run code: functions that they name by `!function`, templates outside of a sandbox,
-    and whatever else lm-evaluation-harness would run or import for them."""
+    """Let task files run code: functions named by `!function`, templates outside a sandbox, and anything else that
+    lm-evaluation-harness would run or import for them."""
 
     def problems(self) -> Iterator[str]:
         """Yield a hazardous pool that there is not, and a form of questions without the question."""
@@ -93,18 +97,19 @@ class EvaluateSettings(Checked):
     """What is measured on each state, and on how much data."""
 
     edits: Count = 20
-    """Facts that editing methods rewrite in one batch, and that are measured on every state."""
+    """Number of edits: made in one batch and measured on every state."""
     editing: bool = True
-    """Success, paraphrase, portability and locality of the edits."""
+    """Measure success, paraphrase, portability and locality of the edits."""
     recall: bool = True
+    """Measure recall, the exact-match accuracy on facts."""
     facts: Count | None = 500
-    """Facts sampled for recall; null: all."""
+    """Number of facts sampled for recall; null: all."""
     perplexity: bool = True
     """Of running text, of the edits' targets with and without their prompts, and of the facts' answers."""
     window: Annotated[int, Range(2)] = 128
     """Tokens of a perplexity window; special tokens that the tokenizer puts before every text come on top."""
     texts: Count | None = 200
-    """Texts for perplexity, from the file's start; null: all."""
+    """Number of texts for perplexity, from the start of the file; null: all."""
     questions: bool = True
     tasks: NamesOrNone = field(default_factory=list)
     """Question tasks, groups or tags beside those of the world's pools: mmlu, hellaswag, or some of the world's
@@ -126,22 +131,21 @@ class EvaluateSettings(Checked):
     batch_size: Count = 32
     """Sequences that are read at a time."""
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Evaluators of other packages to run, each with the settings that are not to be at their defaults:
-    {} for none."""
+    """Evaluators of other packages to run, each with the settings to change; {} keeps their defaults."""
 
 
 @dataclass(frozen=True)
 class SuiteSettings(Checked):
-    """Which compositions are tested."""
+    """The compositions to test."""
 
     compositions: NamesOrNone = field(default_factory=list)
-    """Ids, such as `base`, `memit+awq`, `awq[bits=3]+memit`."""
+    """Composition ids, such as `base`, `memit+awq` or `awq[bits=3]+memit`."""
     permute: NamesOrNone = field(default_factory=list)
-    """Steps, such as `awq` or `awq[bits=3]`, of which every ordered choice is tested as well."""
+    """Steps, such as `awq` or `awq[bits=3]`; every ordered selection of them is tested too."""
     max_steps: Count | None = None
-    """Longest ordered choice of `permute`; null: as long as there are steps for it."""
+    """Maximum number of steps in a selection; null: all steps."""
     across_categories: bool = False
-    """Only choices whose steps are all of different categories."""
+    """Only test selections in which every step has another category."""
 
 
 def _is_place(value: Any) -> bool:

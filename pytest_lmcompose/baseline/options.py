@@ -55,17 +55,17 @@ VALUES = (
     ("storage", "folder of stored runs (default: .lmcompose in pytest's rootdir)", "PATH"),
 )
 """Name, help and metavar of each flag with a value."""
-COMPARE = "compare with this stored run (default: the latest that passed); write it with ="
+COMPARE = "compare with this stored run; write the value after = (default: the latest that passed)"
 COMPARE_METAVAR = "NAME|NUMBER|PATH"
 FAIL = (
-    "fail where a metric is worse than the stored run's by more than 0.01, 5%%, 3se (standard errors), or at level "
-    "p0.01 of a paired test: [COMPOSITION::]METRIC:LIMIT, globs allowed (repeatable)"
+    "fail if a metric is worse than in the stored run: [COMPOSITION::]METRIC:LIMIT, globs allowed. LIMIT is 0.01, 5%%, "
+    "3se (standard errors) or p0.01 (level of a paired test) (repeatable)"
 )
 SWITCHES = (
-    ("autosave", "store every run, named after the commit"),
+    ("autosave", "store the run, named after the commit"),
     ("require-baseline", "stop before any work if there is no stored run to compare with"),
     ("update-baseline", "store this run as the new baseline; gates against the old one do not fail"),
-    ("force", "update the baseline though files are not committed, or tests failed"),
+    ("force", "update the baseline even with uncommitted files or failed tests"),
 )
 """Name and help of each flag without a value."""
 

@@ -1,4 +1,4 @@
-"""The command `lmcompose`: one module a group of commands. Imports no torch."""
+"""The command `lmcompose`, with one module per group of commands. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pytest_lmcompose.cli.scaffolding import init
 
 
 class _Commands(click.Group):
-    """Refuses empty values, such as that of a variable that is not set, which would mean the default or a folder."""
+    """Refuses empty values, for example from an unset variable, which would mean the default or a folder."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -28,7 +28,7 @@ class _Commands(click.Group):
 
 
 def _empty(words: Sequence[str]) -> Iterator[str]:
-    """Yield what has an empty value: a flag, or an argument by the word before it."""
+    """Yield every flag with an empty value, and the word before every empty argument."""
     for before, word in zip(("", *words), words, strict=False):
         if not word.strip():
             yield before
@@ -39,12 +39,12 @@ def _empty(words: Sequence[str]) -> Iterator[str]:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pytest-lmcompose")
 def main() -> None:
-    """Look at what pytest-lmcompose can do, plans, stored and found; set up a release gate.
+    """Inspect methods, plans, stored runs and your installation; set up a release gate.
 
-    Compositions are built and measured by pytest itself: `pytest compositions --help`.
+    To build and measure compositions, use pytest: see `pytest compositions --help`.
 
-    Exit codes: 0 done; 1 done, and something is wrong: a comparison failed, an installation is broken; 2 not done:
-    a misspelt name, or a file that is not there or cannot be read.
+    Exit codes: 0 finished; 1 finished with problems, such as a failed comparison or a broken installation; 2 not
+    finished, because of a misspelt name, or a missing or unreadable file.
     """
 
 

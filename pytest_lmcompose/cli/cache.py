@@ -1,4 +1,4 @@
-"""`lmcompose cache`: what the store holds."""
+"""`lmcompose cache`: inspect and empty the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pytest_lmcompose.costs import size
 
 class _Folder(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse a URL, which would be taken for a folder of that name."""
+        """Refuse a URL, which click would read as the name of a folder."""
         if isinstance(value, str):
             if is_url(value):
                 self.fail(f"{value} is no folder; what is there is left to the tools of that storage", param, ctx)
@@ -28,20 +28,20 @@ class _Folder(click.Path):
 _FOLDER = click.option(
     "--cache-dir",
     type=_Folder(file_okay=False, path_type=Path),
-    help="The store's folder, as in pytest's --lmcompose-cache-dir.  [default: ~/.cache/lmcompose]",
+    help="Folder of the cache, as in pytest's --lmcompose-cache-dir.  [default: ~/.cache/lmcompose]",
 )
 
 
 @click.group()
 def cache() -> None:
-    """The store of finished states and measurements."""
+    """Inspect or empty the cache of states and measurements."""
 
 
 @cache.command()
 @_FOLDER
-@click.option("--entries", is_flag=True, help="List every entry, the most recently used first.")
+@click.option("--entries", is_flag=True, help="List all entries, most recently used first.")
 def show(cache_dir: Path | None, entries: bool) -> None:
-    """Show what the store holds."""
+    """Show how many entries the cache contains, and their size."""
     store = _store(cache_dir)
     listed = store.entries()
     about = {entry.folder: store.about(entry) for entry in listed}
@@ -64,7 +64,7 @@ def show(cache_dir: Path | None, entries: bool) -> None:
 @cache.command()
 @_FOLDER
 def clear(cache_dir: Path | None) -> None:
-    """Remove everything from the store."""
+    """Remove all entries from the cache."""
     store = _store(cache_dir)
     listed = store.entries()
     store.clear()

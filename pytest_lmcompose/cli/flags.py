@@ -1,4 +1,4 @@
-"""The plugin's flags as data: pytest's own option builders, read by something that is no parser."""
+"""The plugin's flags as data, recorded from the functions that define them for pytest."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ PREFIX = "--lmcompose-"
 
 
 class Flag(NamedTuple):
-    """One flag, as pytest's parser would be told of it."""
+    """One flag, as defined for pytest's parser."""
 
     name: str
-    """Without the prefix that all share."""
+    """Name without the common prefix."""
     help: str
     metavar: str | None
-    """None: the flag takes no value."""
+    """Placeholder of the value; None if the flag takes no value."""
     repeatable: bool
     alone: str | None
-    """The value that it has where it stands alone; None: it may not."""
+    """Value if the flag is given without one; None if it needs one."""
 
     def __str__(self) -> str:
         value = "" if self.metavar is None else f"={self.metavar}"
@@ -25,7 +25,7 @@ class Flag(NamedTuple):
 
 
 class _Recorder:
-    """Stands where pytest's parser and its groups would."""
+    """Replaces pytest's parser and its groups, and records what is defined."""
 
     def __init__(self) -> None:
         self.flags: list[Flag] = []
@@ -53,7 +53,7 @@ class _Recorder:
 
 
 def _unescaped(help: str) -> str:
-    """Return a help text without what argparse would format."""
+    """Return a help text without argparse's escapes."""
     return help.replace("%%", "%")
 
 

@@ -1,4 +1,4 @@
-"""`lmcompose doctor`: what is installed, and what is missing."""
+"""`lmcompose doctor`: check what is installed and what is missing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _MARKS = {"ok": "ok", "absent": "--", "broken": "!!"}
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
-    help="The store's folder, as in pytest's --lmcompose-cache-dir.  [default: ~/.cache/lmcompose]",
+    help="Folder of the cache, as in pytest's --lmcompose-cache-dir.  [default: ~/.cache/lmcompose]",
 )
 def doctor(cache_dir: Path | None) -> None:
-    """Check the installation: versions, devices, threads, extras, engines, store.
+    """Check the installation: versions, devices, threads, extras, engines, cache.
 
-    `ok` is there, `--` is not there and only some features need it, `!!` is broken. The exit code is 1 if something
-    is broken that every run needs.
+    `ok` is installed, `--` is missing and only needed by some features, `!!` is broken. The exit code is 1 if
+    something that every run needs is broken.
     """
     from pytest_lmcompose.doctor import checks
 

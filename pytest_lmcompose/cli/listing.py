@@ -1,4 +1,4 @@
-"""`lmcompose list`: the names that recipes, flags and compositions may use."""
+"""`lmcompose list`: the names you can use in recipes, flags and compositions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = tuple[str, ...]
 @click.command("list")
 @click.argument("kinds", nargs=-1, metavar="[methods|evaluators|suites|presets]...")
 def list_(kinds: Sequence[str]) -> None:
-    """List methods, evaluators, suites and presets; all four if none is named."""
+    """List methods, evaluators, suites and presets; all four by default."""
     from interventions.names import near_names
 
     for kind in kinds:
@@ -32,7 +32,7 @@ def list_(kinds: Sequence[str]) -> None:
 
 
 def method_rows() -> Iterator[Row]:
-    """Yield name, category and description of every method."""
+    """Yield the name, category and description of every method."""
     from interventions.registry import methods
 
     for method in methods().values():
@@ -40,7 +40,7 @@ def method_rows() -> Iterator[Row]:
 
 
 def evaluator_rows() -> Iterator[Row]:
-    """Yield name, how it is switched on, and description of every evaluator."""
+    """Yield the name of every evaluator, the key that enables it, and its description."""
     from evaluators.registry import BUILT_IN, evaluators
 
     own = {evaluator.name for evaluator in BUILT_IN}
@@ -50,7 +50,7 @@ def evaluator_rows() -> Iterator[Row]:
 
 
 def suite_rows() -> Iterator[Row]:
-    """Yield name, number of compositions and description of every suite."""
+    """Yield the name, number of compositions and description of every suite."""
     from omegaconf import OmegaConf
 
     from pytest_lmcompose.recipe import load_recipe, presets
@@ -92,7 +92,7 @@ KINDS: dict[str, Callable[[], Iterator[Row]]] = {
 
 
 def aligned(rows: Iterator[Row]) -> Iterator[str]:
-    """Yield rows as lines, their columns under each other; the last column is as long as it is."""
+    """Yield rows as lines with aligned columns; the last column is not padded."""
     table = list(rows)
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)] if table else []
     for row in table:
@@ -112,7 +112,7 @@ def comment(path: Path) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """Return the first sentence of a text, on one line and without its full stop."""
+    """Return the first sentence of a text on one line, without its full stop."""
     paragraph = " ".join(text.partition("\n\n")[0].split())
     sentence, stop, rest = paragraph.partition(". ")
     while stop and (sentence.endswith(("al", "e.g", "i.e")) or not rest.lstrip('"')[:1].isupper()):

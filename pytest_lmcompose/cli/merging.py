@@ -1,4 +1,4 @@
-"""`lmcompose merge`: one report of the shards of a run."""
+"""`lmcompose merge`: join the reports of shards, or of runs of different compositions."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--partial",
     is_flag=True,
-    help="Join what is there, though shards are missing or stopped: as an interrupted run.",
+    help="Merge even if shards are missing or interrupted; the result is an interrupted run.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1),
     default=1e-5,
     show_default=True,
-    help="Relative difference of numbers measured twice that counts as rounding.",
+    help="Largest relative difference between two measurements of the same number.",
 )
 def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -> None:
-    """Join the reports RUNS, of shards or of other compositions, into one.
+    """Join reports RUNS into one: all shards of a run, or runs of different compositions.
 
-    They must be of the same model, seeds, settings, thresholds, data and versions, and shards of the same selection
-    of compositions, all of which somebody tested. Paired gates and composability are computed again from all of them.
-    Ends with exit code 1 if a gate or a composition failed, and 2, with a line for each problem, if the reports do not
-    belong together or one is missing or interrupted.
+    They must agree in model, seeds, settings, thresholds, data and versions. Shards must also agree in the selected
+    compositions and test all of them. Paired gates and composability are computed again from all reports. The exit
+    code is 1 if a gate or composition failed. It is 2, with one line per problem, if the reports do not belong
+    together, or one is missing or interrupted.
     """
     from pytest_lmcompose.baseline.storage import StorageError, passed, read_run
     from pytest_lmcompose.merge import MergeError

@@ -1,4 +1,4 @@
-"""`lmcompose plan`: the tree of states that a run would build, without a run."""
+"""`lmcompose plan`: show the states that a run would build, without running it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pytest_lmcompose.cli.flags import PREFIX, Flag, plugin_flags
 from pytest_lmcompose.cli.problems import REFUSED
 
 SHOWN = ("model", "suite", "compose", "set", "repeats", "shard", "cache-dir", "no-cache")
-"""The flags that the plan depends on. The others are taken too, so that a command line can be used as it is."""
+"""The flags that affect the plan. Other flags are accepted too, so that you can reuse a command line."""
 
 
 class _Plan:
-    """Prints the plan where pytest would begin to collect: its options and ini values are read by then."""
+    """Collects the plan's lines before pytest collects tests, when options and ini values are known."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -50,7 +50,7 @@ def _option(flag: Flag) -> click.Option:
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
-    """Return pytest's arguments for what click has read."""
+    """Return pytest's arguments for the options that click has parsed."""
     found = []
     for key, value in values.items():
         flag = PREFIX + key.replace("_", "-")
@@ -63,10 +63,10 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
 
 
 def _plan(**values: Any) -> None:
-    """Print the tree of states that a run would build, and what it will cost.
+    """Print the states that a run would build, and their estimated cost.
 
-    The options are those of `pytest compositions`, and ini files are read as there; nothing is collected or built.
-    For the plan of tests chosen by -k or -m, use `pytest compositions -k ... --lmcompose-plan`.
+    Takes the options of `pytest compositions` and reads the same ini files, but collects and builds nothing. For the
+    plan of tests selected with -k or -m, use `pytest compositions -k ... --lmcompose-plan`.
     """
     printer = _Plan()
     given = arguments(values)
@@ -79,7 +79,7 @@ def _plan(**values: Any) -> None:
 
 
 class _PlanCommand(click.Command):
-    """Builds its options when they are first needed: the flags take some time to import."""
+    """Builds its options on first use, because importing the flags takes time."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self.params:

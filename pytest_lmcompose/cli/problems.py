@@ -1,4 +1,4 @@
-"""What ends a command early, and with which exit code."""
+"""Exit codes, and the error that ends a command."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import click
 from pytest_lmcompose.report.text import visible
 
 FAILED = 1
-"""What was asked for was done, and found something wrong."""
+"""Exit code: the command finished with problems."""
 REFUSED = 2
-"""What was asked for could not be done: a misspelt name, a file that is not there or broken."""
+"""Exit code: the command could not finish, because of a misspelt name, or a missing or broken file."""
 
 
 class Refused(click.ClickException):
-    """A command that could not do its work; the message says what is in the way."""
+    """A command that cannot finish; the message says why."""
 
     exit_code = REFUSED
 

@@ -1,6 +1,6 @@
-"""`lmcompose show`, `compare` and `report`: what stored runs found.
+"""`lmcompose show`, `compare` and `report`: inspect stored runs.
 
-A run is named by the path of its report, or by its name or number in the folder of stored runs.
+Name a run by the path of its report, or by its name or number in the folder of stored runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pytest_lmcompose.baseline.compare import ComparedReports
 
 _SAMPLES = 3
-"""Samples whose answers a comparison shows of a metric of a composition."""
+"""Number of changed samples to show for each metric of a composition."""
 
 _STORAGE = click.option(
     "--storage",
@@ -34,18 +34,20 @@ _STORAGE = click.option(
     show_default=True,
     help="Folder of stored runs, as in pytest's --lmcompose-storage.",
 )
-_METRICS = click.option("--metric", "-m", "metrics", multiple=True, metavar="GLOB", help="Only these.  [repeatable]")
+_METRICS = click.option(
+    "--metric", "-m", "metrics", multiple=True, metavar="GLOB", help="Show only these.  [repeatable]"
+)
 
 
 @click.command()
 @click.argument("run")
 @_METRICS
-@click.option("--all", "-a", "every", is_flag=True, help="Every metric, and not only those that a gate judged.")
-@click.option("--sort", metavar="METRIC", help="By a metric, the best first, or by id; -METRIC: the worst first.")
-@click.option("--group", type=click.Choice(GROUPS), help="By the steps' categories, or by the first step.")
+@click.option("--all", "-a", "every", is_flag=True, help="Show every metric, not only those with a gate.")
+@click.option("--sort", metavar="METRIC", help="Sort by a metric, best first, or by id; -METRIC: worst first.")
+@click.option("--group", type=click.Choice(GROUPS), help="Group by the steps' categories, or by the first step.")
 @_STORAGE
 def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group: str | None, storage: Path) -> None:
-    """Show the tables of RUN, as at the end of a run."""
+    """Show the tables that pytest prints at the end of RUN."""
     from pytest_lmcompose.report.layout import shown_metrics, sorted_records
     from pytest_lmcompose.report.sections import write_composability, write_paired
     from pytest_lmcompose.report.terminal import write_summary
@@ -72,15 +74,15 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
 @click.argument("old")
 @click.argument("new")
 @_METRICS
-@click.option("--all", "-a", "every", is_flag=True, help="Every row, and not only what changed beyond noise.")
-@click.option("--fail", is_flag=True, help="End with exit code 1 if a metric is worse, gone, or cannot be judged.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON, all rows.")
+@click.option("--all", "-a", "every", is_flag=True, help="Show every row, not only changes beyond noise.")
+@click.option("--fail", is_flag=True, help="Exit with code 1 if a metric is worse, missing, or cannot be compared.")
+@click.option("--json", "as_json", is_flag=True, help="Print all rows as JSON.")
 @_STORAGE
 def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool, as_json: bool, storage: Path) -> None:
-    """Hold the run NEW against the run OLD, metric by metric.
+    """Compare run NEW with run OLD, metric by metric.
 
-    Differences are paired on the samples where both runs asked the same. p is two-sided, after Holm's correction
-    over all rows; a metric is called worse or better at 0.05.
+    Differences are paired by sample if both runs used the same samples. p is two-sided, with Holm's correction over all
+    rows; a metric is worse or better at 0.05.
     """
     import dataclasses
 
@@ -122,15 +124,15 @@ def _answers(before: Report, after: Report, rows: Iterable[Row]) -> Iterator[str
 
 @click.command()
 @click.argument("run")
-@click.option("--html", metavar="PATH", help="One page that needs no network.")
-@click.option("--markdown", metavar="PATH", help="A summary, such as for a CI service.")
-@click.option("--latex", metavar="PATH", help="Tables of order-free error and order sensitivity.")
-@click.option("--baseline", metavar="RUN", help="Hold the run against this one, in the page and in the summary.")
+@click.option("--html", metavar="PATH", help="Write a self-contained page.")
+@click.option("--markdown", metavar="PATH", help="Write a summary, for example for a CI service.")
+@click.option("--latex", metavar="PATH", help="Write tables of order-free error and order sensitivity.")
+@click.option("--baseline", metavar="RUN", help="Compare with this run in the page and the summary.")
 @_STORAGE
 def report(
     run: str, html: str | None, markdown: str | None, latex: str | None, baseline: str | None, storage: Path
 ) -> None:
-    """Write reports of RUN; - in place of a path is the standard output."""
+    """Write reports of RUN; use - as a path for standard output."""
     if html is None and markdown is None and latex is None:
         raise click.UsageError("name at least one report: --html, --markdown or --latex")
     path, document = load(run, storage)
@@ -219,7 +221,7 @@ def _write_comparison(old: Path, new: Path, found: ComparedReports, rows: Sequen
 
 
 def _check_reports(targets: Mapping[str, str | None], read: Sequence[Path]) -> None:
-    """Make sure that all reports can be written, each somewhere else; raises Refused."""
+    """Check that all reports can be written to different files; raise Refused otherwise."""
     from pytest_lmcompose.report.files import TargetError, check_targets
 
     files = {name: Path("/dev/stdout" if path == "-" else path) for name, path in targets.items() if path is not None}

@@ -1,4 +1,4 @@
-"""`lmcompose init`: a release repository's gate."""
+"""`lmcompose init`: set up a release gate."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _SERVICES = {"both": ("github", "gitlab"), "github": ("github",), "gitlab": ("gi
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=".")
 @click.option("--model", default="tinyworld", show_default=True, help="Preset, folder with config.json, or hub id.")
-@click.option("--compose", metavar="ID", default="memit+awq", show_default=True, help="What is released.")
-@click.option("--ci", type=click.Choice(sorted(_SERVICES)), default="both", show_default=True, help="CI services.")
-@click.option("--force", is_flag=True, help="Overwrite files that are there.")
+@click.option("--compose", metavar="ID", default="memit+awq", show_default=True, help="Composition to release.")
+@click.option(
+    "--ci", type=click.Choice(sorted(_SERVICES)), default="both", show_default=True, help="CI examples to write."
+)
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
 def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
-    """Write the gate of a release into FOLDER: a test, thresholds, pytest's settings, CI examples.
+    """Set up a release gate in FOLDER: a test, thresholds, pytest settings, CI examples.
 
-    Nothing is overwritten without --force.
+    Existing files are kept unless you pass --force.
     """
     from pytest_lmcompose import scaffold
     from pytest_lmcompose.gate.promises import broken
@@ -58,7 +60,7 @@ def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
 
 
 def _from(folder: Path, model: str) -> str:
-    """Return a model's name as it is found in `folder`: a relative path leads from there, other names stay."""
+    """Return a model's name as seen from `folder`: a relative path starts there, other names stay the same."""
     path = os.path.expanduser(model)
     if os.path.isabs(path) or not os.path.isdir(path):
         return model
