@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings
 from interventions.names import near_names
-from interventions.ranges import Checked, Choice, Count, Items, Positive, Range, shown
+from interventions.ranges import Checked, Choice, Count, Items, Positive, shown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
@@ -89,7 +90,7 @@ class WorldSettings(Checked):
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(Checked):
+class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings):
     """What is measured on each state, and on how much data."""
 
     edits: Count = 20
@@ -101,28 +102,13 @@ class EvaluateSettings(Checked):
     """Facts sampled for recall; null: all."""
     perplexity: bool = True
     """Of running text, of the edits' targets with and without their prompts, and of the facts' answers."""
-    window: Annotated[int, Range(2)] = 128
-    """Tokens of a perplexity window; special tokens that the tokenizer puts before every text come on top."""
     texts: Count | None = 200
     """Texts for perplexity, from the file's start; null: all."""
     questions: bool = True
-    tasks: NamesOrNone = field(default_factory=list)
-    """Question tasks, groups or tags beside those of the world's pools: mmlu, hellaswag, or some of the world's
-    folder. Knowledge that shall be gone belongs into a hazardous pool of the world instead."""
-    question_limit: Count | None = None
-    """Questions of a task, from the file's start; null: all."""
-    num_fewshot: Annotated[int, Range(0)] | None = None
-    """Examples before each question; null: as each task says."""
-    options: Annotated[int, Range(2)] | None = 4
-    """Choices that every question of the world's folder must have; null: any number."""
     efficiency: bool = True
     """Average bits, sparsity and packed size, read from the weights, and operations by token."""
     latency: bool = False
     """Time of a forward pass and tokens by second, with dense kernels; noisy where the machine is shared."""
-    latency_batch: Count = 1
-    latency_length: Count = 128
-    """Tokens of each text in a pass whose time is taken, or whose operations are counted."""
-    latency_repeats: Annotated[int, Range(2)] = 20
     batch_size: Count = 32
     """Sequences that are read at a time."""
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
