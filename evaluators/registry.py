@@ -156,7 +156,6 @@ BUILT_IN = (
             _share("accuracy/hazardous", "questions", headline=True, **_FORGOTTEN),
             _share("accuracy/*", "questions"),
             _share("accuracy/*", "questions", **_FORGOTTEN),
-            Metric("*/*", higher_is_better=None),  # other scores than accuracy, by task
         ),
     ),
     Evaluator(

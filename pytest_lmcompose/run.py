@@ -20,6 +20,7 @@ from pytest_lmcompose.baseline.storage import StorageError
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.counter import Counter
+from pytest_lmcompose.gates.possible import check_metrics
 from pytest_lmcompose.gates.repeats import Repeat, pooled
 from pytest_lmcompose.gates.thresholds import (
     Rule,
@@ -112,6 +113,14 @@ class Run:
         if Path(self.location).exists():
             check_folder(Path(self.location))
         check_compositions(self.rules, self.options.thresholds, methods())
+        world = self.recipe.world
+        check_metrics(
+            self.rules,
+            self.options.thresholds,
+            world,
+            self.recipe.evaluate,
+            world_folder(world.folder, self.options.folder),
+        )
         for name in own_compositions(self.rules):
             try:
                 self.recipe.read(name)

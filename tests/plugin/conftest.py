@@ -39,7 +39,7 @@ NO_CACHE = "--lmcompose-no-cache"
 
 THRESHOLDS = """
 "*":
-  edit_success_f1: {min: 0.0}
+  edit_success_f1: {max: 0.99}
   perplexity: {max_ratio_of_base: 100}
 """
 
