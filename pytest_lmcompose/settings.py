@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings
 from interventions.names import near_names
 from interventions.ranges import Checked, Choice, Count, Items, Positive, shown
+from pytest_lmcompose.world.readers import unknown_schema
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
-EDIT_SCHEMAS = ("zsre", "counterfact", "mquake")
 Names = Annotated[list[str], Items()]
 NamesOrNone = Annotated[list[str], Items(least=0)]
 
@@ -54,8 +54,8 @@ class WorldSettings(Checked):
     folder: str = ""
     """Relative ones: to the working folder, then to the suite's."""
     edits: str | None = None
-    edits_schema: Annotated[str, Choice(*EDIT_SCHEMAS)] = "zsre"
-    """zsre, counterfact or mquake."""
+    edits_schema: str = "zsre"
+    """zsre, counterfact, mquake, or one that another package reads (`lmcompose.edit_readers`)."""
     strip_nq: bool = True
     """Remove zsRE's "nq question: " before locality prompts."""
     ask_as: str = "{}"
@@ -80,7 +80,9 @@ class WorldSettings(Checked):
     and whatever else lm-evaluation-harness would run or import for them."""
 
     def problems(self) -> Iterator[str]:
-        """Yield a hazardous pool that there is not, and a form of questions without the question."""
+        """Yield an unknown schema or hazardous pool, and a form of questions without the question."""
+        if (problem := unknown_schema(self.edits_schema)) is not None:
+            yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:
             if pool not in self.pools:
                 known = ", ".join(self.pools) or "none"

@@ -18,7 +18,8 @@ from interventions import Resources, StepReport, apply
 from interventions.zeros import zero_mask
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.measure import edit_cases
-from pytest_lmcompose.world.records import read_edits, read_texts, select_edits
+from pytest_lmcompose.world.readers import read_edits
+from pytest_lmcompose.world.records import read_texts, select_edits
 
 EDITORS = {"ft": (0.9, None), "lora": (0.9, None), "memit": (0.9, 0.9), "alphaedit": (0.9, 0.9)}
 """Least success and least locality asked of each editor; ROME is reported."""

@@ -29,7 +29,8 @@ from pytest_lmcompose.composition import Step
 from pytest_lmcompose.measure import edit_cases, recall_facts
 from pytest_lmcompose.recipe import Recipe, load_recipe
 from pytest_lmcompose.states.load import choose_device, load_model
-from pytest_lmcompose.world.records import read_edits, read_facts, read_texts, select_edits
+from pytest_lmcompose.world.readers import read_edits
+from pytest_lmcompose.world.records import read_facts, read_texts, select_edits
 
 SUITE = Path(__file__).resolve().parents[1]
 DATA = SUITE / "tinyworld" / "data"

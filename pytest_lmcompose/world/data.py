@@ -7,11 +7,11 @@ from pathlib import Path
 
 from interventions.types import Resources
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+from pytest_lmcompose.world.readers import read_edits
 from pytest_lmcompose.world.records import (
     EditRecord,
     FactRecord,
     WorldError,
-    read_edits,
     read_facts,
     read_texts,
     sample,

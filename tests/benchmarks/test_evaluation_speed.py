@@ -15,7 +15,8 @@ from evaluators import EditCase, measure_editing
 from evaluators.answers import score_tokens
 from evaluators.encoding import encode_pairs, meaningless_ids
 from pytest_lmcompose.measure import edit_cases
-from pytest_lmcompose.world.records import read_edits, select_edits
+from pytest_lmcompose.world.readers import read_edits
+from pytest_lmcompose.world.records import select_edits
 
 TINYWORLD = Path(__file__).parents[2] / "compositions" / "tinyworld"
 PUBLISHED_LENGTH = 30
