@@ -15,26 +15,31 @@ from typing import TYPE_CHECKING, Any
 from evaluators.measurement import EvaluationError, Measurement
 
 if TYPE_CHECKING:
-    from evaluators.answers import Likelihood, Probe, score_answers
-    from evaluators.editing import EditCase, UneditedAnswers, capture_unedited, measure_editing
+    from evaluators.answers import Likelihood, score_answers
+    from evaluators.asked import Asked, EditCase, Fact, Probe, UneditedAnswers
+    from evaluators.editing import capture_unedited, measure_editing
     from evaluators.efficiency import measure_efficiency
     from evaluators.generation import greedy
     from evaluators.latency import forward_pass, measure_latency
     from evaluators.likelihood import LogLikelihood, log_likelihood
     from evaluators.perplexity import measure_answer_perplexity, measure_perplexity
     from evaluators.questions import measure_questions, pool
-    from evaluators.recall import Fact, measure_recall, score_facts
+    from evaluators.recall import measure_recall, score_facts
     from evaluators.recovery import returned
+    from evaluators.registry import Evaluator, Metric
     from evaluators.survival import measure_survival
 
 _MODULES = {
+    "Asked": "evaluators.asked",
+    "Evaluator": "evaluators.registry",
+    "Metric": "evaluators.registry",
     "Likelihood": "evaluators.answers",
     "score_answers": "evaluators.answers",
     "measure_answer_perplexity": "evaluators.perplexity",
     "score_facts": "evaluators.recall",
-    "Probe": "evaluators.answers",
-    "EditCase": "evaluators.editing",
-    "UneditedAnswers": "evaluators.editing",
+    "Probe": "evaluators.asked",
+    "EditCase": "evaluators.asked",
+    "UneditedAnswers": "evaluators.asked",
     "capture_unedited": "evaluators.editing",
     "measure_editing": "evaluators.editing",
     "measure_efficiency": "evaluators.efficiency",
@@ -46,19 +51,22 @@ _MODULES = {
     "measure_perplexity": "evaluators.perplexity",
     "measure_questions": "evaluators.questions",
     "pool": "evaluators.questions",
-    "Fact": "evaluators.recall",
+    "Fact": "evaluators.asked",
     "measure_recall": "evaluators.recall",
     "returned": "evaluators.recovery",
     "measure_survival": "evaluators.survival",
 }
 
 __all__ = [
+    "Asked",
     "EditCase",
     "EvaluationError",
+    "Evaluator",
     "Fact",
     "Likelihood",
     "LogLikelihood",
     "Measurement",
+    "Metric",
     "Probe",
     "UneditedAnswers",
     "capture_unedited",

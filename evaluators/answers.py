@@ -6,24 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from evaluators.asked import Probe
 from evaluators.continuations import Scored, score
 from evaluators.encoding import Pair, check_length, encode_pairs, meaningless_ids, padding_id
 from evaluators.generation import continue_greedily, stop_ids
 from evaluators.measurement import EvaluationError
 from evaluators.state import borrowed
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A prompt and the answer it should get; the answer carries no leading space."""
-
-    prompt: str
-    answer: str
-    rival: str = ""
-    """What the answer is held against: what was true before an edit. Empty where nothing is known."""
 
 
 class Scores(NamedTuple):

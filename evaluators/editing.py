@@ -11,38 +11,21 @@ Portability asks for what follows from the edit (Zhong et al. 2023, MQuAKE, arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evaluators.answers import Answer, Probe, Scores, answer_probes
+from evaluators.answers import Answer, Scores, answer_probes
+from evaluators.asked import Asked, EditCase, Probe, UneditedAnswers
 from evaluators.measurement import EvaluationError, Measurement, shown
+from evaluators.settings import NoSettings
 
 
-@dataclass(frozen=True)
-class EditCase:
-    """One edit and the prompts that judge it.
-
-    After `prompt` and after each of `paraphrases` the model should say `target`; after each
-    prompt of `locality`, which is about something else, what was true before; after each of
-    `portability` what follows from the edit, with what followed before it as the probe's rival.
-    """
-
-    subject: str
-    prompt: str
-    target: str
-    paraphrases: tuple[str, ...] = ()
-    locality: tuple[Probe, ...] = ()
-    portability: tuple[Probe, ...] = ()
-    truth: str = ""
-    """What was true before the edit; empty where it is not known."""
-
-
-@dataclass(frozen=True)
-class UneditedAnswers:
-    """What the unedited model generated for each locality probe."""
-
-    generated: Mapping[Probe, tuple[int, ...]]
+def evaluate(model: Any, tokenizer: Any, settings: NoSettings, asked: Asked) -> list[Measurement]:
+    """Measure the run's edits on a state, edited or not: the base model's are the rates to compare with."""
+    if not asked.edits:
+        return []
+    return measure_editing(model, tokenizer, asked.edits, unedited=asked.unedited, batch_size=asked.batch_size)
 
 
 def capture_unedited(model: Any, tokenizer: Any, cases: Sequence[EditCase], *, batch_size: int = 32) -> UneditedAnswers:

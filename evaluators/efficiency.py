@@ -11,9 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
+from evaluators.asked import Asked
 from evaluators.encoding import check_length
 from evaluators.grids import Grid, find_grid
 from evaluators.measurement import EvaluationError, Measurement
+from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 
 SCALE_BITS = 32
@@ -95,6 +97,11 @@ def read_layers(weights: Mapping[str, Tensor]) -> list[Layer]:
         full = torch.finfo(weight.dtype).bits
         layers.append(Layer(name, weight.numel(), int(zero.sum()), full, find_grid(weight), two_of_four))
     return layers
+
+
+def evaluate(model: Any, tokenizer: Any, settings: PassSettings, asked: Asked) -> list[Measurement]:
+    """Measure storage and work as `measure_efficiency` does."""
+    return measure_efficiency(model, length=settings.latency_length)
 
 
 def measure_efficiency(

@@ -10,9 +10,18 @@ from typing import Any
 
 import torch
 
+from evaluators.asked import Asked
 from evaluators.encoding import check_length
 from evaluators.measurement import EvaluationError, Measurement
+from evaluators.settings import PassSettings
 from evaluators.state import borrowed
+
+
+def evaluate(model: Any, tokenizer: Any, settings: PassSettings, asked: Asked) -> list[Measurement]:
+    """Time forward passes as `measure_latency` does."""
+    return measure_latency(
+        model, batch=settings.latency_batch, length=settings.latency_length, repeats=settings.latency_repeats
+    )
 
 
 def forward_pass(model: Any, *, batch: int = 1, length: int = 128) -> Callable[[], None]:

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from evaluators.answers import Likelihood, Probe, score_answers
+from evaluators.answers import Likelihood, score_answers
+from evaluators.asked import Asked, Probe
 from evaluators.continuations import score
 from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
 from evaluators.measurement import EvaluationError, Measurement, exp, ratio_error, total
 from evaluators.passes import read
 from evaluators.reading import reading
+from evaluators.recall import scored_facts
+from evaluators.settings import PerplexitySettings
 from evaluators.state import borrowed
 from interventions.tokens import frame, running, windows
 
@@ -25,6 +28,22 @@ class Window(NamedTuple):
 
     nll: float
     tokens: int
+
+
+def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, asked: Asked) -> list[Measurement]:
+    """Measure perplexity of the facts' answers, of the edits' targets (also with their prompts), and of the texts."""
+    found: list[Measurement] = []
+    if asked.facts:
+        scored, facts = scored_facts(model, tokenizer, asked), [Probe(f.prompt, f.answer) for f in asked.facts]
+        found.append(measure_answer_perplexity(model, tokenizer, facts, metric="perplexity_qa", scored=scored))
+    edits, size = [Probe(case.prompt, case.target) for case in asked.edits], asked.batch_size
+    for metric, whole in (("perplexity_edits", False), ("perplexity_edits_prompt", True)) if edits else ():
+        found.append(
+            measure_answer_perplexity(model, tokenizer, edits, metric=metric, with_prompt=whole, batch_size=size)
+        )
+    if asked.texts:
+        found.append(measure_perplexity(model, tokenizer, asked.texts, window=settings.window, batch_size=size))
+    return found
 
 
 def measure_perplexity(

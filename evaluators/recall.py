@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from evaluators.answers import Likelihood, Probe, score_answers
+from evaluators.answers import Likelihood, score_answers
+from evaluators.asked import Asked, Fact, Probe
 from evaluators.measurement import EvaluationError, Measurement, shown
+from evaluators.settings import NoSettings
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A prompt, its true answer without a leading space, and where the fact belongs."""
+def evaluate(model: Any, tokenizer: Any, settings: NoSettings, asked: Asked) -> list[Measurement]:
+    """Measure recall of the facts, in all and by relation, and of the neighbours and the facts to forget."""
+    found: list[Measurement] = []
+    if asked.facts:
+        found += measure_recall(model, tokenizer, asked.facts, scored=scored_facts(model, tokenizer, asked))
+    for metric, facts, better in (
+        ("recall_same_subject", asked.neighbours, True),
+        ("recall_to_forget", asked.forgettable, False),
+    ):
+        if facts:
+            pooled = measure_recall(model, tokenizer, facts, batch_size=asked.batch_size)[0]
+            found.append(replace(pooled, metric=metric, higher_is_better=better))
+    return found
 
-    prompt: str
-    answer: str
-    relation: str
-    split: str = ""
+
+def scored_facts(model: Any, tokenizer: Any, asked: Asked) -> list[Likelihood]:
+    """Return the scores of the answers to all facts, from one pass per state."""
+    return asked.once("facts", lambda: score_facts(model, tokenizer, asked.facts, batch_size=asked.batch_size))
 
 
 def score_facts(model: Any, tokenizer: Any, facts: Sequence[Fact], *, batch_size: int = 32) -> list[Likelihood]:

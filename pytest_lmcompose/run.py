@@ -29,6 +29,7 @@ from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.counter import Counter
 from pytest_lmcompose.data.asked import asked, question_files
+from pytest_lmcompose.gate.possible import check_metrics
 from pytest_lmcompose.gate.repeats import Repeat, pooled
 from pytest_lmcompose.gate.thresholds import (
     Rule,
@@ -132,6 +133,14 @@ class Run:
         if Path(self.location).exists():
             check_folder(Path(self.location))
         check_compositions(self.rules, self.options.thresholds, methods())
+        world = self.recipe.world
+        check_metrics(
+            self.rules,
+            self.options.thresholds,
+            world,
+            self.recipe.evaluate,
+            world_folder(world.folder, self.options.folder),
+        )
         for name in own_compositions(self.rules):
             try:
                 self.recipe.read(name)

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings
 from interventions.names import near_names
-from interventions.ranges import Checked, Choice, Count, Items, Positive, Range, shown
+from interventions.ranges import Checked, Choice, Count, Items, Positive, shown
+from pytest_lmcompose.data.readers import unknown_schema
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
-EDIT_SCHEMAS = ("zsre", "counterfact", "mquake")
 Names = Annotated[list[str], Items()]
 NamesOrNone = Annotated[list[str], Items(least=0)]
 
@@ -55,8 +56,8 @@ class WorldSettings(Checked):
     """Folder of the files; relative to the working folder, then to the suite's."""
     edits: str | None = None
     """File of edits."""
-    edits_schema: Annotated[str, Choice(*EDIT_SCHEMAS)] = "zsre"
-    """Format of the edit file."""
+    edits_schema: str = "zsre"
+    """Format of the edit file: zsre, counterfact, mquake, or one of another package (`lmcompose.edit_readers`)."""
     strip_nq: bool = True
     """Remove zsRE's "nq question: " from the start of locality prompts."""
     ask_as: str = "{}"
@@ -83,7 +84,9 @@ class WorldSettings(Checked):
     lm-evaluation-harness would run or import for them."""
 
     def problems(self) -> Iterator[str]:
-        """Yield a hazardous pool that there is not, and a form of questions without the question."""
+        """Yield an unknown schema or hazardous pool, and a form of questions without the question."""
+        if (problem := unknown_schema(self.edits_schema)) is not None:
+            yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:
             if pool not in self.pools:
                 known = ", ".join(self.pools) or "none"
@@ -93,7 +96,7 @@ class WorldSettings(Checked):
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(Checked):
+class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings):
     """What is measured on each state, and on how much data."""
 
     edits: Count = 20
@@ -106,28 +109,13 @@ class EvaluateSettings(Checked):
     """Number of facts sampled for recall; null: all."""
     perplexity: bool = True
     """Of running text, of the edits' targets with and without their prompts, and of the facts' answers."""
-    window: Annotated[int, Range(2)] = 128
-    """Tokens of a perplexity window; special tokens that the tokenizer puts before every text come on top."""
     texts: Count | None = 200
     """Number of texts for perplexity, from the start of the file; null: all."""
     questions: bool = True
-    tasks: NamesOrNone = field(default_factory=list)
-    """Question tasks, groups or tags beside those of the world's pools: mmlu, hellaswag, or some of the world's
-    folder. Knowledge that shall be gone belongs into a hazardous pool of the world instead."""
-    question_limit: Count | None = None
-    """Questions of a task, from the file's start; null: all."""
-    num_fewshot: Annotated[int, Range(0)] | None = None
-    """Examples before each question; null: as each task says."""
-    options: Annotated[int, Range(2)] | None = 4
-    """Choices that every question of the world's folder must have; null: any number."""
     efficiency: bool = True
     """Average bits, sparsity and packed size, read from the weights, and operations by token."""
     latency: bool = False
     """Time of a forward pass and tokens by second, with dense kernels; noisy where the machine is shared."""
-    latency_batch: Count = 1
-    latency_length: Count = 128
-    """Tokens of each text in a pass whose time is taken, or whose operations are counted."""
-    latency_repeats: Annotated[int, Range(2)] = 20
     batch_size: Count = 32
     """Sequences that are read at a time."""
     also: dict[str, dict[str, Any]] = field(default_factory=dict)

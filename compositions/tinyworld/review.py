@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from compositions.tinyworld.text import Template, prompt, tell, tell_in, trained, training_stream
 from compositions.tinyworld.truth import Fact, World
-from evaluators.recall import Fact as Asked
+from evaluators import Fact as Asked
 from evaluators.recall import score_facts
 
 

@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluators.registry import find_evaluator
+from evaluators import registry
+from evaluators.registry import evaluators
 from interventions.registry import Method
 
 if TYPE_CHECKING:
@@ -125,15 +126,16 @@ def measurements_address(state: str, data: str, world: WorldSettings, evaluate: 
         data=data,
         world=dataclasses.replace(world, folder=""),  # where files stand is not what they say
         evaluate=evaluate,
-        code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate.also))),
+        code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
         libraries=versions(EVALUATOR_LIBRARIES),
     )
 
 
-def _modules(names: Iterable[str]) -> Iterator[str]:
-    """Yield the modules of evaluators of other packages, whose versions say less than their source."""
-    for name in names:
-        yield from find_evaluator(name).modules
+def _modules(evaluate: EvaluateSettings) -> Iterator[str]:
+    """Yield the modules of the evaluators that run, which are named in no import statement."""
+    for name, evaluator in evaluators().items():
+        if name in evaluate.also or (evaluator in registry.BUILT_IN and getattr(evaluate, name)):
+            yield from evaluator.modules
 
 
 def versions(libraries: Collection[str]) -> dict[str, str]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaluators.metrics import find_metric
+from evaluators.registry import BUILT_IN
 from pytest_lmcompose.cache.address import address, hash_files
 
 if TYPE_CHECKING:
@@ -14,22 +16,15 @@ if TYPE_CHECKING:
 
 METHODS = "methods"
 """The part of the data that methods read and no metric asks."""
-_PARTS = (
-    ("edit_", "edits"),
-    ("perplexity_edits", "edits"),
-    ("perplexity_qa", "facts"),
-    ("perplexity", "texts"),
-    ("recall", "facts"),
-    ("accuracy/", "questions"),
-)
-OF_WEIGHTS = ("average_bits", "overhead_bits", "sparsity", "packed_", "flops")
-"""Beginnings of metrics that ask nothing: they are read off the weights."""
+OF_WEIGHTS = tuple(metric.name for built_in in BUILT_IN for metric in built_in.metrics if not metric.sampled)
+"""Metrics that ask nothing: they are read from the weights."""
 _LENGTH = 16
 
 
 def part_of(metric: str) -> str | None:
     """Return the part of the data that a metric asks, None if that is not known."""
-    return next((part for start, part in _PARTS if metric.startswith(start)), None)
+    part = find_metric(metric).asks
+    return part if part in ("edits", "facts", "texts", "questions") else None
 
 
 def asked(data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> dict[str, str]:

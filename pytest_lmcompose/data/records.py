@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from interventions.types import Edit
 
-NQ_PREFIX = "nq question: "
 T = TypeVar("T")
 
 
@@ -61,7 +60,7 @@ class FactRecord:
         return self.relation.partition("/")[0]
 
 
-class _Record:
+class Record:
     """A JSON object that knows where it stands, for errors."""
 
     def __init__(self, path: Path, number: int, data: Any, at: str = "") -> None:
@@ -70,6 +69,7 @@ class _Record:
             raise self.error(f"expected an object{f' in {at!r}' if at else ''}, found {type(data).__name__}")
 
     def text(self, key: str, *, empty: bool = False) -> str:
+        """Return a text without the spaces around it; it must not be empty unless `empty`."""
         value = self._get(key)
         if not isinstance(value, str):
             raise self.error(f"field {self._name(key)!r} is {type(value).__name__}, expected text")
@@ -78,20 +78,24 @@ class _Record:
         return value.strip()
 
     def items(self, key: str) -> list[Any]:
+        """Return a list."""
         value = self._get(key)
         if not isinstance(value, list):
             raise self.error(f"field {self._name(key)!r} is {type(value).__name__}, expected a list")
         return value
 
-    def child(self, key: str) -> _Record:
-        return _Record(self.path, self.number, self._get(key), self._name(key))
+    def child(self, key: str) -> Record:
+        """Return an object inside this one."""
+        return Record(self.path, self.number, self._get(key), self._name(key))
 
-    def children(self, key: str) -> list[_Record]:
+    def children(self, key: str) -> list[Record]:
+        """Return a list of objects."""
         return [
-            _Record(self.path, self.number, item, f"{self._name(key)}[{i}]") for i, item in enumerate(self.items(key))
+            Record(self.path, self.number, item, f"{self._name(key)}[{i}]") for i, item in enumerate(self.items(key))
         ]
 
     def error(self, problem: str) -> WorldError:
+        """Return an error that names the file and the record."""
         return WorldError(f"{self.path}, record {self.number}: {problem}")
 
     def _get(self, key: str) -> Any:
@@ -101,25 +105,6 @@ class _Record:
 
     def _name(self, key: str) -> str:
         return f"{self.at}.{key}" if self.at else key
-
-
-def read_edits(path: Path, schema: str, *, strip_nq: bool = True, ask_as: str = "{}") -> list[EditRecord]:
-    """Read an edit file in the schema `zsre`, `counterfact` or `mquake`.
-
-    Questions of mquake files, known by their mark, are put as `ask_as` says. Records whose new
-    target is empty, as zsRE has some, are left out. Record numbers start at 1.
-    Raises WorldError for a missing or empty field, and for a subject that is not in its prompt.
-    """
-    readers: dict[str, Callable[[_Record], Iterator[EditRecord]]] = {
-        "zsre": lambda record: _zsre(record, strip_nq),
-        "counterfact": _counterfact,
-        "mquake": lambda record: _mquake(record, ask_as),
-    }
-    records = _json(path)
-    if not isinstance(records, list) or not records:
-        raise WorldError(f"{path}: expected a list with at least one record")
-    read = readers[schema]
-    return [found for number, data in enumerate(records, start=1) for found in read(_Record(path, number, data))]
 
 
 def select_edits(records: Sequence[EditRecord], n: int, seed: int, source: str = "") -> tuple[EditRecord, ...]:
@@ -176,86 +161,21 @@ def mentions(text: str, subject: str) -> bool:
     return subject.casefold() in text.casefold()
 
 
-def _zsre(record: _Record, strip_nq: bool) -> Iterator[EditRecord]:
-    target = record.text("alt", empty=True)
-    edit = _edit(record, record.text("src"), record.text("subject"), target)
-    question = record.text("loc")
-    if strip_nq:
-        question = question.removeprefix(NQ_PREFIX)
-    probe = Probe(question, record.text("loc_ans"))
-    paraphrases = (record.text("rephrase"),)
-    if target:
-        answers = record.items("answers") if "answers" in record.data else []
-        yield EditRecord(edit, paraphrases, (probe,), str(answers[0]) if answers else "")
-
-
-def _counterfact(record: _Record) -> Iterator[EditRecord]:
-    edit = _edit(record, record.text("prompt"), record.text("subject"), record.text("target_new"))
-    probe = Probe(record.text("locality_prompt"), record.text("locality_ground_truth"))
-    yield EditRecord(edit, (record.text("rephrase_prompt"),), (probe,), record.text("ground_truth"))
-
-
-def _mquake(record: _Record, ask_as: str) -> Iterator[EditRecord]:
-    """Yield every rewrite of a case.
-
-    Its locality are the hops, of the old way and the new, that no rewrite is about: true before and
-    after. The multi-hop questions judge a case of one rewrite; where there are more, their answer
-    follows from all of them only, and each rewrite is an edit of its own here.
-    """
-    rewrites = record.children("requested_rewrite")
-    hops = [*record.children("single_hops"), *record.children("new_single_hops")]
-    edits = [(_mquake_edit(record, rewrite), rewrite.text("question")) for rewrite in rewrites]
-    rewritten = {text for edit, question in edits for text in (edit.prompt, question)}
-    locality = tuple(
-        dict.fromkeys(
-            Probe(hop.text("cloze"), hop.text("answer"))
-            for hop in hops
-            if not rewritten & {hop.text("cloze"), hop.text("question")}
-        )
-    )
-    questions = [q for q in record.items("questions") if isinstance(q, str) and q.strip()]
-    if not questions:
-        raise record.error("field 'questions' has no question")
-    answer, before = record.text("new_answer"), record.text("answer")
-    multi_hop = tuple(Probe(_asked(question.strip(), ask_as), answer, before) for question in questions)
-    for (edit, question), rewrite in zip(edits, rewrites, strict=True):
-        truth = rewrite.child("target_true").text("str")
-        paraphrases = (_asked(question, ask_as),)
-        yield EditRecord(edit, paraphrases, locality, truth, multi_hop if len(edits) == 1 else ())
-
-
-def _asked(text: str, ask_as: str) -> str:
-    """Put a question as `ask_as` says; a text without a question mark is one to go on from."""
-    return ask_as.replace("{}", text) if text.endswith("?") else text
-
-
-def _mquake_edit(record: _Record, rewrite: _Record) -> Edit:
-    template, subject = rewrite.text("prompt"), rewrite.text("subject")
-    if "{}" not in template:
-        raise record.error(f"field {rewrite.at + '.prompt'!r} has no {{}} for the subject")
-    return Edit(template.replace("{}", subject), subject, rewrite.child("target_new").text("str"))
-
-
-def _edit(record: _Record, prompt: str, subject: str, target: str) -> Edit:
-    if subject not in prompt:
-        raise record.error(f"the subject {subject!r} does not stand in the prompt {prompt!r}")
-    return Edit(prompt, subject, target)
-
-
 def _clash(one: EditRecord, other: EditRecord) -> bool:
     if one.edit.subject.casefold() == other.edit.subject.casefold():
         return True
     return any(mentions(probe.prompt, b.edit.subject) for a, b in ((one, other), (other, one)) for probe in a.locality)
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises WorldError."""
     try:
         return json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise WorldError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
 
 
-def _json_lines(path: Path) -> Iterator[_Record]:
+def _json_lines(path: Path) -> Iterator[Record]:
     text = _read(path).rstrip("\n")
     if not text.strip():
         raise WorldError(f"{path}: no records")
@@ -264,7 +184,7 @@ def _json_lines(path: Path) -> Iterator[_Record]:
             data = json.loads(line)
         except json.JSONDecodeError as error:
             raise WorldError(f"{path}, record {number}: not JSON: {error.msg}") from None
-        yield _Record(path, number, data)
+        yield Record(path, number, data)
 
 
 def _read(path: Path) -> str:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interventions.types import Resources
+from pytest_lmcompose.data.readers import read_edits
 from pytest_lmcompose.data.records import (
     EditRecord,
     FactRecord,
     WorldError,
-    read_edits,
     read_facts,
     read_texts,
     sample,

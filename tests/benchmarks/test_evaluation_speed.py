@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluators import EditCase, measure_editing
 from evaluators.answers import score_tokens
 from evaluators.encoding import encode_pairs, meaningless_ids
-from pytest_lmcompose.data.records import read_edits, select_edits
+from pytest_lmcompose.data.readers import read_edits
+from pytest_lmcompose.data.records import select_edits
 from pytest_lmcompose.measure import edit_cases
 
 TINYWORLD = Path(__file__).parents[2] / "compositions" / "tinyworld"

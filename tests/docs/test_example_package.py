@@ -111,8 +111,7 @@ def test_what_is_misspelt_is_refused(monkeypatch: pytest.MonkeyPatch, setting: s
     monkeypatch.syspath_prepend(str(PACKAGE))
     from lmcompose_example import REPETITION
 
-    monkeypatch.setattr(registry, "BUILT_IN", (*registry.BUILT_IN, REPETITION))
-    registry.evaluators.cache_clear()
+    registry.register(REPETITION)
     try:
         with pytest.raises(RecipeError, match=re.escape(message)):
             load_recipe(SUITE_FOLDER / "conf", [setting])
@@ -127,8 +126,7 @@ def test_a_change_of_its_source_or_settings_misses_what_is_stored(
     shutil.copytree(PACKAGE / "lmcompose_example", tmp_path / "lmcompose_example")
     monkeypatch.syspath_prepend(str(tmp_path))
     evaluator = Evaluator("other", "", "lmcompose_example.settings:X", "lmcompose_example.repetition:repetition")
-    monkeypatch.setattr(registry, "BUILT_IN", (*registry.BUILT_IN, evaluator))
-    registry.evaluators.cache_clear()
+    registry.register(evaluator)
 
     def found(**settings: int) -> str:
         read_module.cache_clear()

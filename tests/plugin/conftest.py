@@ -49,7 +49,7 @@ NOT_IMPORTED = ("engine_workers", "cluster", "wandb", "__main__")
 
 THRESHOLDS = """
 "*":
-  edit_success_f1: {min: 0.0}
+  edit_success_f1: {max: 0.99}
   perplexity: {max_ratio_of_base: 100}
 """
 

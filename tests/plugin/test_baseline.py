@@ -302,8 +302,8 @@ def test_gates_of_single_steps_the_other_order_and_a_stored_run(stored: Project)
         "    max_rise: {value: 1000, of: reverse}\n"
         "    max_loss: {value: 1%, of: baseline}\n"
         "    no_drop_p: {value: 1.0e-6, of: round}\n"
-        "  recal: {min: 0}\n"
-        '"memit*": {recall: {min: 0}}\n'
+        "  recall/nowhere: {min: 0.5}\n"
+        '"memit*": {recall: {min: 0.5}}\n'
     )
     result = stored.run("--lmcompose-json=report.json", compose=(ID,))
     report = read_report(stored.path / "report.json")
@@ -325,8 +325,8 @@ def test_gates_of_single_steps_the_other_order_and_a_stored_run(stored: Project)
         assert gate["base_value"] == of["measurements"][_place(report)]["value"]
     result.stdout.fnmatch_lines(
         [
-            f"*{ID}  recal was not measured, but has a threshold. Did you mean recall*",
-            f"unused rule: '{ID}': 'recal': no metric that was measured matches. Did you mean recall*",
+            f"*{ID}  recall/nowhere was not measured, but has a threshold. Did you mean recall*",
+            f"unused rule: '{ID}': 'recall/nowhere': no metric that was measured matches. Did you mean recall*",
             "rules for compositions that were not measured: 'memit[*]'",
         ]
     )

@@ -28,8 +28,8 @@ RULES = """
   perplexity_qa: {max: 1.0e12}
   recall: {no_drop_p: 0.05, max_drop: 0.9}
   edit_success_margin: {no_drop_p: 0.05}
-  edit_success_f1: {min: 0.0, max_loss: 0.5}
-  sparsity: {min: 0.0}
+  edit_success_f1: {max: 0.99, max_loss: 0.5}
+  sparsity: {max: 0.99}
 """
 OUTPUTS = (
     "--lmcompose-json=report.json",

@@ -248,6 +248,7 @@ CHANGES: dict[str, tuple[What, Callable[[Bench], object]]] = {
     "the table of methods": ("neither", lambda b: b.source("interventions.registry")),
     "settings that methods share": ("both", lambda b: b.source("interventions.compress.bases")),
     "an evaluator's code": ("measurements", lambda b: b.source("evaluators.perplexity")),
+    "what is known about metrics": ("neither", lambda b: b.source("evaluators.metrics")),
     "the table of evaluators": ("neither", lambda b: b.source("evaluators.registry")),
     "torch": ("both", lambda b: b.version("torch")),
     "the harness": ("measurements", lambda b: b.version("lm_eval")),

@@ -47,7 +47,7 @@ def check(folder: Path, failed: bool) -> None:
 
 
 def test_metrics_and_verdicts(project: Project) -> None:
-    (project.path / "thresholds.yaml").write_text('"*":\n  edit_success_f1: {min: 0.0}\n  perplexity: {max: 0.5}\n')
+    (project.path / "thresholds.yaml").write_text('"*":\n  edit_success_f1: {max: 0.99}\n  perplexity: {max: 0.5}\n')
     arguments = ("--junitxml=junit.xml", "--lmcompose-json=report.json")
     result = project.run(*arguments, compose=("nudge", "nudge+round", "round+nudge"))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -55,7 +55,7 @@ def test_metrics_and_verdicts(project: Project) -> None:
     suite, tests = read(project.path / "junit.xml")
     assert set(tests) == {"nudge", "nudge+round", "round+nudge"}
     assert (suite["lmcompose.gates"], suite["lmcompose.gates.failed"]) == ("6", "3")
-    assert tests["nudge"]["lmcompose.gate.edit_success_f1.min"].startswith("passed: nudge  edit_success_f1 = ")
+    assert tests["nudge"]["lmcompose.gate.edit_success_f1.max"].startswith("passed: nudge  edit_success_f1 = ")
     assert tests["nudge"]["lmcompose.gate.perplexity.max"].startswith("failed: nudge  perplexity = ")
 
 

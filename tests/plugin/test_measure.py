@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from evaluators import EvaluationError
+from evaluators.metrics import find_metric
 from pytest_lmcompose.data.run_data import load_data
 from pytest_lmcompose.measure import capture_unedited, measure_state
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
@@ -139,3 +140,33 @@ def test_edits_with_consequences_measure_portability(loaded: tuple[Any, Any], tm
     record = data.edits[0]
     assert record.portability[0].prompt == f"Question: In which land was {record.edit.subject} born? Answer:"
     assert record.portability[1] == (f"{record.edit.subject} is a native of", "Veld", "Ostria")
+
+
+def test_progress_names_each_evaluator_before_it_runs(loaded: tuple[Any, Any], tiny_world: Path) -> None:
+    evaluate = dataclasses.replace(NOTHING, recall=True, perplexity=True, efficiency=True, latency_length=16)
+    seen: list[tuple[str, int, int]] = []
+    data = load_data(WORLD, evaluate, tiny_world, seed=0)
+    measure_state(*loaded, data, WORLD, evaluate, None, lambda *told: seen.append(told))
+    assert seen == [("recall", 1, 3), ("perplexity", 2, 3), ("efficiency", 3, 3)]
+
+
+def test_facts_are_scored_once_for_recall_and_perplexity(
+    loaded: tuple[Any, Any], tiny_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evaluators import recall
+
+    score, calls = recall.score_facts, []
+    monkeypatch.setattr(recall, "score_facts", lambda *args, **kwargs: calls.append(1) or score(*args, **kwargs))
+    world = dataclasses.replace(WORLD, edits=None)
+    assert metrics(loaded, tiny_world, world, recall=True, perplexity=True)[-2:] == ["perplexity_qa", "perplexity"]
+    assert len(calls) == 1
+
+
+def test_every_metric_that_built_in_evaluators_make_is_described(loaded: tuple[Any, Any], tiny_world: Path) -> None:
+    evaluate = EvaluateSettings(edits=3, facts=8, latency=True, latency_length=16, latency_repeats=2)
+    data = load_data(WORLD, evaluate, tiny_world, seed=0)
+    for found in measure_state(*loaded, data, WORLD, evaluate, capture_unedited(*loaded, data, evaluate)):
+        metric = find_metric(found.metric, higher_is_better=found.higher_is_better)
+        assert metric.unit and metric.higher_is_better == found.higher_is_better, found.metric
+        assert metric.low <= found.value <= metric.high, found.metric
+        assert metric.asks and metric.sampled == ("not sampled" not in found.note), found.metric

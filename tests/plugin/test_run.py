@@ -34,7 +34,7 @@ def test_schema_is_valid() -> None:
 def test_a_run_builds_measures_gates_and_reports(project: Project) -> None:
     ids = ("nudge", "nudge+round[digits=1]", "round[digits=1]+nudge")
     (project.path / "thresholds.yaml").write_text(
-        "'*': {perplexity: {max_ratio_of_base: 100}}\nnudge: {edit_success_f1: {min: 2}}"
+        "'*': {perplexity: {max_ratio_of_base: 100}}\nnudge: {edit_success_f1: {min: 1}}"
     )
     result = project.run(
         "--lmcompose-json=report.json",
@@ -47,7 +47,7 @@ def test_a_run_builds_measures_gates_and_reports(project: Project) -> None:
     result.stdout.fnmatch_lines(
         [
             "nudge+round[[]digits=1[]]  step 2/2 round[[]digits=1[]]  * s  14 parameters changed",
-            "*nudge  edit_success_f1 = * < min 2 (n = 3, standard error *)",
+            "*nudge  edit_success_f1 = * < min 1 (n = 3, standard error *)",
             "composition * perplexity*",
             "base *",
             "nudge *!*",
@@ -87,7 +87,7 @@ def test_a_run_builds_measures_gates_and_reports(project: Project) -> None:
     base = {m["metric"]: m["value"] for m in records["base"]["measurements"]}
     assert base["edit_locality_agreement"] == 1.0  # compared with itself
     failed = [gate for gate in records["nudge"]["gates"] if not gate["passed"]]
-    assert [(gate["metric"], gate["gate"], gate["threshold"]) for gate in failed] == [("edit_success_f1", "min", 2)]
+    assert [(gate["metric"], gate["gate"], gate["threshold"]) for gate in failed] == [("edit_success_f1", "min", 1)]
     # Samples would swamp other reporters.
     assert "samples" not in (project.path / "junit.xml").read_text()
 
@@ -158,7 +158,7 @@ def test_fixtures_in_a_users_own_module(project: Project) -> None:
 
 
 def test_a_composition_without_any_gate_is_no_pass(project: Project) -> None:
-    (project.path / "thresholds.yaml").write_text("memit: {recall: {min: 0}}")
+    (project.path / "thresholds.yaml").write_text("memit: {recall: {min: 0.5}}")
     project.pytester.makepyfile(test_inner="from compositions.test_compositions import test_composition  # noqa: F401")
     result = project.run(compose=("nudge",))
     result.assert_outcomes(failed=1)

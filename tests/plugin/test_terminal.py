@@ -118,7 +118,7 @@ def test_columns_by_globs_in_their_order() -> None:
 
 def test_flags_of_the_table_and_colour_on_a_terminal_only(project: Project) -> None:
     arguments = ("--lmcompose-columns=perplexity,edit_*_f1", "--lmcompose-sort=-id", "--lmcompose-group=first")
-    (project.path / "thresholds.yaml").write_text('"*":\n  perplexity: {max: 0.0}\n')
+    (project.path / "thresholds.yaml").write_text('"*":\n  perplexity: {max: 1.0}\n')
     result = project.run(*arguments, compose=("base", "nudge", "nudge+round"))
     lines = [line.split() for line in result.stdout.lines]
     head = next(line for line in lines if line[:1] == ["composition"])
@@ -154,7 +154,7 @@ def test_it(composition, gates, subtests):
 
 def test_a_failed_gate_is_counted_once_and_the_end_says_what_to_try(project: Project) -> None:
     project.pytester.makepyfile(test_inner=SUBTESTS)
-    (project.path / "thresholds.yaml").write_text("'*': {perplexity: {max: 1}, edit_success_f1: {min: 0}}")
+    (project.path / "thresholds.yaml").write_text("'*': {perplexity: {max: 1}, edit_success_f1: {max: 0.99}}")
     result = project.run(compose=("nudge",))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert result.parseoutcomes() == {"failed": 1}

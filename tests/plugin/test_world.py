@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from interventions.ranges import SettingError
 from interventions.types import Edit
+from pytest_lmcompose.data import readers
+from pytest_lmcompose.data.readers import read_edits
 from pytest_lmcompose.data.records import (
+    EditRecord,
     Probe,
     WorldError,
     mentions,
-    read_edits,
     read_facts,
     read_texts,
     select_edits,
@@ -241,3 +244,22 @@ def test_retain_text_must_not_be_perplexity_text(tiny_world: Path) -> None:
     world = WorldSettings(retain="retain.jsonl", perplexity="retain.jsonl")
     with pytest.raises(WorldError, match="12 of the retain texts are perplexity texts too"):
         load_data(world, EvaluateSettings(), tiny_world, seed=0)
+
+
+def test_a_schema_of_another_package_is_read_and_a_misspelt_one_lists_near_names(saved: Callable[[Any], Path]) -> None:
+    def pairs(record: readers.Record, options: readers.ReadOptions) -> Any:
+        yield EditRecord(Edit(record.text("ask"), record.text("who"), record.text("say")), (), ())
+
+    readers.register("pairs", pairs)
+    try:
+        (record,) = read_edits(saved([{"ask": "Ada lives in", "who": "Ada", "say": "Lome"}]), "pairs")
+        assert record.edit.target == "Lome"
+        assert WorldSettings(edits_schema="pairs").edits_schema == "pairs"
+        with pytest.raises(ValueError, match="redefines the edit schema 'zsre'"):
+            readers.register("zsre", pairs)
+        with pytest.raises(SettingError, match=r"edits_schema=pears: expected one of zsre.* Did you mean pairs"):
+            WorldSettings(edits_schema="pears")
+    finally:
+        readers.edit_readers.cache_clear()
+    with pytest.raises(WorldError, match="the schema is 'pairs', expected one of zsre, counterfact, mquake"):
+        read_edits(saved([{}]), "pairs")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evaluators import EvaluationError, Measurement, greedy
-from evaluators.registry import Asked
+from evaluators import Asked, EvaluationError, Measurement, greedy
 from lmcompose_example.settings import RepetitionSettings
 
 
