@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -45,6 +45,17 @@ class Metric:
     """What to try when its gate fails."""
     headline: bool = False
     """Whether summaries show it besides metrics that a gate judged."""
+    by_settings: bool = False
+    """Whether it says something only of steps whose settings promise a value of it."""
+
+    def concerns(self, categories: Collection[str], promised: Collection[str] | None = None) -> bool:
+        """Say whether steps of `categories` aim at this metric, or must leave it alone.
+
+        `promised` are the metrics of which the settings of the steps promise a value; None: that is not known.
+        """
+        if self.by_settings and promised is not None:
+            return self.name in promised
+        return not self.targeted_by or not set(self.targeted_by).isdisjoint(categories)
 
 
 @dataclass(frozen=True)
@@ -164,10 +175,10 @@ BUILT_IN = (
         "evaluators.settings:PassSettings",
         "evaluators.efficiency:evaluate",
         (
-            _weights("average_bits", "bits", False, 64, headline=True),
+            _weights("average_bits", "bits", False, 64, headline=True, by_settings=True),
             _weights("overhead_bits", "bits", False),
-            _weights("sparsity", "share", True, 1, headline=True),
-            _weights("sparsity_2_4", "share", True, 1),
+            _weights("sparsity", "share", True, 1, headline=True, by_settings=True),
+            _weights("sparsity_2_4", "share", True, 1, by_settings=True),
             _weights("packed_megabytes", "MB", False),
             _weights("flops_per_token", "FLOPs", False, advice=""),
         ),

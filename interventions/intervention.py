@@ -10,7 +10,7 @@ from interventions.context import Context
 from interventions.ranges import Checked
 from interventions.types import Resources
 
-__all__ = ["ZEROS", "Context", "Intervention", "Model", "Resources", "without_gradients"]
+__all__ = ["ZEROS", "Context", "Intervention", "Model", "Resources", "promised", "without_gradients"]
 
 if TYPE_CHECKING:
     from torch.nn import Module as Model
@@ -45,6 +45,12 @@ class Intervention(Checked):
     def keeps(self, metric: str) -> bool:
         """Say whether a later step with these settings leaves an earlier step's promise of `metric` intact."""
         return metric in ZEROS and bool(getattr(self, "preserve_mask", False))
+
+
+def promised(settings: Any) -> Mapping[str, float]:
+    """Return what settings promise, by metric; those of a method that is a plain dataclass promise nothing."""
+    found: Mapping[str, float] = settings.promises() if hasattr(settings, "promises") else {}
+    return found
 
 
 def without_gradients(function: Function) -> Function:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from interventions.anatomy import find_anatomy
 from interventions.categories import find_category
 from interventions.context import Context, silent
+from interventions.intervention import promised
 from interventions.modes import keep_modes
 from interventions.names import near_names
 from interventions.ranges import SettingError, check_settings
@@ -100,6 +101,7 @@ def apply(
         warnings=tuple(warnings),
         seconds=seconds,
         peak_memory_bytes=_peak_memory(gpus),
+        promises=dict(promised(complete)),
     )
 
 

@@ -54,3 +54,5 @@ class StepReport:
     seconds: float
     peak_memory_bytes: int
     """Peak resident memory of the process on CPU; where GPUs compute, peak allocated memory, of the one with most."""
+    promises: Mapping[str, float] = field(default_factory=dict)
+    """Values of metrics that the settings promise."""

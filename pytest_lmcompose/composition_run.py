@@ -81,4 +81,5 @@ def _step(step: StepRecord) -> Step:
         tuple(report.changed),
         report.details,
         tuple(report.warnings),
+        dict(report.promises),
     )

@@ -108,6 +108,9 @@ class Step(Base, frozen=True):
     changed: tuple[str, ...]
     details: Annotated[dict[str, Any], Meta(description="reported by the method; null: not a finite number")]
     warnings: tuple[str, ...]
+    promises: Annotated[
+        dict[str, float] | None, Meta(description="values of metrics that its settings promise; absent: not known")
+    ] = None
 
 
 class Outcome(Base, frozen=True, kw_only=True):

@@ -156,8 +156,9 @@ class SessionReport:
 
     def _write_next(self, reporter: pytest.TerminalReporter) -> None:
         """Write what to do after failures."""
-        gates = [gate for record in self._collected.results for gate in record.gates]
-        for line in advice(gate.metric for gate in gates if not gate.passed):
+        records = self._collected.results
+        failed = [(gate.metric, record.by_metric.get(gate.metric)) for record in records for gate in record.gates if not gate.passed]
+        for line in advice((metric, None if found is None else found.higher_is_better) for metric, found in failed):
             reporter.write_line(f"next: {line}", yellow=True)
 
     def _prompts(self) -> tuple[Prompts, ...]:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluators.measurement import EvaluationError
-from pytest_lmcompose.data.asked import METHODS, OF_WEIGHTS, part_of
+from evaluators.metrics import find_metric
+from pytest_lmcompose.data.asked import METHODS, part_of
 from pytest_lmcompose.gate.paired import change, corrected, is_exact
 from pytest_lmcompose.results import Compared, Difference, Measured, Model, Report, Row, replace
 
@@ -66,7 +67,7 @@ def unlike(model: Model | None, architecture: str | None, parameters: int | None
 
 def other_questions(metric: str, before: Mapping[str, str] | None, after: Mapping[str, str] | None) -> str | None:
     """Say why the samples of a metric do not belong together, by the hashes of what was asked; None: they may."""
-    if before is None or after is None or metric.startswith(OF_WEIGHTS):
+    if before is None or after is None or not find_metric(metric).sampled:
         return None
     part = part_of(metric)
     parts = (part,) if part is not None else tuple(name for name in after if name != METHODS)

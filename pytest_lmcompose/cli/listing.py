@@ -67,7 +67,7 @@ def suite_rows() -> Iterator[Row]:
 
 
 def preset_rows() -> Iterator[Row]:
-    """Yield group, name and description of every preset that is no suite."""
+    """Yield the group, name and description of every preset except suites."""
     from pytest_lmcompose.recipe import groups, presets
 
     conf = _conf()

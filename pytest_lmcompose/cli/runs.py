@@ -108,7 +108,7 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
 
 
 def _answers(before: Report, after: Report, rows: Iterable[Row]) -> Iterator[str]:
-    """Yield what the model said before and says now, for some samples of each metric that changed."""
+    """Yield old and new answers for some changed samples of each metric that changed."""
     from pytest_lmcompose.report.view import changed_samples
 
     old, new = before.by_id, after.by_id
@@ -153,7 +153,7 @@ def report(
 
 
 def load(run: str, storage: Path) -> tuple[Path, Report]:
-    """Return a run's file and its report; raises Refused."""
+    """Return the file of a run and its report; raise Refused if there is none."""
     try:
         path = Storage(storage).find(run)
         return path, read_run(path)
@@ -170,7 +170,7 @@ def _head(path: Path, document: Report) -> None:
 
 
 def _chosen(globs: Sequence[str], *documents: Report) -> Sequence[str]:
-    """Return `globs` after making sure that each means a metric; raises Refused with near names."""
+    """Return `globs` if each matches a metric; raise Refused with similar names otherwise."""
     known = _metrics(*documents)
     for glob in globs:
         if not any(fnmatchcase(metric, glob) for metric in known):
@@ -179,7 +179,7 @@ def _chosen(globs: Sequence[str], *documents: Report) -> Sequence[str]:
 
 
 def _known(metric: str, *documents: Report) -> None:
-    """Make sure that a metric was measured; raises Refused with near names."""
+    """Check that a metric was measured; raise Refused with similar names otherwise."""
     from interventions.names import near_names
 
     known = _metrics(*documents)
@@ -192,7 +192,7 @@ def _metrics(*documents: Report) -> list[str]:
 
 
 def _only(record: CompositionResult, globs: Sequence[str]) -> CompositionResult:
-    """Return a composition's record with the metrics of `globs` alone."""
+    """Return a composition's record with only the metrics that match `globs`."""
 
     def kept(metric: str) -> bool:
         return any(fnmatchcase(metric, glob) for glob in globs)

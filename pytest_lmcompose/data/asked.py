@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluators.metrics import find_metric
-from evaluators.registry import BUILT_IN
 from pytest_lmcompose.cache.address import address, hash_files
 
 if TYPE_CHECKING:
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 
 METHODS = "methods"
 """The part of the data that methods read and no metric asks."""
-OF_WEIGHTS = tuple(metric.name for built_in in BUILT_IN for metric in built_in.metrics if not metric.sampled)
-"""Metrics that ask nothing: they are read from the weights."""
 _LENGTH = 16
 
 

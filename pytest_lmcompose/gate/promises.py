@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.categories import Category, categories, find_category
-from interventions.intervention import Intervention
+from interventions.intervention import Intervention, promised
 from interventions.registry import find_method, methods
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.gate.globs import matches
@@ -53,7 +53,7 @@ def promises(recipe: Recipe, composition: Composition) -> Iterator[Promise]:
     for place, step in enumerate(composition.steps):
         later = composition.steps[place + 1 :]
         category, settings = find_category(find_method(step.method).category), recipe.settings(step)
-        for metric, value in _promised(settings).items():
+        for metric, value in promised(settings).items():
             breaks = (s for s in later if not _keeps(recipe.settings(s), metric))
             yield Promise(step, category, next(breaks, None), metric, value)
         if category.promises and not _undoes(settings):
@@ -76,23 +76,18 @@ def broken(recipe: Recipe, composition: Composition) -> list[str]:
     ]
 
 
-def may_be_promised(metric: str) -> bool:
+def may_bepromised(metric: str) -> bool:
     """Say whether a step may promise something of the metrics that a glob begins like.
 
     Known are the metrics of categories and those that methods promise with their default settings.
     """
     start = re.split(r"[*?]", metric)[0]
     known = [glob.rstrip("*") for category in categories().values() for glob in category.promises]
-    known += [name for method in methods().values() for name in _promised(method.settings_type()())]
+    known += [name for method in methods().values() for name in promised(method.settings_type()())]
     return bool(start) and any(name.startswith(start) or start.startswith(name) for name in known)
 
 
-# A method whose settings are a plain dataclass promises nothing, and keeps zeros if it has `preserve_mask`.
-
-
-def _promised(settings: Any) -> Mapping[str, float]:
-    found: Mapping[str, float] = settings.promises() if hasattr(settings, "promises") else {}
-    return found
+# A method whose settings are a plain dataclass keeps zeros if it has `preserve_mask`.
 
 
 def _keeps(settings: Any, metric: str) -> bool:

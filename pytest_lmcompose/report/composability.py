@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, per_unit, ratio_error
+from evaluators.metrics import find_metric
 from pytest_lmcompose.composition import BASE
-from pytest_lmcompose.data.asked import OF_WEIGHTS
 from pytest_lmcompose.gate.repeats import evened, independent, link_of, scaled
 from pytest_lmcompose.report.shares import shares
 from pytest_lmcompose.results import (
@@ -67,28 +67,17 @@ def composability(
     )
 
 
-def concerns(measured: Measured, categories: Collection[str]) -> bool:
-    """Say whether steps of `categories` promise something of a metric, or must leave it alone.
-
-    What only steps of other categories promise says nothing of their order, such as edits that no step made.
-    """
-    metric = measured.metric
-    if metric.startswith(("edit_", "perplexity_edits")):
-        return "edit" in categories
-    if metric.startswith(OF_WEIGHTS):
-        return "compress" in categories
-    if metric.startswith("accuracy/") and not measured.higher_is_better:
-        return "unlearn" in categories
-    return True
-
-
 def _orders(
     steps: tuple[str, ...], records: Sequence[CompositionResult], base: Mapping[str, Measured], seed: int
 ) -> Iterator[OrderedSet]:
+    """Yield the metrics that the steps aim at or must leave alone; others say nothing of the steps' order."""
     tables = {record.requested: record.by_metric for record in records}
-    categories = {step.category for record in records for step in record.steps}
+    ran = [step for record in records for step in record.steps]
+    categories = {step.category for step in ran}
+    promised = None if any(step.promises is None for step in ran) else {m for step in ran for m in step.promises or ()}
     for name, first in next(iter(tables.values())).items():
-        if all(name in table for table in tables.values()) and concerns(first, categories):
+        metric = find_metric(name, higher_is_better=first.higher_is_better)
+        if all(name in table for table in tables.values()) and metric.concerns(categories, promised):
             yield _entry(steps, {order: table[name] for order, table in tables.items()}, base.get(name), seed)
 
 

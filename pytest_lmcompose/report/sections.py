@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
 
 import pytest
 
+from evaluators.metrics import find_metric
 from interventions.registry import category_of
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.report.numbers import MISSING, interval, number, with_error
@@ -15,10 +15,6 @@ from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.results import Composability, CompositionResult, OrderedSet, Share
 
 Rows = list[list[Cell]]
-PROMISES = {"edit": ("edit_*_exact",), "unlearn": ("accuracy/hazardous",)}
-"""What each category promises, as globs over metrics; the matrix of interference has no other columns."""
-OF_ALL = ("perplexity", "accuracy/harmless", "recall")
-"""What every step promises to leave alone."""
 SHARES = {
     "survival": "survival: value at the end over value after the step, ± standard error",
     "returned": "returned: share of the knowledge that a step removed that is back at the end, ± standard error",
@@ -107,11 +103,12 @@ def interference_rows(found: Composability, metrics: Collection[str]) -> Rows:
     """Return one row a composition and measured prefix under a head, one column a metric that a step promises."""
     steps = {step.step for entry in found.interference for step in entry.steps}
     categories = {category_of(parse(step).steps[0].method) for step in steps}
-    promised = (*(glob for category in sorted(categories) for glob in PROMISES.get(category, ())), *OF_ALL)
+    about = {metric: find_metric(metric) for metric in metrics}
     shown = [
-        m
-        for m in metrics
-        if any(fnmatchcase(m, glob) for glob in promised) and any(m in entry.metrics for entry in found.interference)
+        metric
+        for metric, of in about.items()
+        if of.headline and of.sampled and of.concerns(categories)
+        if any(metric in entry.metrics for entry in found.interference)
     ]
     rows = [[Cell(name) for name in ("composition", *shown)]]
     for entry in found.interference:

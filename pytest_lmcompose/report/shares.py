@@ -11,33 +11,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement
+from evaluators.metrics import find_metric
 from evaluators.recovery import returned
 from evaluators.survival import measure_survival
+from interventions.categories import categories
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.gate.repeats import side_by_side
 from pytest_lmcompose.results import CompositionResult, Measured, Share
 
 
 class _Share(NamedTuple):
-    """A kind of share: of which metrics, after a step of which category, and from which states."""
+    """A kind of share: whether of what a step removed, from which states, and how."""
 
-    category: str
-    of: Callable[[Measured], bool]
+    removes: bool
     states: Callable[[str, str, str], tuple[str, ...]]
     """Of the ids before the step, after it and at the end, those that `compute` takes."""
     compute: Callable[..., Measurement]
 
+    def of(self, category: str, measured: Measured) -> bool:
+        """Say whether steps of a category promise something of a metric, and in this way."""
+        known = categories().get(category)
+        if known is None or not known.promises or known.removes != self.removes:
+            return False
+        about = find_metric(measured.metric, higher_is_better=measured.higher_is_better)
+        return category in about.targeted_by and measured.higher_is_better != self.removes
+
 
 KINDS = {
-    "survival": _Share(
-        "edit", lambda m: m.metric.startswith("edit_"), lambda _, after, end: (after, end), measure_survival
-    ),
-    "returned": _Share(
-        "unlearn",
-        lambda m: m.metric.startswith("accuracy/") and not m.higher_is_better,
-        lambda before, after, end: (before, after, end),
-        returned,
-    ),
+    "survival": _Share(False, lambda _, after, end: (after, end), measure_survival),
+    "returned": _Share(True, lambda before, after, end: (before, after, end), returned),
 }
 
 
@@ -56,11 +58,11 @@ def _of(kind: _Share, record: CompositionResult, measured: Mapping[str, Composit
     ids = [BASE, *("+".join(record.requested[:k]) for k in range(1, len(record.requested) + 1))]
     for number, step in enumerate(record.steps[: len(ids) - 2]):  # after the last step all of it is there
         states = kind.states(ids[number], ids[number + 1], record.id)
-        if step.category != kind.category or any(state not in measured for state in states):
+        if any(state not in measured for state in states):
             continue
         tables = [measured[state].by_metric for state in states]
         for name, end in tables[-1].items():
-            if kind.of(end) and all(name in table for table in tables):
+            if kind.of(step.category, end) and all(name in table for table in tables):
                 value, error, n, note = _share(kind, [table[name] for table in tables])
                 yield Share(record.id, step.id, ids[number + 1], name, value, error, n, note)
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
+from evaluators.metrics import find_metric
 from pytest_lmcompose.baseline.compare import ComparedReports, compare_reports
 from pytest_lmcompose.report.layout import shown_metrics
 from pytest_lmcompose.report.numbers import counted
-from pytest_lmcompose.report.sections import OF_ALL, PROMISES
 from pytest_lmcompose.results import CompositionResult, DriftRow, Gate, Outcome, Report, Row
 
-_HEADLINES = (*(glob for globs in PROMISES.values() for glob in globs), *OF_ALL, "average_bits", "sparsity")
-"""Metrics shown beside those that a gate judged."""
 SMALLEST = 1e-9
 """A sample that changed by less is the same one."""
 
@@ -131,7 +128,7 @@ def headline_metrics(records: Sequence[CompositionResult], *, judged: bool = Fal
     """
     if judged and any(record.gates for record in records):
         return shown_metrics(records, lambda _: False)
-    named = shown_metrics(records, lambda metric: any(fnmatchcase(metric, glob) for glob in _HEADLINES))
+    named = shown_metrics(records, lambda metric: find_metric(metric).headline)
     return named or shown_metrics(records, lambda _: True)
 
 
