@@ -42,7 +42,8 @@ def applied(result: pytest.RunResult) -> list[str]:
 def measured(result: pytest.RunResult, ids: tuple[str, ...]) -> list[str]:
     """Return which of `ids` were measured anew."""
     text = result.stdout.str() + result.stderr.str()
-    return [name for name in ids if f"{name}  measurements read from the cache" not in text.replace("] ", "\n")]
+    read = re.findall(r"(\S+)  (?:\[[\d./]+\][^:]*: )?measurements read from the cache", text)
+    return [name for name in ids if name not in read]
 
 
 def without_times(report: Any) -> Any:
