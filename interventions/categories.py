@@ -26,7 +26,7 @@ class Category:
     promised: str = "what it is for"
     """What a step promises, as it follows "promises" in a message."""
     removes: bool = False
-    """Steps take something away: of `promises` only the metrics count of which lower is better."""
+    """Steps take something away: of `promises`, only metrics where lower is better count."""
     reads: tuple[str, ...] = ()
     """Fields of `Resources` that steps read."""
     streams: bool = False

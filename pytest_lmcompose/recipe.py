@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evaluators.registry import UnknownEvaluator, find_evaluator
 from interventions import names
-from interventions.categories import categories
+from interventions.categories import categories, find_category
 from interventions.ranges import SettingError, check_settings, check_value, field_types, parts_of
 from interventions.registry import UnknownMethod, find_method, methods
 from interventions.types import InterventionError
@@ -140,6 +140,10 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     sections["evaluate"] = dataclasses.replace(sections["evaluate"], also=also)
     for name, method in methods().items():  # used or not: what was set for it is wrong in any case
         _typed(config[name], method.settings_type(), name)
+        try:
+            find_category(method.category)
+        except ValueError as error:
+            raise RecipeError(f"the intervention {name!r}: {error}") from None
     return Recipe(**sections, config=config)
 
 

@@ -40,13 +40,23 @@ def files(recipe: Recipe, model: str, composition: Composition, services: tuple[
         "VERSION": version("pytest-lmcompose"),
         "COMPARE": "\n".join(f"    {expression}" for expression in expressions(recipe, composition)),
     }
-    texts = {TEST: _TEST, THRESHOLDS: _thresholds(recipe, composition), SETTINGS: _SETTINGS, IGNORED: _IGNORED}
-    texts |= {CI[service]: {"github": _GITHUB, "gitlab": _GITLAB}[service] for service in services}
+    texts = {
+        TEST: _template("test_release.txt"),
+        THRESHOLDS: _thresholds(recipe, composition),
+        SETTINGS: _template("pytest_ini.txt"),
+        IGNORED: _template("gitignore.txt"),
+    }
+    texts |= {CI[service]: _template(f"{service}.yaml") for service in services}
     for name, text in texts.items():
         for key, value in values.items():
             text = text.replace(f"@{key}@", value)
         texts[name] = text
     return texts
+
+
+def _template(name: str) -> str:
+    """Return a file of the folder `release`, which has @NAMES@ where values are put in."""
+    return Path(__file__).with_name("release").joinpath(name).read_text(encoding="utf-8")
 
 
 def expressions(recipe: Recipe, composition: Composition) -> Iterator[str]:
@@ -120,7 +130,7 @@ def _holds(path: Path, text: str) -> bool:
 
 def _thresholds(recipe: Recipe, composition: Composition) -> str:
     """Return thresholds with a block for each promise of the composition."""
-    blocks = [_COMMON]
+    blocks = [_template("thresholds.yaml")]
     kept: dict[Category | str, list[Promise]] = {}
     for promise in promises(recipe, composition):
         if promise.broken_by is None:
@@ -148,125 +158,3 @@ def _bounds_of(metric: str, promised: Sequence[float]) -> str:
 
 def _braced(bounds: Mapping[str, float]) -> str:
     return f"{{{', '.join(f'{kind}: {value:.4g}' for kind, value in bounds.items())}}}"
-
-
-_TEST = '''\
-"""The release gate: builds the model step by step, measures what each step promised, and fails where it broke.
-
-`thresholds.yaml` says what is promised, `pytest.ini` which model is changed.
-"""
-
-import pytest
-
-RELEASE = "@COMPOSITION@"
-
-
-@pytest.mark.parametrize("composition", [RELEASE], indirect=True)
-def test_release(composition, gates, subtests):
-    assert gates, f"no threshold applies to {composition}"
-    for gate in gates:
-        with subtests.test(f"{gate.metric} {gate.gate}"):
-            if not gate.passed:
-                pytest.fail(gate.message, pytrace=False)
-'''
-
-_SETTINGS = """\
-[pytest]
-testpaths = test_release.py
-lmcompose_model = @MODEL@
-lmcompose_thresholds = thresholds.yaml
-lmcompose_compare_fail =
-@COMPARE@
-"""
-
-_COMMON = """\
-# What the release promises. Globs over compositions, then over metrics; the most specific rule holds.
-# `lmcompose show RUN --all` lists the metrics of a stored run.
-
-# What every step must leave alone.
-"*":
-  recall: {min_ratio_of_base: 0.9}
-  perplexity: {max_ratio_of_base: 1.3}
-  accuracy/harmless: {min_ratio_of_base: 0.9}
-"""
-
-_IGNORED = """\
-__pycache__/
-.pytest_cache/
-lmcompose-cache/
-pip-cache/
-junit.xml
-report.html
-report.json
-"""
-
-_GITHUB = """\
-name: release gate
-
-on:
-  pull_request:
-  workflow_dispatch:
-
-permissions:
-  contents: read
-
-jobs:
-  gate:
-    runs-on: ubuntu-latest
-    timeout-minutes: 60
-    steps:
-      - uses: actions/checkout@v4
-      - uses: actions/setup-python@v5
-        with:
-          python-version: "3.12"
-          cache: pip
-          cache-dependency-path: .github/workflows/release-gate.yml
-      # The CPU build of torch is a tenth of the one for GPUs.
-      - run: python -m pip install torch --index-url https://download.pytorch.org/whl/cpu
-      - run: python -m pip install "pytest-lmcompose[html]==@VERSION@"
-      # What nothing changed for is read from the store.
-      - uses: actions/cache@v4
-        with:
-          path: lmcompose-cache
-          key: lmcompose-${{ github.run_id }}
-          restore-keys: lmcompose-
-      # The baseline is what `pytest --lmcompose-save=NAME` put into .lmcompose and was committed.
-      - run: >
-          pytest --lmcompose-cache-dir=lmcompose-cache --junitxml=junit.xml
-          --lmcompose-json=report.json --lmcompose-html=report.html
-          --lmcompose-markdown="$GITHUB_STEP_SUMMARY"
-          --lmcompose-require-baseline
-      - uses: actions/upload-artifact@v4
-        if: always()
-        with:
-          name: release-gate
-          path: |
-            report.json
-            report.html
-            junit.xml
-"""
-
-_GITLAB = """\
-release gate:
-  image: python:3.12
-  timeout: 1h
-  cache:
-    key: lmcompose
-    paths: [lmcompose-cache/, pip-cache/]
-  variables:
-    PIP_CACHE_DIR: $CI_PROJECT_DIR/pip-cache
-  script:
-    # The CPU build of torch is a tenth of the one for GPUs.
-    - python -m pip install torch --index-url https://download.pytorch.org/whl/cpu
-    - python -m pip install "pytest-lmcompose[html]==@VERSION@"
-    # The baseline is what `pytest --lmcompose-save=NAME` put into .lmcompose and was committed.
-    - >
-      pytest --lmcompose-cache-dir=lmcompose-cache --junitxml=junit.xml
-      --lmcompose-json=report.json --lmcompose-html=report.html
-      --lmcompose-require-baseline
-  artifacts:
-    when: always
-    paths: [report.json, report.html]
-    reports:
-      junit: junit.xml
-"""

@@ -157,7 +157,12 @@ class SessionReport:
     def _write_next(self, reporter: pytest.TerminalReporter) -> None:
         """Write what to do after failures."""
         records = self._collected.results
-        failed = [(gate.metric, record.by_metric.get(gate.metric)) for record in records for gate in record.gates if not gate.passed]
+        failed = [
+            (gate.metric, record.by_metric.get(gate.metric))
+            for record in records
+            for gate in record.gates
+            if not gate.passed
+        ]
         for line in advice((metric, None if found is None else found.higher_is_better) for metric, found in failed):
             reporter.write_line(f"next: {line}", yellow=True)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress import gptq as gptq_module
 from interventions.compress.kernels import gptq_kernel
 from interventions.compress.kernels.gptq_kernel import GptqResult, gptq_quantise
 from interventions.compress.kernels.grid import fake_quantise
@@ -314,7 +313,7 @@ def test_raised_damping_and_rounding_instead_are_told(tokenizer: Any, monkeypatc
     monotone = ["na" * 60] * 3  # the same hidden state nearly everywhere: the Gram matrices are singular
     report = run(model, tokenizer, bits=3, damping=0.0, calibration=monotone, group_size=-1)
     assert any("mlp.down_proj: damping raised to 0.001; set damping" in warning for warning in report.warnings)
-    monkeypatch.setattr(gptq_module, "gptq_quantise", lambda *args, **options: None)
+    monkeypatch.setattr(gptq_kernel, "gptq_quantise", lambda *args, **options: None)
     model, rounded = tiny_model("llama"), tiny_model("llama")
     report = run(model, tokenizer, bits=3)
     assert len(report.warnings) == 8

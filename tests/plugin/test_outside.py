@@ -14,7 +14,7 @@ from interventions import registry
 from pytest_lmcompose import scaffold
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.gate.promises import broken, promises
-from pytest_lmcompose.recipe import load_recipe
+from pytest_lmcompose.recipe import RecipeError, load_recipe
 from pytest_lmcompose.run import CONF
 from tests.plugin.conftest import INNER_CONFTEST, Project
 
@@ -93,3 +93,10 @@ else:
 
 def test_a_notebook_may_define_its_method_again_but_none_of_another_name() -> None:
     subprocess.run([sys.executable, "-c", NOTEBOOK], check=True)
+
+
+def test_a_method_of_an_unknown_category_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = registry.Method("odd", "tun", registry.find_method("rtn").settings_type())
+    monkeypatch.setitem(registry._table, "odd", odd)
+    with pytest.raises(RecipeError, match="the intervention 'odd': unknown category 'tun'; known: edit, unlearn"):
+        load_recipe(CONF)
