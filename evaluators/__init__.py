@@ -30,32 +30,21 @@ if TYPE_CHECKING:
     from evaluators.survival import measure_survival
 
 _MODULES = {
-    "Asked": "evaluators.asked",
-    "Evaluator": "evaluators.registry",
-    "Metric": "evaluators.registry",
-    "Likelihood": "evaluators.answers",
-    "score_answers": "evaluators.answers",
-    "measure_answer_perplexity": "evaluators.perplexity",
-    "score_facts": "evaluators.recall",
-    "Probe": "evaluators.asked",
-    "EditCase": "evaluators.asked",
-    "UneditedAnswers": "evaluators.asked",
-    "capture_unedited": "evaluators.editing",
-    "measure_editing": "evaluators.editing",
-    "measure_efficiency": "evaluators.efficiency",
-    "greedy": "evaluators.generation",
-    "forward_pass": "evaluators.latency",
-    "measure_latency": "evaluators.latency",
-    "LogLikelihood": "evaluators.likelihood",
-    "log_likelihood": "evaluators.likelihood",
-    "measure_perplexity": "evaluators.perplexity",
-    "measure_questions": "evaluators.questions",
-    "pool": "evaluators.questions",
-    "Fact": "evaluators.asked",
-    "measure_recall": "evaluators.recall",
-    "returned": "evaluators.recovery",
-    "measure_survival": "evaluators.survival",
+    "answers": "Likelihood score_answers",
+    "asked": "Asked EditCase Fact Probe UneditedAnswers",
+    "editing": "capture_unedited measure_editing",
+    "efficiency": "measure_efficiency",
+    "generation": "greedy",
+    "latency": "forward_pass measure_latency",
+    "likelihood": "LogLikelihood log_likelihood",
+    "perplexity": "measure_answer_perplexity measure_perplexity",
+    "questions": "measure_questions pool",
+    "recall": "measure_recall score_facts",
+    "recovery": "returned",
+    "registry": "Evaluator Metric",
+    "survival": "measure_survival",
 }
+"""Which module has which names."""
 
 __all__ = [
     "Asked",
@@ -89,6 +78,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+    for module, names in _MODULES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"evaluators.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -96,7 +96,8 @@ def _idle(bound: Bound, found: Sequence[Metric]) -> str | None:
     ranges = [_range_of(bound, metric) for metric in found]
     what = f"{found[0].unit or 'value'} from {found[0].low:g} to {found[0].high:g}"
     if all(low >= 0 for low, _ in ranges):
-        return f"{_words(bound)} can never fail, whatever is measured ({what}): make it stricter, or remove it"
+        percent = f", or did you mean {bound.value:g}%?" if bound.kind == LOSS and bound.value < 100 else ""
+        return f"{_words(bound)} can never fail, whatever is measured ({what}): make it stricter or remove it{percent}"
     if all(high < 0 for _, high in ranges):
         return f"{_words(bound)} can never hold, whatever is measured ({what}): make it less strict"
     return None

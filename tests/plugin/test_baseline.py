@@ -99,7 +99,9 @@ def test_honest_repeats_stay_green(stored: Project) -> None:
 
 
 def test_another_seed_is_told_and_pairs_what_it_does_not_change(stored: Project) -> None:
-    fail = [f"--lmcompose-compare-fail={e}" for e in ("perplexity:50%", "perplexity:p1e-9", "recall:1", "recall:p0.01")]
+    fail = [
+        f"--lmcompose-compare-fail={e}" for e in ("perplexity:50%", "perplexity:p1e-9", "recall:0.99", "recall:p0.01")
+    ]
     result = stored.run(*fail, "--lmcompose-seed=7", compose=(ID,))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
@@ -148,7 +150,7 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
         (["--lmcompose-require-baseline"], ["no run that passed is stored", "--lmcompose-save=NAME"]),
         (["--lmcompose-compare-fail=recall"], ["--lmcompose-compare-fail: 'recall'", "[COMPOSITION::]METRIC:LIMIT"]),
         (
-            ["--lmcompose-compare-fail=recall:5"],
+            ["--lmcompose-compare-fail=recall:0.5"],
             ["nothing to compare with: no run that passed"],
         ),
         (["--lmcompose-compare-fail=recall:p5"], ["the level is 5"]),

@@ -47,7 +47,7 @@ def check(folder: Path, failed: bool) -> None:
 
 
 def test_metrics_and_verdicts(project: Project) -> None:
-    (project.path / "thresholds.yaml").write_text('"*":\n  edit_success_f1: {max: 0.99}\n  perplexity: {max: 0.5}\n')
+    (project.path / "thresholds.yaml").write_text('"*":\n  edit_success_f1: {max: 0.99}\n  perplexity: {max: 1}\n')
     arguments = ("--junitxml=junit.xml", "--lmcompose-json=report.json")
     result = project.run(*arguments, compose=("nudge", "nudge+round", "round+nudge"))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
