@@ -76,7 +76,7 @@ def broken(recipe: Recipe, composition: Composition) -> list[str]:
     ]
 
 
-def may_bepromised(metric: str) -> bool:
+def may_be_promised(metric: str) -> bool:
     """Say whether a step may promise something of the metrics that a glob begins like.
 
     Known are the metrics of categories and those that methods promise with their default settings.
