@@ -130,4 +130,6 @@ def test_without_the_package_the_extra_is_named(
 
 @pytest.mark.parametrize("flag", ["entity=me", "tags=a"])
 def test_entity_and_tags_need_a_project(refused: Callable[..., str], flag: str) -> None:
-    assert f"--lmcompose-wandb-{flag.partition('=')[0]}: needs --lmcompose-wandb=PROJECT" in refused(f"--lmcompose-wandb-{flag}")
+    assert f"--lmcompose-wandb-{flag.partition('=')[0]}: needs --lmcompose-wandb=PROJECT" in refused(
+        f"--lmcompose-wandb-{flag}"
+    )
