@@ -247,7 +247,7 @@ class Gate(Base, frozen=True):
     paired: Annotated[Paired | None, Meta(description="of no_drop_p: the comparison with the reference")] = None
     reference: Annotated[
         str | None, Meta(description="a composition or a stored run; null: nothing, or the base model")
-    ] = None
+    ] = _written(None)
 
     @property
     def state(self) -> Literal["passed", "failed", "lost"]:
@@ -501,7 +501,7 @@ class Report(Base, frozen=True, kw_only=True):
     recipe: RecipeSections
     compositions: tuple[CompositionResult, ...]
     composability: Annotated[Composability | None, Meta(description="null if nothing was measured")] = _written(None)
-    prompts: tuple[Prompts, ...] = _written(())
+    prompts: tuple[Prompts, ...] = ()
     merged: Annotated[tuple[Part, ...], Meta(description="what was joined, in order")] = ()
     stored: Annotated[Stored | None, Meta(description="only of a run in a storage folder")] = None
     comparison: Annotated[Comparison | None, Meta(description="with a stored run")] = None

@@ -52,11 +52,11 @@ def test_the_page_names_every_hook() -> None:
 
 def test_a_category_of_another_package_becomes_a_marker(pytester: pytest.Pytester) -> None:
     pytester.makeconftest("""
-        from interventions import registry
+        from interventions import Category, register, register_category
+        from interventions.compress.rtn import RtnSettings
         from interventions.registry import Method
-        new = Method("melt", "merge", "interventions.compress.settings:RtnSettings", "interventions.compress.rtn:rtn")
-        registry.BUILT_IN += (new,)
-        registry.methods.cache_clear()
+        register_category(Category("merge", "joins models"))
+        register(Method("melt", "merge", RtnSettings))
     """)
     pytester.makepyfile("""
         import pytest

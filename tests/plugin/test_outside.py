@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from evaluators import registry as evaluators
 from interventions import categories as table
 from interventions import registry
 from pytest_lmcompose import scaffold
@@ -22,7 +24,7 @@ SOURCE = Path(__file__).with_name("tune.py")
 THRESHOLDS = """
 "*":
   sparsity: {promised: 0.02}
-  recall: {promised: 0.0}
+  thinned: {promised: 0.5}
 """
 
 
@@ -30,18 +32,32 @@ def test_it_is_short() -> None:
     assert len(SOURCE.read_text().splitlines()) + len(THRESHOLDS.splitlines()) <= 60
 
 
-def test_a_run_builds_marks_and_holds_it(project: Project) -> None:
+def test_a_run_builds_marks_measures_and_judges_it(project: Project) -> None:
     (project.path / "thresholds.yaml").write_text(THRESHOLDS)
+    (project.path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
     project.pytester.makeconftest(INNER_CONFTEST + "import tests.plugin.tune\n")
-    result = project.run_apart("-v", "-m", "tune", compose=("thin", "thin+nudge[layers=[0,1]]", "nudge"))
+    outputs = ("--lmcompose-json=r.json", "--lmcompose-html=r.html", "--lmcompose-markdown=r.md", "--junitxml=r.xml")
+    on = "--lmcompose-set=evaluate.also={thinness: {}}"
+    compositions = ("base", "thin", "nudge", "thin+nudge[layers=[0,1]]", "nudge[layers=[0,1]]+thin")
+    result = project.run_apart("-v", "-m", "tune", on, *outputs, compose=compositions)
     lines = "\n".join(result.outlines)
-    assert "1 failed" in lines and "1 passed" in lines and "1 deselected" in lines, lines
-    result.stdout.fnmatch_lines(["*promised by thin and broken by nudge*: use thin+nudge*+thin*"])
+    assert "1 failed" in lines and "2 passed" in lines and "2 deselected" in lines, lines
+    result.stdout.fnmatch_lines(["*sparsity = * promised by thin and broken by nudge*: use thin+nudge*+thin*"])
+    report = json.loads((project.path / "r.json").read_text())
+    gates = {
+        (record["id"], gate["metric"]): gate["passed"] for record in report["compositions"] for gate in record["gates"]
+    }
+    assert gates["thin", "thinned"] and gates["thin", "sparsity"]
+    assert not gates["thin+nudge[layers=[0,1]]", "sparsity"]
+    assert "thinned" in {entry["metric"] for entry in report["composability"]["orders"]}
+    assert "thinned" in (project.path / "r.html").read_text() and "thinned" in (project.path / "r.md").read_text()
 
 
 def test_the_tables_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "_table", table.categories())
     monkeypatch.setattr(registry, "_table", registry.methods())
+    known = dict(evaluators.evaluators())
+    monkeypatch.setattr(evaluators, "evaluators", lambda: known)
     monkeypatch.delitem(sys.modules, "tests.plugin.tune", raising=False)
     importlib.import_module("tests.plugin.tune")
     recipe = load_recipe(CONF, ["thin.every=5"])
@@ -49,16 +65,16 @@ def test_the_tables_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(promises(recipe, parse("thin+memit+thin[every=2]")))
     assert [(str(p.step), p.words, str(p.broken_by)) for p in found if p.category.name == "tune"] == [
         ("thin", "sparsity = 0.2", "memit"),
-        ("thin", "that facts are still known", "None"),
+        ("thin", "that layers are thin", "None"),
         ("thin[every=2]", "sparsity = 0.5", "None"),
-        ("thin[every=2]", "that facts are still known", "None"),
+        ("thin[every=2]", "that layers are thin", "None"),
     ]
     assert broken(recipe, parse("thin+memit")) == [
         "thin promises sparsity = 0.2, but memit follows it: use thin+memit+thin"
     ]
     text = scaffold.files(recipe, "model", parse("memit+thin"), ())["thresholds.yaml"]
     assert "# thin promises sparsity = 0.2.\n  sparsity: {min: 0.19}\n" in text
-    assert "# thin promises that facts are still known.\n" in text
+    assert "# thin promises that layers are thin.\n" in text
 
 
 def test_another_category_of_a_known_name_is_refused() -> None:

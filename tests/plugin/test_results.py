@@ -45,7 +45,7 @@ def test_what_earlier_versions_lack_has_a_default_and_is_always_written() -> Non
     found = decode(json.dumps(broken_off()))
     assert (found.repeats, found.prompts, found.composability) == (1, (), None)
     written = json.loads(encode(found))
-    assert written.keys() >= {"repeats", "prompts", "composability", "schema_minor"}
+    assert written.keys() >= {"repeats", "composability", "schema_minor"}
     assert "shard" not in written and "merged" not in written
 
 
