@@ -7,7 +7,7 @@ removed; each where the states that it takes were measured in the same run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement
@@ -29,10 +29,7 @@ class _Share(NamedTuple):
     compute: Callable[..., Measurement]
 
     def of(self, category: str, measured: Measured) -> bool:
-        """Say whether steps of a category promise something of a metric, and in this way."""
-        known = categories().get(category)
-        if known is None or not known.promises or known.removes != self.removes:
-            return False
+        """Say whether steps of a category aim at a metric in this way."""
         about = find_metric(measured.metric, higher_is_better=measured.higher_is_better)
         return category in about.targeted_by and measured.higher_is_better != self.removes
 
@@ -48,17 +45,21 @@ def shares(measured: Mapping[str, CompositionResult]) -> dict[str, tuple[Share, 
 
     A share that is not known is null, and its note says why.
     """
-    return {
-        name: tuple(share for record in measured.values() for share in _of(kind, record, measured))
-        for name, kind in KINDS.items()
-    }
+    promising = [category for category in categories().values() if category.promises]
+    found = {}
+    for name, kind in KINDS.items():
+        of = {category.name for category in promising if category.removes == kind.removes}
+        found[name] = tuple(share for record in measured.values() for share in _of(kind, of, record, measured))
+    return found
 
 
-def _of(kind: _Share, record: CompositionResult, measured: Mapping[str, CompositionResult]) -> Iterator[Share]:
+def _of(
+    kind: _Share, promising: Collection[str], record: CompositionResult, measured: Mapping[str, CompositionResult]
+) -> Iterator[Share]:
     ids = [BASE, *("+".join(record.requested[:k]) for k in range(1, len(record.requested) + 1))]
     for number, step in enumerate(record.steps[: len(ids) - 2]):  # after the last step all of it is there
         states = kind.states(ids[number], ids[number + 1], record.id)
-        if any(state not in measured for state in states):
+        if step.category not in promising or any(state not in measured for state in states):
             continue
         tables = [measured[state].by_metric for state in states]
         for name, end in tables[-1].items():
