@@ -75,7 +75,7 @@ def test_both_are_listed(installed: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_both_are_used_in_a_run(installed: dict[str, str], tiny: list[str], tmp_path: Path) -> None:
-    (tmp_path / "thresholds.yaml").write_text('"*": {repetition: {max: 1}}\n')
+    (tmp_path / "thresholds.yaml").write_text('"*": {average_bits: {min: 1}}\n')
     (tmp_path / "test_it.py").write_text("def test_it(gates):\n    assert all(gate.passed for gate in gates)\n")
     chosen = [
         "--lmcompose-compose=clip",
