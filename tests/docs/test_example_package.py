@@ -75,7 +75,7 @@ def test_both_are_listed(installed: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_both_are_used_in_a_run(installed: dict[str, str], tiny: list[str], tmp_path: Path) -> None:
-    (tmp_path / "thresholds.yaml").write_text('"*": {average_bits: {min: 1}}\n')
+    (tmp_path / "thresholds.yaml").write_text('"*": {repetition: {max_rise: 0.99}}\n')
     (tmp_path / "test_it.py").write_text("def test_it(gates):\n    assert all(gate.passed for gate in gates)\n")
     chosen = [
         "--lmcompose-compose=clip",
@@ -88,7 +88,7 @@ def test_both_are_used_in_a_run(installed: dict[str, str], tiny: list[str], tmp_
     assert found.returncode == 0, found.stdout + found.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     measured = {c["id"]: {m["metric"]: m for m in c["measurements"]} for c in report["compositions"]}
-    assert set(measured) == {"clip", "clip[deviations=2.0]+rtn"}
+    assert set(measured) == {"base", "clip", "clip[deviations=2.0]+rtn"}
     for metrics in measured.values():
         assert metrics["repetition"]["n"] == 3
         assert metrics["repetition"]["note"] == "6 tokens"
