@@ -328,7 +328,7 @@ def test_gates_of_single_steps_the_other_order_and_a_stored_run(stored: Project)
     result.stdout.fnmatch_lines(
         [
             f"*{ID}  recall/nowhere was not measured, but has a threshold. Did you mean recall*",
-            f"unused rule: '{ID}': 'recall/nowhere': no metric that was measured matches. Did you mean recall*",
+            f"unused rule: '{ID}': 'recall/nowhere': matches no measured metric. Did you mean recall*",
             "rules for compositions that were not measured: 'memit[*]'",
         ]
     )
