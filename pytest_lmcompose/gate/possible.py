@@ -77,9 +77,7 @@ def _unknown_task(name: str, world: WorldSettings, evaluate: EvaluateSettings, f
     tasks = task_names(folder / world.tasks, [*evaluate.tasks, *itertools.chain.from_iterable(world.pools.values())])
     if tasks is None or name in tasks or name in world.pools:
         return None
-    near = near_names(
-        name, sorted({*tasks, *world.pools}), cutoff=0.8
-    )  # others may be of another world
+    near = near_names(name, sorted({*tasks, *world.pools}), cutoff=0.8)  # others may be of another world
     return f"no question task or pool {name!r}.{near}" if near else None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pytest_lmcompose.gate import gate
+from pytest_lmcompose.gate import judge
 from pytest_lmcompose.gate.paired import Paired
 from pytest_lmcompose.report import composability
 from tests.plugin.conftest import Project
@@ -144,7 +144,7 @@ def test_a_gate_that_fails_only_beside_all_others_fails_the_run(
     found = Paired("paired t", 10, 0.1, 0.01, 0.03, 0.03, 2, 0.02, 0.8, 0.025)
     # 0.03 alone passes, as another gate is still to come; beside 0.001 it is the last one of Holm's list.
     answers = iter([(msgspec.structs.replace(found, p=p), 0.9) for p in (0.03, 0.001)])
-    monkeypatch.setattr(gate, "compare_with_base", lambda *_: next(answers))
+    monkeypatch.setattr(judge, "compare_with_base", lambda *_: next(answers))
     project.pytester.makepyfile(test_inner="def test_it(composition, gates): ...")
     result = project.run("--lmcompose-json=report.json", compose=("nudge", "round"))
     result.assert_outcomes(passed=2)
