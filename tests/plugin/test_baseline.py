@@ -106,10 +106,10 @@ def test_another_seed_is_told_and_pairs_what_it_does_not_change(stored: Project)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
         [
-            f"*{ID}  recall = *: no_drop_p cannot be judged by the baseline 0001_v1: other facts were asked, "
-            "with seed 7 and not seed 0*",
+            f"*{ID}  recall = *: no_drop_p cannot be judged by the baseline 0001_v1: different facts were used, "
+            "with seed 7 instead of seed 0*",
             "other seed: seed 0 -> seed 7",
-            "other data: other edits",
+            "other data: different edits",
         ]
     )
     assert "perplexity" not in "".join(line for line in result.outlines if "SUBFAILED" in line)
@@ -120,8 +120,8 @@ def test_other_data_cannot_be_compared(stored: Project) -> None:
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
         [
-            "*perplexity = *: max_loss_percent cannot be judged by the baseline 0001_v1: other texts were asked*",
-            "other data: other texts",
+            "*perplexity = *: max_loss_percent cannot be judged by the baseline 0001_v1: different texts were used*",
+            "other data: different texts",
             "other settings: evaluate.texts: 200 -> 3",
         ]
     )
@@ -135,7 +135,7 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
     result = stored.run("--lmcompose-compare", f"--lmcompose-model={folder}", compose=(ID,))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     error = result.stderr.str()
-    assert "0001_v1.json cannot be compared with" in error and "another model: its architecture is" in error
+    assert "0001_v1.json cannot be compared with" in error and "another model: its architecture was" in error
     assert "compare with a run of this model (--lmcompose-update-baseline stores one)" in error
 
 
@@ -143,7 +143,7 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
     ("arguments", "messages"),
     [
         (["--lmcompose-compare=v2"], ["no stored run 'v2'", "Nothing is stored there yet"]),
-        (["--lmcompose-compare", "."], ["took the folder '.' for a run", "--lmcompose-compare=latest"]),
+        (["--lmcompose-compare", "."], ["'.' is a folder, not a stored run", "--lmcompose-compare=latest"]),
         (["--lmcompose-compare=none.json"], ["no stored run 'none.json'"]),
         (["--lmcompose-compare=cut.json"], ["cut.json is broken or cut off", "store it again"]),
         (["--lmcompose-compare=newer.json"], ["newer.json has the report schema 2", "install the pytest-lmcompose"]),
@@ -161,8 +161,8 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
         (["--lmcompose-save=a b"], ["--lmcompose-save", "'a b'"]),
         (["--lmcompose-save=../x"], ["--lmcompose-save"]),
         (["--lmcompose-save=latest"], ["--lmcompose-save"]),
-        (["--lmcompose-save=x", "--lmcompose-update-baseline"], ["leave --lmcompose-save"]),
-        (["--lmcompose-force"], ["--lmcompose-force goes with --lmcompose-update-baseline"]),
+        (["--lmcompose-save=x", "--lmcompose-update-baseline"], ["remove --lmcompose-save"]),
+        (["--lmcompose-force"], ["--lmcompose-force requires --lmcompose-update-baseline"]),
         (["--lmcompose-save=x", "--lmcompose-storage=conftest.py"], ["--lmcompose-storage: this is not a folder"]),
         (["--lmcompose-save=x", "--lmcompose-shard=1/2"], ["--lmcompose-shard: store the whole run"]),
     ],
@@ -200,7 +200,7 @@ def test_a_threshold_that_compares_with_no_stored_run_fails(project: Project) ->
 def test_a_failed_run_is_stored_as_such_and_passed_over(stored: Project) -> None:
     (stored.path / "thresholds.yaml").write_text('"*": {perplexity: {max: 1}}')
     result = stored.run("--lmcompose-autosave", "--lmcompose-storage=.lmcompose", compose=(ID,))
-    result.stdout.fnmatch_lines(["lmcompose: the run is stored as *0002_auto.json, as one that failed"])
+    result.stdout.fnmatch_lines(["lmcompose: the run is stored as *0002_auto.json and marked as failed"])
     (stored.path / "thresholds.yaml").write_text(LOOSE)
     result = stored.run("--lmcompose-compare", compose=(ID,))
     assert result.ret == pytest.ExitCode.OK
@@ -242,7 +242,7 @@ def test_the_baseline_is_updated_only_from_committed_files(stored: Project) -> N
 def test_a_failed_run_becomes_no_baseline(project: Project) -> None:
     (project.path / "thresholds.yaml").write_text('"*": {perplexity: {max: 1}}')
     result = project.run("--lmcompose-update-baseline", compose=("nudge",))
-    result.stdout.fnmatch_lines(["lmcompose: the baseline is not updated, since tests failed*"])
+    result.stdout.fnmatch_lines(["lmcompose: the baseline is not updated because tests failed*"])
     assert runs(project) == []
 
 
