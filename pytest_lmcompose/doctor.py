@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from interventions.compress.engines.table import ENGINES, Engine, interpreter
 from interventions.types import InterventionError
-from pytest_lmcompose.cache.folder import Store, default_folder
+from pytest_lmcompose.cache.folder import Cache, default_folder
 from pytest_lmcompose.costs import size
 from pytest_lmcompose.distribute.threads import WORKER_COUNT, available_cores, torch_threads
 from pytest_lmcompose.options import SUITE_FOLDER
@@ -149,7 +149,7 @@ def _store(folder: Path) -> Check:
             pass
     except OSError as error:
         return Check("folder", "broken", f"{place}: {error.strerror}", advice)
-    held = sum(entry.bytes for entry in Store(folder, 0, lambda _: None).entries()) if folder.is_dir() else 0
+    held = sum(entry.bytes for entry in Cache(folder, 0, lambda _: None).entries()) if folder.is_dir() else 0
     free = shutil.disk_usage(place).free
     return Check("folder", "ok", f"{folder}: {size(held)} held, {size(free)} free on the disk")
 

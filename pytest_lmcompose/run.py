@@ -20,9 +20,9 @@ from pytest_lmcompose.baseline.reference import Baseline, architecture, architec
 from pytest_lmcompose.baseline.storage import StorageError
 from pytest_lmcompose.build.checkpoint import check_folder
 from pytest_lmcompose.cache.address import address, data_address, measurements_address
-from pytest_lmcompose.cache.folder import Store
+from pytest_lmcompose.cache.folder import Cache
 from pytest_lmcompose.cache.journal import Journal
-from pytest_lmcompose.cache.remote import RemoteStore
+from pytest_lmcompose.cache.remote import RemoteCache
 from pytest_lmcompose.cache.run_cache import RunCache, costs
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
@@ -177,14 +177,14 @@ class Run:
         return range(self.options.seed, self.options.seed + self.options.repeats)
 
     @cached_property
-    def store(self) -> Store | None:
+    def store(self) -> Cache | None:
         """Finished work of this and other runs, unless the user wants none."""
         options = self.options
         if options.cache_dir is None:
             return None
         if options.cache_url is not None:
-            return RemoteStore(options.cache_url, options.cache_dir, options.cache_size, self._progress)
-        return Store(options.cache_dir, options.cache_size, self._progress)
+            return RemoteCache(options.cache_url, options.cache_dir, options.cache_size, self._progress)
+        return Cache(options.cache_dir, options.cache_size, self._progress)
 
     @cached_property
     def run_cache(self) -> RunCache | None:

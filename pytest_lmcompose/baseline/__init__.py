@@ -1,1 +1,1 @@
-"""Stored runs: kept in a folder, compared with a run, and watched for drift."""
+"""Stored runs: save them, compare with them, and detect drift."""

@@ -1,12 +1,11 @@
-"""Two reports held against each other: what changed in the circumstances, and in every metric. No pytest.
+"""Compare two reports: their model, data, seed, settings and versions, and every metric. Imports no pytest.
 
-    found = compare_reports(read_run(old), read_run(new))
-    found.problem         # why nothing can be compared, or None
-    found.differences     # of model, data, seed, settings and versions
-    found.rows            # one a composition and metric, paired on the samples
+    found = compare_reports(read_run(old), read_run(new))  # read_run is in `storage`
+    found.problem         # why the reports cannot be compared, or None
+    found.differences     # in model, data, seed, settings and versions
+    found.rows            # one per composition and metric, paired on the samples
 
-`read_run` is in `storage`.
-A row's p is two-sided and tests that nothing changed; `p_holm` is corrected for all rows.
+The p of a row is two-sided and tests for any change; `p_holm` is corrected for all rows.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from pytest_lmcompose.results import Compared, Difference, Measured, Model, Repo
 LEVEL = 0.05
 _MODEL = {"id": "name", "revision": "revision", "weight_hash": "weights", "dtype": "dtype", "device": "device"}
 _SHOWN = 12
-"""Characters of a hash that a message shows."""
+"""Characters of a hash that messages show."""
 
 
 @dataclass(frozen=True)
 class ComparedReports:
-    """What two reports have to say about each other."""
+    """The result of comparing two reports."""
 
     problem: str | None
-    """Why a comparison would mean nothing; then there are no rows."""
+    """Why the reports cannot be compared; then there are no rows."""
     differences: tuple[Difference, ...]
     rows: tuple[Row, ...]
 
@@ -44,39 +43,39 @@ def compare_reports(old: Report, new: Report, *, level: float = LEVEL) -> Compar
     problem = incomparable(old.model, new.model)
     rows = [] if problem else list(_rows(old, new))
     tested = [row.p for row in rows if row.p is not None]
-    adjusted = iter(corrected(tested, len(tested)) if tested else ())
-    rows = [row if row.p is None else _judged(replace(row, p_holm=next(adjusted)), level) for row in rows]
+    adjusted = iter(corrected(tested))
+    rows = [row if row.p is None else _verdict(replace(row, p_holm=next(adjusted)), level) for row in rows]
     return ComparedReports(problem, circumstances(old, new), tuple(rows))
 
 
 def incomparable(old: Model | None, new: Model | None) -> str | None:
-    """Say why the numbers of two models mean different things; None: they do not, as far as is known."""
+    """Return why results of two models cannot be compared, None if they can as far as is known."""
     return None if new is None else unlike(old, new.architecture, new.parameters)
 
 
 def unlike(model: Model | None, architecture: str | None, parameters: int | None = None) -> str | None:
-    """Say why `model` is not comparable with one of another build; what is None is not known."""
+    """Return why `model` cannot be compared with a model of this architecture and size; None is unknown."""
     if model is None:
         return None
     found = ("architecture", model.architecture, architecture), ("number of parameters", model.parameters, parameters)
     for name, one, other in found:
         if one is not None and other is not None and one != other:
-            return f"another model: its {name} is {other} and was {one}"
+            return f"another model: its {name} was {one} and is now {other}"
     return None
 
 
 def other_questions(metric: str, before: Mapping[str, str] | None, after: Mapping[str, str] | None) -> str | None:
-    """Say why the samples of a metric do not belong together, by the hashes of what was asked; None: they may."""
+    """Return why the samples of a metric cannot be paired, from the hashes of both runs' data, None if they can."""
     if before is None or after is None or not find_metric(metric).sampled:
         return None
     part = part_of(metric)
     parts = (part,) if part is not None else tuple(name for name in after if name != METHODS)
     other = [name for name in parts if before.get(name) != after.get(name)]
-    return f"other {' and '.join(other)} were asked" if other else None
+    return f"different {' and '.join(other)} were used" if other else None
 
 
 def circumstances(old: Report, new: Report) -> tuple[Difference, ...]:
-    """Return all in which two runs differ, besides what they measured."""
+    """Return all differences between two runs except their measurements."""
     found = []
     if old.model is not None and new.model is not None:
         found += [Difference("model", text) for text in _changed(_named(old.model), _named(new.model), _MODEL)]
@@ -112,19 +111,19 @@ def _alone(composition: str, old: Measured | None, new: Measured | None) -> Row:
 
 
 def _row(composition: str, old: Measured, new: Measured, unpaired: str | None, drawn: bool) -> Row:
-    """Compare a metric; `unpaired` says why samples do not belong together, `drawn` that other seeds drew them."""
+    """Compare a metric; `unpaired` is why samples cannot be paired, `drawn` is whether the seeds differ."""
     better = new.higher_is_better
     row = Row(composition, new.metric, better, old.value, new.value, None, None, new.n, None, None, "same")
     if row.old is None or row.new is None:
         return replace(row, verdict="unknown", note="not finite")
     row = replace(row, difference=row.new - row.old)
     if better != old.higher_is_better:
-        return replace(row, verdict="unknown", note="the direction of the metric is another one")
+        return replace(row, verdict="unknown", note="the direction of the metric changed")
     before, after = ([measured.measurement(run) for run in measured.runs] for measured in (old, new))
     if is_exact(after, before):
         return replace(row, stderr=0.0, verdict="changed" if row.difference else "equal")
     if unpaired is not None:
-        return _apart(row, old, new, unpaired) if drawn else replace(row, verdict="unknown", note=unpaired)
+        return _unpaired(row, old, new, unpaired) if drawn else replace(row, verdict="unknown", note=unpaired)
     if not row.difference and [m.samples for m in before] == [m.samples for m in after]:
         return replace(row, verdict="equal")
     try:
@@ -134,8 +133,8 @@ def _row(composition: str, old: Measured, new: Measured, unpaired: str | None, d
     return replace(row, stderr=found.stderr, n=found.n, p=found.p)
 
 
-def _apart(row: Row, old: Measured, new: Measured, why: str) -> Row:
-    """Judge a row by the standard errors of both runs, which drew samples of their own."""
+def _unpaired(row: Row, old: Measured, new: Measured, why: str) -> Row:
+    """Compare a metric by the standard errors of both runs, whose samples are independent."""
     if old.stderr is None or new.stderr is None or row.difference is None:
         return replace(row, verdict="unknown", note=why)
     error = math.hypot(old.stderr, new.stderr)
@@ -143,7 +142,7 @@ def _apart(row: Row, old: Measured, new: Measured, why: str) -> Row:
     return replace(row, stderr=error, p=p, note=f"unpaired: {why}")
 
 
-def _judged(row: Row, level: float) -> Row:
+def _verdict(row: Row, level: float) -> Row:
     assert row.p_holm is not None and row.difference is not None
     if row.p_holm > level:
         return row
@@ -151,14 +150,14 @@ def _judged(row: Row, level: float) -> Row:
 
 
 def _data(old: Report, new: Report) -> Iterator[str]:
-    """Say which parts of the data differ; parts that follow from the seed only where it is the same."""
-    before, after = map(_asked, (old, new))
+    """Yield the parts of the data that differ."""
+    before, after = map(_data_hashes, (old, new))
     for part in after:
         if part in before and before[part] != after[part]:
-            yield f"other {part}" if part != METHODS else "methods read other texts or edits"
+            yield f"different {part}" if part != METHODS else "methods read different texts or edits"
 
 
-def _asked(report: Report) -> Mapping[str, str]:
+def _data_hashes(report: Report) -> Mapping[str, str]:
     return next((record.data for record in report.compositions if record.data is not None), {})
 
 
@@ -167,14 +166,12 @@ def _settings(old: Report, new: Report) -> Iterator[str]:
         was, now = getattr(old.recipe, section), getattr(new.recipe, section)
         yield from _changed(was, now, {key: f"{section}.{key}" for key in now if key not in ("path", "folder")})
     before = {record.id: record.steps for record in old.compositions}
-    told: set[str] = set()
-    for record in new.compositions:
-        for one, other in zip(before.get(record.id, ()), record.steps, strict=False):
-            for text in _changed(one.settings, other.settings):
-                line = f"{other.id}: {text}"
-                if line not in told:
-                    told.add(line)
-                    yield line
+    yield from dict.fromkeys(
+        f"{other.id}: {text}"
+        for record in new.compositions
+        for one, other in zip(before.get(record.id, ()), record.steps, strict=False)
+        for text in _changed(one.settings, other.settings)
+    )
 
 
 def _named(model: Model) -> dict[str, Any]:
@@ -182,7 +179,7 @@ def _named(model: Model) -> dict[str, Any]:
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Mapping[str, str] | None = None) -> list[str]:
-    """Return `name: old -> new` for each key of another value; keys of either without `names`."""
+    """Return `name: old -> new` for each key whose value changed; `names` selects and names the keys."""
     keys = {key: key for key in (*old, *new)} if names is None else names
     return [
         f"{name}: {_short(old.get(key))} -> {_short(new.get(key))}"

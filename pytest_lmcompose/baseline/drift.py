@@ -1,28 +1,27 @@
-"""Slow drift over stored runs: a trend to the worse that no comparison with the last run shows. No torch.
+"""Detect slow drift over stored runs, which no comparison with the last run shows. Imports no torch.
 
-Each metric of each composition is a row of values, the oldest run first. Judged is the one-sided
-Mann-Kendall test: of all pairs of runs, how many got worse from the earlier to the later. Its p is
-exact, ties too: the chance of so many in a random order of the same values. So where nothing but
-independent noise moves a metric about its level, a run raises any alarm at all with a chance of
-`LEVEL` at most, after Holm's correction over all rows (simulated, 12 metrics over 10 runs: 0.3 %, with
-ties 0.6 %). Where levels themselves wander, each run starting from the one before, it alarms far more
-often (65 % for 12 random walks): these did get worse over the runs, though nothing says they go on to.
-So drift is flagged and fails no build.
+Each metric of each composition is a series of values, the oldest run first, judged by the one-sided Mann-Kendall test:
+how many pairs of runs got worse from the earlier to the later. Its p is exact, also with ties: the probability of that
+many pairs in a random order of the same values. If only independent noise moves the metrics, the probability of any
+alarm in a run is at most `LEVEL`, after Holm's correction over all series (simulated for 12 metrics over 10 runs:
+0.3 %, with ties 0.6 %). If the values follow a random walk, alarms are far more frequent (65 % for 12 random walks):
+such metrics did get worse, but need not continue to. So drift is reported, and fails no build.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 
 from pytest_lmcompose.baseline.compare import incomparable, other_questions
 from pytest_lmcompose.gate.paired import corrected
 from pytest_lmcompose.results import DriftRow, Report, replace
 
 WINDOW = 10
-"""Runs that are looked at, the present one too."""
+"""Number of runs, including the current one."""
 LEVEL = 0.01
-"""Chance of a false alarm in a run."""
+"""Probability of any false alarm in a run."""
 
 
 def drifts(
@@ -32,24 +31,24 @@ def drifts(
     level: float = LEVEL,
     window: int = WINDOW,
 ) -> list[DriftRow]:
-    """Judge the course of metrics of the last of `reports`, the oldest run standing first.
+    """Test the metrics of the last of `reports` for drift; the oldest run comes first.
 
-    `judged` chooses metrics of compositions. Runs of other models are left out, and of each metric those
-    that do not have it, or asked something else with the same seed. Fewer than three values are no course.
+    `judged` selects metrics by composition and metric. Runs of other models are left out, and for each metric runs
+    that lack it, or measured it on different data with the same seed. A series has at least three values.
     """
     if not reports:
         return []
     alike = [report for report in reports[-window:] if incomparable(report.model, reports[-1].model) is None]
-    found = list(_courses(alike, judged))
-    adjusted = corrected([row.p for row in found], len(found)) if found else []
+    found = list(_series(alike, judged))
+    adjusted = corrected([row.p for row in found])
     return [replace(row, p_holm=p, drifts=p <= level) for row, p in zip(found, adjusted, strict=True)]
 
 
 def trend_p(losses: Sequence[float]) -> float:
-    """Return the one-sided Mann-Kendall p of a growing course: exact, whatever the ties.
+    """Return the exact one-sided Mann-Kendall p of a growing series, also with ties.
 
-    It is the share of the orders of these values with as many pairs that grow, or more; the numbers of
-    pairs that fall, over all orders of values with ties, are the coefficients of a q-multinomial.
+    It is the share of all orders of these values with at most as many falling pairs. The numbers of orders by falling
+    pairs are the coefficients of a q-multinomial.
     """
     n = len(losses)
     falls = sum(losses[i] > losses[j] for i in range(n) for j in range(i + 1, n))
@@ -61,7 +60,7 @@ def trend_p(losses: Sequence[float]) -> float:
     return sum(ways[: falls + 1]) / sum(ways)
 
 
-def _courses(reports: Sequence[Report], judged: Callable[[str, str], bool]) -> Iterator[DriftRow]:
+def _series(reports: Sequence[Report], judged: Callable[[str, str], bool]) -> Iterator[DriftRow]:
     runs = [(report.by_id, (report.seed, report.repeats)) for report in reports]
     for name, now in runs[-1][0].items():
         known = [(run[name], run[name].by_metric, seeds) for run, seeds in runs if name in run]
@@ -82,16 +81,13 @@ def _courses(reports: Sequence[Report], judged: Callable[[str, str], bool]) -> I
 
 
 def _gaussian_binomial(n: int, k: int) -> list[int]:
-    """Return the coefficients of the Gaussian binomial of n over k: how many choices have so many inversions."""
+    """Return the coefficients of the Gaussian binomial of n over k: the number of choices by inversions."""
     table = [[1]] + [[] for _ in range(k)]
     for size in range(1, n + 1):
         for chosen in range(min(size, k), 0, -1):
-            # The last place is chosen, or not, and then stands behind all that are.
+            # The last place is chosen, or it is inverted with every chosen one.
             kept, moved = table[chosen - 1], [0] * chosen + table[chosen] if chosen < size else []
-            width = max(len(kept), len(moved))
-            table[chosen] = [
-                (kept[i] if i < len(kept) else 0) + (moved[i] if i < len(moved) else 0) for i in range(width)
-            ]
+            table[chosen] = [sum(pair) for pair in zip_longest(kept, moved, fillvalue=0)]
     return table[k]
 
 

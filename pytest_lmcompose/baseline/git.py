@@ -1,4 +1,4 @@
-"""What git says of the folder that a run is made in."""
+"""Read the commit and the uncommitted files of a folder from git."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _CACHES = ("__pycache__", ".pytest_cache")
 
 
 def commit(folder: Path) -> str | None:
-    """Return the commit that is checked out; None where there is none, or no git."""
+    """Return the current commit; None without a commit or without git."""
     found = _git(folder, "rev-parse", "HEAD")
     return found.strip() if found is not None else None
 
 
 def changes(folder: Path, but: Path) -> list[str]:
-    """Return the files below the repository's top that are not committed, those of the folder `but` left out.
+    """Return the repository's uncommitted files, except ignored ones, caches of Python and files in the folder `but`.
 
-    None, where there is no repository or no git. What is ignored, and what Python compiles, does not count.
+    Empty without a repository or without git.
     """
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None:

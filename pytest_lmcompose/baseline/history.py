@@ -1,9 +1,9 @@
-"""A run among stored ones: which it is compared with, what came of it, and whether it is stored itself. No torch."""
+"""Choose the stored run to compare with, compare, and store the new run. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_lmcompose.baseline.compare import ComparedReports, compare_reports
@@ -17,15 +17,15 @@ from pytest_lmcompose.results import replace as changed
 
 _NEW_NAME = "baseline"
 _READ = 3 * WINDOW
-"""Stored runs that are looked through for those that passed."""
+"""Number of stored runs that are searched for passed ones."""
 _SHOWN = 5
 
 
 def choose(baselines: BaselineOptions, folder: Path, *, needed: bool) -> Baseline | None:
-    """Return the stored run to compare with; None where none is wanted, or there is none.
+    """Return the stored run to compare with, None if none is wanted or available.
 
-    `needed` says that a gate compares with one. Raises StorageError for one that is not there, broken, or
-    required.
+    `needed` is whether a gate compares with it. Raises StorageError if the run is broken, or if a run that was named or
+    required is missing.
     """
     if not (baselines.compares or needed or baselines.update):
         return None
@@ -34,8 +34,8 @@ def choose(baselines: BaselineOptions, folder: Path, *, needed: bool) -> Baselin
         assert baselines.compare is not None
         if (folder / baselines.compare).is_dir():
             raise StorageError(
-                f"--lmcompose-compare took the folder {baselines.compare!r} for a run; before a path write "
-                f"--lmcompose-compare={LATEST}"
+                f"--lmcompose-compare: {baselines.compare!r} is a folder, not a stored run; to test that folder, write "
+                f"--lmcompose-compare={LATEST} before it"
             )
         return Baseline.read(storage.find(baselines.compare, folder))
     path, failed = storage.latest()
@@ -51,31 +51,31 @@ def choose(baselines: BaselineOptions, folder: Path, *, needed: bool) -> Baselin
 
 
 def check_tree(baselines: BaselineOptions, folder: Path) -> None:
-    """Refuse to make a baseline of files that are not committed; raises StorageError."""
+    """Raise StorageError if a new baseline would depend on uncommitted files."""
     if not baselines.update or baselines.force:
         return
     if dirty := changes(folder, baselines.storage):
         named = ", ".join(dirty[:_SHOWN]) + (", ..." if len(dirty) > _SHOWN else "")
         raise StorageError(
-            f"--lmcompose-update-baseline: {len(dirty)} file{'s are' if len(dirty) > 1 else ' is'} not committed, and "
-            f"the baseline could not be made again: {named}. Commit or ignore them, or add --lmcompose-force"
+            f"--lmcompose-update-baseline: {len(dirty)} file{'s are' if len(dirty) > 1 else ' is'} not committed, so "
+            f"the baseline could not be reproduced: {named}. Commit or ignore them, or add --lmcompose-force"
         )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run among the stored ones."""
+    """The comparison of a run with stored ones."""
 
     baseline: Baseline | None = None
     compared: ComparedReports | None = None
     drift: tuple[DriftRow, ...] = ()
-    """Of all metrics whose course was judged."""
+    """All metrics that were tested for drift."""
     runs: int = 0
-    """Over which drift was judged, the present one too."""
-    problems: tuple[str, ...] = field(default_factory=tuple)
+    """Number of runs tested for drift, including this one."""
+    problems: tuple[str, ...] = ()
 
     def added_to(self, report: Report) -> Report:
-        """Return a report with what this says."""
+        """Return `report` with the comparison and the drift."""
         comparison = drift = None
         if self.baseline is not None and self.compared is not None:
             old = self.baseline.report
@@ -96,9 +96,9 @@ class Outcome:
 def outcome(
     report: Report, baseline: Baseline | None, baselines: BaselineOptions, judged: Callable[[str, str], bool]
 ) -> Outcome:
-    """Compare a finished run with its baseline, and look for drift over the stored runs.
+    """Compare a finished run with its baseline, and test its gated metrics for drift over the stored runs.
 
-    `judged` says whether a metric of a composition has a gate: drift is judged for those.
+    `judged` returns whether a composition and metric has a gate.
     """
     compared = None if baseline is None else compare_reports(baseline.report, report)
     if baseline is None and not baselines.wanted:
@@ -109,15 +109,15 @@ def outcome(
 
 
 def keep(report: Report, baselines: BaselineOptions, baseline: Baseline | None, root: Path, *, ok: bool) -> str | None:
-    """Store a run as its flags say; return what to tell, None if it is not to be stored. Raises OSError."""
+    """Store a run as the flags ask; return a line for the user, None if nothing was asked. Raises OSError."""
     if not baselines.stores:
         return None
     if report.status != "finished":
-        return "lmcompose: the run was interrupted, and is not stored"
+        return "lmcompose: the run was interrupted and is not stored"
     if not any(record.status == "measured" for record in report.compositions):
-        return "lmcompose: nothing was measured, and the run is not stored"
+        return "lmcompose: the run measured nothing and is not stored"
     if baselines.update and not ok and not baselines.force:
-        return "lmcompose: the baseline is not updated, since tests failed; mend them, or add --lmcompose-force"
+        return "lmcompose: the baseline is not updated because tests failed; fix them, or add --lmcompose-force"
     head = commit(root)
     if baselines.update:
         name = _NEW_NAME if baseline is None else _name_of(baseline)
@@ -127,11 +127,11 @@ def keep(report: Report, baselines: BaselineOptions, baseline: Baseline | None, 
     stored = Stored(name, how, ok, head, bool(head and changes(root, baselines.storage)))  # type: ignore[arg-type]
     kept = changed(report, prompts=(), comparison=None, drift=None, stored=stored)
     path = Storage(baselines.storage).save(kept, name)
-    return f"lmcompose: the run is stored as {path}" + ("" if ok else ", as one that failed")
+    return f"lmcompose: the run is stored as {path}" + ("" if ok else " and marked as failed")
 
 
 def _history(storage: Storage) -> tuple[list[Report], list[str]]:
-    """Return the last stored runs that passed, the oldest first, and what is wrong with others."""
+    """Return the last passed runs, the oldest first, and the problems with broken ones."""
     found: list[Report] = []
     problems = []
     for run in reversed(storage.runs()[-_READ:]):
@@ -148,6 +148,6 @@ def _history(storage: Storage) -> tuple[list[Report], list[str]]:
 
 
 def _name_of(baseline: Baseline) -> str:
-    """Return the name of a baseline for the run that takes its place."""
+    """Return the name for the run that replaces a baseline."""
     stored = baseline.report.stored
     return _NEW_NAME if stored is None or stored.how == "autosave" else stored.name

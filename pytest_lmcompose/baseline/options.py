@@ -1,4 +1,4 @@
-"""Which runs are stored and compared: flags and their values. Imports neither YAML nor JSON Schema."""
+"""The flags for storing and comparing runs. Imports no YAML."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from pathlib import Path
 import pytest
 
 FOLDER = ".lmcompose"
-"""Where runs are stored unless the user says otherwise, under pytest's rootdir."""
+"""Default folder of stored runs, in pytest's rootdir."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LATEST = "latest"
-"""The name by which the latest stored run that passed is meant."""
+"""Stands for the latest stored run that passed."""
 
 
 @dataclass(frozen=True)
 class BaselineOptions:
-    """What the user wants of stored runs."""
+    """The values of the flags."""
 
     storage: Path
     """Folder of stored runs."""
     save: str | None = None
-    """Name under which this run is stored."""
+    """Name to store this run under."""
     autosave: bool = False
     update: bool = False
     """Whether this run becomes the baseline."""
     force: bool = False
     compare: str | None = None
-    """Name, number or path of the run to compare with, or `LATEST`; None: none, unless a gate needs one."""
+    """Name, number or path of the run to compare with, or `LATEST`; None: only if a gate needs one."""
     fail: tuple[str, ...] = ()
     """Expressions of `thresholds.read_expression`."""
     require: bool = False
 
     @property
     def stores(self) -> bool:
-        """Whether this run is to be stored."""
+        """Whether to store this run."""
         return self.save is not None or self.autosave or self.update
 
     @property
     def compares(self) -> bool:
-        """Whether the user asks for a comparison, whatever the thresholds ask for."""
+        """Whether a flag asks for a comparison; thresholds may ask for one too."""
         return self.compare is not None or bool(self.fail) or self.require
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is asked of stored runs."""
+        """Whether stored runs are used at all."""
         return self.stores or self.compares
 
 
@@ -73,10 +73,7 @@ SWITCHES = (
 def read_baseline_options(
     value: Callable[[str], str | None], switch: Callable[[str], bool], fail: tuple[str, ...], folder: Path, root: Path
 ) -> BaselineOptions:
-    """Read the flags; relative paths count from `folder`, the default storage from `root`.
-
-    Raises pytest.UsageError for a value that cannot be used.
-    """
+    """Read the flags; paths are relative to `folder`, the default storage to `root`. Raises pytest.UsageError."""
     from pytest_lmcompose.report.files import TargetError, check_folder, path_of
 
     storage = value("storage")
@@ -92,12 +89,14 @@ def read_baseline_options(
     )
     if baselines.save is not None and (not NAME.fullmatch(baselines.save) or baselines.save == LATEST):
         raise pytest.UsageError(
-            f"--lmcompose-save: expected letters, digits, dots, - and _, and not {LATEST}, found {baselines.save!r}"
+            f"--lmcompose-save: expected letters, digits, dots, - and _, but not {LATEST!r}; found {baselines.save!r}"
         )
     if baselines.update and (baselines.save is not None or baselines.autosave):
-        raise pytest.UsageError("--lmcompose-update-baseline stores the run: leave --lmcompose-save and -autosave away")
+        raise pytest.UsageError(
+            "--lmcompose-update-baseline stores the run already: remove --lmcompose-save or --lmcompose-autosave"
+        )
     if baselines.force and not baselines.update:
-        raise pytest.UsageError("--lmcompose-force goes with --lmcompose-update-baseline")
+        raise pytest.UsageError("--lmcompose-force requires --lmcompose-update-baseline")
     try:
         check_folder(baselines.storage)
     except TargetError as error:

@@ -1,4 +1,4 @@
-"""The stored run that a run is compared with: is it of the same model, and what do gates find in it. No torch."""
+"""The baseline: whether it is of the same model, and what gates compare with. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ UPDATE = "--lmcompose-update-baseline stores one"
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a run knows of itself while it goes on."""
+    """The model, data and seeds of the current run."""
 
     model: Model | None
     data: Mapping[str, str]
-    """Hashes of what is asked; see `asked`."""
+    """Hashes of the parts of the data; see `data.asked`."""
     seeds: range
 
     @property
     def build(self) -> tuple[str | None, int | None]:
-        """Architecture and number of parameters, as far as they are known."""
+        """Architecture and number of parameters; None if unknown."""
         return (None, None) if self.model is None else (self.model.architecture, self.model.parameters)
 
 
@@ -41,7 +41,7 @@ class Baseline:
     path: Path
     report: Report
     passed_over: tuple[str, ...] = ()
-    """Later runs, which failed and are no promise."""
+    """Later runs, which failed."""
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
@@ -50,7 +50,7 @@ class Baseline:
 
     @property
     def name(self) -> str:
-        """Return what messages call it."""
+        """The name in messages."""
         return f"the baseline {self.path.stem}"
 
     @cached_property
@@ -58,12 +58,12 @@ class Baseline:
         return self.report.by_id
 
     def unlike(self, architecture: str | None, parameters: int | None = None) -> str | None:
-        """Say why no number of a run on a model of this build can be compared, and what to do."""
+        """Return why results of a model of this build cannot be compared, and how to fix it; None if they can."""
         problem = unlike(self.report.model, architecture, parameters)
         return None if problem is None else f"it is of {problem}; compare with a run of this model ({UPDATE})"
 
     def reference(self, composition: str, now: Circumstances) -> Reference:
-        """Return what gates of `composition` compare with, or why there is nothing."""
+        """Return the reference of the gates of `composition`."""
         if (problem := self.unlike(*now.build)) is not None:
             return Reference(self.name, missing=problem)
         record = self._records.get(composition)
@@ -80,7 +80,10 @@ class Baseline:
         }
         drawn = seeds != now.seeds
         if drawn:
-            others = {name: f"{why}, with {_said(now.seeds)} and not {_said(seeds)}" for name, why in others.items()}
+            others = {
+                name: f"{why}, with {_seeds_text(now.seeds)} instead of {_seeds_text(seeds)}"
+                for name, why in others.items()
+            }
         return Reference(
             self.name,
             [measured.measurement() for measured in record.measurements],
@@ -91,7 +94,7 @@ class Baseline:
 
 
 def architecture(config: Mapping[str, Any]) -> str:
-    """Return what a model's config says of its build: class, layers, width and vocabulary."""
+    """Return the class, layers, width and vocabulary in a model's config as text."""
     text = config.get("text_config") or {}
     layers, width, vocabulary = (
         next((found for key in keys if (found := config.get(key, text.get(key))) is not None), "?")
@@ -102,12 +105,12 @@ def architecture(config: Mapping[str, Any]) -> str:
 
 
 def architecture_at(location: str) -> str | None:
-    """Return the architecture of a model in a folder; None for one that is not here yet, or cannot be read."""
+    """Return the architecture of a model in a folder, None if it cannot be read, or is not a folder."""
     try:
         return architecture(json.loads((Path(location) / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def _said(seeds: range) -> str:
+def _seeds_text(seeds: range) -> str:
     return f"seed {seeds.start}" if len(seeds) == 1 else f"seeds {seeds.start} to {seeds.stop - 1}"

@@ -1,6 +1,6 @@
-"""Stored runs: numbered report documents in a folder, 0001_NAME.json, 0002_NAME.json, ... Imports no torch.
+"""Stored runs: numbered reports in a folder, 0001_NAME.json, 0002_NAME.json, ... Imports no torch.
 
-A file appears whole, by a rename, and is never written again: the folder is the history of a release.
+A finished file is renamed into place and never changes: the folder is the history of a release.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _FILE = re.compile(rf"(\d{{4,}})_({NAME.pattern})\.json")
 
 
 class StorageError(ValueError):
-    """A stored run that is not there or cannot be used; the message names the file and what to do."""
+    """A stored run is missing or unusable; the message names the file and the fix."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of a stored run."""
+    """The file of a stored run."""
 
     path: Path
     number: int
@@ -43,13 +43,13 @@ class Stored:
 
 
 class Storage:
-    """The stored runs of one folder."""
+    """The stored runs in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def runs(self) -> list[Stored]:
-        """Return the files of the stored runs by number."""
+        """Return the files of the stored runs, ordered by number."""
         found = []
         with suppress(FileNotFoundError, NotADirectoryError):
             for path in self.folder.iterdir():
@@ -58,9 +58,9 @@ class Storage:
         return sorted(found, key=lambda run: (run.number, run.name))
 
     def find(self, key: str, base: Path | None = None) -> Path:
-        """Return the file of a run, given by its number, its name (the latest of it), its file's name, or a path.
+        """Return the file of a run, by number, name (the latest wins), file name, or path.
 
-        Relative paths count from `base`, the working folder if it is None. Raises StorageError.
+        Paths are relative to `base`, by default the working directory. Raises StorageError.
         """
         runs = self.runs()
         if re.fullmatch(r"\d+", key) and (found := [run for run in runs if run.number == int(key)]):
@@ -76,10 +76,9 @@ class Storage:
         raise StorageError(f"no stored run {key!r} in {self.folder}, and no such file.{near} {known}")
 
     def latest(self) -> tuple[Path | None, list[Stored]]:
-        """Return the latest run that passed, None if there is none, and later ones that did not pass.
+        """Return the latest passed run, None if there is none, and the failed runs after it.
 
-        A run that failed is no promise: it would let the next one fail as well. Raises StorageError for
-        a later file that cannot be read.
+        A failed run as a baseline would let the next one fail too. Raises StorageError if a later file cannot be read.
         """
         failed: list[Stored] = []
         for run in reversed(self.runs()):
@@ -89,10 +88,7 @@ class Storage:
         return None, failed
 
     def save(self, report: Report, name: str) -> Path:
-        """Store a run under the next number; return its file. Raises OSError.
-
-        Two processes that store at once get numbers of their own.
-        """
+        """Store a run under the next free number, also beside other processes; return its file. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock", lambda seconds: None):
             number = max((run.number for run in self.runs()), default=0) + 1
@@ -102,10 +98,10 @@ class Storage:
 
 
 def read_run(path: Path) -> Report:
-    """Read a report; raises StorageError for one that is broken, or of a format that is not known here."""
+    """Read a report; raises StorageError if it is broken or of an unknown version."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise StorageError(f"{path} cannot be read: it is no file")
+            raise StorageError(f"{path} cannot be read: it is not a file")
         return decode(path.read_bytes())
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from None
@@ -116,7 +112,7 @@ def read_run(path: Path) -> Report:
 
 
 def passed(report: Report) -> bool:
-    """Say whether a run came to its end without a failure."""
+    """Return whether a run finished without a failure."""
     if report.stored is not None:
         return report.stored.passed
     return report.status == "finished" and all(
@@ -125,7 +121,7 @@ def passed(report: Report) -> bool:
 
 
 def compact(value: Any) -> Any:
-    """Return plain data with whole numbers written as such: most samples are 0.0 or 1.0."""
+    """Return plain data with whole floats as ints, to save space: most samples are 0.0 or 1.0."""
     if isinstance(value, dict):
         return {key: compact(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,1 +1,1 @@
-"""Finished work under content addresses: what is never computed twice."""
+"""The cache: finished states and measurements under content addresses, so nothing is computed twice."""

@@ -1,4 +1,4 @@
-"""Content addresses: hashes of everything that a state or a measurement depends on. Imports no torch."""
+"""Content addresses: hashes of everything a state or a measurement depends on. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,32 +25,31 @@ if TYPE_CHECKING:
     from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 METHOD_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "scipy")
-"""Libraries whose version may change what a step makes."""
+"""Libraries whose version may change the result of a step."""
 EVALUATOR_LIBRARIES = (*METHOD_LIBRARIES, "lm_eval", "datasets")
 _UNKNOWN = secrets.token_hex()
 GUARD = "interventions.step"
-"""The code around every method."""
+"""The code that runs every method."""
 _NO_RESULT = re.compile(
     r"interventions|(interventions|evaluators)\.(registry|names|ranges|types)"
     r"|interventions\.(categories|intervention)"
 )
-"""Modules that route, describe and check: what they give is in an address by its value, or in none."""
+"""Modules that only look up, describe and check: their code does not affect results."""
 
 
 def address(**parts: Any) -> str:
-    """Return the SHA-256 of named parts: plain data, dataclasses, mappings and sequences of them.
+    """Return the SHA-256 of named parts: plain data, dataclasses, and mappings and sequences of them.
 
-    Raises TypeError for anything else, which might look the same and be another.
+    Raises TypeError for anything else.
     """
     text = json.dumps(_plain(parts), sort_keys=True, separators=(",", ":"), allow_nan=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 of files and of all files in folders, with their names below what was given.
+    """Return the SHA-256 of files, and of all files in folders with their relative names.
 
-    Files and folders that begin with a dot, and what Python compiles, are left out. A path that is not there
-    counts as absent.
+    Hidden files and __pycache__ are ignored. A missing path counts as an empty folder.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -64,15 +63,15 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def method_code(method: Method) -> str:
-    """Return the hash of the source that `method` runs: its modules, all that they import, and the guard."""
+    """Return the hash of the source that `method` runs: its modules, everything they import, and the guard."""
     return source_hash((*method.modules, GUARD))
 
 
 def source_hash(modules: tuple[str, ...]) -> str:
-    """Return the hash of the source of `modules` and of what they import from their own packages.
+    """Return the hash of the source of `modules` and of everything they import from their own packages.
 
-    Imports are read from the source, those inside functions too; a module that is only named in a
-    string is not seen. Other packages count by their versions, see `versions`.
+    Imports are read from the source, also inside functions; a module that is only named in a string is not found.
+    Other packages count by their versions, see `versions`.
     """
     packages = {name.partition(".")[0] for name in modules} | {"interventions", "evaluators"}
     sources: dict[str, str] = {}
@@ -85,22 +84,22 @@ def source_hash(modules: tuple[str, ...]) -> str:
         if module is not None:
             sources[name] = module.digest
             waiting += [n for n in module.imports if n.partition(".")[0] in packages]
-        elif name in modules:  # a method from a notebook, say: what it does cannot be known, so nothing is reused
+        elif name in modules:  # from a notebook, for example: the source is unknown, so nothing is reused
             sources[name] = _UNKNOWN
     return address(sources=sources)
 
 
 class Module(NamedTuple):
-    """A module's source."""
+    """The source of a module."""
 
     digest: str
     imports: tuple[str, ...]
-    """Names in its import statements: modules, and what may be one."""
+    """Names in its import statements that are, or may be, modules."""
 
 
 @cache
 def read_module(name: str) -> Module | None:
-    """Read the source of a module, once in a process; None for what is no module, or has no file."""
+    """Read the source of a module, once per process; None if there is no such module or file."""
     source = _source(name)
     if source is None:
         return None
@@ -111,20 +110,20 @@ def read_module(name: str) -> Module | None:
 
 
 def data_address(data: RunData, files: str) -> str:
-    """Return the content address of all that the evaluators ask; `files` is the hash of the question tasks' files.
+    """Return the content address of the evaluators' data; `files` is the hash of the files of the question tasks.
 
-    Data sets that a task fetches from a hub are known by the task's text alone.
+    Datasets that a task fetches from a hub count by the text of the task alone.
     """
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.name != "tasks"}
     return address(files=files, **fields)
 
 
 def measurements_address(state: str, data: str, world: WorldSettings, evaluate: EvaluateSettings) -> str:
-    """Return the content address of what is measured with `data` on the state, both known by their addresses."""
+    """Return the content address of the measurements of a state; `state` and `data` are addresses."""
     return address(
         state=state,
         data=data,
-        world=dataclasses.replace(world, folder=""),  # where files stand is not what they say
+        world=dataclasses.replace(world, folder=""),  # where the files are does not matter
         evaluate=evaluate,
         code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
         libraries=versions(EVALUATOR_LIBRARIES),
@@ -132,14 +131,14 @@ def measurements_address(state: str, data: str, world: WorldSettings, evaluate: 
 
 
 def _modules(evaluate: EvaluateSettings) -> Iterator[str]:
-    """Yield the modules of the evaluators that run, which are named in no import statement."""
+    """Yield the modules of the evaluators that run; no import statement names them."""
     for name, evaluator in evaluators().items():
         if name in evaluate.also or (evaluator in registry.BUILT_IN and getattr(evaluate, name)):
             yield from evaluator.modules
 
 
 def versions(libraries: Collection[str]) -> dict[str, str]:
-    """Return the versions of installed `libraries`; of others, none."""
+    """Return the versions of `libraries`, empty for those not installed."""
     found = {}
     for name in libraries:
         try:
@@ -174,9 +173,9 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _source(name: str) -> tuple[Path, bytes] | None:
-    """Return where a module's code is, and its bytes; None for what is no module, or has no file.
+    """Return the path and content of a module; None if there is no such module or file.
 
-    Only the package at the top is looked up by Python, which would import those below it.
+    Python looks up only the top-level package: to look up a submodule, it would import its parents.
     """
     top, *below = name.split(".")
     try:
@@ -196,7 +195,7 @@ def _source(name: str) -> tuple[Path, bytes] | None:
 
 
 def _imports(source: bytes, package: str) -> Iterator[str]:
-    """Yield the names that may be modules in the import statements of `source`, a module of `package`."""
+    """Yield names that may be modules in the import statements of `source`, a module in `package`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -208,4 +207,4 @@ def _imports(source: bytes, package: str) -> Iterator[str]:
             continue
         for name in names:
             parts = name.split(".")
-            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))  # the packages run as well
+            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))  # the packages are run too

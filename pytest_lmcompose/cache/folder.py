@@ -1,12 +1,12 @@
-"""A folder of finished work under content addresses, shared by runs and processes. Imports no torch.
+"""The cache folder: finished work under content addresses, shared by runs and processes. Imports no torch.
 
-    VERSION/<first two of the address>/<address>/entry.json   what it is, and the checksums of its files
-                                                 ...          its files
-    VERSION/making/                                           entries that are being written or removed
-    VERSION/locks/                                            one lock for each address, and one for eviction
+    VERSION/<first two digits of the address>/<address>/entry.json   description, and the checksums of the files
+                                                        ...          the files
+    VERSION/making/                                                  entries being written or removed
+    VERSION/locks/                                                   a lock for each address, and one for eviction
 
-An entry appears whole, by a rename, and never changes afterwards. When it was last used is the time
-of modification of its entry.json. What does not match its checksums is reported, removed and made again.
+A finished entry is renamed into place and never changes. The modification time of its entry.json is its last use.
+An entry that does not match its checksums is reported, removed and made again.
 """
 
 from __future__ import annotations
@@ -31,52 +31,52 @@ from pytest_lmcompose.cache.parcel import pack, unpack
 from pytest_lmcompose.costs import size
 
 VERSION = "2"
-"""Of the layout; another one is not read."""
+"""Version of the layout; other versions are not read."""
 ENTRY = "entry.json"
 DEFAULT_LIMIT = 20 * 1024**3
 """Bytes."""
 ABANDONED = 24 * 3600.0
-"""Seconds after which what a killed process left half-written is removed."""
+"""Seconds after which the half-written entries of a killed process are removed."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished piece of work, checked."""
+    """A checked entry."""
 
     folder: Path
     kind: str
     """`state` or `measurements`."""
     about: dict[str, Any]
-    """Plain data about it; for a reader, and for estimates of cost."""
+    """Plain data that describes it, also used to estimate costs."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An entry as it stands in the folder, unchecked."""
+    """An unchecked entry."""
 
     folder: Path
     bytes: int
     used: float
-    """When it was last read or made: seconds since 1970."""
+    """Time of the last read or write, in seconds since 1970."""
 
 
-class Store:
-    """Entries in a folder, up to a total size. Never fails a run: what cannot be stored is told and left."""
+class Cache:
+    """Entries in a folder, up to a total size. Problems only cause warnings, and never fail a run."""
 
-    def __init__(self, folder: Path, limit: int, tell: Callable[[str], None]) -> None:
-        """Use `folder`, made when first written to, for up to `limit` bytes; `tell` takes a line."""
+    def __init__(self, folder: Path, limit: int, warn: Callable[[str], None]) -> None:
+        """Use `folder`, created on the first write, for up to `limit` bytes; `warn` takes a line."""
         self.folder = folder / VERSION
         self.limit = limit
         self.full = False
-        """Whether this process has given up storing."""
-        self._tell = tell
+        """Whether this process stopped writing after an error."""
+        self._warn = warn
         self._unseen = self._room = 0
-        """Bytes added since the folder was looked through, and how many may be until it is again."""
+        """Bytes added since the folder was last scanned, and how many may be added before the next scan."""
 
     def read(self, address: str, kind: str) -> Entry | None:
-        """Return the entry of this kind that was made for `address`, after checking its files, or None.
+        """Return the checked entry of this kind at `address`, or None.
 
-        A broken one, and one that was made for another address, is reported and removed.
+        A broken entry, and one made for another address, is reported and removed.
         """
         folder = self._place(address)
         try:
@@ -86,100 +86,84 @@ class Store:
                 return None
             entry = f"{Path(error.filename).name} is missing"
         except OSError as error:
-            self._tell(f"lmcompose store: {folder} cannot be read ({error.strerror}); it is made again")
+            self._warn(f"lmcompose cache: {folder} cannot be read ({error.strerror}); it is made again")
             if isinstance(error, (IsADirectoryError, NotADirectoryError)):
                 self.remove(folder)
             return None
         if isinstance(entry, str):
-            if folder.exists():  # and not evicted meanwhile
-                self._tell(f"lmcompose store: {folder} is broken ({entry}); it is removed and made again")
+            if folder.exists():  # it was not evicted meanwhile
+                self._warn(f"lmcompose cache: {folder} is broken ({entry}); it is removed and made again")
                 self.remove(folder)
             return None
-        now = time.time_ns()  # finer than what the system sets by itself
-        with suppress(OSError):  # a folder that may only be read
+        now = time.time_ns()  # finer than the default time stamp
+        with suppress(OSError):  # the folder may be read-only
             os.utime(folder / ENTRY, ns=(now, now))
         return entry
 
     def write(self, address: str, kind: str, about: dict[str, Any], fill: Callable[[Path], None]) -> None:
-        """Make the entry at `address`: `fill` writes its files into the folder it is given.
+        """Make the entry at `address`; `fill` writes its files into the folder it is given.
 
-        If that is not possible, a full disk for instance, this is told once and nothing is stored any more.
+        If this fails, because the disk is full for example, warn once and write no more entries.
         """
         if self.full:
             return
-        making: Path | None = None
         try:
-            (self.folder / "making").mkdir(parents=True, exist_ok=True)
-            making = Path(tempfile.mkdtemp(dir=self.folder / "making", prefix=f"{address[:16]}."))
-            fill(making)
-            files = {path.name: _file(path) for path in sorted(making.iterdir())}
-            count = sum(file["bytes"] for file in files.values())
-            if count > self.limit // 4:
-                self._tell(
-                    f"lmcompose store: an entry of {size(count)} is more than a quarter of the store's "
-                    f"{size(self.limit)} and is not kept; raise --lmcompose-cache-size"
-                )
-                return
-            content = {"address": address, "kind": kind, "about": about, "files": files}
-            (making / ENTRY).write_text(json.dumps({**content, "checksum": _checksum(content)}), encoding="utf-8")
-            place = self._place(address)
-            place.parent.mkdir(exist_ok=True)
-            _rename(making, place)
-            self._make_room(count)
-        except FileExistsError:  # another process has made the same entry: then all is well
-            pass
+            with self._scratch(address[:16]) as scratch:
+                making = Path(scratch)
+                fill(making)
+                files = {path.name: _file(path) for path in sorted(making.iterdir())}
+                count = sum(file["bytes"] for file in files.values())
+                if count > self.limit // 4:
+                    self._warn(
+                        f"lmcompose cache: an entry of {size(count)} is more than a quarter of the cache's "
+                        f"{size(self.limit)} and is not kept; raise --lmcompose-cache-size"
+                    )
+                    return
+                content = {"address": address, "kind": kind, "about": about, "files": files}
+                (making / ENTRY).write_text(json.dumps({**content, "checksum": _checksum(content)}), encoding="utf-8")
+                self._publish(making, address, count)
         except (OSError, SafetensorError) as error:
-            self._give_up(error)
-        finally:
-            if making is not None:
-                shutil.rmtree(making, ignore_errors=True)
+            self.full = True
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self._warn(f"lmcompose cache: {self.folder} cannot be written ({reason}); going on without storing")
 
     def holds(self, address: str) -> bool:
-        """Say whether there is an entry at `address` in the folder, which is not checked."""
+        """Return whether the folder has an entry, unchecked, at `address`."""
         return (self._place(address) / ENTRY).is_file()
 
     def pack(self, address: str, file: Path) -> None:
-        """Write the entry at `address` into one file; raises OSError, also where there is none."""
+        """Write the entry at `address` into one file; raises OSError, also if there is none."""
         pack(self._place(address), file)
 
     def adopt(self, address: str, file: Path) -> str | None:
-        """Make the entry at `address` from what `pack` wrote; return what is wrong with it, or None.
+        """Make the entry at `address` from a file that `pack` wrote; return what is wrong with it, or None.
 
         Raises OSError.
         """
-        (self.folder / "making").mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(dir=self.folder / "making", prefix=f"{address[:16]}."))
         try:
-            unpack(file, making)
-            entry = _checked(making, address)
-            if isinstance(entry, str):
-                return entry
-            place = self._place(address)
-            place.parent.mkdir(exist_ok=True)
-            with suppress(FileExistsError):  # another process was first
-                _rename(making, place)
-            self._make_room(file.stat().st_size)
+            with self._scratch(address[:16]) as scratch:
+                making = Path(scratch)
+                unpack(file, making)
+                entry = _checked(making, address)
+                if isinstance(entry, str):
+                    return entry
+                self._publish(making, address, file.stat().st_size)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
         return None
 
     @contextmanager
     def building(self, address: str, what: str) -> Iterator[None]:
-        """Hold the right to make the entry at `address`, so that processes do not make it twice.
-
-        Where there are no locks, the work is done without.
-        """
+        """Lock the entry at `address`, so that no other process makes it too, if the file system has locks."""
 
         def waiting(seconds: float) -> None:
-            self._tell(f"lmcompose store: waiting for another process that makes {what}")
+            self._warn(f"lmcompose cache: waiting for another process to make {what}")
 
         with self._locked(f"{address}.lock", waiting):
             yield
 
     def entries(self) -> list[Listed]:
-        """Return what is in the folder, the least recently used first."""
+        """Return all entries, the least recently used first."""
         found = []
         for path in self.folder.glob(f"[0-9a-f][0-9a-f]/*/{ENTRY}"):
             with suppress(OSError):  # evicted meanwhile
@@ -188,10 +172,7 @@ class Store:
         return sorted(found, key=lambda entry: (entry.used, entry.folder.name))
 
     def about(self, entry: Listed) -> tuple[str, dict[str, Any]]:
-        """Return kind and `about` of an entry, `broken` and nothing if they cannot be read.
-
-        Its files are not checked, and it does not count as used.
-        """
+        """Return the kind and description of an unchecked entry; the kind is `broken` if it cannot be read."""
         try:
             content = _content(entry.folder)
         except OSError:  # evicted meanwhile
@@ -199,23 +180,19 @@ class Store:
         return ("broken", {}) if isinstance(content, str) else (content["kind"], content["about"])
 
     def remove(self, folder: Path) -> None:
-        """Remove an entry, so that no process sees half of it."""
-        with suppress(OSError):
-            (self.folder / "making").mkdir(parents=True, exist_ok=True)
-            grave = Path(tempfile.mkdtemp(dir=self.folder / "making", prefix="removed."))
-            with suppress(FileNotFoundError):
-                os.rename(folder, grave / folder.name)
-            shutil.rmtree(grave, ignore_errors=True)
+        """Remove an entry at once, so that no process sees a part of it."""
+        with suppress(OSError), self._scratch("removed") as scratch, suppress(FileNotFoundError):
+            os.rename(folder, Path(scratch) / folder.name)
 
     def clear(self) -> None:
-        """Remove every entry, and what killed processes left."""
+        """Remove every entry, and the remains of killed processes."""
         for listed in self.entries():
             self.remove(listed.folder)
         self.sweep(older_than=0.0)
         shutil.rmtree(self.folder / "locks", ignore_errors=True)
 
     def sweep(self, older_than: float = ABANDONED) -> None:
-        """Remove what processes that were killed left half-written, `older_than` seconds ago or more."""
+        """Remove half-written entries that are at least `older_than` seconds old."""
         for path in (self.folder / "making").glob("*"):
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime >= older_than:
@@ -225,10 +202,10 @@ class Store:
         return self.folder / address[:2] / address
 
     def _make_room(self, added: int) -> None:
-        """Evict the least recently used entries until all fit, the newest of them too.
+        """Evict the least recently used entries until the rest fits.
 
-        The folder is looked through after every sixteenth of the limit that this process has added: by so
-        much each process may exceed it.
+        The folder is scanned each time this process has added a sixteenth of the limit, so each process may exceed the
+        limit by that much.
         """
         self._unseen += added
         if self._unseen < self._room:
@@ -247,24 +224,32 @@ class Store:
     @contextmanager
     def _locked(self, name: str, waiting: Callable[[float], None]) -> Iterator[None]:
         with ExitStack() as held:
-            # Without a lock, as on a disk that is full or may only be read, work may be done twice: no harm.
+            # Without a lock, on a full or read-only disk, work may be done twice, which does no harm.
             with suppress(OSError, NotImplementedError):
                 held.enter_context(locked(self.folder / "locks" / name, waiting))
             yield
 
-    def _give_up(self, error: Exception) -> None:
-        self.full = True
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        self._tell(f"lmcompose store: {self.folder} cannot be written ({reason}); going on without storing")
+    def _scratch(self, prefix: str) -> tempfile.TemporaryDirectory[str]:
+        """Return a folder that is removed after use, unless it was published."""
+        (self.folder / "making").mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=self.folder / "making", prefix=f"{prefix}.", ignore_cleanup_errors=True)
+
+    def _publish(self, making: Path, address: str, count: int) -> None:
+        """Rename a finished folder to the entry at `address`."""
+        place = self._place(address)
+        with suppress(FileExistsError):  # another process made the same entry first
+            place.parent.mkdir(exist_ok=True)
+            _rename(making, place)
+            self._make_room(count)
 
 
 def default_folder(environ: Mapping[str, str]) -> Path:
-    """Return the user's own store, in the cache folder that the environment names."""
+    """Return the user's default cache folder, from the environment."""
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcompose"
 
 
 def _rename(folder: Path, place: Path) -> None:
-    """Rename a folder; raises FileExistsError where there is one of that name already, OSError."""
+    """Rename a folder; raises FileExistsError if there already is one, or OSError."""
     try:
         os.rename(folder, place)
     except OSError as error:
@@ -284,7 +269,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _content(folder: Path) -> dict[str, Any] | str:
-    """Return what an entry.json says, or what is wrong with it."""
+    """Return the content of an entry.json, or what is wrong with it."""
     try:
         content = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
@@ -296,14 +281,14 @@ def _content(folder: Path) -> dict[str, Any] | str:
 
 
 def _checked(folder: Path, address: str, kind: str | None = None) -> Entry | str:
-    """Return the entry in `folder`, which was made for `address`, or what is wrong with it; None: of any kind."""
+    """Return the entry in `folder` if it is whole and of this address and kind, or what is wrong with it."""
     content = _content(folder)
     if isinstance(content, str):
         return content
     if content["address"] != address:
         return f"it was made for the address {str(content['address'])[:16]}"
     if kind not in (None, content["kind"]):
-        return f"it holds a {content['kind']} and no {kind}"
+        return f"its kind is {content['kind']}, not {kind}"
     for name, expected in content["files"].items():
         path = folder / name
         if path.stat().st_size != expected["bytes"]:

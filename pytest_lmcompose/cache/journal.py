@@ -1,4 +1,4 @@
-"""Notes of what a run has finished, beside the store: a run that was killed left one. No torch."""
+"""The journal of a run: which compositions are finished, to resume it if it is killed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Interrupted:
-    """A run that began and did not end."""
+    """A run that started and did not end."""
 
     began: float
     """Seconds since 1970."""
     finished: frozenset[str]
-    """Ids of the compositions that it had measured."""
+    """Ids of the compositions that it measured."""
 
 
 class Journal:
-    """One run's notes, a line each, so that nothing that was noted is lost with the process.
+    """The journal of one run, written line by line by one of its processes.
 
-    Written by one process of a run. What cannot be written is left: notes are for the user alone.
+    Errors while writing are ignored: the journal is only for the user.
     """
 
     def __init__(self, folder: Path, run: str) -> None:
-        """Keep notes in `folder`; `run` is the address of all that was asked of this run."""
+        """Write to `folder`; `run` is the address of everything that the run was asked to do."""
         self._path = folder / "runs" / f"{run}.jsonl"
         self._begun = False
 
     def interrupted(self) -> Interrupted | None:
-        """Return what a run with the same options has left, or None."""
+        """Return what an interrupted run with the same options left, or None."""
         with suppress(OSError):
             lines = self._path.read_text(encoding="utf-8").split("\n")
             notes = []
@@ -43,7 +43,7 @@ class Journal:
         return None
 
     def finished(self, composition: str) -> None:
-        """Note that `composition` was measured."""
+        """Record that `composition` was measured."""
         note = json.dumps({"id": composition}) + "\n"
         with suppress(OSError):
             if not self._begun:
@@ -54,6 +54,6 @@ class Journal:
                 stream.write(note)
 
     def ended(self) -> None:
-        """Throw the notes away: the run came to its end."""
+        """Delete the journal: the run is finished."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Locks between processes that share a folder. A lock dies with the process that holds it."""
+"""Locks between processes that share a folder; a lock is released when its process ends."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 PATIENCE = 5.0
-"""Seconds of waiting after which the waiting is told."""
+"""Seconds after which waiting is reported."""
 
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[float], None]) -> Iterator[None]:
-    """Hold the lock file at `path`, waiting for it as long as it takes.
+    """Hold the lock file at `path`, and wait for it if necessary.
 
-    `waiting` is called once, with the seconds waited so far, if another process keeps the lock for long.
-    A file system that knows no locks, or is full, raises OSError.
+    `waiting` is called once, with the seconds waited so far, if that takes long. Raises OSError if the file system
+    is full or does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

@@ -1,4 +1,4 @@
-"""An entry of a store as one file, for places without folders. No torch."""
+"""Pack an entry of the cache into one file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 
 
 def pack(folder: Path, file: Path) -> None:
-    """Write the files in `folder` into one; raises OSError."""
+    """Write the files in `folder` into one file; raises OSError."""
     with tarfile.open(file, "w") as parcel:
         for path in sorted(folder.iterdir()):
             parcel.add(path, path.name)
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Write the files of a parcel into `folder`; nothing that it holds is written anywhere else.
+    """Write the packed files into `folder`, and never outside of it.
 
-    Raises ValueError for what is no whole parcel, OSError for what cannot be read or written.
+    Raises ValueError for an incomplete or invalid file, OSError if reading or writing fails.
     """
     try:
         with tarfile.open(file, "r:") as parcel:
             for member in parcel:
                 source = parcel.extractfile(member)
                 if source is None or Path(member.name).name != member.name:
-                    raise ValueError(f"holds {member.name!r}, which is no file of an entry")
+                    raise ValueError(f"holds {member.name!r}, which is not a file of an entry")
                 with source, (folder / member.name).open("wb") as target:
                     shutil.copyfileobj(source, target)
     except tarfile.TarError as error:

@@ -1,4 +1,4 @@
-"""States and measurements in the store: as files, and back. Imports torch with the first state."""
+"""Read and write the states and measurements of one run. Imports torch with the first state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators.measurement import Measurement
 from interventions.types import StepReport
-from pytest_lmcompose.cache.folder import Entry, Store
+from pytest_lmcompose.cache.folder import Cache, Entry
 from pytest_lmcompose.composition import Composition, parse
 from pytest_lmcompose.costs import Costs, StepCost
 from pytest_lmcompose.gate.repeats import Repeat
@@ -24,7 +24,7 @@ STATE, MEASUREMENTS = "state", "measurements"
 
 
 class StoredState(NamedTuple):
-    """A state as it was read."""
+    """A state from the cache."""
 
     changed: dict[str, Tensor]
     """Parameters that differ from the base model."""
@@ -33,24 +33,24 @@ class StoredState(NamedTuple):
 
 
 class RunCache:
-    """The part of a store that holds one run's work."""
+    """The cache, for the states and measurements of one run."""
 
-    def __init__(self, store: Store, model: str) -> None:
-        """Use `store` for runs of the model called `model`."""
-        self.store = store
-        self.model = model
+    def __init__(self, cache: Cache, model: str) -> None:
+        """Use `cache` for runs of the model called `model`."""
+        self._cache = cache
+        self._model = model
         self.states_read = self.measurements_read = 0
-        """How often work was spared."""
+        """How many states and measurements were read."""
 
     @contextmanager
     def building(self, address: str, composition: Composition) -> Iterator[None]:
-        """Hold the right to make what belongs at `address`; other processes wait."""
-        with self.store.building(address, str(composition)):
+        """Lock the entry at `address`; other processes wait."""
+        with self._cache.building(address, str(composition)):
             yield
 
     def state(self, address: str) -> StoredState | None:
         """Return the state at `address`, or None."""
-        entry = self.store.read(address, STATE)
+        entry = self._cache.read(address, STATE)
         if entry is None:
             return None
         from safetensors import SafetensorError
@@ -64,31 +64,33 @@ class RunCache:
         return StoredState(changed, _steps(entry), entry.about["state_hash"])
 
     def keep_state(self, address: str, composition: Composition, state: StoredState, *, step_bytes: int) -> None:
-        """Store a state; `step_bytes` counts the tensors that its last step changed."""
+        """Write a state; `step_bytes` is the size of the tensors that its last step changed."""
         from safetensors.torch import save_file
 
         about = {
-            "model": self.model,
+            "model": self._model,
             "composition": str(composition),
             "state_hash": state.state_hash,
             "steps": [_step_to_json(record) for record in state.steps],
             "step_bytes": step_bytes,
         }
-        self.store.write(address, STATE, about, lambda folder: save_file(state.changed, folder / "changed.safetensors"))
+        self._cache.write(
+            address, STATE, about, lambda folder: save_file(state.changed, folder / "changed.safetensors")
+        )
 
     def measured(self, address: str, composition: Composition, make: Callable[[], Repeat]) -> Repeat:
-        """Return what was measured at `address`: what is there, or what `make` returns, which is kept."""
+        """Return the measurements at `address`; call `make` and write its result if there are none."""
         found = self._measurements(address)
         if found is None:
             with self.building(address, composition):
-                found = self._measurements(address)  # another process may have made it meanwhile
+                found = self._measurements(address)  # another process may have made them meanwhile
                 if found is None:
                     found = make()
                     self._keep_measurements(address, composition, found)
         return found
 
     def _measurements(self, address: str) -> Repeat | None:
-        entry = self.store.read(address, MEASUREMENTS)
+        entry = self._cache.read(address, MEASUREMENTS)
         if entry is None:
             return None
         try:
@@ -102,7 +104,7 @@ class RunCache:
 
     def _keep_measurements(self, address: str, composition: Composition, found: Repeat) -> None:
         about = {
-            "model": self.model,
+            "model": self._model,
             "composition": str(composition),
             "seed": found.seed,
             "state_hash": found.state_hash,
@@ -114,13 +116,13 @@ class RunCache:
         def fill(folder: Path) -> None:
             (folder / "measurements.json").write_text(text, encoding="utf-8")
 
-        self.store.write(address, MEASUREMENTS, about, fill)
+        self._cache.write(address, MEASUREMENTS, about, fill)
 
 
-def costs(store: Store, model: str) -> Costs:
-    """Return what steps and evaluations cost on the model called `model`, from all that is stored."""
+def costs(cache: Cache, model: str) -> Costs:
+    """Return what steps and evaluations of the model called `model` cost, from all entries."""
     steps, evaluations = [], []
-    for kind, about in map(store.about, store.entries()):
+    for kind, about in map(cache.about, cache.entries()):
         if about.get("model") != model:
             continue
         if kind == MEASUREMENTS:
@@ -133,7 +135,7 @@ def costs(store: Store, model: str) -> Costs:
 
 
 def _frozen(value: Any) -> Any:
-    """Return a list as a tuple, which it was before it was stored."""
+    """Return lists, also nested ones, as the tuples they were before they were written."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pytest_lmcompose.cache.folder import Store, default_folder
+from pytest_lmcompose.cache.folder import Cache, default_folder
 from pytest_lmcompose.cache.remote import is_url, local_path
 from pytest_lmcompose.costs import size
 
@@ -74,5 +74,5 @@ def clear(cache_dir: Path | None) -> None:
         raise click.ClickException(f"{len(left)} entries could not be removed; may this folder be written?")
 
 
-def _store(folder: Path | None) -> Store:
-    return Store(folder or default_folder(os.environ), limit=0, tell=lambda line: click.echo(line, err=True))
+def _store(folder: Path | None) -> Cache:
+    return Cache(folder or default_folder(os.environ), limit=0, warn=lambda line: click.echo(line, err=True))

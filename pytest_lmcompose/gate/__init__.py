@@ -1,1 +1,1 @@
-"""Rules on measurements, and their verdicts."""
+"""Gates: judge measurements by rules."""

@@ -1,4 +1,4 @@
-"""What to try if a gate fails: one line for all metrics with the same advice."""
+"""Suggest what to try if a gate fails, one line for all metrics with the same advice."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from evaluators.metrics import find_metric
 
-_ELSE = "see docs/gates.md"
-
 
 def advice(failed: Iterable[tuple[str, bool | None]]) -> Iterator[str]:
-    """Yield a line for each kind of metric among those whose gates failed, given with their direction if known."""
+    """Yield advice on failed metrics, given as (name, whether higher is better if known)."""
     lines: dict[str, set[str]] = {}
     for metric, higher_is_better in failed:
-        line = find_metric(metric, higher_is_better=higher_is_better).advice or _ELSE
+        line = find_metric(metric, higher_is_better=higher_is_better).advice or "see docs/gates.md"
         lines.setdefault(line, set()).add(metric)
     for line, metrics in lines.items():
         yield f"{', '.join(sorted(metrics))}: {line}"

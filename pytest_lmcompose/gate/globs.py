@@ -1,4 +1,4 @@
-"""Globs of thresholds, what they match and whether they can match: * and ? only, brackets are literal. No torch."""
+"""Globs in thresholds: what they match and can match. Only * and ? are special. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from interventions.names import near_names
 from pytest_lmcompose.composition import BASE, CompositionError, parse
 
 
-@lru_cache(maxsize=2**16)  # every gate asks for every composition and metric of the run
+@lru_cache(maxsize=2**16)  # asked for every gate, composition and metric of a run
 def matches(glob: str, text: str) -> bool:
-    """Say whether `glob` matches the whole of `text`."""
+    """Return whether `glob` matches the whole of `text`."""
     return re.fullmatch(_pattern(glob), text) is not None
 
 
 def specificity(glob: str) -> tuple[bool, int]:
-    """Return the rank of a glob among those that match the same text: plain ones first, then by literal characters."""
+    """Return the rank of a glob among those that match the same text: plain text first, then literal characters."""
     literal = sum(char not in "*?" for char in glob)
     return literal == len(glob), literal
 
 
 @lru_cache(maxsize=2**12)
 def overlap(one: str, other: str) -> bool:
-    """Say whether two globs can match the same text."""
+    """Return whether two globs can match the same text."""
     if not one or not other:
         return not (one + other).strip("*")
     if one[0] == "*":
@@ -35,12 +35,12 @@ def overlap(one: str, other: str) -> bool:
 
 
 def impossible(glob: str, methods: Collection[str]) -> str | None:
-    """Say why `glob` matches no composition of `methods`, whatever is tested; None: it may match one."""
+    """Return why `glob` can match no composition of `methods`, None if it can."""
     if not set(glob) & set("*?"):
         try:
             names = [step.method for step in parse(glob).steps]
         except CompositionError as error:
-            return f"this is no composition: {' '.join(str(error).split())}"
+            return f"not a composition: {' '.join(str(error).split())}"
         unknown = [name for name in names if name not in methods]
     else:
         if (problem := _brackets(glob)) is not None:
@@ -49,7 +49,7 @@ def impossible(glob: str, methods: Collection[str]) -> str | None:
     if not unknown:
         return None
     hint = near_names(unknown[0].strip("*?"), methods)
-    return f"no method fits {unknown[0]!r}.{hint} Known: {', '.join(sorted(methods))}"
+    return f"no method matches {unknown[0]!r}.{hint} Known: {', '.join(sorted(methods))}"
 
 
 def _pattern(glob: str) -> str:
@@ -57,26 +57,24 @@ def _pattern(glob: str) -> str:
 
 
 def _brackets(glob: str) -> str | None:
-    """Say what is wrong with the brackets of settings, of which a * may stand for one."""
+    """Return what is wrong with the brackets in a glob, None if nothing; a * may stand for a bracket."""
     inside = False
     for i, char in enumerate(glob):
         if (char == "[" and inside) or (char == "]" and not inside and "*" not in glob[:i]):
-            return f"a bracket too many at character {i + 1}"
+            return f"unexpected bracket at character {i + 1}"
         if char in "[]":
             inside = char == "["
-    return "the bracket is not closed" if inside and "*" not in glob[glob.rindex("[") :] else None
+    return "a bracket is not closed" if inside and "*" not in glob[glob.rindex("[") :] else None
 
 
 def _parts(glob: str) -> Iterator[str]:
-    """Yield what the glob says of each method's name, without settings."""
+    """Yield the part of a glob for each method's name, without settings."""
     bare = re.sub(r"\[[^\]]*(\]|$)|^[^\[]*\]", "*", glob)
-    for part in bare.split("+"):
-        if part.strip("*?"):
-            yield part
+    yield from (part for part in bare.split("+") if part.strip("*?"))
 
 
 def _fits(part: str, names: Collection[str]) -> bool:
-    """Say whether methods fit a part, each * of which may stand for several: "m*q" is memit+awq too."""
+    """Return whether methods match a part; a * may span several: "m*q" also matches memit+awq."""
     first, *others = part.split("*")
     if not others:
         return any(re.fullmatch(_pattern(first), name) for name in names)

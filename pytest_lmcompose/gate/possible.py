@@ -1,7 +1,7 @@
-"""Which rules can judge something: bounds that can fail and can hold, metrics that can exist. No torch.
+"""Reject rules that are always or never satisfied, and metrics that do not exist. Imports no torch.
 
-A metric is judged by what evaluators say of it (see `evaluators.metrics`): a bound that every possible value keeps
-is no gate, and one that none keeps no release passes. Nothing is said of metrics that no evaluator describes.
+The possible values of a metric are known from its evaluator (see `evaluators.metrics`). Metrics that no evaluator
+describes are not checked.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from pytest_lmcompose.gate.thresholds import (
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 _ENDLESS = 1e100
-"""In place of infinity, so that differences are numbers."""
+"""Stands in for infinity, so that differences are numbers."""
 _OPEN = (NO_DROP, LOSS_ERRORS, LOST)
-"""Bounds that depend on more than a value and its reference."""
+"""Bounds that depend on more than a value and its reference; they are not checked."""
 _ACCURACY = "accuracy/"
 
 
 def check_metrics(
     rules: Iterable[Rule], path: Path, world: WorldSettings, evaluate: EvaluateSettings, folder: Path
 ) -> None:
-    """Make sure that each bound can fail and can hold, and that each metric can exist; raises ThresholdError.
+    """Raise ThresholdError for a bound that can never fail or never hold, and for an unknown metric.
 
-    `folder` is the world's. Metrics that only the run can know are left to it.
+    `folder` is the world's folder.
     """
     known = metrics()
     described = all(evaluator.metrics for evaluator in evaluators().values())
@@ -59,30 +59,30 @@ def check_metrics(
 def _misspelt(
     name: str, known: Sequence[Metric], world: WorldSettings, evaluate: EvaluateSettings, folder: Path
 ) -> str | None:
-    """Say why a metric's plain name is one that no evaluator makes; None: it may be made, or nobody knows."""
+    """Return why no evaluator can measure the metric `name`, None if one may."""
     if set(name) & set("*?"):
         return None
     if name.startswith(_ACCURACY):
         return _unknown_task(name.removeprefix(_ACCURACY), world, evaluate, folder)
-    if "/" in name or any(overlap(name, metric.name) for metric in known):  # a task may be scored by any metric
+    if "/" in name or any(overlap(name, metric.name) for metric in known):  # a question task may report any metric
         return None
     plain = [metric.name for metric in known if "*" not in metric.name]
     return f"no evaluator measures {name!r}.{near_names(name, plain)}".removesuffix(".")
 
 
 def _unknown_task(name: str, world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> str | None:
-    """Say which task or pool was meant by a name that the world has not; None: it has it, or may have."""
+    """Return which task or pool an unknown `name` was probably meant to be, None if the world may have it."""
     if not evaluate.questions or world.tasks is None:
         return None
     tasks = task_names(folder / world.tasks, [*evaluate.tasks, *itertools.chain.from_iterable(world.pools.values())])
     if tasks is None or name in tasks or name in world.pools:
         return None
-    near = near_names(name, sorted({*tasks, *world.pools}), cutoff=0.8)  # further ones belong to another world
+    near = near_names(name, sorted({*tasks, *world.pools}), cutoff=0.8)  # others may be of another world
     return f"no question task or pool {name!r}.{near}" if near else None
 
 
 def _of_pool(name: str, found: list[Metric], world: WorldSettings) -> list[Metric]:
-    """Keep of the metrics of a plain name those in the direction that the world's pools say, if they say one."""
+    """Return the metrics in the direction that follows from the world's pools; `found` if they give none."""
     pool = name.removeprefix(_ACCURACY)
     if pool == name or pool not in world.pools:
         return found
@@ -90,7 +90,7 @@ def _of_pool(name: str, found: list[Metric], world: WorldSettings) -> list[Metri
 
 
 def _idle(bound: Bound, found: Sequence[Metric]) -> str | None:
-    """Say why a bound judges nothing in any of the metrics; None: it may judge, or nothing is known of them."""
+    """Return why a bound can never fail or never hold for any of the metrics, None if it can or nothing is known."""
     if not found or bound.kind in _OPEN:
         return None
     ranges = [_range_of(bound, metric) for metric in found]
@@ -109,24 +109,21 @@ def _words(bound: Bound) -> str:
 
 
 def _range_of(bound: Bound, metric: Metric) -> tuple[float, float]:
-    """Return how far inside of the bound a value of the metric is, at worst and at best; below 0 it is outside.
+    """Return the smallest and largest margin that any value of the metric has to the bound; below 0 it fails.
 
-    What is inside changes steadily with value and reference, so that the ends of their range tell (and 0, where a
-    share of the reference counts).
+    The margin is monotonic in the value and in the reference, so the ends of the metric's range suffice (and 0, for
+    bounds that are a share of the reference).
     """
     low, high = max(metric.low, -_ENDLESS), min(metric.high, _ENDLESS)
     ends = [low, high, *([0.0] if low < 0 < high else [])]
     directions = [True, False] if metric.higher_is_better is None else [metric.higher_is_better]
-    inside = [
-        _inside(bound, metric, value, reference, better)
-        for value, reference, better in itertools.product(ends, ends, directions)
-    ]
-    return min(inside), max(inside)
+    margins = [_margin(bound, metric, *case) for case in itertools.product(ends, ends, directions)]
+    return min(margins), max(margins)
 
 
-def _inside(bound: Bound, metric: Metric, value: float, reference: float, better: bool) -> float:
+def _margin(bound: Bound, metric: Metric, value: float, reference: float, better: bool) -> float:
     kind, limit = bound.kind, bound.value
-    if kind == PROMISED:  # the slack of what a compressor promises; else the bound itself
+    if kind == PROMISED:  # a tolerance for compressors, a limit for others
         slack = "compress" in metric.targeted_by
         kind, limit = (LOSS_PERCENT, 100 * limit) if slack else ("min" if better else "max", limit)
     loss = reference - value if better else value - reference

@@ -1,8 +1,8 @@
-"""What the steps of a composition promise of the model that comes out, and which later step breaks a promise.
+"""What the steps of a composition promise about the final model, and which later step breaks a promise.
 
-A step promises what its settings say (`Intervention.promises`), and what its category does (`Category.promises`). A
-promise of the settings is broken by the first later step that does not keep it, one of the category by an attack on it.
-No torch.
+A step's settings promise values of metrics (`Intervention.promises`), until a later step does not keep them
+(`Intervention.keeps`). Its category promises, for example, that edits are there (`Category.promises`), until a later
+step attacks it (`Intervention.undoes`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Promise:
-    """What one step promises: the value of a metric, or what its whole category does."""
+    """A promise of one step: the value of a metric, or what its category promises."""
 
     step: Step
     category: Category
     broken_by: Step | None
-    """The first later step that does not keep it; None: it holds at the end."""
+    """The first later step that breaks it; None if it holds at the end."""
     metric: str | None = None
     value: float | None = None
 
     @property
     def words(self) -> str:
-        """What is promised, as it follows "promises"."""
+        """The promise in words, to follow "promises"."""
         return self.category.promised if self.metric is None else f"{self.metric} = {self.value:g}"
 
     def about(self, measurement: Measurement) -> bool:
-        """Say whether the promise is about what was measured."""
+        """Return whether the promise is about this measurement."""
         if self.metric is not None:
             return self.metric == measurement.metric
         if self.category.removes and measurement.higher_is_better:
-            return False  # of what is to stay
+            return False  # knowledge that should remain
         return any(matches(glob, measurement.metric) for glob in self.category.promises)
 
 
 def promises(recipe: Recipe, composition: Composition) -> Iterator[Promise]:
-    """Yield what each step promises, in their order."""
+    """Yield the promises of all steps, in their order."""
     for place, step in enumerate(composition.steps):
         later = composition.steps[place + 1 :]
         category, settings = find_category(find_method(step.method).category), recipe.settings(step)
@@ -62,7 +62,7 @@ def promises(recipe: Recipe, composition: Composition) -> Iterator[Promise]:
 
 
 def broken(recipe: Recipe, composition: Composition) -> list[str]:
-    """Return why promises cannot hold at the end, those left out that a later step makes good."""
+    """Return why promises do not hold at the end, unless a later step makes the same promise."""
     found = list(promises(recipe, composition))
     held = {(p.category, p.metric, p.value) for p in found if p.broken_by is None}
     reasons: dict[tuple[Step, Step, bool], list[str]] = {}
@@ -77,20 +77,15 @@ def broken(recipe: Recipe, composition: Composition) -> list[str]:
 
 
 def may_be_promised(metric: str) -> bool:
-    """Say whether a step may promise something of the metrics that a glob begins like.
-
-    Known are the metrics of categories and those that methods promise with their default settings.
-    """
+    """Return whether a category, or a method with default settings, makes a promise about metrics like the glob."""
     start = re.split(r"[*?]", metric)[0]
     known = [glob.rstrip("*") for category in categories().values() for glob in category.promises]
     known += [name for method in methods().values() for name in promised(method.settings_type()())]
     return bool(start) and any(name.startswith(start) or start.startswith(name) for name in known)
 
 
-# A method whose settings are a plain dataclass keeps zeros if it has `preserve_mask`.
-
-
 def _keeps(settings: Any, metric: str) -> bool:
+    """Return whether a step with these settings, which may be a plain dataclass, keeps an earlier promise."""
     return bool(settings.keeps(metric) if hasattr(settings, "keeps") else Intervention.keeps(settings, metric))
 
 

@@ -1,4 +1,4 @@
-"""Measurements of one composition over repeated runs, made one. Imports numpy only where there are several."""
+"""Pool the measurements of one composition over repeats. Imports numpy only if there are several repeats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Link = Literal["mean", "exp"]
 
 @dataclasses.dataclass(frozen=True)
 class Repeat:
-    """One run of a composition: its seed, which also chose its edits, and what was found."""
+    """One repeat of a composition; its seed also selected the edits."""
 
     seed: int
     state_hash: str
@@ -27,15 +27,15 @@ class Repeat:
 
 
 def find(measurements: Sequence[Measurement], metric: str) -> Measurement | None:
-    """Return the measurement of `metric`, if it is there."""
+    """Return the measurement of `metric`, or None."""
     return next((m for m in measurements if m.metric == metric), None)
 
 
 def pooled(runs: Sequence[Sequence[Measurement]]) -> tuple[Measurement, ...]:
-    """Return each metric's mean over `runs`, one list a repeat, with all samples in the order of the runs.
+    """Return the mean of each metric over the repeats `runs`, with the samples of all repeats in order.
 
-    The standard error counts what varies between repeats and between samples. A metric that only some
-    repeats have, such as a relation that only some samples of facts hold, is the mean of those.
+    The standard error covers the variation between repeats and between samples. A metric that only some repeats
+    measured is averaged over these.
     """
     if len(runs) == 1:
         return tuple(runs[0])
@@ -44,21 +44,22 @@ def pooled(runs: Sequence[Sequence[Measurement]]) -> tuple[Measurement, ...]:
 
 
 def evened(samples: Sequence[float | None], weights: Sequence[float]) -> tuple[float, ...]:
-    """Return samples that count alike: their mean is the weighted one, and its error that of the ratio.
+    """Return equally weighted samples with the weighted mean of `samples` and, to first order, its standard error.
 
-    To first order (linearisation), so that windows of unequal length can be compared and drawn one by
-    one. Empty if a sample is not finite, which a report has as None.
+    So text windows of unequal length can be paired and resampled. Empty if a sample is not finite (None in reports).
     """
     finite = tuple(sample for sample in samples if sample is not None and math.isfinite(sample))
-    if len(finite) < len(samples) or not finite or not weights:
-        return finite if len(finite) == len(samples) else ()
+    if len(finite) < len(samples):
+        return ()
+    if not finite or not weights:
+        return finite
     whole = math.fsum(weights)
     mean = total(w * x for w, x in zip(weights, finite, strict=True)) / whole
     return tuple(mean + len(finite) * w * (x - mean) / whole for w, x in zip(weights, finite, strict=True))
 
 
 def link_of(value: float | None, samples: Sequence[float]) -> Link | None:
-    """Say how samples that count alike make `value`: their mean, its exponential as in perplexities, or neither."""
+    """Return how equally weighted samples give `value`: as their mean, as its exponential (perplexity), or None."""
     if not samples or value is None or not math.isfinite(value):
         return None
     mean = total(samples) / len(samples)
@@ -68,7 +69,7 @@ def link_of(value: float | None, samples: Sequence[float]) -> Link | None:
 
 
 def scaled(value: float, samples: Sequence[float]) -> tuple[float, ...]:
-    """Return samples that count alike in the unit of their value, to first order; none if they do not make it."""
+    """Return equally weighted samples in the unit of `value`, to first order; empty if they do not give it."""
     link = link_of(value, samples)
     if link is None:
         return ()
@@ -78,9 +79,9 @@ def scaled(value: float, samples: Sequence[float]) -> tuple[float, ...]:
 
 
 def side_by_side(runs: Sequence[tuple[int, Sequence[int]]]) -> tuple[int, ...]:
-    """Return the clusters of the samples of all `runs`, each given by their number and its own clusters.
+    """Return cluster labels for the samples of all `runs`, each given as (number of samples, cluster labels).
 
-    No cluster goes over two runs. None, where every sample of every run is its own.
+    No cluster spans two runs. Empty if every sample is independent.
     """
     if not any(clusters for _, clusters in runs):
         return ()
@@ -92,9 +93,9 @@ def side_by_side(runs: Sequence[tuple[int, Sequence[int]]]) -> tuple[int, ...]:
 
 
 def independent(samples: Sequence[float], clusters: Sequence[int]) -> tuple[float, ...]:
-    """Return one value a cluster, independent of each other, that have the samples' mean and its error.
+    """Return one independent value per cluster, with the samples' mean and standard error.
 
-    To first order, where clusters differ in size; the samples themselves, where there are no clusters.
+    To first order if clusters differ in size; without clusters, the samples themselves.
     """
     if not clusters or not samples:
         return tuple(samples)

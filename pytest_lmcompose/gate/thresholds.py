@@ -1,14 +1,13 @@
-"""The rules of gates, read from YAML and from `--lmcompose-compare-fail`. No torch.
+"""Read the rules of gates from YAML and from `--lmcompose-compare-fail`. Imports no torch.
 
-    "memit*":                     # glob over composition ids: * and ? only, brackets are literal
+    "memit*":                     # glob over composition ids: only * and ? are special
       edit_success_exact:         # glob over metrics
         min: 0.9                  # a number, a mapping with `value` and `of`, or a list of them
         max_drop: {value: 0.05, of: single}
 
-For each composition and metric the most specific rule holds and replaces all others: first by the
-composition's glob (a plain id, then the more literal characters), then by the metric's, then the
-later in the file. A rule without bounds, `{}`, lifts the gate. Expressions of the command line stand
-beside the rules of the file, and replace none.
+For each composition and metric, only the most specific rule applies: first compare the composition globs (a plain id
+wins, then more literal characters), then the metric globs, then the later rule wins. A rule without bounds, `{}`,
+removes the gate. Expressions from the command line apply in addition to the rules of the file.
 """
 
 from __future__ import annotations
@@ -33,17 +32,20 @@ NO_DROP = "no_drop_p"
 LOSS, LOSS_PERCENT, LOSS_ERRORS = "max_loss", "max_loss_percent", "max_loss_se"
 ABSOLUTE = ("min", "max")
 RELATIVE = ("max_drop", "max_rise", "min_ratio", "max_ratio", LOSS, NO_DROP)
-"""Bounds that compare with a reference, the base model unless `of` names another."""
+"""Bounds relative to a reference: the base model, unless `of` names another one."""
 OF_BASE = ("min_ratio_of_base", "max_ratio_of_base")
 PROMISED, LOST = "promised", "lost"
-"""Bounds by what the steps promise; see `promised`."""
+"""Bounds on what the steps promise; see `judge`."""
 BOUNDS = (*ABSOLUTE, *RELATIVE, *OF_BASE, PROMISED, LOST)
 _LIMIT = re.compile(r"(?P<level>p)?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?")
 _LIMITS = "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), or a level such as p0.01"
 
 
+_REFERENCES = (BASE, SINGLE, REVERSE, BASELINE)
+
+
 class ThresholdError(ValueError):
-    """Thresholds that cannot be read; the message names the file and the rule, or the expression."""
+    """Invalid thresholds; the message names the file and the rule, or the expression."""
 
 
 @dataclass(frozen=True)
@@ -54,32 +56,32 @@ class Bound:
     """One of `BOUNDS`, or max_loss with its unit: max_loss_percent, max_loss_se."""
     value: float
     of: str | None = None
-    """What it is compared with: base, single, reverse, baseline or the id of a composition."""
+    """The reference: base, single, reverse, baseline or the id of a composition."""
     note: str = ""
-    """Why a promise is lost."""
+    """Why the loss of a promise is accepted."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Bounds for the metrics and compositions that two globs match."""
+    """Bounds on all metrics and compositions that two globs match."""
 
     composition: str
     metric: str
     bounds: tuple[Bound, ...]
     source: str = ""
-    """The expression of the command line that it was, which no other rule replaces; else empty."""
+    """The expression from the command line; empty for a rule from the file."""
 
     def covers(self, composition: str) -> bool:
-        """Say whether this is a rule for `composition`."""
+        """Return whether the rule is for `composition`."""
         return matches(self.composition, composition)
 
     def judges(self, metric: str) -> bool:
-        """Say whether this is a rule for `metric`."""
+        """Return whether the rule is for `metric`."""
         return matches(self.metric, metric)
 
     @cached_property
     def specificity(self) -> tuple[tuple[bool, int], tuple[bool, int]]:
-        """The rank among rules that match the same metric of the same composition."""
+        """The rank among rules for the same metric of the same composition."""
         return specificity(self.composition), specificity(self.metric)
 
 
@@ -96,21 +98,23 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
             checked = [bound for k, v in _mapping(bounds, where).items() for bound in _bounds(k, v, where)]
             _check_together(checked, where)
             if any(b.kind in (PROMISED, LOST) for b in checked) and not may_be_promised(metric):
-                raise ThresholdError(f"{where}: no step is known to promise anything of it")
+                raise ThresholdError(f"{where}: no method or category promises anything about this metric")
             rules.append(Rule(composition, metric, tuple(checked)))
     for rule in rules:
-        if not rule.bounds and not any(_lifts(rule, other) for other in rules):
-            raise ThresholdError(f"{path}: {rule.composition}: {rule.metric}: {{}} lifts a gate, and there is none")
+        if not rule.bounds and not any(_removes(rule, other) for other in rules):
+            raise ThresholdError(
+                f"{path}: {rule.composition}: {rule.metric}: {{}} removes a gate, but no rule sets one"
+            )
     return tuple(rules)
 
 
 def without_losses(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Return the rules but for those that accept the loss of a promise."""
+    """Return the rules except those that accept the loss of a promise."""
     return tuple(rule for rule in rules if all(bound.kind != LOST for bound in rule.bounds))
 
 
 def check_compositions(rules: Iterable[Rule], path: Path, methods: Collection[str]) -> None:
-    """Make sure that each rule may hold for a composition of `methods`; raises ThresholdError."""
+    """Raise ThresholdError for a rule that matches no composition of `methods`."""
     for rule in rules:
         if (problem := impossible(rule.composition, methods)) is not None:
             where = f"--lmcompose-compare-fail={rule.source!r}" if rule.source else f"{path}: {rule.composition!r}"
@@ -118,10 +122,10 @@ def check_compositions(rules: Iterable[Rule], path: Path, methods: Collection[st
 
 
 def read_expression(text: str) -> Rule:
-    """Read `[COMPOSITION::]METRIC:LIMIT`, a rule that compares with the stored run; both may be globs.
+    """Read `[COMPOSITION::]METRIC:LIMIT`, a rule that compares with the baseline; COMPOSITION and METRIC are globs.
 
-    LIMIT is how much worse the metric may be: `0.01`, `5%` of the stored value, `3se` standard errors of
-    the difference, or `p0.01`, not worse by a paired test at that level. Raises ThresholdError.
+    LIMIT is how much worse the metric may be: `0.01`, `5%` of the baseline's value, `3se` (standard errors of the
+    difference), or `p0.01`: not worse by a paired test at that level. Raises ThresholdError.
     """
     names, colon, limit = text.rpartition(":")
     composition, separator, metric = names.rpartition("::")
@@ -134,7 +138,7 @@ def read_expression(text: str) -> Rule:
 
 
 def rules_for(rules: Sequence[Rule], metric: str) -> list[Rule]:
-    """Return those that hold for a metric, among the rules of one composition: one of the file, all expressions."""
+    """Return those of one composition's rules that apply to a metric: the best of the file, and all expressions."""
     matching = [rule for rule in rules if rule.judges(metric)]
     of_file = [rule for rule in matching if not rule.source]
     best = max(enumerate(of_file), key=lambda pair: (pair[1].specificity, pair[0]))[1:] if of_file else ()
@@ -142,27 +146,27 @@ def rules_for(rules: Sequence[Rule], metric: str) -> list[Rule]:
 
 
 def references(bound: Bound, composition: Composition) -> tuple[Composition, ...]:
-    """Return the compositions that a bound of `composition` compares with; itself never, a stored run is none."""
+    """Return the compositions that a bound on `composition` compares with, without itself and the baseline."""
     steps = composition.steps
     if bound.of is None or bound.of == BASELINE:
         return ()
     if bound.of == SINGLE:
-        found: Iterable[Composition] = (Composition((step,)) for step in steps)
+        found = [Composition((step,)) for step in steps]
     elif bound.of == REVERSE:
-        found = (Composition(steps[::-1]),) if len(steps) > 1 else ()
+        found = [Composition(steps[::-1])]
     else:
-        found = (parse(bound.of),)
+        found = [parse(bound.of)]
     return tuple(dict.fromkeys(c for c in found if c != composition))
 
 
 def compares_with(rules: Iterable[Rule], composition: Composition) -> tuple[Composition, ...]:
-    """Return all compositions that gates of `composition` compare with."""
+    """Return all compositions that the gates of `composition` compare with."""
     covering = [rule for rule in rules if rule.covers(composition.id)]
     return tuple(dict.fromkeys(c for rule in covering for b in rule.bounds for c in references(b, composition)))
 
 
 def needs_baseline(rules: Iterable[Rule], composition: str | None = None) -> bool:
-    """Say whether a gate compares with a stored run: one of `composition`, or any."""
+    """Return whether a gate, of `composition` or of any, compares with the baseline."""
     return any(
         bound.of == BASELINE
         for rule in rules
@@ -173,12 +177,12 @@ def needs_baseline(rules: Iterable[Rule], composition: str | None = None) -> boo
 
 @dataclass(frozen=True)
 class Unused:
-    """A rule that judged nothing."""
+    """A rule that applied to nothing."""
 
     composition: str
     metric: str
     tested: bool
-    """Whether its glob matches a composition that was measured."""
+    """Whether a composition that it covers was measured."""
     reason: str
 
     def __str__(self) -> str:
@@ -186,33 +190,31 @@ class Unused:
 
 
 def unused(rules: Sequence[Rule], measured: Mapping[str, Sequence[str]]) -> list[Unused]:
-    """Return the rules that hold for no metric of any composition; `measured` are the metrics by composition."""
-    holding = {id(rule): False for rule in rules}
+    """Return the rules that apply to nothing; `measured` maps compositions to their metrics."""
+    applied: set[int] = set()
     for composition, metrics in measured.items():
         covering = [rule for rule in rules if rule.covers(composition)]
-        for metric in metrics:
-            for rule in rules_for(covering, metric):
-                holding[id(rule)] = True
+        applied |= {id(rule) for metric in metrics for rule in rules_for(covering, metric)}
     found = []
     for rule in rules:
-        if holding[id(rule)]:
+        if id(rule) in applied:
             continue
         covered = [name for name in measured if rule.covers(name)]
         known = dict.fromkeys(metric for name in covered for metric in measured[name])
         if not covered:
-            reason = "no composition that was measured matches." + near_names(rule.composition, measured)
+            reason = "matches no measured composition." + near_names(rule.composition, measured)
         elif not any(rule.judges(metric) for metric in known):
-            reason = "no metric that was measured matches." + near_names(rule.metric, known)
+            reason = "matches no measured metric." + near_names(rule.metric, known)
         else:
-            reason = "a more specific rule always holds instead."
+            reason = "a more specific rule always applies instead."
         found.append(Unused(rule.composition, rule.metric, bool(covered), reason.removesuffix(".")))
     return found
 
 
 def own_compositions(rules: Iterable[Rule]) -> tuple[str, ...]:
-    """Return the ids that bounds name."""
-    words = (None, SINGLE, REVERSE, BASELINE, BASE)
-    return tuple(dict.fromkeys(b.of for rule in rules for b in rule.bounds if b.of not in words and b.of is not None))
+    """Return the ids of compositions that bounds name in `of`."""
+    named = dict.fromkeys(bound.of for rule in rules for bound in rule.bounds if bound.of is not None)
+    return tuple(of for of in named if of not in _REFERENCES)
 
 
 def _bounds(kind: str, value: Any, where: str) -> list[Bound]:
@@ -227,31 +229,30 @@ def _bounds(kind: str, value: Any, where: str) -> list[Bound]:
 
 
 def _check_together(bounds: Sequence[Bound], where: str) -> None:
-    """Refuse bounds that no value keeps; raises ThresholdError."""
+    """Raise ThresholdError for bounds that no value satisfies."""
     for low, high in (("min", "max"), ("min_ratio", "max_ratio"), OF_BASE):
         for of in dict.fromkeys(bound.of for bound in bounds):
             lows = [b.value for b in bounds if (b.kind, b.of) == (low, of)]
             highs = [b.value for b in bounds if (b.kind, b.of) == (high, of)]
             if lows and highs and max(lows) > min(highs):
-                raise ThresholdError(f"{where}: {low} {max(lows):g} and {high} {min(highs):g}: no value keeps both")
+                raise ThresholdError(f"{where}: {low} {max(lows):g} and {high} {min(highs):g}: no value satisfies both")
 
 
-def _lifts(rule: Rule, other: Rule) -> bool:
-    """Say whether a rule without bounds may take the place of `other`."""
-    if not other.bounds:
-        return False
-    return overlap(rule.composition, other.composition) and overlap(rule.metric, other.metric)
+def _removes(rule: Rule, other: Rule) -> bool:
+    """Return whether a rule without bounds can replace `other`."""
+    overlaps = overlap(rule.composition, other.composition) and overlap(rule.metric, other.metric)
+    return bool(other.bounds) and overlaps
 
 
 def _bound(kind: str, given: Any, where: str) -> Bound:
     if kind == LOST:
         if not isinstance(given, str) or not given.strip():
-            raise ThresholdError(f"{where}: {kind} is {given!r}, expected the reason in words")
+            raise ThresholdError(f"{where}: {kind} is {given!r}, expected a reason in words")
         return Bound(kind, 0.0, note=given.strip())
     value, of = given, BASE if kind in RELATIVE or kind in OF_BASE else None
     if isinstance(given, dict):
         if kind not in RELATIVE:
-            raise ThresholdError(f"{where}: {kind} compares with nothing that could be chosen: give a number")
+            raise ThresholdError(f"{where}: {kind} takes a number, not a reference")
         if "value" not in given or set(given) - {"value", "of"}:
             raise ThresholdError(f"{where}: {kind} is {given!r}, expected the keys value and of")
         value, of = given["value"], given.get("of", BASE)
@@ -264,17 +265,17 @@ def _bound(kind: str, given: Any, where: str) -> Bound:
     if value <= 0 and "ratio" in kind:
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number above 0")
     if value < 0 and (kind in ("max_drop", "max_rise", PROMISED) or kind.startswith(LOSS)):
-        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number from 0 up")
+        raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number of at least 0")
     return Bound(kind, float(value), _reference(of, where))
 
 
 def _reference(of: Any, where: str) -> str | None:
-    """Check the name of a reference and return it; ids in their canonical form."""
+    """Check and return the name of a reference; ids in their canonical form."""
     if of is None:
         return None
-    if isinstance(of, str) and of in (BASE, SINGLE, REVERSE, BASELINE):
+    if isinstance(of, str) and of in _REFERENCES:
         return of
-    known = f"{BASE}, {SINGLE}, {REVERSE}, {BASELINE}, or the id of a composition"
+    known = f"{', '.join(_REFERENCES)}, or the id of a composition"
     try:
         return str(parse(of))
     except (CompositionError, AttributeError, TypeError) as error:
@@ -282,7 +283,7 @@ def _reference(of: Any, where: str) -> str | None:
 
 
 def _limit(text: str, where: str) -> tuple[str, float]:
-    """Read how much worse a metric may be: a kind of bound, and its value."""
+    """Return the kind of bound and the value of a limit such as 5%."""
     match = _LIMIT.fullmatch(text.strip())
     if match is None or (match["level"] and match["unit"]):
         raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected {_LIMITS}")
@@ -298,25 +299,25 @@ def _limit(text: str, where: str) -> tuple[str, float]:
 
 def _mapping(value: Any, where: str, *, filled: bool = False) -> Mapping[str, Any]:
     if filled and value == {}:
-        raise ThresholdError(f"{where}: this is empty, and judges nothing")
+        raise ThresholdError(f"{where}: empty; add at least one rule")
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ThresholdError(f"{where}: expected a mapping with text keys, found {value!r}")
     return value
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """A safe loader that refuses a key written twice, of which YAML would keep the last."""
+    """A safe loader that rejects duplicate keys, of which YAML would keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is defined twice", node.start_mark)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         return mapping
 
 
-# YAML 1.1 takes 1e-6 for a text, and 1:30 for the number 90.
+# YAML 1.1 reads 1e-6 as text, and 1:30 as the number 90.
 _UniqueKeys.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()

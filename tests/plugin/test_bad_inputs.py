@@ -83,12 +83,12 @@ def test_an_empty_value_of_a_command_is_refused(
 
 THRESHOLDS = [
     ("", "expected a mapping"),
-    ("{}", "this is empty, and judges nothing"),
-    ("'*': {}", "this is empty, and judges nothing"),
+    ("{}", "empty; add at least one rule"),
+    ("'*': {}", "empty; add at least one rule"),
     ("'*':", "expected a mapping"),
     ("'*': {m: }", "expected a mapping"),
-    ("'*': {m: {}}", "lifts a gate, and there is none"),
-    ("awq: {m: {}}\nmemit: {m: {min: 1}}", "awq: m: {} lifts a gate, and there is none"),
+    ("'*': {m: {}}", "removes a gate, but no rule sets one"),
+    ("awq: {m: {}}\nmemit: {m: {min: 1}}", "awq: m: {} removes a gate, but no rule sets one"),
     ("'*': {m: {min: []}}", "min is an empty list"),
     ("'*': {m: {max_drop: []}}", "max_drop is an empty list"),
     ("'*': {m: {min: null}}", "min is None"),
@@ -101,19 +101,19 @@ THRESHOLDS = [
     ("'*': {m: {max: -.inf}}", "max is -inf"),
     ("'*': {m: {min: [0.5, x]}}", "min is 'x'"),
     ("'*': {m: {min: [[0.5]]}}", r"min is \[0.5\]"),
-    ("'*': {m: {min: {value: 1, of: base}}}", "min compares with nothing"),
+    ("'*': {m: {min: {value: 1, of: base}}}", "min takes a number, not a reference"),
     ("'*': {m: {mim: 1}}", "unknown bound 'mim'.*Did you mean min"),
     ("'*': {m: {max_dorp: 1}}", "Did you mean max_drop"),
     ("'*': {m: {1: 1}}", "expected a mapping with text keys"),
-    ("'*': {m: {min: 0.9, max: 0.1}}", "min 0.9 and max 0.1: no value keeps both"),
-    ("'*': {m: {min: [0.1, 0.9], max: 0.5}}", "no value keeps both"),
-    ("'*': {m: {min_ratio: 2, max_ratio: 1}}", "no value keeps both"),
-    ("'*': {m: {min_ratio_of_base: 2, max_ratio_of_base: 1}}", "no value keeps both"),
+    ("'*': {m: {min: 0.9, max: 0.1}}", "min 0.9 and max 0.1: no value satisfies both"),
+    ("'*': {m: {min: [0.1, 0.9], max: 0.5}}", "no value satisfies both"),
+    ("'*': {m: {min_ratio: 2, max_ratio: 1}}", "no value satisfies both"),
+    ("'*': {m: {min_ratio_of_base: 2, max_ratio_of_base: 1}}", "no value satisfies both"),
     ("'*': {m: {min_ratio: -1}}", "min_ratio is -1, expected a number above 0"),
     ("'*': {m: {min_ratio_of_base: 0}}", "expected a number above 0"),
     ("'*': {m: {max_ratio: 0}}", "expected a number above 0"),
-    ("'*': {m: {max_drop: -0.1}}", "max_drop is -0.1, expected a number from 0 up"),
-    ("'*': {m: {max_loss: -1}}", "expected a number from 0 up"),
+    ("'*': {m: {max_drop: -0.1}}", "max_drop is -0.1, expected a number of at least 0"),
+    ("'*': {m: {max_loss: -1}}", "expected a number of at least 0"),
     ("'*': {m: {max_loss: 0se}}", "expected standard errors above 0"),
     ("'*': {m: {max_loss: 3sd}}", "the limit is '3sd'"),
     ("'*': {m: {max_loss: p0}}", "the level is 0"),
@@ -127,19 +127,19 @@ THRESHOLDS = [
     ("'*': {m: {max_drop: {value: 1, off: base}}}", "expected the keys value and of"),
     ("'*': {m: {max_drop: {value: 1, of: [base]}}}", "expected base, single"),
     ("'*': {m: {max_drop: {value: 1, of: 'awq['}}}", "expected base, single"),
-    ("'*': {m: {min: 1}, m: {min: 2}}", "'m' stands twice"),
+    ("'*': {m: {min: 1}, m: {min: 2}}", "'m' is defined twice"),
     ("- a", "expected a mapping"),
     ("'*': {m: [1]}", "expected a mapping"),
     ("'*': {m: {min: 1}", "while parsing"),
-    ("mmit: {m: {min: 1}}", "no method fits 'mmit'. Did you mean memit"),
-    ("rtnn*: {m: {min: 1}}", "no method fits 'rtnn"),
-    ("'*memitt*': {m: {min: 1}}", "no method fits"),
-    ("'memit+aqw*': {m: {min: 1}}", "no method fits 'aqw"),
-    ("'awq[bits=3': {m: {min: 1}}", "this is no composition"),
-    ("'a*q[bits=3': {m: {min: 1}}", "the bracket is not closed"),
-    ("'?wq]': {m: {min: 1}}", "a bracket too many"),
-    ("'awq[[*': {m: {min: 1}}", "a bracket too many"),
-    ("'awq+': {m: {min: 1}}", "this is no composition"),
+    ("mmit: {m: {min: 1}}", "no method matches 'mmit'. Did you mean memit"),
+    ("rtnn*: {m: {min: 1}}", "no method matches 'rtnn"),
+    ("'*memitt*': {m: {min: 1}}", "no method matches"),
+    ("'memit+aqw*': {m: {min: 1}}", "no method matches 'aqw"),
+    ("'awq[bits=3': {m: {min: 1}}", "not a composition"),
+    ("'a*q[bits=3': {m: {min: 1}}", "a bracket is not closed"),
+    ("'?wq]': {m: {min: 1}}", "unexpected bracket"),
+    ("'awq[[*': {m: {min: 1}}", "unexpected bracket"),
+    ("'awq+': {m: {min: 1}}", "not a composition"),
 ]
 
 
@@ -208,7 +208,7 @@ def test_expressions_that_judge_nothing_are_refused(text: str) -> None:
 
 def test_expressions_of_no_method_are_refused() -> None:
     assert "Did you mean rtn" in str(impossible("rtnn*", methods()))
-    with pytest.raises(ThresholdError, match=r"--lmcompose-compare-fail='rtnn\*::recall:1%': no method fits 'rtnn"):
+    with pytest.raises(ThresholdError, match=r"--lmcompose-compare-fail='rtnn\*::recall:1%': no method matches 'rtnn"):
         check_compositions([read_expression("rtnn*::recall:1%")], Path("x"), methods())
 
 
@@ -279,7 +279,7 @@ def test_a_paired_gate_that_could_never_fail_does(
     (verdict,) = judge(rules, "awq", [same], known, gates=gates)
     (final,) = settle({"awq": [verdict] * gates})["awq"][:1]
     assert final.passed is judged
-    assert ("could never fail" in final.message) is not judged
+    assert ("can never fail" in final.message) is not judged
 
 
 def mutate(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

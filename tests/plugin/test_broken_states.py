@@ -134,6 +134,6 @@ def test_a_drop_beyond_numbers_is_judged_and_survives_the_report() -> None:
     state = Measurement("perplexity", math.exp(600.0), 1.0, 4, False, (1.0, 2396.0, 2.0, 1.0))
     paired, value = compare_with_base([state], [base], 0.05, 1)
     assert value == base.value and paired.drop == pytest.approx(math.exp(600)) and paired.smallest_drop is None
-    assert "finds no rise" in describe(paired) and noise_floor([state], [base]) is None
+    assert "detects no rise" in describe(paired) and noise_floor([state], [base]) is None
     assert msgspec.json.decode(msgspec.json.encode(paired), type=Paired) == paired
     assert change([base], [state], "the old run").drop < 0

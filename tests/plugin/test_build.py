@@ -1,4 +1,4 @@
-"""Loading a model safely, building states that share prefixes, and keeping them in the store."""
+"""Loading a model safely, building states that share prefixes, and keeping them in the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pytest_lmcompose.build.load import Loaded, choose_device, hash_tensors, has
 from pytest_lmcompose.build.snapshot import StateGoneError
 from pytest_lmcompose.build.states import StateManager, step_seed
 from pytest_lmcompose.cache.address import read_module
-from pytest_lmcompose.cache.folder import Store
+from pytest_lmcompose.cache.folder import Cache
 from pytest_lmcompose.cache.run_cache import RunCache, costs
 from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.errors import BuildError, ModelError
@@ -183,14 +183,14 @@ def test_a_visit_returns_to_the_state_that_a_test_holds(manager: StateManager) -
 
 
 @pytest.fixture
-def store(tmp_path: Path, lines: list[str]) -> Store:
-    return Store(tmp_path / "store", 10**9, lines.append)
+def store(tmp_path: Path, lines: list[str]) -> Cache:
+    return Cache(tmp_path / "store", 10**9, lines.append)
 
 
 class Input:
     """Everything that a state follows from, to change one at a time."""
 
-    def __init__(self, model: Path, store: Store, lines: list[str]) -> None:
+    def __init__(self, model: Path, store: Cache, lines: list[str]) -> None:
         self.model, self.store, self.lines = model, store, lines
         self.settings: dict[str, Any] = {"nudge": NudgeSettings(), "round": RoundSettings()}
         self.resources = Resources(edits=(Edit("Ada was born in", "Ada", "Lome"),), forget={"d": ("text",)})
@@ -216,7 +216,7 @@ class Input:
 
 
 @pytest.fixture
-def inputs(tiny_model: Path, store: Store, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Input]:
+def inputs(tiny_model: Path, store: Cache, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Input]:
     for method in METHODS:
         monkeypatch.setitem(registry._table, method.name, method)
     yield Input(tiny_model, store, lines)
@@ -296,7 +296,7 @@ def test_a_change_of_any_input_misses_the_store(inputs: Input, what: str, monkey
     assert inputs.applied() == []
 
 
-def test_a_broken_state_is_built_again(inputs: Input, store: Store, lines: list[str]) -> None:
+def test_a_broken_state_is_built_again(inputs: Input, store: Cache, lines: list[str]) -> None:
     assert inputs.applied() == ["nudge", "round"]
     for entry in store.entries():
         path = entry.folder / "changed.safetensors"
@@ -306,14 +306,14 @@ def test_a_broken_state_is_built_again(inputs: Input, store: Store, lines: list[
     assert inputs.applied() == []
 
 
-def test_a_store_that_cannot_be_written_stops_nothing(inputs: Input, store: Store, lines: list[str]) -> None:
+def test_a_store_that_cannot_be_written_stops_nothing(inputs: Input, store: Cache, lines: list[str]) -> None:
     store.folder.parent.write_text("a file where the folder should be")
     assert inputs.applied() == ["nudge", "round"]
     assert sum("going on without storing" in line for line in lines) == 1
     assert inputs.applied() == ["nudge", "round"]
 
 
-def test_stored_steps_tell_what_they_cost(inputs: Input, store: Store) -> None:
+def test_stored_steps_tell_what_they_cost(inputs: Input, store: Cache) -> None:
     inputs.applied()
     found = costs(store, "tiny")
     down_proj = 4 * 32 * 64
@@ -322,7 +322,7 @@ def test_stored_steps_tell_what_they_cost(inputs: Input, store: Store) -> None:
     assert costs(store, "another model").steps == {}
 
 
-def test_measurements_come_back_exactly(store: Store) -> None:
+def test_measurements_come_back_exactly(store: Cache) -> None:
     run_cache = RunCache(store, "tiny")
     report = StepReport("nudge", {"scale": 0.1}, ("a",), {"loss": float("nan")}, ("w",), 1.5, 7)
     samples = (1 / 3, float("inf"), 2.0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.cache.folder import Store
+from pytest_lmcompose.cache.folder import Cache
 from pytest_lmcompose.distribute.threads import available_cores
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_run import by_id, read_report
@@ -61,7 +61,7 @@ def test_a_repeated_run_reads_everything_and_reports_the_same(cached: Project) -
     assert applied(again) == [] and measured(again, ("base", *IDS)) == []
     one, two = (without_times(read_report(cached.path / f"{name}.json")) for name in ("first", "again"))
     assert one == two
-    store = Store(cached.path / "store", 10**9, print)
+    store = Cache(cached.path / "store", 10**9, print)
     hashes = {about["composition"]: about["state_hash"] for _, about in map(store.about, store.entries())}
     assert hashes == {**{name: record["state_hash"] for name, record in by_id(one).items()}, "round": hashes["round"]}
     wider = cached.run(compose=("nudge+round+nudge", *IDS))
@@ -70,13 +70,13 @@ def test_a_repeated_run_reads_everything_and_reports_the_same(cached: Project) -
 
 def test_no_cache_reads_and_keeps_nothing(cached: Project) -> None:
     cached.run(compose=IDS[:1])
-    kept = len(Store(cached.path / "store", 0, print).entries())
+    kept = len(Cache(cached.path / "store", 0, print).entries())
     assert kept == 3  # the state, and its measurements and the base model's
     cached.arguments.remove("--lmcompose-cache-dir=store")
     cached.pytester.makeini(f"[pytest]\nlmcompose_cache_dir = {cached.path / 'store'}")
     result = cached.run(NO_CACHE, compose=IDS)
     assert applied(result) == STEPS and measured(result, IDS) == list(IDS)
-    assert len(Store(cached.path / "store", 0, print).entries()) == kept
+    assert len(Cache(cached.path / "store", 0, print).entries()) == kept
     assert applied(cached.run(compose=IDS)) == STEPS[1:]
 
 
@@ -221,7 +221,7 @@ def test_two_runs_on_one_store_at_once(cached: Project) -> None:
     one, two = (without_times(read_report(cached.path / f"report{i}.json")) for i in range(2))
     assert one == two
     told: list[str] = []
-    store = Store(cached.path / "store", 10**9, told.append)
+    store = Cache(cached.path / "store", 10**9, told.append)
     assert len(store.entries()) == 4 + 4  # states, and measurements with the base model's
     assert all(store.read(e.folder.name, store.about(e)[0]) is not None for e in store.entries()) and told == []
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_paired_is_unknown() -> None:
     asked = {**old["compositions"][0]["data"], "facts": "b"}
     new["compositions"] = [composition("a", {"recall": answers(9), "perplexity": answers(9, 41)}, data=asked)]
     found = rows(old, new)
-    assert (found["a", "recall"].verdict, found["a", "recall"].note) == ("unknown", "other facts were asked")
+    assert (found["a", "recall"].verdict, found["a", "recall"].note) == ("unknown", "different facts were used")
     assert "40 samples of the old run against 41" in found["a", "perplexity"].note
     broken = {**measured("m", [1.0, 2.0]), "value": None, "nonfinite": "nan"}
     record = composition("a", {}, measurements=[broken])
@@ -83,7 +83,7 @@ def test_other_samples_by_another_seed_are_compared_unpaired() -> None:
     old = report({"a": {"recall": answers(36)}})
     record = composition("a", {"recall": answers(18)}, data={**old["compositions"][0]["data"], "facts": "b"})
     found = rows(old, report({}, compositions=[record], seed=1))["a", "recall"]
-    assert (found.verdict, found.note) == ("worse", "unpaired: other facts were asked")
+    assert (found.verdict, found.note) == ("worse", "unpaired: different facts were used")
     error = (0.9 * 0.1 / 39 + 0.45 * 0.55 / 39) ** 0.5
     assert found.stderr == pytest.approx(error)
     assert found.p == pytest.approx(math.erfc(0.45 / error / math.sqrt(2)))
@@ -115,7 +115,7 @@ def test_a_metric_of_an_unknown_evaluator_needs_all_data_alike() -> None:
     old = report({"a": {"own": answers(9)}})
     record = composition("a", {"own": answers(8)})
     record["data"] = {**record["data"], "texts": "b"}
-    assert rows(old, report({}, compositions=[record]))["a", "own"].note == "other texts were asked"
+    assert rows(old, report({}, compositions=[record]))["a", "own"].note == "different texts were used"
     record["data"] = {**old["compositions"][0]["data"], "methods": "b"}
     assert rows(old, report({}, compositions=[record]))["a", "own"].verdict == "same"
 

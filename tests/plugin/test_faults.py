@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pytest_lmcompose.cache.folder import Store
+from pytest_lmcompose.cache.folder import Cache
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_cache import applied, measured, wait_for, without_times
 from tests.plugin.test_run import by_id, read_report
@@ -76,7 +76,7 @@ def started(project: Project, *arguments: str) -> Iterator[subprocess.Popen[str]
 def check_store(project: Project, states: set[str] = STATES) -> None:
     """Check that the store holds `states`, each whole, and the right one."""
     told: list[str] = []
-    store = Store(project.path / "store", 10**9, told.append)
+    store = Cache(project.path / "store", 10**9, told.append)
     entries = store.entries()
     assert all(store.read(e.folder.name, store.about(e)[0]) is not None for e in entries) and told == []
     kinds = [store.about(entry) for entry in entries]
@@ -176,7 +176,7 @@ def test_a_full_disk_keeps_what_it_has_and_stops_no_run(shared: Project) -> None
             result = shared.run(*[f"--lmcompose-json={report}"] * reports, compose=IDS)
             result.assert_outcomes(passed=5)
             assert result.stdout.str().count("going on without storing") == 1
-            store = Store(shared.path / "store", 10**9, told.append)
+            store = Cache(shared.path / "store", 10**9, told.append)
             entries = store.entries()
             assert (
                 entries

@@ -15,7 +15,7 @@ import pytest
 from evaluators.measurement import Measurement
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.gate import paired
-from pytest_lmcompose.gate.judge import Reference, paired_gates, settle
+from pytest_lmcompose.gate.judge import Reference, count_paired, settle
 from pytest_lmcompose.gate.judge import judge as judge_by
 from pytest_lmcompose.gate.paired import BASE_MODEL
 from pytest_lmcompose.gate.thresholds import Rule, ThresholdError, compares_with, read_expression, read_rules, unused
@@ -148,16 +148,16 @@ def test_an_empty_rule_lifts_a_gate(tmp_path: Path) -> None:
         ("'*': {m: {min: high}}", "expected a number"),
         ("'*': {m: {min: .nan}}", "expected a number"),
         ("'*': {m: {max_rop: 1}}", r"unknown bound 'max_rop'; known: .* Did you mean max_drop"),
-        ("'*': {m: {max_drop: -1}}", "expected a number from 0 up"),
+        ("'*': {m: {max_drop: -1}}", "expected a number of at least 0"),
         ("'*': {m: {max_loss: 5 percent}}", "the limit is '5 percent', expected a loss such as 0.01, 5%"),
-        ("'*': {m: {min: {value: 1, of: base}}}", "compares with nothing"),
+        ("'*': {m: {min: {value: 1, of: base}}}", "takes a number, not a reference"),
         ("'*': {m: {max_drop: {of: base}}}", "expected the keys value and of"),
         ("'*': {m: {max_drop: {value: 1, than: base}}}", "expected the keys value and of"),
         ("'*': {m: {max_drop: {value: 1, of: [a]}}}", "of is .* expected base, single, reverse, baseline, or the id"),
         ("'*': {m: {max_drop: {value: 1, of: 'a['}}}", r"of is 'a\[', expected base"),
         ("'*': {m: {no_drop_p: 1}}", "expected a level of significance such as 0.05"),
         ("'*': {m: {no_drop_p: -0.1}}", "expected a level of significance such as 0.05"),
-        ("'*': {m: {min: 1}}\n'*': {k: {min: 1}}", "stands twice"),
+        ("'*': {m: {min: 1}}\n'*': {k: {min: 1}}", "is defined twice"),
         ("'*': {m: {min: 1}", "thresholds.yaml"),
     ],
 )
@@ -189,7 +189,7 @@ def test_a_paired_gate_says_what_it_found_and_could_have_found(tmp_path: Path, b
     assert found.message == (
         f"memit  m = {value:g} is worse than {before:g} of the base model at no_drop_p 0.05: p = 0.000977, after Holm "
         f"over 4 gates 0.000977 (exact McNemar, n = 100, {what} 0.1 with standard error 0.0302; "
-        f"finds {what}s from 0.0894 with 80% power at level 0.0125)"
+        f"detects a {what} of 0.0894 with 80% power at level 0.0125)"
     )
     passing = only(judge(rules(tmp_path, NO_DROP), "memit", [noise], [base]))
     assert passing.passed and " is not worse than " in passing.message
@@ -215,7 +215,7 @@ def test_prompts_of_one_edit_are_one_unit_of_a_paired_gate(tmp_path: Path) -> No
     assert grouped.paired.smallest_drop == pytest.approx(alone.smallest_drop)
     assert "n = 20 in 5 groups, drop 0.35" in grouped.message
     other = judged(copied(before, prompts), copied(after))
-    assert not other.passed and "the samples are grouped differently for the base model" in other.message
+    assert not other.passed and "the samples have other groups than in the base model" in other.message
 
 
 def test_a_ratio_says_which_drop_it_could_tell_from_noise(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_ratio_says_which_drop_it_could_tell_from_noise(tmp_path: Path) -> Non
     # Five losses and no gain are significant at 0.05, and binom.sf(4, 100, 0.0663) is 0.8.
     assert found.message == (
         "memit  m = 0.8 < min_ratio_of_base 0.95 of 0.9 = 0.855 (n = 100, standard error 0.0402; "
-        "a paired test finds drops from 0.0663 with 80% power at level 0.05)"
+        "a paired test detects a drop of 0.0663 with 80% power at level 0.05)"
     )
     assert only(judge(rules(tmp_path, text), "memit", [answers(80, 90)], [base])).message.endswith(
         "standard error 0.0333)"
@@ -273,7 +273,7 @@ def test_the_base_model_is_no_gate_of_its_own(tmp_path: Path) -> None:
     verdict = only(judge(found, "base", [answers(90)], [answers(90)]))
     assert verdict.passed and verdict.paired is None
     assert compares_with(found, parse("memit")) == (parse("base"),)
-    assert [paired_gates(found, name, ["m", "k"]) for name in ("base", "memit")] == [0, 1]
+    assert [count_paired(found, name, ["m", "k"]) for name in ("base", "memit")] == [0, 1]
 
 
 def test_repeats_stand_side_by_side_and_the_same_questions_are_averaged(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_a_short_window_counts_by_its_tokens(tmp_path: Path) -> None:
     assert found.paired is not None and not found.passed  # by the mean of windows it would be better
     assert found.paired.drop == pytest.approx(worse.value - base.value)
     other = replace(base, weights=tuple([100.0] * 21), value=math.exp(sum(base.samples) / 21))
-    assert "count differently" in only(judge(rules(tmp_path, NO_DROP), "x", [other], [base])).message
+    assert "other weights" in only(judge(rules(tmp_path, NO_DROP), "x", [other], [base])).message
 
 
 def reference(name: str, *measurements: Measurement, **fields: Any) -> Reference:
@@ -429,7 +429,7 @@ def test_references_stand_in_the_message(tmp_path: Path) -> None:
         "memit+awq  m = 0.8 > max_ratio 2 of 0.3 of rmu[layer=2]+awq = 0.6",
     ]
     assert "m = 0.8 is worse than 0.95 of the baseline 0001_v1 at no_drop_p 0.05: p = " in verdicts[5].message
-    assert paired_gates(found, "memit+awq", ["m"]) == 1
+    assert count_paired(found, "memit+awq", ["m"]) == 1
     del known["memit"]
     known["awq"] = Reference("awq", missing="it could not be measured: out of memory")
     failed = [v.message for v in judge_by(found, "memit+awq", [answers(80)], known)[1:3]]
@@ -442,7 +442,7 @@ def test_nothing_is_compared_with_itself(tmp_path: Path, of: str) -> None:
     found = rules(tmp_path, f"'*': {{m: {{max_drop: {{value: 0, of: {of}}}}}}}")
     assert compares_with(found, parse("memit")) == ()
     verdict = only(judge_by(found, "memit", [answers(80)], {}))
-    assert verdict.passed and "nothing but itself" in verdict.message
+    assert verdict.passed and "only with itself" in verdict.message
 
 
 def test_what_was_asked_otherwise_cannot_be_judged(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_bits_are_no_samples(tmp_path: Path) -> None:
         worse = only(judge(found, "x", [bits(4.75)], [bits(4.5)]))
         assert not worse.passed and worse.paired is None
         assert "m = 4.75 > max_loss 0 above 4.5 of the base model = 4.5" in worse.message
-        assert "read and not sampled, so that any loss is one" in worse.message
+        assert "exact, not sampled: any loss counts" in worse.message
 
 
 def test_the_samples_that_got_worse_are_named(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_the_samples_that_got_worse_are_named(tmp_path: Path) -> None:
     found = only(judge_by((read_expression("memit*::edit_*:0.01"),), "memit+awq", [new], known))
     assert found.message == (
         "memit+awq  edit_success_exact = 0.95 < max_loss 0.01 below 1 of the baseline 0001_v1 = 0.99 (n = 20, "
-        "standard error 0.05; a paired test finds drops from 0.313 with 80% power at level 0.05; "
+        "standard error 0.05; a paired test detects a drop of 0.313 with 80% power at level 0.05; "
         "worse: 1 of 20 samples, number 7)"
     )
 
@@ -510,7 +510,7 @@ def test_removed_knowledge_that_is_partly_back_is_found(tmp_path: Path) -> None:
 
 def test_honest_repeats_seldom_alarm_and_true_losses_mostly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten metrics of 100 answers, some of which change either way by chance; then one that loses 15 points."""
-    monkeypatch.setattr(paired, "_smallest", lambda *_: None)  # not asked for, and slow
+    monkeypatch.setattr(paired, "_smallest_drop", lambda *_: None)  # not asked for, and slow
     generator = np.random.default_rng(0)
     rule = (read_expression("*:p0.05"),)
     alarms = finds = 0
@@ -564,11 +564,11 @@ def test_rules_that_judge_nothing_are_found(tmp_path: Path) -> None:
     measured_metrics = {"memit": ["m", "recall"], "awq": ["m", "recall"]}
     found = unused((*rules(tmp_path, text), read_expression("awq::k:5%")), measured_metrics)
     assert [str(rule) for rule in found] == [
-        "'*': 'recal': no metric that was measured matches. Did you mean recall?",
-        "'*': 'x*': no metric that was measured matches",
-        "'memti*': 'recall': no composition that was measured matches. Did you mean memit?",
-        "'m*': 'm': a more specific rule always holds instead",
-        "'awq': 'k': no metric that was measured matches",
+        "'*': 'recal': matches no measured metric. Did you mean recall?",
+        "'*': 'x*': matches no measured metric",
+        "'memti*': 'recall': matches no measured composition. Did you mean memit?",
+        "'m*': 'm': a more specific rule always applies instead",
+        "'awq': 'k': matches no measured metric",
     ]
     assert [rule.tested for rule in found] == [True, True, False, True, True]
 

@@ -13,8 +13,8 @@ import fsspec
 import pytest
 from click.testing import CliRunner
 
-from pytest_lmcompose.cache.folder import Store
-from pytest_lmcompose.cache.remote import RemoteStore, front_folder, is_url, local_path
+from pytest_lmcompose.cache.folder import Cache
+from pytest_lmcompose.cache.remote import RemoteCache, front_folder, is_url, local_path
 from pytest_lmcompose.cli import main
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_cache import IDS, STEPS, applied, measured
@@ -62,7 +62,7 @@ class Machine:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.told: list[str] = []
-        self.store = RemoteStore(url, folder, 10**6, self.told.append)
+        self.store = RemoteCache(url, folder, 10**6, self.told.append)
 
     def make(self, address: str, content: bytes = b"weights") -> None:
         self.store.write(address, "state", {"x": 1}, lambda folder: (folder / "data").write_bytes(content) and None)
@@ -131,7 +131,7 @@ def test_an_object_cannot_write_outside_its_folder(memory: str, tmp_path: Path) 
         parcel.addfile(tarfile.TarInfo("../../escaped"), io.BytesIO())
     system.pipe_file(place, buffer.getvalue())
     assert one.content(A) is None
-    assert "no file of an entry" in one.told[0] and not list(tmp_path.rglob("escaped"))
+    assert "not a file of an entry" in one.told[0] and not list(tmp_path.rglob("escaped"))
 
 
 def test_a_server_that_is_gone_is_told_once_and_done_without(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_run_on_a_url(project: Project, memory: str, monkeypatch: pytest.Monke
 def test_a_file_url_is_a_folder(project: Project) -> None:
     project.arguments[project.arguments.index(NO_CACHE)] = f"--lmcompose-cache-dir=file://{project.path}/store"
     project.run(compose=IDS[:1]).assert_outcomes(passed=1)
-    assert len(Store(project.path / "store", 0, print).entries()) == 3
+    assert len(Cache(project.path / "store", 0, print).entries()) == 3
 
 
 def test_a_url_that_nothing_knows_is_refused(project: Project, refused: Callable[..., str]) -> None:

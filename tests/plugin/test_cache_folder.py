@@ -1,4 +1,4 @@
-"""The store: what it gives back, what it survives, and what it throws away."""
+"""The cache folder: what is read, written, evicted and repaired, by one process and by several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pytest_lmcompose.cache.folder import ENTRY, Store, default_folder
+from pytest_lmcompose.cache.folder import ENTRY, Cache, default_folder
 
 ROOT = Path(__file__).parents[2]
 A, B, C, D = (letter * 64 for letter in "abcd")
@@ -26,8 +26,8 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def store(tmp_path: Path, told: list[str]) -> Store:
-    return Store(tmp_path / "store", 10_000, told.append)
+def store(tmp_path: Path, told: list[str]) -> Cache:
+    return Cache(tmp_path / "store", 10_000, told.append)
 
 
 def fill(size: int, name: str = "data") -> Callable[[Path], None]:
@@ -37,17 +37,17 @@ def fill(size: int, name: str = "data") -> Callable[[Path], None]:
     return write
 
 
-def keep(store: Store, address: str, size: int = 100, about: dict[str, Any] | None = None) -> None:
+def keep(store: Cache, address: str, size: int = 100, about: dict[str, Any] | None = None) -> None:
     store.write(address, "state", about or {}, fill(size))
 
 
 def script(code: str, *arguments: str) -> subprocess.Popen[str]:
-    head = "import sys, time, os\nfrom pathlib import Path\nfrom pytest_lmcompose.cache.folder import Store\n"
+    head = "import sys, time, os\nfrom pathlib import Path\nfrom pytest_lmcompose.cache.folder import Cache\n"
     command = [sys.executable, "-c", head + code, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def test_an_entry_comes_back_as_it_was_written(store: Store, told: list[str]) -> None:
+def test_an_entry_comes_back_as_it_was_written(store: Cache, told: list[str]) -> None:
     assert store.read(A, "state") is None and not store.folder.exists()
     keep(store, A, 100, {"composition": "memit+awq", "loss": float("inf")})
     entry = store.read(A, "state")
@@ -83,7 +83,7 @@ def flip(path: Path) -> None:
     ],
 )
 def test_a_broken_entry_is_told_removed_and_made_again(
-    store: Store, told: list[str], damage: Callable[[Path], None], reason: str
+    store: Cache, told: list[str], damage: Callable[[Path], None], reason: str
 ) -> None:
     keep(store, A, about={"loss": 0.5})
     entry = store.read(A, "state")
@@ -95,14 +95,14 @@ def test_a_broken_entry_is_told_removed_and_made_again(
     assert store.read(A, "state") is not None and len(told) == 1
 
 
-def test_what_a_killed_process_was_writing_is_never_seen_and_swept_away(store: Store, told: list[str]) -> None:
+def test_what_a_killed_process_was_writing_is_never_seen_and_swept_away(store: Cache, told: list[str]) -> None:
     keep(store, B)
     code = f"""
 def write(folder):
     (folder / "data").write_bytes(b"x" * 50)
     print("writing", flush=True)
     time.sleep(60)
-Store(Path(sys.argv[1]), 10_000, print).write("{A}", "state", {{}}, write)
+Cache(Path(sys.argv[1]), 10_000, print).write("{A}", "state", {{}}, write)
 """
     process = script(code, str(store.folder.parent))
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
@@ -118,9 +118,9 @@ Store(Path(sys.argv[1]), 10_000, print).write("{A}", "state", {{}}, write)
     assert store.read(A, "state") is not None
 
 
-def test_processes_make_an_entry_once_between_them(store: Store) -> None:
+def test_processes_make_an_entry_once_between_them(store: Cache) -> None:
     code = f"""
-store = Store(Path(sys.argv[1]), 10_000, print)
+store = Cache(Path(sys.argv[1]), 10_000, print)
 def write(folder):
     time.sleep(0.3)
     (folder / "data").write_text(str(os.getpid()))
@@ -136,9 +136,9 @@ print((store.read("{A}", "state").folder / "data").read_text())
     assert len({line[-1] for line in lines}) == 1
 
 
-def test_a_lock_dies_with_its_process(store: Store) -> None:
+def test_a_lock_dies_with_its_process(store: Cache) -> None:
     code = f"""
-with Store(Path(sys.argv[1]), 10_000, print).building("{A}", "it"):
+with Cache(Path(sys.argv[1]), 10_000, print).building("{A}", "it"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -150,12 +150,12 @@ with Store(Path(sys.argv[1]), 10_000, print).building("{A}", "it"):
         pass
 
 
-def test_processes_that_write_read_and_evict_at_once_break_nothing(store: Store, told: list[str]) -> None:
+def test_processes_that_write_read_and_evict_at_once_break_nothing(store: Cache, told: list[str]) -> None:
     code = """
 import random
 generator = random.Random(int(sys.argv[2]))
 told = []
-store = Store(Path(sys.argv[1]), 5_000, told.append)
+store = Cache(Path(sys.argv[1]), 5_000, told.append)
 for _ in range(60):
     letter = generator.choice("0123456789abcdef")
     entry = store.read(letter * 64, "state")
@@ -173,7 +173,7 @@ print(told, store.full)
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path, told: list[str]) -> None:
-    store = Store(tmp_path, 4 * 800, told.append)
+    store = Cache(tmp_path, 4 * 800, told.append)
     for age, address in enumerate((A, B, C)):
         keep(store, address, 600)
         os.utime(store.folder / address[:2] / address / ENTRY, (1000 + age, 1000 + age))
@@ -186,7 +186,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path, told: list[str]) -> No
 
 
 def test_a_store_counts_what_other_processes_add(tmp_path: Path, told: list[str]) -> None:
-    one, other = (Store(tmp_path, 3 * 800, told.append) for _ in range(2))
+    one, other = (Cache(tmp_path, 3 * 800, told.append) for _ in range(2))
     for i in range(8):
         keep((one, other)[i % 2], f"{i:x}" * 64, 600)
     keep(one, A, 600)
@@ -194,18 +194,18 @@ def test_a_store_counts_what_other_processes_add(tmp_path: Path, told: list[str]
     assert one.read(A, "state") is not None
 
 
-def test_an_entry_too_large_for_the_store_is_not_kept(store: Store, told: list[str]) -> None:
+def test_an_entry_too_large_for_the_store_is_not_kept(store: Cache, told: list[str]) -> None:
     keep(store, A, 2_501)
     assert store.entries() == [] and not store.full
-    assert "2.4 KiB is more than a quarter of the store's 9.8 KiB" in told[0]
+    assert "2.4 KiB is more than a quarter of the cache's 9.8 KiB" in told[0]
     assert "--lmcompose-cache-size" in told[0]
 
 
-def test_a_full_disk_is_told_once_and_the_work_goes_on(store: Store) -> None:
+def test_a_full_disk_is_told_once_and_the_work_goes_on(store: Cache) -> None:
     # The system refuses files beyond a size, as it does on a full disk, in the middle of a write.
     code = f"""
 told = []
-store = Store(Path(sys.argv[1]), 10_000_000, told.append)
+store = Cache(Path(sys.argv[1]), 10_000_000, told.append)
 store.write("{A}", "state", {{}}, lambda f: (f / "data").write_bytes(b"x" * 1000) and None)
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -225,7 +225,7 @@ print(len(told), store.full, "going on without storing" in told[0], sep="\\n")
 
 @pytest.mark.parametrize("error", [28, 122, 30, 13])
 def test_a_disk_that_takes_nothing_more(
-    store: Store, told: list[str], monkeypatch: pytest.MonkeyPatch, error: int
+    store: Cache, told: list[str], monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     def refuse(folder: Path) -> None:
         raise OSError(error, os.strerror(error))
@@ -236,7 +236,7 @@ def test_a_disk_that_takes_nothing_more(
     assert len(told) == 1 and os.strerror(error) in told[0]
 
 
-def test_errors_of_the_work_itself_pass_on_and_leave_nothing(store: Store) -> None:
+def test_errors_of_the_work_itself_pass_on_and_leave_nothing(store: Cache) -> None:
     def refuse(folder: Path) -> None:
         raise KeyError("tensor")
 
@@ -245,7 +245,7 @@ def test_errors_of_the_work_itself_pass_on_and_leave_nothing(store: Store) -> No
     assert store.read(A, "state") is None and not list((store.folder / "making").iterdir())
 
 
-def test_what_is_listed_and_cleared(store: Store) -> None:
+def test_what_is_listed_and_cleared(store: Cache) -> None:
     keep(store, A, about={"composition": "memit"})
     keep(store, B)
     (store.folder / B[:2] / B / ENTRY).write_text("{")
@@ -257,10 +257,10 @@ def test_what_is_listed_and_cleared(store: Store) -> None:
     assert store.entries() == [] and store.read(A, "state") is None
 
 
-def test_a_changed_layout_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_layout_is_not_read(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(store, A)
     monkeypatch.setattr("pytest_lmcompose.cache.folder.VERSION", "3")
-    newer = Store(store.folder.parent, 10_000, print)
+    newer = Cache(store.folder.parent, 10_000, print)
     assert newer.read(A, "state") is None and newer.entries() == []
 
 
@@ -269,14 +269,14 @@ def test_the_default_folder_is_the_users_cache() -> None:
     assert default_folder({}) == Path.home() / ".cache" / "lmcompose"
 
 
-def test_entries_are_plain_json_that_names_each_file(store: Store) -> None:
+def test_entries_are_plain_json_that_names_each_file(store: Cache) -> None:
     keep(store, A, 5)
     content = json.loads((store.folder / A[:2] / A / ENTRY).read_text())
     assert content["files"]["data"]["bytes"] == 5
     assert len(content["files"]["data"]["sha256"]) == len(content["checksum"]) == 64
 
 
-def test_an_entry_under_the_address_of_another_is_not_served(store: Store, told: list[str]) -> None:
+def test_an_entry_under_the_address_of_another_is_not_served(store: Cache, told: list[str]) -> None:
     keep(store, A, 10)
     keep(store, B, 20)
     one, other = (store.folder / address[:2] / address for address in (A, B))
@@ -290,14 +290,14 @@ def test_an_entry_under_the_address_of_another_is_not_served(store: Store, told:
     assert entry is not None and (entry.folder / "data").stat().st_size == 10
 
 
-def test_an_entry_of_another_kind_is_not_served(store: Store, told: list[str]) -> None:
+def test_an_entry_of_another_kind_is_not_served(store: Cache, told: list[str]) -> None:
     keep(store, A, 10)
     assert store.read(A, "measurements") is None
-    assert len(told) == 1 and "it holds a state and no measurements" in told[0]
+    assert len(told) == 1 and "its kind is state, not measurements" in told[0]
 
 
 @pytest.mark.parametrize("place", ["", "entry.json", "data"])
-def test_what_stands_in_place_of_a_file_or_folder_is_replaced(store: Store, told: list[str], place: str) -> None:
+def test_what_stands_in_place_of_a_file_or_folder_is_replaced(store: Cache, told: list[str], place: str) -> None:
     keep(store, A, 10)
     path = store.folder / A[:2] / A / place
     if place:
