@@ -9,12 +9,14 @@ import click
 
 from pytest_lmcompose.cli.problems import Refused
 
+EMBEDDED = "tinyworld"
+_OWN_DATA = "name your own data in pytest.ini (docs/recipes.md, Use your own data)"
 _SERVICES = {"both": ("github", "gitlab"), "github": ("github",), "gitlab": ("gitlab",), "none": ()}
 
 
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=".")
-@click.option("--model", default="tinyworld", show_default=True, help="Preset, folder with config.json, or hub id.")
+@click.option("--model", default=EMBEDDED, show_default=True, help="Preset, folder with config.json, or hub id.")
 @click.option("--compose", metavar="ID", default="memit+awq", show_default=True, help="Composition to release.")
 @click.option(
     "--ci", type=click.Choice(sorted(_SERVICES)), default="both", show_default=True, help="CI examples to write."
@@ -50,6 +52,8 @@ def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
         raise Refused(f"{folder}: {error}") from None
     for name in written:
         click.echo(f"wrote {folder / name}")
+    if model != EMBEDDED:
+        notes.append(f"The gate asks about the invented facts of {EMBEDDED}, which only its own model knows: {_OWN_DATA}")
     for note in (*notes, *broken(recipe, composition)):
         click.echo(note)
     click.echo(
