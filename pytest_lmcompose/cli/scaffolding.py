@@ -10,7 +10,7 @@ import click
 from pytest_lmcompose.cli.problems import Refused
 
 EMBEDDED = "tinyworld"
-_OWN_DATA = "name your own data in pytest.ini (docs/recipes.md, Use your own data)"
+_OWN = "name your own data in pytest.ini (docs/recipes.md, Use your own data)"
 _SERVICES = {"both": ("github", "gitlab"), "github": ("github",), "gitlab": ("gitlab",), "none": ()}
 
 
@@ -53,7 +53,7 @@ def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
     for name in written:
         click.echo(f"wrote {folder / name}")
     if model != EMBEDDED:
-        notes.append(f"The gate asks about the invented facts of {EMBEDDED}, which only its own model knows: {_OWN_DATA}")
+        notes.append(f"The gate asks about the invented facts of {EMBEDDED}, which only its own model knows: {_OWN}")
     for note in (*notes, *broken(recipe, composition)):
         click.echo(note)
     click.echo(

@@ -198,7 +198,7 @@ def test_a_model_is_found_where_its_path_was_typed(
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
     result = call("gate", f"--model={typed.format(tmp_path)}", "--ci=none")
-    assert "invented facts of tinyworld" in result.output
+    assert ("invented facts of tinyworld" in result.output) is (typed != "tinyworld")
     assert result.exit_code == 0, result.output
     assert f"lmcompose_model = {found.format(tmp_path)}\n" in (tmp_path / "gate" / "pytest.ini").read_text()
 
