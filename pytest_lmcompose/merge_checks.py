@@ -179,9 +179,7 @@ def _differences(one: CompositionResult, other: CompositionResult, tolerance: fl
 
 def _same(one: Outcome, other: Outcome, tolerance: float) -> bool:
     numbers = [(m.value, *m.samples) for m in (one, other)]
-    if len(numbers[0]) != len(numbers[1]) or one.n != other.n:
-        return False
-    if one.nonfinite != other.nonfinite:
+    if len(numbers[0]) != len(numbers[1]) or (one.n, one.nonfinite) != (other.n, other.nonfinite):
         return False
     return all(
         x == y if x is None or y is None else math.isclose(x, y, rel_tol=tolerance, abs_tol=tolerance)

@@ -128,7 +128,9 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
         else:
             may_add = _check_override(text, override)
             texts.append(f"++{text}" if may_add else text)
-    ConfigStore.instance().store(group="schema", name="lmcompose", node=_schema(), package="_global_")
+    ConfigStore.instance().store(
+        group="schema", name="lmcompose", node=_schema(tuple(_kinds().items())), package="_global_"
+    )
     with (
         _readable("the recipe"),
         initialize_config_dir(str(conf), job_name="lmcompose", version_base="1.3"),
@@ -163,18 +165,14 @@ def quoted(value: str) -> str:
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
-def _schema() -> type:
-    """Return the dataclass that Hydra merges into, with one field per section."""
-    return _schema_of(tuple(_kinds().items()))
-
-
 def _kinds() -> dict[str, type]:
     """Return the settings dataclass of each section."""
     return {**_SECTIONS, **{name: method.settings_type() for name, method in methods().items()}}
 
 
 @cache
-def _schema_of(kinds: tuple[tuple[str, type], ...]) -> type:
+def _schema(kinds: tuple[tuple[str, type], ...]) -> type:
+    """Return the dataclass that Hydra merges into, with one field per section."""
     # OmegaConf treats frozen dataclasses as read-only, hence the mutable copies.
     copies = {name: _mutable(kind) for name, kind in kinds}
     spec = [(name, copy, dataclasses.field(default_factory=copy)) for name, copy in copies.items()]

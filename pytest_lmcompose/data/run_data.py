@@ -75,18 +75,15 @@ def _facts(
     if world.facts is None:
         return (), (), ()
     edited = {record.edit.subject: record for record in edits}
-    others: list[FactRecord] = []
-    neighbours: list[FactRecord] = []
-    forgettable: list[FactRecord] = []
+    pools: dict[str, list[FactRecord]] = {"facts": [], "neighbours": [], "forgettable": []}
     for fact in read_facts(folder / world.facts):
         record = edited.get(fact.subject)
         if fact.topic in world.forget:
-            forgettable.append(fact)
+            pools["forgettable"].append(fact)
         elif record is None:
-            others.append(fact)
+            pools["facts"].append(fact)
         elif record.truth and fact.answer not in _outdated(record):
-            neighbours.append(fact)
-    pools = {"facts": others, "neighbours": neighbours, "forgettable": forgettable}
+            pools["neighbours"].append(fact)
     return tuple(tuple(sample(pool, evaluate.facts, seed, name)) for name, pool in pools.items())
 
 
