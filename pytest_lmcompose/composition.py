@@ -1,12 +1,11 @@
-"""Compositions and their ids: `memit+awq`, `awq[bits=3]+memit`, `base` for no step at all.
+"""Compositions and their ids: `memit+awq`, `awq[bits=3]+memit`, or `base` without any step.
 
     id      = "base" | step ("+" step)*
     step    = method [ "[" setting ("," setting)* "]" ]
     setting = key "=" value
 
-A value is text in Hydra's override grammar (`3`, `[2,3]`, `{a: 1}`, `'quoted'`), so commas and
-brackets inside a value must be nested or quoted. Settings are kept sorted by key: one state of
-the model has one id. Imports no torch.
+A value is text in Hydra's override grammar (`3`, `[2,3]`, `{a: 1}`, `'quoted'`), so commas and brackets in a value must
+be nested or quoted. Settings are sorted by key, so that one state of the model has one id. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
 class CompositionError(ValueError):
-    """A composition id that cannot be read; the message points at the place."""
+    """An invalid composition id; the message marks the position."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,7 +36,7 @@ class Step:
     """(key, value text), sorted by key."""
 
     def __post_init__(self) -> None:
-        """Sort the settings; refuse a key that stands twice."""
+        """Sort the settings; reject a duplicate key."""
         ordered = tuple(sorted(self.settings))
         for (first, _), (second, _) in itertools.pairwise(ordered):
             if first == second:
@@ -65,20 +64,17 @@ class Composition:
 
     @cached_property
     def id(self) -> str:
-        """The canonical id, which `parse` reads back."""
+        """The canonical id, which `parse` can read."""
         return "+".join(map(str, self.steps)) or BASE
 
     def prefixes(self) -> tuple[Composition, ...]:
-        """Return the compositions of the first 1, 2, ... steps; the last is this one."""
+        """Return the compositions of the first 1, 2, ... steps, up to this one."""
         return tuple(Composition(self.steps[:k]) for k in range(1, len(self.steps) + 1))
 
 
-@lru_cache(maxsize=2**14)  # gates and reports read again what was collected
+@lru_cache(maxsize=2**14)  # gates and reports parse the same ids again
 def parse(text: str) -> Composition:
-    """Read a composition id.
-
-    Raises CompositionError, which shows the text with a mark under the place at fault.
-    """
+    """Read a composition id; raises CompositionError, which marks the position of the error."""
     if text.strip() == BASE:
         return Composition()
     steps: list[Step] = []
@@ -96,10 +92,7 @@ def parse(text: str) -> Composition:
 def permutations(
     steps: Sequence[Step], max_steps: int | None = None, category: Callable[[Step], str] | None = None
 ) -> tuple[Composition, ...]:
-    """Return every ordered choice of distinct `steps`, of 1 up to `max_steps` of them.
-
-    With `category`, only the choices in which no category stands twice.
-    """
+    """Return every ordered choice of 1 to `max_steps` distinct `steps`; with `category`, at most one per category."""
     kinds = steps if category is None else [category(step) for step in steps]
     kind = dict(zip(steps, kinds, strict=True))
     longest = len(set(kinds)) if max_steps is None else min(max_steps, len(set(kinds)))
@@ -117,7 +110,7 @@ def _step(text: str, position: int) -> tuple[Step, int]:
     if match is None:
         _fail(text, position, "expected the name of a method")
     if match.group() == BASE:
-        _fail(text, position, f"{BASE!r} stands alone, for the model without any step")
+        _fail(text, position, f"{BASE!r} takes no steps: it is the model without any")
     position = _skip_spaces(text, match.end())
     settings: list[tuple[str, str]] = []
     if text[position : position + 1] == "[":
@@ -136,7 +129,7 @@ def _step(text: str, position: int) -> tuple[Step, int]:
 
 
 def _setting(text: str, position: int, opened: int) -> tuple[str, str, int]:
-    """Read `key=value` and return it with the position of the ',' or ']' behind it."""
+    """Read `key=value`; return both with the position of the next ',' or ']'."""
     position = _skip_spaces(text, position)
     match = _KEY.match(text, position)
     if match is None:
@@ -172,15 +165,13 @@ def _value_end(text: str, start: int, opened: int) -> int:
         elif not expected and char in ",]":
             return position
         elif char in "]})":
-            _fail(text, position, f"this {char!r} closes nothing")
+            _fail(text, position, f"this {char!r} has no opening bracket")
         position += 1
-    _fail(text, opened, "this '[' is never closed" if not quote else f"a {quote} after it is never closed")
+    _fail(text, opened, "this '[' is never closed" if not quote else f"a {quote} after this '[' is never closed")
 
 
 def _skip_spaces(text: str, position: int) -> int:
-    while position < len(text) and text[position] == " ":
-        position += 1
-    return position
+    return len(text) - len(text[position:].lstrip(" "))
 
 
 def _fail(text: str, position: int, problem: str) -> NoReturn:

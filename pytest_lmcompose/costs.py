@@ -1,4 +1,4 @@
-"""What steps and evaluations cost, from what earlier runs left in the store. Imports no torch."""
+"""Estimate the cost of steps and evaluations from earlier runs in the cache. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import NamedTuple
 from pytest_lmcompose.composition import Step
 
 _LEAST = 1e-3
-"""Seconds: nothing is free, so that work is always divided."""
+"""Seconds; no step is free, so that work is always divided."""
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 class StepCost(NamedTuple):
-    """One application of a step, as it went."""
+    """The measured cost of one application of a step."""
 
     step: str
     """The step with its own settings, as in a composition's id."""
     method: str
     seconds: float
     bytes: int
-    """Of the tensors that it changed."""
+    """Size of the tensors that it changed."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Medians over earlier runs: of the very step where there are any, else of its method."""
+    """Medians over earlier runs: of the same step if available, otherwise of its method."""
 
     steps: dict[str, tuple[float, int]] = field(default_factory=dict)
     methods: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Costs:
 
     @classmethod
     def of(cls, steps: Iterable[StepCost], evaluations: Sequence[float]) -> Costs:
-        """Make the medians of what earlier runs took."""
+        """Return the medians of measured costs."""
         by_step: defaultdict[str, list[StepCost]] = defaultdict(list)
         by_method: defaultdict[str, list[StepCost]] = defaultdict(list)
         for cost in steps:
@@ -51,12 +51,12 @@ class Costs:
         )
 
     def seconds(self, step: Step) -> float | None:
-        """Return the seconds that `step` is expected to take, or None if no earlier run tells."""
+        """Return the expected seconds of `step`, None if unknown."""
         found = self._of(step)
         return None if found is None else found[0]
 
     def expected(self, step: Step | None) -> float:
-        """Return the seconds that `step` is expected to take, or measuring a state for None; the usual if unknown."""
+        """Return the expected seconds of `step`, or of an evaluation for None; a typical value if unknown."""
         known = self.evaluation if step is None else self.seconds(step)
         return max(_LEAST, self._usual if known is None else known)
 
@@ -66,12 +66,12 @@ class Costs:
         return statistics.median(known) if known else self.evaluation or 1.0
 
     def bytes(self, step: Step) -> int | None:
-        """Return the bytes of the tensors that `step` is expected to change, or None."""
+        """Return the expected size of the tensors that `step` changes, None if unknown."""
         found = self._of(step)
         return None if found is None else found[1]
 
     def lines(self, seconds: float, peak_bytes: int, steps: Sequence[Step]) -> Iterator[str]:
-        """Yield what a plan's totals over `steps` mean, and which steps they leave out."""
+        """Yield lines with the totals of a plan over `steps`, and the steps of unknown cost."""
         unknown = sorted({str(step) for step in steps if self._of(step) is None})
         if len(unknown) < len({*map(str, steps)}) or self.evaluation is not None:
             about = "at least" if unknown or self.evaluation is None else "about"
@@ -83,14 +83,14 @@ class Costs:
             )
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            yield f"no stored run tells the cost of {', '.join(unknown[:5])}{more}"
+            yield f"no cached run shows the cost of {', '.join(unknown[:5])}{more}"
 
     def _of(self, step: Step) -> tuple[float, int] | None:
         return self.steps.get(str(step)) or self.methods.get(step.method)
 
 
 def duration(seconds: float) -> str:
-    """Return seconds for a reader: 42 s, 3 min 20 s, 2 h 5 min."""
+    """Return seconds as text: 42 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -100,7 +100,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes for a reader, such as 1.5 GiB."""
+    """Return a number of bytes as text, such as 1.5 GiB."""
     for unit in UNITS:
         if count < 1024 or unit == UNITS[-1]:
             break

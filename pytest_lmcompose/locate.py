@@ -1,4 +1,4 @@
-"""Find out what a model's or a world's name means: a preset, a folder, or a hub id. No torch."""
+"""Resolve the name of a model or world: a preset, a folder, or a hub id. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,35 +15,34 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def model_overrides(name: str, conf: Path, folder: Path) -> tuple[str, ...]:
-    """Return the recipe overrides that `--lmcompose-model=name` stands for.
+    """Return the recipe overrides for `--lmcompose-model=name`.
 
-    In this order: a preset of conf/model; a folder with config.json (relative to `folder`); a path
-    that is not there, which is an error; else a hub id.
-    Raises RecipeError, ModelError.
+    The name is a preset of conf/model, a folder (relative to `folder`), or a hub id, in this order. Raises RecipeError
+    for a missing folder, ModelError for a folder without a model.
     """
     known = presets(conf, "model")
     if name in known:
         return (f"model={name}",)
     path = folder / os.path.expanduser(name)
     if path.exists() and not (path / "config.json").is_file():
-        check_folder(path)  # which says what it is instead
+        check_folder(path)  # raises an error that says what it is
     if path.exists():
         return ("model=any", f"model.path={quoted(str(path))}")
     if _is_path(name, path):
         raise RecipeError(f"no such model folder: {path}.{near_names(name, known)}")
     if "/" not in name and difflib.get_close_matches(name, known, n=1, cutoff=0.8):
         raise RecipeError(
-            f"unknown model {name!r}: neither a preset nor a folder.{near_names(name, known)} "
+            f"unknown model {name!r}: it is neither a preset nor a folder.{near_names(name, known)} "
             f"Presets: {', '.join(known)}."
         )
     return ("model=any", f"model.path={quoted(name)}")
 
 
 def model_location(path: str, folder: Path) -> str:
-    """Return what transformers shall load: an absolute folder, or a hub id.
+    """Return the absolute folder or hub id for transformers to load.
 
-    Relative folders count from `folder`, then from the suite's.
-    Raises RecipeError for an empty path or a folder that does not exist, ModelError for one that holds no model.
+    A relative folder is looked up in `folder`, then in the suite's folder. Raises RecipeError for an empty path or a
+    missing folder, ModelError for a folder without a model.
     """
     if not path:
         raise RecipeError("model.path is empty: name a folder with config.json, or a hub id")
@@ -60,10 +59,7 @@ def model_location(path: str, folder: Path) -> str:
 
 
 def world_folder(path: str, folder: Path) -> Path:
-    """Return the folder of a world's data: relative to `folder`, then to the suite's.
-
-    Raises RecipeError if there is none.
-    """
+    """Return the folder of a world's data, looked up in `folder`, then in the suite's folder; raises RecipeError."""
     for base in (folder, SUITE_FOLDER):
         candidate = base / os.path.expanduser(path)
         if path and candidate.is_dir():
@@ -72,7 +68,7 @@ def world_folder(path: str, folder: Path) -> Path:
 
 
 def _is_path(name: str, path: Path) -> bool:
-    """Say whether `name` can only be meant as a path: no hub id looks so, or its parent folder is there."""
+    """Return whether `name` must be a path: it is not a valid hub id, or its parent folder exists."""
     if not _HUB_ID.fullmatch(name) or (os.sep != "/" and os.sep in name):
         return True
     return "/" in name and path.parent.is_dir()

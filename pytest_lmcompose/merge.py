@@ -1,7 +1,7 @@
-"""Join the reports of the shards of a run, or of runs of other compositions, into one. No pytest, no torch.
+"""Merge the reports of the shards of a run, or of runs of different compositions. Imports no pytest and no torch.
 
-Only what was found on the same model, with the same seeds, settings, data and versions, belongs in one
-report. What spans compositions, paired gates after Holm and composability, is computed anew from all.
+The reports must have the same model, seeds, settings, data and versions. Results that span compositions (Holm's
+correction of paired gates, and composability) are computed again from all of them.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from pytest_lmcompose.report.planned import idle, untested
 from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
 
 TOLERANCE = 1e-5
-"""Relative difference between numbers measured twice that counts as rounding: shards run on different machines."""
-_PARTIAL = "--partial joins what is there"
+"""Relative difference that counts as rounding between machines, for numbers measured twice."""
+_PARTIAL = "--partial merges the rest"
 
 
 class MergeError(ValueError):
-    """Reports that do not belong together; the message has a line for each problem, with the files and what differs."""
+    """Reports cannot be merged; the message has a line for each problem, with the files and the difference."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What came out."""
+    """The result of a merge."""
 
     report: Report
     late: tuple[str, ...]
-    """Messages of paired gates that fail only now that all are judged together."""
+    """Messages of paired gates that fail only after Holm's correction over all reports."""
     idle: tuple[str, ...]
-    """Expressions of the command line that judged nothing in any of the reports."""
+    """Expressions from the command line that applied to nothing in any report."""
 
 
 def merge(reports: Mapping[str, Report], *, partial: bool = False, tolerance: float = TOLERANCE) -> Merged:
-    """Return one report of all `reports`, which are named by their files; none of them is changed.
+    """Merge `reports`, given by file name, into a new report.
 
-    Of a composition that several hold, such as the base model, the fuller record is kept. With `partial`,
-    shards may be missing or interrupted, and compositions untested: then the report is one of an interrupted run.
-    Raises MergeError.
+    If several reports have a composition, such as the base model, the fuller record is kept. With `partial`, shards may
+    be missing or interrupted, and compositions untested: then the result is the report of an interrupted run. Raises
+    MergeError.
     """
     found = list(dict.fromkeys(problems(reports, tolerance)))
     if found:
@@ -53,14 +53,14 @@ def merge(reports: Mapping[str, Report], *, partial: bool = False, tolerance: fl
         collected.model = collected.model or report.model
     plan = _plan(reports)
     gone = missing(reports)
-    left = [f"{part} is missing: nothing tells what it found ({_PARTIAL})" for part in gone]
+    left = [f"{part} is missing ({_PARTIAL})" for part in gone]
     left += [f"{name} was interrupted: run it again ({_PARTIAL})" for name in interrupted(reports)]
     if plan is not None and not left:
         left = [f"{line} ({_PARTIAL})" for line in untested(plan, collected.results)]
     if left and not partial:
         raise MergeError("\n".join(left))
     collected.complete(first.seed, part=bool(gone))
-    # What says something of one report among others, `lmcompose compare` says of the joined one.
+    # Comparisons and drift of single reports do not apply; run `lmcompose compare` on the merged one.
     report = replace(
         first,
         status="interrupted" if left else "finished",
@@ -83,7 +83,7 @@ def merge(reports: Mapping[str, Report], *, partial: bool = False, tolerance: fl
 
 
 def _plan(reports: Mapping[str, Report]) -> Plan | None:
-    """Return what all runs together set out to test, where all of them say it."""
+    """Return the joint plan of all runs, None if a report has no plan."""
     known = [report.plan for report in reports.values() if report.plan is not None]
     if len(known) < len(reports):
         return None
@@ -96,21 +96,21 @@ def _plan(reports: Mapping[str, Report]) -> Plan | None:
 
 
 def _prompts(reports: Mapping[str, Report]) -> tuple[Prompts, ...]:
-    """Return what the samples of all reports asked, each metric of each seed once."""
-    asked: dict[tuple[int, tuple[str, ...]], dict[str, None]] = {}
+    """Return the prompts of all reports, without duplicates."""
+    metrics_of: dict[tuple[int, tuple[str, ...]], dict[str, None]] = {}
     for entry in (entry for report in reports.values() for entry in report.prompts):
-        asked.setdefault((entry.seed, entry.texts), {}).update(dict.fromkeys(entry.metrics))
-    return tuple(Prompts(seed, tuple(metrics), texts) for (seed, texts), metrics in asked.items())
+        metrics_of.setdefault((entry.seed, entry.texts), {}).update(dict.fromkeys(entry.metrics))
+    return tuple(Prompts(seed, tuple(metrics), texts) for (seed, texts), metrics in metrics_of.items())
 
 
 def _unused_rules(reports: Mapping[str, Report]) -> tuple[Unused, ...] | None:
-    """Return the rules that judged nothing in any of the reports, as one that tested what they cover tells them."""
-    told = [report.unused_rules for report in reports.values() if report.unused_rules is not None]
-    if not told:
+    """Return the rules that applied to nothing in any report, with the most specific reason."""
+    listed = [report.unused_rules for report in reports.values() if report.unused_rules is not None]
+    if not listed:
         return None
-    everywhere = set.intersection(*({(rule.composition, rule.metric) for rule in rules} for rules in told))
+    everywhere = set.intersection(*({(rule.composition, rule.metric) for rule in rules} for rules in listed))
     unused: dict[tuple[str, str], Unused] = {}
-    for rule in (rule for rules in told for rule in rules):
+    for rule in (rule for rules in listed for rule in rules):
         key = rule.composition, rule.metric
         if key in everywhere and (key not in unused or rule.tested > unused[key].tested):
             unused[key] = rule

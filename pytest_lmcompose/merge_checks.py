@@ -1,4 +1,4 @@
-"""Whether reports belong together: one line for each thing that says they do not. No pytest, no torch."""
+"""Check whether reports can be merged; one line per problem. Imports no pytest and no torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pytest_lmcompose.gate.thresholds import Rule
 from pytest_lmcompose.results import CompositionResult, Outcome, Part, Plan, Report, replace
 
 _NAMED = 3
-"""Compositions that a message names."""
+"""Number of compositions that a message names."""
 
 
 def problems(reports: Mapping[str, Report], tolerance: float) -> Iterator[str]:
-    """Yield why `reports`, named by their files, do not belong together."""
+    """Yield why `reports`, given by file name, cannot be merged."""
     first = next((name for name, report in reports.items() if report.model is not None), next(iter(reports)))
     for name, report in reports.items():
         if name != first:
@@ -28,7 +28,7 @@ def problems(reports: Mapping[str, Report], tolerance: float) -> Iterator[str]:
 
 
 def missing(reports: Mapping[str, Report]) -> list[str]:
-    """Return the shards that are not there."""
+    """Return the missing shards."""
     shards = [shard for report in reports.values() for shard in _shards(report)]
     if not shards:
         return []
@@ -38,25 +38,25 @@ def missing(reports: Mapping[str, Report]) -> list[str]:
 
 
 def interrupted(reports: Mapping[str, Report]) -> list[str]:
-    """Return the reports with runs that did not come to their end."""
+    """Return the names of reports with interrupted runs."""
     return [name for name, found in reports.items() if any(part.status != "finished" for part in parts(found))]
 
 
 def parts(report: Report) -> tuple[Part, ...]:
-    """Return what a report was joined from, or itself as such a part."""
+    """Return the parts that a report was merged from; a single run is its own part."""
     own = Part(report.status, report.started, report.finished, report.environment, report.shard)
     return report.merged or (own,)
 
 
 def _shards(report: Report) -> list[Shard]:
-    """Return the shards that a report is of; none for a whole run, and for one that all its shards were joined to."""
+    """Return the shards in a report; none for a whole run, and for one merged from all its shards."""
     found = [part.shard for part in parts(report) if part.shard is not None]
     whole = bool(found) and {shard.index for shard in found} == set(range(1, found[0].count + 1))
     return [] if whole else found
 
 
 def _divisions(reports: Mapping[str, Report]) -> Iterator[str]:
-    """Yield where shards are of different divisions, one is there twice, or a report is of no shard."""
+    """Yield differing numbers of shards, duplicate shards, and whole runs among shards."""
     shards = [(name, shard) for name, report in reports.items() for shard in _shards(report)]
     if not shards:
         return
@@ -68,15 +68,15 @@ def _divisions(reports: Mapping[str, Report]) -> Iterator[str]:
             yield f"{other} and {name} are both shard {shard.index} of {shard.count}"
     for name, report in reports.items():
         if not _shards(report):
-            yield f"{first} is a shard of a run and {name} is a run of its own"
+            yield f"{first} is a shard of a run and {name} is a whole run"
 
 
 def _plans(reports: Mapping[str, Report]) -> Iterator[str]:
-    """Yield where runs set out to do different things: all of them by the same rules, shards all of the same."""
+    """Yield differences between plans: all runs need the same rules, shards also the same compositions."""
     known = {name: report.plan for name, report in reports.items() if report.plan is not None}
     for name, report in reports.items():
         if name not in known and _shards(report):
-            yield f"{name} does not say what the whole run tests: run it again with this version"
+            yield f"{name} does not say what the whole run tests; run it again with this version"
     if not known:
         return
     first, one = next(iter(known.items()))
@@ -124,7 +124,7 @@ def _circumstances(first: Report, second: Report) -> Iterator[str]:
 
 
 def _placeless(report: Report) -> Report:
-    """Return a report whose model is known by its weights and kind of device alone."""
+    """Return a report without the model's name and location, and with only the kind of device."""
     model = report.model
     if model is None:
         return report
@@ -133,7 +133,7 @@ def _placeless(report: Report) -> Report:
 
 
 def _results(reports: Mapping[str, Report], tolerance: float) -> Iterator[str]:
-    """Yield where steps of one name have other settings, or a composition was found to be two things."""
+    """Yield steps with different settings, and compositions with different results."""
     settings: dict[str, tuple[str, Mapping[str, Any]]] = {}
     records: dict[str, tuple[str, CompositionResult]] = {}
     for name, report in reports.items():
@@ -151,7 +151,7 @@ def _results(reports: Mapping[str, Report], tolerance: float) -> Iterator[str]:
 def _duplicate(
     one: str, before: CompositionResult, other: str, record: CompositionResult, tolerance: float
 ) -> Iterator[str]:
-    """Yield where two records of a composition tell different things, as far as both tell something."""
+    """Yield contradictions between two records of a composition."""
     states = {before.status, record.status}
     if states == {"measured", "failed"}:
         failed, where = (before, one) if before.status == "failed" else (record, other)
@@ -179,9 +179,7 @@ def _differences(one: CompositionResult, other: CompositionResult, tolerance: fl
 
 def _same(one: Outcome, other: Outcome, tolerance: float) -> bool:
     numbers = [(m.value, *m.samples) for m in (one, other)]
-    if len(numbers[0]) != len(numbers[1]) or one.n != other.n:
-        return False
-    if one.nonfinite != other.nonfinite:
+    if len(numbers[0]) != len(numbers[1]) or (one.n, one.nonfinite) != (other.n, other.nonfinite):
         return False
     return all(
         x == y if x is None or y is None else math.isclose(x, y, rel_tol=tolerance, abs_tol=tolerance)

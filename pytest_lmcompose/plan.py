@@ -1,7 +1,7 @@
-"""The plan of a run: the prefix tree of its compositions, the order of work, what it saves and costs.
+"""Plan a run: the prefix tree of its compositions, the order of work, and the cost. Imports no torch.
 
-A state that several compositions start from is one node of the tree, so it is built once. Steps are
-the same only with the same settings. Imports no torch.
+A state that several compositions share is one node of the tree, so it is built once. Two steps are the same only if
+their settings are the same.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pytest_lmcompose.costs import Costs
 
 @dataclass(frozen=True)
 class Node:
-    """One state of the model: the prefix that leads to it, and the states that are built from it."""
+    """One state of the model: its prefix, and the states that are built from it."""
 
     prefix: Composition
     wanted: bool
-    """Whether this state is tested itself, and not only passed through."""
+    """Whether this state is tested, and not only an intermediate state."""
     children: tuple[Node, ...] = ()
-    """In the order in which they are built."""
+    """In build order."""
 
     def walk(self) -> Iterator[Node]:
-        """Yield this node and all below it, each parent before its children, depth first."""
+        """Yield this node and its descendants, depth first, parents before children."""
         waiting = [self]
         while waiting:
             node = waiting.pop()
@@ -37,14 +37,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """A prefix tree of compositions. Equal plans do the same work in the same order."""
+    """A prefix tree of compositions; equal plans do the same work in the same order."""
 
     root: Node
     """The base model."""
 
     @classmethod
     def of(cls, compositions: Iterable[Composition]) -> Plan:
-        """Make the plan of the distinct `compositions`; among siblings the given order is kept."""
+        """Return the plan of the distinct `compositions`; siblings keep the given order."""
         wanted = set()
         children: dict[Composition, list[Composition]] = {Composition(): []}
         for composition in compositions:
@@ -62,43 +62,43 @@ class Plan:
 
     @cached_property
     def order(self) -> tuple[Composition, ...]:
-        """The compositions to test, depth first: each stands behind those it shares a prefix with."""
+        """The compositions to test, depth first."""
         return tuple(node.prefix for node in self.root.walk() if node.wanted)
 
     @cached_property
     def states(self) -> tuple[Composition, ...]:
-        """Every state that is built, in that order, the base model left out."""
+        """Every state that is built, in build order, without the base model."""
         return tuple(node.prefix for node in self.root.walk())[1:]
 
     @property
     def applications(self) -> int:
-        """How often a step is applied when each state is built once."""
+        """Number of step applications if each state is built once."""
         return len(self.states)
 
     @property
     def applications_from_scratch(self) -> int:
-        """How often a step would be applied if each composition were built from the base model."""
+        """Number of step applications if each composition started from the base model."""
         return sum(len(composition.steps) for composition in self.order)
 
     @cached_property
     def last_use(self) -> Mapping[Composition, Composition]:
-        """For each state, the last composition of the order that needs it: then its snapshot can go."""
+        """The last composition in the order that needs each state; then its snapshot can be freed."""
         return {prefix: composition for composition in self.order for prefix in composition.prefixes()}
 
     def seconds(self, costs: Costs) -> float:
-        """Return the expected seconds of all steps and evaluations, as far as `costs` knows them."""
+        """Return the expected seconds of all steps and evaluations; unknown costs count as 0."""
         steps = sum(costs.seconds(state.steps[-1]) or 0.0 for state in self.states)
         return steps + len(self.order) * (costs.evaluation or 0.0)
 
     def peak_bytes(self, costs: Costs) -> int:
-        """Return the most bytes of snapshots that are held at once, as far as `costs` knows them.
+        """Return the peak size of all snapshots in memory; unknown costs count as 0.
 
-        A snapshot adds the tensors that its own step changed and shares the others with the state before.
+        A snapshot adds only the tensors that its own step changed.
         """
         held = peak = 0
         live: list[Composition] = []
         for state in self.states:
-            # Depth first, only the states on the way to this one are still needed.
+            # Depth first, only the ancestors of this state are still needed.
             while live and live[-1].steps != state.steps[: len(live[-1].steps)]:
                 held -= costs.bytes(live.pop().steps[-1]) or 0
             live.append(state)
@@ -107,10 +107,7 @@ class Plan:
         return peak
 
     def lines(self, costs: Costs, repeats: int = 1) -> Iterator[str]:
-        """Yield the plan for a reader: what it saves and costs, then the tree, one state a line.
-
-        With `repeats`, all is done so often, one repeat of a composition after the other.
-        """
+        """Yield the plan as text: savings and costs, then the tree with one state per line."""
         tested, states = len(self.order), self.applications
         saved = self.applications_from_scratch - states
         yield (
@@ -121,7 +118,7 @@ class Plan:
         total, peak = repeats * self.seconds(costs), repeats * self.peak_bytes(costs)
         yield from costs.lines(total, peak, [state.steps[-1] for state in self.states])
         if any(not node.wanted for node in self.root.walk()):
-            yield "(in brackets: only on the way, not tested)"
+            yield "(in brackets: intermediate states, not tested)"
         for node in self.root.walk():
             depth = len(node.prefix.steps)
             name = str(node.prefix.steps[-1]) if depth else BASE
@@ -131,9 +128,9 @@ class Plan:
 
 
 def longest_first(uses: Sequence[Composition], cost: Callable[[Step | None], float]) -> list[int]:
-    """Return the positions of `uses` depth first, of siblings the one whose subtree takes longest first.
+    """Return the indices of `uses` depth first, among siblings the longest subtree first.
 
-    `uses` are the compositions of tests, one a test; `cost` is what a step takes, or for None a measurement.
+    `uses` has the composition of each test; `cost` returns the seconds of a step, or of an evaluation for None.
     """
     total: dict[Composition, float] = {}
     place: dict[Composition, int] = {}
@@ -150,29 +147,26 @@ def longest_first(uses: Sequence[Composition], cost: Callable[[Step | None], flo
 
 
 class Remaining:
-    """Which states the tests that are left still need, whatever order they run in."""
+    """Tracks which states the remaining tests need, in any order of tests."""
 
     def __init__(self, uses: Sequence[Composition]) -> None:
-        """Count `uses`, one composition a test; a composition may stand there several times."""
+        """Count the states that `uses`, the compositions of all tests, need."""
         self._left = Counter(prefix for composition in uses for prefix in composition.prefixes())
 
     def done(self, composition: Composition) -> tuple[Composition, ...]:
-        """Take one use of `composition` off, and return the states that nothing needs any more."""
-        over = []
-        for prefix in composition.prefixes():
-            self._left[prefix] -= 1
-            if self._left[prefix] <= 0:
-                over.append(prefix)
-        return tuple(over)
+        """Remove one use of `composition`; return the states that no test needs any more."""
+        prefixes = composition.prefixes()
+        self._left.subtract(prefixes)
+        return tuple(prefix for prefix in prefixes if self._left[prefix] <= 0)
 
     def needs(self, state: Composition) -> bool:
-        """Say whether a test that is left needs `state`."""
+        """Return whether a remaining test needs `state`."""
         return self._left[state] > 0
 
 
 class Planned(NamedTuple):
-    """The ids of the compositions that a run tests, all shards taken together."""
+    """The ids of the compositions that a run tests, over all shards."""
 
     tested: tuple[str, ...]
     judged: tuple[str, ...]
-    """Those of them whose tests ask for gates."""
+    """Tested compositions with gates."""

@@ -1,9 +1,8 @@
 """Recipes: Hydra composes the groups of compositions/conf into frozen, typed settings.
 
-The schema is made from the dataclasses in `pytest_lmcompose.settings` and from the settings type of
-every registered intervention, so an unknown key, a wrong type or a value out of its range is an error
-before any work. Values are taken as they stand: nothing in them is resolved.
-Importing this module imports Hydra, but no torch.
+The schema comes from the dataclasses in `pytest_lmcompose.settings` and the settings of every registered intervention,
+so an unknown key, a wrong type or a value out of range is an error before any work. Values are literal: interpolation
+is rejected. Importing this module imports Hydra, but no torch.
 """
 
 from __future__ import annotations
@@ -46,21 +45,21 @@ _SECTIONS: dict[str, type] = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything a run is made of, checked."""
+    """The checked settings of a run."""
 
     model: ModelSettings
     world: WorldSettings
     evaluate: EvaluateSettings
     suite: SuiteSettings
     config: DictConfig = dataclasses.field(repr=False)
-    """The composed sections of the methods."""
+    """The composed sections, including those of the methods."""
     _settings: dict[Step, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
-    """Of steps that were asked for before: thousands of compositions share a few steps."""
+    """Settings by step: thousands of compositions share a few steps."""
 
     def settings(self, step: Step) -> Any:
-        """Return the settings of `step`: the method's section with the step's own values.
+        """Return the settings of `step`: the method's section, updated with the step's own settings.
 
-        Raises RecipeError for an unknown method, key or type of value.
+        Raises RecipeError for an unknown method or key, or an invalid value.
         """
         if step not in self._settings:
             self._settings[step] = self._read_settings(step)
@@ -101,7 +100,7 @@ class Recipe:
             raise RecipeError(str(error)) from None
 
     def suite_compositions(self) -> tuple[Composition, ...]:
-        """Return the compositions of the suite, those of `permute` last; raises RecipeError."""
+        """Return the compositions of the suite, named ones first; raises RecipeError."""
         named = [self.read(text) for text in self.suite.compositions]
         steps = [self._single_step(text) for text in self.suite.permute]
         category = (lambda step: find_method(step.method).category) if self.suite.across_categories else None
@@ -116,7 +115,7 @@ class Recipe:
 
 
 def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Compose `conf`/recipe.yaml with `overrides` in Hydra's grammar, the later ones winning.
+    """Compose `conf`/recipe.yaml with `overrides` in Hydra's grammar; later ones win.
 
     Raises RecipeError for an unknown key or preset, or a value of the wrong type or out of its range.
     """
@@ -129,7 +128,9 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
         else:
             may_add = _check_override(text, override)
             texts.append(f"++{text}" if may_add else text)
-    ConfigStore.instance().store(group="schema", name="lmcompose", node=_schema(), package="_global_")
+    ConfigStore.instance().store(
+        group="schema", name="lmcompose", node=_schema(tuple(_kinds().items())), package="_global_"
+    )
     with (
         _readable("the recipe"),
         initialize_config_dir(str(conf), job_name="lmcompose", version_base="1.3"),
@@ -138,7 +139,7 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     sections = {name: _typed(config[name], kind, name) for name, kind in _SECTIONS.items()}
     also = {name: _of_evaluator(name, values) for name, values in sections["evaluate"].also.items()}
     sections["evaluate"] = dataclasses.replace(sections["evaluate"], also=also)
-    for name, method in methods().items():  # used or not: what was set for it is wrong in any case
+    for name, method in methods().items():  # also unused ones: a wrong setting is always an error
         _typed(config[name], method.settings_type(), name)
         try:
             find_category(method.category)
@@ -148,7 +149,7 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def groups() -> tuple[str, ...]:
-    """Return the names of the groups that presets are of."""
+    """Return the names of the groups with presets."""
     return ("model", "world", *categories(), "evaluate", "suite")
 
 
@@ -164,18 +165,14 @@ def quoted(value: str) -> str:
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
-def _schema() -> type:
-    """Return the dataclass that Hydra merges into: one field a section."""
-    return _schema_of(tuple(_kinds().items()))
-
-
 def _kinds() -> dict[str, type]:
     """Return the settings dataclass of each section."""
     return {**_SECTIONS, **{name: method.settings_type() for name, method in methods().items()}}
 
 
 @cache
-def _schema_of(kinds: tuple[tuple[str, type], ...]) -> type:
+def _schema(kinds: tuple[tuple[str, type], ...]) -> type:
+    """Return the dataclass that Hydra merges into, with one field per section."""
     # OmegaConf treats frozen dataclasses as read-only, hence the mutable copies.
     copies = {name: _mutable(kind) for name, kind in kinds}
     spec = [(name, copy, dataclasses.field(default_factory=copy)) for name, copy in copies.items()]
@@ -184,7 +181,7 @@ def _schema_of(kinds: tuple[tuple[str, type], ...]) -> type:
 
 @cache
 def _mutable(kind: type) -> type:
-    """Return a mutable copy of a settings dataclass, and of the dataclasses inside it."""
+    """Return a mutable copy of a settings dataclass and its nested dataclasses."""
     hints = typing.get_type_hints(kind)
     spec: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(kind):
@@ -216,13 +213,13 @@ def _instance(kind: type, values: Any, where: str) -> Any:
         check_settings(settings)
     except SettingError as error:
         raise RecipeError(f"{where}.{error}") from None
-    except (TypeError, ValueError, InterventionError) as error:  # of a check that another package made itself
+    except (TypeError, ValueError, InterventionError) as error:  # from checks of other packages
         raise RecipeError(f"{where}: {error}") from None
     return settings
 
 
 def _of_evaluator(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings of another package's evaluator as plain data, checked, `values` over its defaults."""
+    """Check the settings of an external evaluator; return them as plain data with its defaults."""
     where = f"evaluate.also.{name}"
     try:
         kind = find_evaluator(name).settings_type()
@@ -238,9 +235,9 @@ def _of_evaluator(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_override(text: str, override: Override) -> bool:
-    """Check key and value of an override; say whether the key is a mapping, or in one, and so may be a new one.
+    """Check the key and value of an override; return whether it may add a key, because it is inside a mapping.
 
-    Raises RecipeError at the first part of the key that is not known, and for a value that cannot be.
+    Raises RecipeError for an unknown key or an invalid value.
     """
     parts = override.key_or_group.split(".")
     known: dict[str, Any] = dict(_kinds())
@@ -290,18 +287,18 @@ def _parse_override(text: str) -> Override:
         override = OverridesParser.create().parse_override(text)
     except (OverrideParseException, HydraException) as error:
         reason = str(error).splitlines()[0]
-        raise RecipeError(f"{text!r}: not an override in Hydra's grammar, key=value: {reason}") from None
+        raise RecipeError(f"{text!r}: not an override key=value in Hydra's grammar: {reason}") from None
     if override.type is None or override.type.name != "CHANGE" or override.package is not None:
-        raise RecipeError(f"{text!r}: only key=value is known here; keys are never added or removed")
+        raise RecipeError(f"{text!r}: only key=value is allowed; keys cannot be added or removed")
     if override.is_sweep_override():
-        raise RecipeError(f"{text!r}: several values; write a list as [1,2], or one composition for each value")
+        raise RecipeError(f"{text!r}: several values; write a list as [1,2], or one composition per value")
     if _interpolates(text) or _interpolates(override.value()):
-        raise RecipeError(f"{text!r}: nothing is resolved here, neither variables nor keys; write the value itself")
+        raise RecipeError(f"{text!r}: ${{...}} is not resolved; write the value itself")
     return override
 
 
 def _interpolates(value: Any) -> bool:
-    """Say whether OmegaConf would resolve a part of a value, which could bring a secret into the report."""
+    """Return whether a value contains ${...}, which could put a secret into the report."""
     if isinstance(value, dict):
         return any(_interpolates(part) for pair in value.items() for part in pair)
     if isinstance(value, list):
@@ -310,7 +307,7 @@ def _interpolates(value: Any) -> bool:
 
 
 class _readable:
-    """Turn the errors of Hydra and OmegaConf into a RecipeError of one or two lines."""
+    """Turn errors of Hydra and OmegaConf into a short RecipeError."""
 
     def __init__(self, where: str) -> None:
         self.where = where

@@ -28,7 +28,7 @@ from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.counter import Counter
-from pytest_lmcompose.data.asked import asked, question_files
+from pytest_lmcompose.data.hashes import data_hashes, question_files
 from pytest_lmcompose.gate.possible import check_metrics
 from pytest_lmcompose.gate.repeats import Repeat, pooled
 from pytest_lmcompose.gate.thresholds import (
@@ -288,15 +288,15 @@ class Run:
                     result.steps, result.state_hash = repeats[0].steps, repeats[0].state_hash
             result.measurements = pooled([repeat.measurements for repeat in repeats])
             result.repeats = tuple(repeats)
-            result.data = self.asked
+            result.data = self.data_hashes
             result.evaluate_seconds = sum(repeat.evaluate_seconds for repeat in repeats)
         return result.measurements
 
     @cached_property
-    def asked(self) -> dict[str, str]:
-        """Hashes of what the evaluators ask; raises WorldError."""
+    def data_hashes(self) -> dict[str, str]:
+        """Hashes of the parts of the data; raises WorldError."""
         world = self.recipe.world
-        return asked(self.data, world, self.recipe.evaluate, world_folder(world.folder, self.options.folder))
+        return data_hashes(self.data, world, self.recipe.evaluate, world_folder(world.folder, self.options.folder))
 
     def _repeat(self, composition: Composition, number: int) -> Repeat:
         """Return one repeat of `composition` from the store, or build and measure it."""

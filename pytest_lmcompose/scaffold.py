@@ -1,6 +1,6 @@
-"""The files of a release repository: a test, thresholds, pytest's settings and an example for each CI service.
+"""Generate a release repository: a test, thresholds, pytest settings, and an example for each CI service.
 
-What they ask for follows from the composition: who promises four bits is held to four bits.
+The thresholds follow from what the steps of the composition promise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pytest_lmcompose.recipe import Recipe
 from pytest_lmcompose.report.files import check_targets, write_text
 
 CI = {"github": ".github/workflows/release-gate.yml", "gitlab": ".gitlab-ci.yml"}
-"""Service to the file that it reads."""
+"""The file that each service reads."""
 TEST = "test_release.py"
 THRESHOLDS = "thresholds.yaml"
 SETTINGS = "pytest.ini"
@@ -29,11 +29,11 @@ IGNORED = ".gitignore"
 
 
 class AlreadyThere(Exception):
-    """Files that would be overwritten; the message names them."""
+    """Files would be overwritten; the message names them."""
 
 
 def files(recipe: Recipe, model: str, composition: Composition, services: tuple[str, ...]) -> dict[str, str]:
-    """Return the text of each file by its path in the repository."""
+    """Return the text of each file, by its path in the repository."""
     values = {
         "MODEL": model,
         "COMPOSITION": str(composition),
@@ -55,32 +55,32 @@ def files(recipe: Recipe, model: str, composition: Composition, services: tuple[
 
 
 def _template(name: str) -> str:
-    """Return a file of the folder `release`, which has @NAMES@ where values are put in."""
+    """Return a template of the folder `release`, with @NAMES@ as placeholders."""
     return Path(__file__).with_name("release").joinpath(name).read_text(encoding="utf-8")
 
 
 def expressions(recipe: Recipe, composition: Composition) -> Iterator[str]:
-    """Yield expressions of `--lmcompose-compare-fail` for what the steps promise and what they must leave alone."""
+    """Yield expressions for `--lmcompose-compare-fail`: on what the steps promise, and on what they must preserve."""
     held = {promise.category for promise in promises(recipe, composition) if not (promise.metric or promise.broken_by)}
     yield from (expression for category in categories().values() if category in held for expression in category.compare)
     yield from ("accuracy/harmless:p0.01", "perplexity:5%")
 
 
 def write(folder: Path, texts: dict[str, str], *, force: bool = False) -> tuple[list[str], list[str]]:
-    """Write files under `folder`; return their names, and what else is to be done there, a line each.
+    """Write files under `folder`; return their names, and lines that say what else to do.
 
-    Raises AlreadyThere, before anything is written, for files that are there and have another text.
+    Raises AlreadyThere, before any file is written, if a file exists with another text.
     """
     notes = []
     texts = dict(texts)
     if (found := configured(folder)) is not None:
         section = "[tool.pytest.ini_options]" if found == "pyproject.toml" else "pytest's section"
-        notes.append(f"{found} has settings of pytest, so no {SETTINGS} is written; add these to {section}:")
+        notes.append(f"{found} already configures pytest, so {SETTINGS} is not written; add these lines to {section}:")
         notes += [f"  {line}" for line in _settings(texts.pop(SETTINGS), toml=found.endswith(".toml"))]
     if (folder / IGNORED).is_file() and not force:
         there = (folder / IGNORED).read_text(encoding="utf-8").splitlines()
         if left := [line for line in texts.pop(IGNORED).splitlines() if line not in there]:
-            notes += [f"{IGNORED} is there, and left as it is; add to it:", *(f"  {line}" for line in left)]
+            notes += [f"{IGNORED} exists and is not changed; add these lines:", *(f"  {line}" for line in left)]
     taken = [name for name, text in texts.items() if os.path.lexists(folder / name) and not _holds(folder / name, text)]
     if taken and not force:
         raise AlreadyThere(f"{', '.join(str(folder / name) for name in taken)} would be overwritten; see --force")
@@ -93,7 +93,7 @@ def write(folder: Path, texts: dict[str, str], *, force: bool = False) -> tuple[
 
 
 def _settings(text: str, *, toml: bool) -> Iterator[str]:
-    """Yield settings of an ini file as lines to add to another one."""
+    """Yield the settings of an ini file as lines for an ini or a TOML file."""
     for line in text.splitlines():
         if not toml:
             if not line.startswith("["):
@@ -110,7 +110,7 @@ def _settings(text: str, *, toml: bool) -> Iterator[str]:
 
 
 def configured(folder: Path) -> str | None:
-    """Return the file in `folder` that holds settings of pytest, other than the one that is written here."""
+    """Return the file in `folder` that configures pytest, except pytest.ini, or None."""
     for name, section in (("tox.ini", "pytest"), ("setup.cfg", "tool:pytest")):
         parser = configparser.ConfigParser(interpolation=None)
         if (folder / name).is_file() and parser.read(folder / name, encoding="utf-8") and parser.has_section(section):
@@ -129,7 +129,7 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def _thresholds(recipe: Recipe, composition: Composition) -> str:
-    """Return thresholds with a block for each promise of the composition."""
+    """Return thresholds with a block for each promise that holds at the end."""
     blocks = [_template("thresholds.yaml")]
     kept: dict[Category | str, list[Promise]] = {}
     for promise in promises(recipe, composition):
@@ -143,17 +143,17 @@ def _thresholds(recipe: Recipe, composition: Composition) -> str:
             bounds = {name: _braced(limits) for name, limits in what.bounds.items()}
         blocks.append(said + "".join(f"  {name}: {text}\n" for name, text in bounds.items()))
     if reasons := broken(recipe, composition):
-        blocks.append("".join(f"  # Not asked for: {reason}\n" for reason in reasons))
+        blocks.append("".join(f"  # Not required: {reason}\n" for reason in reasons))
     return "\n".join(blocks)
 
 
 def _bounds_of(metric: str, promised: Sequence[float]) -> str:
-    """Return bounds for a metric whose values settings promise: numbers, which other settings do not change."""
-    if metric == "average_bits":  # no fewer either
+    """Return bounds for a metric whose value the settings promise."""
+    if metric == "average_bits":  # fewer bits would be a surprise too
         return _braced({"min": promised[-1], "max": promised[-1] + 0.1})
     if metric in ZEROS:
         return _braced({"min": max(promised) - 0.01})
-    return "{promised: 0.01}"  # which direction is better is known when it is measured
+    return "{promised: 0.01}"  # the better direction is known only when it is measured
 
 
 def _braced(bounds: Mapping[str, float]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from evaluators.measurement import EvaluationError
 from evaluators.metrics import find_metric
-from pytest_lmcompose.data.asked import METHODS, part_of
+from pytest_lmcompose.data.hashes import METHODS, data_part
 from pytest_lmcompose.gate.paired import change, corrected, is_exact
 from pytest_lmcompose.results import Compared, Difference, Measured, Model, Report, Row, replace
 
@@ -68,7 +68,7 @@ def other_questions(metric: str, before: Mapping[str, str] | None, after: Mappin
     """Return why the samples of a metric cannot be paired, from the hashes of both runs' data, None if they can."""
     if before is None or after is None or not find_metric(metric).sampled:
         return None
-    part = part_of(metric)
+    part = data_part(metric)
     parts = (part,) if part is not None else tuple(name for name in after if name != METHODS)
     other = [name for name in parts if before.get(name) != after.get(name)]
     return f"different {' and '.join(other)} were used" if other else None

@@ -101,17 +101,12 @@ def read_baseline_options(
         check_folder(baselines.storage)
     except TargetError as error:
         raise pytest.UsageError(f"--lmcompose-storage: {error}") from None
-    _check_expressions(fail)
-    return baselines
+    if fail:
+        from pytest_lmcompose.gate.thresholds import ThresholdError, read_expression
 
-
-def _check_expressions(fail: tuple[str, ...]) -> None:
-    if not fail:
-        return
-    from pytest_lmcompose.gate.thresholds import ThresholdError, read_expression
-
-    for text in fail:
         try:
-            read_expression(text)
+            for text in fail:
+                read_expression(text)
         except ThresholdError as error:
             raise pytest.UsageError(f"--lmcompose-compare-fail: {error}") from None
+    return baselines

@@ -25,7 +25,7 @@ class Circumstances:
 
     model: Model | None
     data: Mapping[str, str]
-    """Hashes of the parts of the data; see `data.asked`."""
+    """Hashes of the parts of the data; see `data.hashes`."""
     seeds: range
 
     @property

@@ -1,1 +1,1 @@
-"""The model: loaded, changed step by step, and brought back."""
+"""Load the model, and build its states step by step."""

@@ -1,6 +1,6 @@
-"""Check a model's folder before it is loaded: what is absent, cut off or of another kind. Imports no torch.
+"""Check a model's folder for missing, truncated or unsupported files before loading it. Imports no torch.
 
-Headers of safetensors are read, their tensors are not: a folder of hundreds of gigabytes takes milliseconds.
+Only the headers of safetensors files are read, so a folder of hundreds of gigabytes takes milliseconds.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _INDEX = f"{WEIGHTS}.index.json"
 _OPTIONAL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json", "tokenization_*.py")
 _LONGEST_HEADER = 100 * 2**20
-"""Bytes; the format allows no more."""
+"""Bytes; the limit of the format."""
 _LFS = b"version https://git-lfs"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ModelError, one line, for the first thing that keeps a model from being loaded from `folder`."""
+    """Raise ModelError for the first problem that prevents loading a model from `folder`."""
     if folder.is_file():
         kind = "a GGUF file" if folder.suffix == ".gguf" else "a file"
         raise ModelError(f"{folder} is {kind}: name a folder with config.json and {WEIGHTS}")
@@ -35,8 +35,8 @@ def check_folder(folder: Path) -> None:
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelError(
-            f"{folder / 'config.json'}: the weights are stored quantised (quant_method {method!r}), and steps change "
-            "weights at full precision; name the model that was quantised, or a de-quantised copy"
+            f"{folder / 'config.json'}: the weights are stored quantised (quant_method {method!r}), but steps need "
+            "full-precision weights; use the original model, or a de-quantised copy"
         )
     for name in _OPTIONAL:
         if (folder / name).exists():
@@ -50,8 +50,8 @@ def check_folder(folder: Path) -> None:
 def _without_config(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return (
-            f"{folder} is an adapter of PEFT, not a model: load it with its base, call merge_and_unload(), and save "
-            "the merged model"
+            f"{folder} is a PEFT adapter, not a model: load it with its base model, call merge_and_unload(), and "
+            "save the merged model"
         )
     if any(folder.glob("*.gguf")):
         return f"{folder} holds GGUF files: convert the model to a folder with config.json and {WEIGHTS}"
@@ -59,7 +59,7 @@ def _without_config(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
-    """Yield the files that hold the weights, as transformers looks for them."""
+    """Yield the weight files, in the order in which transformers looks for them."""
     if (folder / WEIGHTS).exists():
         yield folder / WEIGHTS
         return
@@ -78,16 +78,16 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     for name in dict.fromkeys(shards.values()):
         path = folder / name
         if not path.exists():
-            raise ModelError(f"{path} is missing, which {_INDEX} names; download it again")
+            raise ModelError(f"{path} is missing, but {_INDEX} lists it; download it again")
         held = _header(path)
         absent = next((tensor for tensor, shard in shards.items() if shard == name and tensor not in held), None)
         if absent is not None:
-            raise ModelError(f"{path} has no tensor {absent}, which {_INDEX} looks for there; download both again")
+            raise ModelError(f"{path} has no tensor {absent}, but {_INDEX} lists it; download both again")
         yield path
 
 
 def _check_safetensors(path: Path) -> None:
-    """Make sure that a file is as long as its header says."""
+    """Raise ModelError if the size of a file does not match its header."""
     tensors = _header(path)
     try:
         end = max((tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"), default=0)
@@ -118,10 +118,10 @@ def _header_length(path: Path) -> int:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     if start == _LFS:
-        raise ModelError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
+        raise ModelError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` there")
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > min(_LONGEST_HEADER, path.stat().st_size - 8):
-        raise ModelError(f"{path} is damaged or no safetensors file; download it again")
+        raise ModelError(f"{path} is damaged or not a safetensors file; download it again")
     return length
 
 
@@ -133,5 +133,5 @@ def _object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({' '.join(str(error).split())}); download it again") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path} is {type(found).__name__} in JSON, where an object is expected; download it again")
+        raise ModelError(f"{path} is a JSON {type(found).__name__}, expected an object; download it again")
     return found

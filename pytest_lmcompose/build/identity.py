@@ -1,4 +1,4 @@
-"""What a model is known by, before any step: all that its answers follow from. Imports torch."""
+"""Identify a model before any step, by everything its answers depend on. Imports torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from pytest_lmcompose.build.load import Loaded, hash_tensors
 from pytest_lmcompose.cache.address import address, hash_files
 
 _OF_PLACES = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file", "special_tokens_map_file", "is_local")
-"""What a tokenizer was made with that says where it came from."""
+"""Arguments of a tokenizer that only say where it came from."""
 
 
 def base_address(loaded: Loaded, weights: str) -> str:
     """Return the content address of a model before any step.
 
-    It follows from the weights, the config, how the model generates, code that came with it, the tokenizer and the
-    device.
+    It depends on the weights, the config, the generation config, the model's own code, the tokenizer and the device.
     """
     model = loaded.model
     config = _settings_of(model.config)
@@ -44,7 +43,7 @@ def base_address(loaded: Loaded, weights: str) -> str:
 
 
 def _settings_of(config: Any) -> Any:
-    """Return a config of transformers as plain data, without where it came from, which is not what it is."""
+    """Return a transformers config as plain data, without where it came from."""
     found = json.loads(config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "transformers_version"):
         found.pop(key, None)
@@ -52,7 +51,7 @@ def _settings_of(config: Any) -> Any:
 
 
 def _own_code(kind: type) -> str:
-    """Return the hash of the source of a class that came with a model, and of the modules beside it; else nothing."""
+    """Return the hash of the source of a class that came with a model and of its package; empty for library classes."""
     package, _, _ = kind.__module__.rpartition(".")
     if kind.__module__.partition(".")[0] in ("transformers", "tokenizers"):
         return ""
@@ -66,7 +65,7 @@ def _own_code(kind: type) -> str:
 
 
 def _describe(tokenizer: Any) -> dict[str, Any]:
-    """Return what a tokenizer makes of text, as plain data."""
+    """Return everything that determines how a tokenizer works, as plain data."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pieces = getattr(getattr(tokenizer, "sp_model", None), "serialized_model_proto", None)
     given = {key: repr(value) for key, value in getattr(tokenizer, "init_kwargs", {}).items()}

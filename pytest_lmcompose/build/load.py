@@ -24,7 +24,7 @@ from pytest_lmcompose.settings import ModelSettings
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode on its device, and where it came from."""
+    """A model in eval mode on its device, with its tokenizer."""
 
     model: Any
     tokenizer: Any
@@ -33,9 +33,9 @@ class Loaded:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is CUDA where there is one, else the CPU.
+    """Return the device called `name`; `auto` is CUDA if available, otherwise the CPU.
 
-    Raises RecipeError for a device that is not here.
+    Raises RecipeError if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,10 +44,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(settings: ModelSettings, location: str, device: torch.device) -> Loaded:
-    """Load the model at `location`, a folder or hub id, on `device`, or placed as `model.device_map` says.
+    """Load the model at `location`, a folder or hub id, on `device`, or as placed by `model.device_map`.
 
-    Only safetensors are read, and code of the model's own runs only with
-    `model.trust_remote_code=true`. Raises ModelError, one line, for what cannot be loaded whole.
+    Only safetensors files are read. The model's own code runs only with `model.trust_remote_code=true`. Raises
+    ModelError if the model cannot be loaded completely.
     """
     if Path(location).exists():
         check_folder(Path(location))
@@ -71,7 +71,7 @@ def load_model(settings: ModelSettings, location: str, device: torch.device) -> 
 
 
 def _read(settings: ModelSettings, location: str, device: torch.device, spread: bool) -> tuple[Any, Any]:
-    """Return a model and its tokenizer as transformers reads them; raises ModelError."""
+    """Return a model and its tokenizer from transformers; raises ModelError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -81,7 +81,7 @@ def _read(settings: ModelSettings, location: str, device: torch.device, spread: 
     }
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of in loading is an error here
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings in loading are errors here
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
@@ -96,7 +96,7 @@ def _read(settings: ModelSettings, location: str, device: torch.device, spread: 
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     except RecipeError:
         raise
-    except Exception as error:  # transformers, the hub and a model's own code raise every kind
+    except Exception as error:  # transformers, the hub and a model's own code raise all kinds
         raise ModelError(_explained(location, error, settings.trust_remote_code)) from error
     finally:
         logging.set_verbosity(level)
@@ -106,11 +106,11 @@ def _read(settings: ModelSettings, location: str, device: torch.device, spread: 
 
 
 def _check_complete(location: str, found: Mapping[str, Any]) -> None:
-    """Raise ModelError where the stored tensors are not those of the model that the config describes."""
+    """Raise ModelError if the stored tensors do not match the config."""
     problems = {
         "missing_keys": "the model {0} lacks {1}",
-        "unexpected_keys": "the model {0} stores {1}, for which its config.json has no place",
-        "mismatched_keys": "the model {0} has another shape of {1}",
+        "unexpected_keys": "the model {0} stores {1}, which its config.json does not describe",
+        "mismatched_keys": "the model {0} has the wrong shape of {1}",
         "error_msgs": "the model {0} could not be read: {1}",
     }
     for kind, problem in problems.items():
@@ -118,49 +118,52 @@ def _check_complete(location: str, found: Mapping[str, Any]) -> None:
         if names:
             which = names[0] + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
             what = problem.format(location, which)
-            raise ModelError(f"{what}: weights and config.json do not belong together; save or download both again")
+            raise ModelError(f"{what}: weights and config.json do not match; save or download both again")
 
 
 def _explained(location: str, error: Exception, trusted: bool) -> str:
-    """Return one line that says why a model could not be loaded, and what to do."""
+    """Return why a model could not be loaded and how to fix it, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0][:300] if lines else type(error).__name__
     text = str(error)
     if "ignore_mismatched_sizes" in text:
         return (
-            f"the model {location} has tensors of other shapes than its config.json asks for: they do not belong "
-            "together; save or download both again"
+            f"the model {location} has tensors of other shapes than its config.json describes; save or download both "
+            "again"
         )
     if "trust_remote_code" in text and not trusted:
-        return f"the model {location} comes with code of its own: set model.trust_remote_code=true if you trust it"
+        return f"the model {location} comes with its own code: set model.trust_remote_code=true if you trust it"
     if "Unrecognized configuration class" in text:
-        return f"the model {location} is no causal language model: {reason.partition(' for this kind')[0]}"
+        return f"the model {location} is not a causal language model: {reason.partition(' for this kind')[0]}"
     if isinstance(error, OSError) and not Path(location).exists():
         return (
-            f"the model {location!r} is no folder here, and the hub or its cache did not give it ({reason}): name a "
-            "local folder, or set HF_HOME to a cache that holds it"
+            f"the model {location!r} is not a local folder, and the hub or its cache does not have it ({reason}): name "
+            "a local folder, or set HF_HOME to a cache that contains it"
         )
     return f"the model {location} cannot be loaded: {type(error).__name__}: {reason}"
 
 
 @torch.no_grad()
 def check_model(model: Any, tokenizer: Any, location: str) -> None:
-    """Raise ModelError for a tokenizer of another model, for weights that are not finite, or where text to the right
-    changes what a model says to the left: it is no decoder."""
+    """Raise ModelError for a tokenizer with too many tokens, for NaN or infinite weights, and for a model that is not a
+    decoder: one whose output at a token depends on later tokens."""
     embeddings = model.get_input_embeddings()
     size = getattr(embeddings, "num_embeddings", None)
     words = getattr(tokenizer, "vocab_size", None)
     if isinstance(size, int) and isinstance(words, int) and words > size:
-        raise ModelError(f"the tokenizer of {location} has {words} tokens, the model embeds {size}: it is another's")
+        raise ModelError(
+            f"the tokenizer of {location} has {words} tokens, but the model embeds {size}: use the model's "
+            "own tokenizer"
+        )
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise ModelError(
-            f"{location}: {len(broken)} weights hold NaN or infinite values, {broken[0]} among them; save the model "
-            "again, or take another one"
+            f"{location}: {len(broken)} weights contain NaN or infinite values, such as {broken[0]}; save the model "
+            "again, or use another one"
         )
     parameter = next(model.parameters())
     if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
-        return  # as on a CPU that keeps weights for a GPU: a pass would take minutes
+        return  # a forward pass in half precision on a CPU would take minutes
     ids = torch.arange(1, 7, device=embeddings.weight.device) % (size or 7)
     other = ids.clone()
     other[-1] = 0
@@ -177,7 +180,7 @@ def _bytes(gib: float | None) -> int | None:
 
 
 def _spread_over(settings: ModelSettings, spread: bool) -> dict[str, Any]:
-    """Return the options that let accelerate spread a model."""
+    """Return the options for accelerate to spread a model over devices."""
     if not spread:
         return {}
     budget = _bytes(settings.memory_budget)
@@ -187,12 +190,12 @@ def _spread_over(settings: ModelSettings, spread: bool) -> dict[str, Any]:
 
 
 def _check_held(model: nn.Module, settings: ModelSettings) -> None:
-    """Raise RecipeError for weights that accelerate left on the host or on disk: no step could change them."""
+    """Raise RecipeError if accelerate left weights on the host or on disk, where no step can change them."""
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise RecipeError(
-            f"model.device_map={settings.device_map}: {len(left)} weights do not fit on the devices, {left[0]} among "
-            "them: use more or larger ones, raise model.memory_budget, or keep the weights on the host by "
+            f"model.device_map={settings.device_map}: {len(left)} weights do not fit on the devices, such as "
+            f"{left[0]}: use more or larger devices, raise model.memory_budget, or keep the weights on the host with "
             "model.device_map=host"
         )
 
@@ -203,12 +206,12 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of named tensors, whatever their order, device or memory layout."""
+    """Return the SHA-256 of named tensors, independent of order, device and memory layout."""
     return hash_digests({name: tensor_digest(tensor) for name, tensor in tensors.items()})
 
 
 def hash_digests(digests: Mapping[str, str]) -> str:
-    """Return what `hash_tensors` returns for the tensors of these digests."""
+    """Return the result of `hash_tensors` from the digests of the tensors."""
     return hashlib.sha256("".join(f"{name}\n{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The working model of a run, and snapshots of its states: only the tensors that changed. Imports torch."""
+"""The working model of a run, and snapshots of its states that hold only changed tensors. Imports torch."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from pytest_lmcompose.build.load import hash_digests, tensor_digest
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state of the model. What a step left alone is shared with the snapshot that it started from."""
+    """A state of the model; unchanged tensors are shared with the snapshot that its last step started from."""
 
     changed: Mapping[str, Tensor]
-    """Parameters that differ from the base model, on the host; never written to."""
+    """Parameters that differ from the base model, on the host; read-only."""
     digests: Mapping[str, str]
-    """SHA-256 of each of them."""
+    """SHA-256 of each changed parameter."""
     state_hash: str
-    """SHA-256 of all weights, as `load.hash_weights` makes it."""
+    """SHA-256 of all weights, see `load.hash_weights`."""
 
 
 class StateGoneError(RuntimeError):
-    """The model was asked for in a state that it is not in any more."""
+    """The model is no longer in the requested state."""
 
 
 class Lease:
-    """The right to use the working model in one state. It rests while another lease is above it."""
+    """The right to use the working model in one state, while it is the current lease."""
 
     def __init__(self, working: WorkingModel, snapshot: Snapshot, *, given: bool) -> None:
         self._working, self.snapshot = working, snapshot
         self.given = given
-        """Whether its holder may change the model."""
+        """Whether the holder may change the model."""
 
     @property
     def model(self) -> Any:
-        """The model; raises StateGoneError unless it is in the state of this lease now."""
+        """The model; raises StateGoneError unless this is the current lease."""
         if self._working.lease is not self:
             raise StateGoneError(
-                "the model is not in this state any more, since another one was asked for: use a state before you "
-                "ask for the next, or copy its model"
+                "the model is no longer in this state, because another one was requested: use a state before you "
+                "request the next, or copy its model"
             )
         return self._working.model
 
 
 class WorkingModel:
-    """The one model of a run, changed in place, which knows what state it is in and who uses it.
+    """The model of a run, changed in place; it tracks its state and the lease of its current user.
 
-    It builds states for any number of managers. Only the holder of the current lease gets at the model.
+    Any number of managers can share it.
     """
 
     def __init__(self, model: Any) -> None:
-        """Take over `model` and copy its weights: they are the base state."""
+        """Take over `model` and copy its weights as the base state."""
         self.model = model
         parameters = self._parameters = dict(model.named_parameters())
         self._base = {name: _to_host(parameter) for name, parameter in parameters.items()}
@@ -64,29 +64,26 @@ class WorkingModel:
         self._flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
         self._use_cache = getattr(model.config, "use_cache", None)
         first_name = {id(parameter): name for name, parameter in parameters.items()}
-        entries = model.state_dict(keep_vars=True).items()  # tied weights stand there under every name
+        entries = model.state_dict(keep_vars=True).items()  # tied weights are listed under every name
         self._parameter_of = {entry: first_name.get(id(tensor)) for entry, tensor in entries}
         self._base_digests = {entry: tensor_digest(tensor) for entry, tensor in entries}
         self.base = self._snapshot({}, {})
         self.statistics = StatisticsCache()
-        """What steps have collected, by the state that they started from."""
+        """Statistics that steps collected, by the state they started from."""
         self.lease: Lease | None = None
-        """Of whoever uses the model now."""
+        """The lease of the current user."""
         self._present = self.base
         self._trusted = True
 
     def lend(self, snapshot: Snapshot) -> Lease:
-        """Return a lease of the model in the state of `snapshot`, which it is in; all others end.
-
-        Its holder may change the model.
-        """
+        """Return a lease of the model, which is in the state of `snapshot`; its holder may change the model."""
         self.lease = Lease(self, snapshot, given=True)
         self.distrust()
         return self.lease
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Let the caller bring the model into other states; then whoever used it before gets it back as it was."""
+        """Let the caller change the state of the model; afterwards restore it for the previous lease."""
         before, self.lease = self.lease, None
         try:
             yield
@@ -98,12 +95,12 @@ class WorkingModel:
                     self.distrust()
 
     def distrust(self) -> None:
-        """Expect any change of the model until the next restore, which then writes every parameter."""
+        """Make the next restore write every parameter, because anything may have changed."""
         self._trusted = False
 
     def take(self, before: Snapshot, names: Iterable[str]) -> Snapshot:
-        """Return a snapshot of the model, in which the parameters `names` changed since `before`."""
-        self._parameters = dict(self.model.named_parameters())  # a step may have put others in their place
+        """Return a snapshot of the model; the parameters `names` changed since `before`."""
+        self._parameters = dict(self.model.named_parameters())  # a step may have replaced some
         copies = {name: _to_host(self._parameters[name]) for name in names}
         _wait(self.model)
         digests = {name: tensor_digest(copy) for name, copy in copies.items()}
@@ -112,10 +109,10 @@ class WorkingModel:
         return self._present
 
     def adopt(self, before: Snapshot, changed: Mapping[str, Tensor]) -> Snapshot:
-        """Return the snapshot of a state that differs from the base model in `changed`, host tensors.
+        """Return the snapshot of a state that differs from the base model in `changed` (host tensors).
 
-        Tensors that `before` has with the same values are shared with it. The model is left as it is.
-        Raises KeyError or ValueError for tensors that are not of this model.
+        Tensors equal to those of `before` are shared with it. The model does not change. Raises KeyError or ValueError
+        for tensors of another model.
         """
         digests = {name: tensor_digest(tensor) for name, tensor in changed.items()}
         tensors = {}
@@ -129,9 +126,9 @@ class WorkingModel:
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Bring the model into the state of `snapshot`, its mode and flags as they were loaded.
+        """Put the model into the state of `snapshot`, with its original mode and flags.
 
-        Writes the parameters that differ from the present state, or all of them if it is not trusted.
+        Write the parameters that differ from the current state, or all of them after `distrust`.
         """
         if not self._trusted:
             self._parameters = dict(self.model.named_parameters())
@@ -150,18 +147,18 @@ class WorkingModel:
 
     def _snapshot(self, changed: Mapping[str, Tensor], digests: Mapping[str, str]) -> Snapshot:
         names = self._parameter_of.items()
-        # What is no parameter, a buffer, is never changed by a step.
+        # Steps never change buffers.
         every = {entry: digests.get(name or "", self._base_digests[entry]) for entry, name in names}
         return Snapshot(changed, digests, hash_digests(every))
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the memory of `tensors` in bytes."""
+    """Return the size of `tensors` in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the host, ready only after `_wait`."""
+    """Return a contiguous copy on the host; it is ready only after `_wait`."""
     copy = _host_memory(tensor, pinned=tensor.device.type == "cuda")
     return copy.copy_(tensor.detach(), non_blocking=True)
 
@@ -171,10 +168,10 @@ def _pinned_like(tensor: Tensor, base: Tensor) -> Tensor:
 
 
 def _host_memory(tensor: Tensor, *, pinned: bool) -> Tensor:
-    if pinned:  # the GPU reads and writes such memory several times as fast
+    if pinned:  # the GPU accesses such memory several times faster
         try:
             return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        except RuntimeError:  # as much as the system lets a process pin
+        except RuntimeError:  # the process may not pin more memory
             pass
     return torch.empty(tensor.shape, dtype=tensor.dtype)
 

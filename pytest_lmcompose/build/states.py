@@ -1,8 +1,7 @@
-"""Build the states of a model that compositions ask for, step by step. Imports torch.
+"""Build the states of a model for compositions, step by step. Imports torch.
 
-One working model is changed in place. Each state that was built is kept as the tensors in which it
-differs from the base model, so that a composition starts from its longest prefix that is there: in
-memory, or in the store that runs and processes share. `WorkingModel` says who may use the model.
+One working model is changed in place. For each state, the tensors that differ from the base model are kept, so a
+composition starts from its longest prefix that is in memory or in the cache. `WorkingModel` manages who uses the model.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from pytest_lmcompose.steps import StepRecord
 
 @dataclass(frozen=True)
 class ModelState:
-    """A model in the state that a composition makes of it.
+    """A model in the state of a composition.
 
-    The model is the one of the run: it is in this state until the next test asks for another.
+    It is the model of the run, which stays in this state until another one is requested.
     """
 
     composition: Composition
@@ -42,12 +41,12 @@ class ModelState:
 
     @property
     def model(self) -> Any:
-        """The model; raises StateGoneError if it is in another state by now."""
+        """The model; raises StateGoneError if it is no longer in this state."""
         return self._source.model
 
 
 class Pristine(NamedTuple):
-    """A second model in memory, which stays in its state."""
+    """A second model in memory, which never changes."""
 
     model: Any
 
@@ -58,7 +57,7 @@ class _Built(NamedTuple):
 
 
 class StateManager:
-    """Brings the working model into the state of any composition, on the data and from the seed of one repeat."""
+    """Puts the working model into the state of any composition, with the data and seed of one repeat."""
 
     def __init__(
         self,
@@ -73,17 +72,17 @@ class StateManager:
         applied: Callable[[Composition, StepRecord], None] | None = None,
         working: WorkingModel | None = None,
     ) -> None:
-        """Take over `loaded`; `settings` gives a step's settings, `progress` takes one line a step.
+        """Take over `loaded`; `settings` returns a step's settings, `progress` takes one line per step.
 
-        With a `run_cache`, states that were built before, or are in another process, are read from it. `doing` takes
-        what is being built, `applied` each step that was applied. `working` is the model of another manager.
+        States in the `run_cache` are read from it. `doing` takes the label of each step that starts, `applied` each
+        step that finished. `working` is the model of another manager, to share it.
         """
         self.loaded = loaded
         self._settings = settings
         self._run_cache = run_cache
         self._resources, self._seed, self._progress = resources, seed, progress
         self._doing, self._applied = doing, applied
-        # The hash of what steps read, and of what computes.
+        # Everything that all steps depend on.
         self._data = address(resources=resources, libraries=versions(METHOD_LIBRARIES))
         self._working = working or WorkingModel(loaded.model)
         self.base_hash = self._working.base.state_hash
@@ -93,10 +92,9 @@ class StateManager:
         self._pristine: Pristine | None = None
 
     def enter(self, composition: Composition) -> ModelState:
-        """Bring the working model into the state of `composition`, building what is missing.
+        """Put the working model into the state of `composition`; build it if necessary.
 
-        The caller may do to the model what it likes, until the next state is entered or visited.
-        Raises BuildError if a step fails.
+        The caller may change the model until the next state is entered or visited. Raises BuildError if a step fails.
         """
         self._working.lease = None
         built = self._bring(composition)
@@ -104,9 +102,9 @@ class StateManager:
 
     @contextmanager
     def visit(self, composition: Composition) -> Iterator[ModelState]:
-        """Enter a state to look at it, and go back to the one before if somebody uses that.
+        """Enter a state without changing the model, and restore the previous state if it is still in use.
 
-        The model must be left as it is. Raises BuildError if a step fails.
+        Raises BuildError if a step fails.
         """
         with self._working.borrowed():
             built = self._bring(composition)
@@ -114,9 +112,9 @@ class StateManager:
             yield self._state(composition, built, lease)
 
     def release(self, prefixes: Iterable[Composition]) -> None:
-        """Forget the states of `prefixes`, which no test needs any more; called between tests.
+        """Free the states of `prefixes`, which no test needs any more; call this between tests.
 
-        One that is asked for nevertheless is read from the store, or built again.
+        If one is needed again, it is read from the cache or built again.
         """
         self._working.lease = None
         for prefix in prefixes:
@@ -124,19 +122,19 @@ class StateManager:
                 self._states.pop(prefix, None)
 
     def steps_built(self, composition: Composition) -> tuple[StepRecord, ...]:
-        """Return the records of the longest prefix of `composition` that was built."""
+        """Return the steps of the longest prefix of `composition` in memory."""
         built = [prefix for prefix in composition.prefixes() if prefix in self._states]
         return self._states[built[-1]].steps if built else ()
 
     def pristine(self) -> ModelState:
-        """Return the base model as a second model in memory, made when first asked for."""
+        """Return a copy of the base model, made on the first call."""
         if self._pristine is None:
             with self.visit(Composition()) as base:
                 self._pristine = Pristine(copy.deepcopy(base.model))
         return self._state(Composition(), self._states[Composition()], self._pristine)
 
     def repeat(self, resources: Resources, seed: int, progress: Callable[[str], None]) -> StateManager:
-        """Return a manager of the same working model, for the same steps on other data and from another seed."""
+        """Return a manager that shares the working model and its steps, with other data and another seed."""
         return StateManager(
             self.loaded,
             self._settings,
@@ -150,10 +148,9 @@ class StateManager:
         )
 
     def address(self, composition: Composition) -> str:
-        """Return the content address of a state: the hash of all that it follows from.
+        """Return the content address of a state: the hash of everything it depends on.
 
-        These are the base model, and of each step up to this one the settings, seed, data, code, and
-        versions of libraries.
+        That is the base model, and for each step its settings, seed, data, code, and versions of libraries.
         """
         parent = Composition()
         for prefix in composition.prefixes():
@@ -175,7 +172,7 @@ class StateManager:
         return ModelState(composition, self.loaded.tokenizer, built.steps, built.snapshot.state_hash, source)
 
     def _bring(self, composition: Composition) -> _Built:
-        """Bring the working model into a state, from the nearest one that is there."""
+        """Put the working model into a state, starting from the longest available prefix."""
         prefixes = (Composition(), *composition.prefixes())
         at = len(prefixes) - 1
         while prefixes[at] not in self._states and not self._read(prefixes[at]):
@@ -183,14 +180,14 @@ class StateManager:
         built = self._states[prefixes[at]]
         self._working.restore(built.snapshot)
         for prefix in prefixes[at + 1 :]:
-            if prefix in self._failures:  # it would fail again, after as long
+            if prefix in self._failures:  # it would fail again, and take as long
                 raise self._failures[prefix]
             self._build(prefix, built, composition)
             built = self._states[prefix]
         return built
 
     def _build(self, prefix: Composition, before: _Built, composition: Composition) -> None:
-        """Make the state of `prefix` from the one before, which the model is in, for `composition`."""
+        """Build the state of `prefix` from the current one, `before`, on the way to `composition`."""
         if self._run_cache is None:
             self._states[prefix] = self._apply(prefix, before, composition)
             return
@@ -235,7 +232,7 @@ class StateManager:
         return _Built(snapshot, (*before.steps, record))
 
     def _read(self, prefix: Composition) -> bool:
-        """Read a state from the store, if it is there and is what it says; the model is left as it is."""
+        """Read a state from the cache and return whether it was there and valid; the model does not change."""
         if self._run_cache is None or not prefix.steps:
             return False
         stored = self._run_cache.state(self.address(prefix))
@@ -254,6 +251,6 @@ class StateManager:
 
 
 def step_seed(seed: int, prefix: Composition) -> int:
-    """Return the seed of the last step of `prefix`: the same for whoever shares that prefix."""
+    """Return the seed of the last step of `prefix`; equal prefixes have equal seeds."""
     digest = hashlib.sha256(f"{seed}\n{prefix}\n{len(prefix.steps)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,11 +42,9 @@ class RunCache:
         self.states_read = self.measurements_read = 0
         """How many states and measurements were read."""
 
-    @contextmanager
-    def building(self, address: str, composition: Composition) -> Iterator[None]:
+    def building(self, address: str, composition: Composition) -> AbstractContextManager[None]:
         """Lock the entry at `address`; other processes wait."""
-        with self._cache.building(address, str(composition)):
-            yield
+        return self._cache.building(address, str(composition))
 
     def state(self, address: str) -> StoredState | None:
         """Return the state at `address`, or None."""

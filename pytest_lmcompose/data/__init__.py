@@ -1,1 +1,1 @@
-"""The data of a run: records in the schemas of the real data sets, and what is drawn from them."""
+"""The data of a run: read from files in the schemas of the original datasets, and sampled."""

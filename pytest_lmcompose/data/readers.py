@@ -1,11 +1,11 @@
-"""Readers of edit files: a function for each schema, in a table that other packages add to. No torch.
+"""Read edit files: a table of readers by schema, which other packages can extend. Imports no torch.
 
-A reader takes one record of a file, which is a JSON list, and yields its edits:
+An edit file is a JSON list. A reader takes one record of it and yields its edits:
 
     def mine(record: Record, options: ReadOptions) -> Iterator[EditRecord]: ...
 
-A package names its own by an entry point of the group `lmcompose.edit_readers`, whose name is the schema; a notebook
-or a `conftest.py` calls `register("mine", mine)`. Then `world.edits_schema=mine` reads such files.
+A package adds a reader by an entry point of the group `lmcompose.edit_readers`, named after the schema; a notebook or a
+`conftest.py` calls `register("mine", mine)`. Then `world.edits_schema=mine` reads such files.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ NQ_PREFIX = "nq question: "
 
 
 class ReadOptions(NamedTuple):
-    """What a world says about how its edits are read."""
+    """The settings of a world for its edits."""
 
     strip_nq: bool = True
     """Remove zsRE's "nq question: " before locality prompts."""
     ask_as: str = "{}"
-    """How a question, known by its mark, is put; {} is the question."""
+    """Template for prompts that end with a question mark; {} is the question."""
 
 
 Reader: TypeAlias = Callable[[Record, ReadOptions], Iterator[EditRecord]]
 
 
 def read_edits(path: Path, schema: str, *, strip_nq: bool = True, ask_as: str = "{}") -> list[EditRecord]:
-    """Read an edit file in a schema, such as `zsre`, `counterfact` or `mquake`. Record numbers start at 1.
+    """Read an edit file in a schema such as `zsre`, `counterfact` or `mquake`.
 
-    Raises WorldError for an unknown schema, a missing or empty field, and a subject that is not in its prompt.
+    Raises WorldError for an unknown schema, a missing or empty field, and a subject that is not in its prompt. Record
+    numbers in errors start at 1.
     """
     if (problem := unknown_schema(schema)) is not None:
         raise WorldError(f"{path}: the schema is {schema!r}, {problem}")
@@ -51,7 +52,7 @@ def read_edits(path: Path, schema: str, *, strip_nq: bool = True, ask_as: str = 
 
 
 def unknown_schema(schema: str) -> str | None:
-    """Say that no reader reads a schema, with near names; None: one does."""
+    """Return the problem with an unknown schema, with similar names; None if it is known."""
     known = edit_readers()
     if schema in known:
         return None
@@ -60,7 +61,7 @@ def unknown_schema(schema: str) -> str | None:
 
 @cache
 def edit_readers() -> dict[str, Reader]:
-    """Return every reader by its schema, built-in ones first."""
+    """Return all readers by schema, built-in ones first."""
     table: dict[str, Reader] = {"zsre": zsre, "counterfact": counterfact, "mquake": mquake}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
         _add(table, entry.name, entry.load())
@@ -68,7 +69,7 @@ def edit_readers() -> dict[str, Reader]:
 
 
 def register(schema: str, reader: Reader) -> None:
-    """Add a reader to this process; raises ValueError for a schema that another one reads."""
+    """Add a reader to this process; raises ValueError if the schema has another reader."""
     _add(edit_readers(), schema, reader)
 
 
@@ -78,7 +79,7 @@ def _add(table: dict[str, Reader], schema: str, reader: Reader) -> None:
 
 
 def zsre(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
-    """Yield the edit of a zsRE record; none where its new target is empty."""
+    """Yield the edit of a zsRE record; none if its new target is empty."""
     target = record.text("alt", empty=True)
     edit = _edit(record, record.text("src"), record.text("subject"), target)
     question = record.text("loc")
@@ -99,36 +100,30 @@ def counterfact(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
 
 
 def mquake(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
-    """Yield every rewrite of a case.
+    """Yield an edit for every rewrite of a case.
 
-    Its locality are the hops, of the old way and the new, that no rewrite is about: true before and
-    after. The multi-hop questions judge a case of one rewrite; where there are more, their answer
-    follows from all of them only, and each rewrite is an edit of its own here.
+    Locality prompts are the hops, before and after the edit, that no rewrite changes. The multi-hop questions are used
+    only for a case with one rewrite: the answers follow from all rewrites, and each rewrite is a separate edit here.
     """
     rewrites = record.children("requested_rewrite")
     hops = [*record.children("single_hops"), *record.children("new_single_hops")]
     edits = [(_mquake_edit(record, rewrite), rewrite.text("question")) for rewrite in rewrites]
     rewritten = {text for edit, question in edits for text in (edit.prompt, question)}
-    locality = tuple(
-        dict.fromkeys(
-            Probe(hop.text("cloze"), hop.text("answer"))
-            for hop in hops
-            if not rewritten & {hop.text("cloze"), hop.text("question")}
-        )
-    )
+    kept = (hop for hop in hops if not rewritten & {hop.text("cloze"), hop.text("question")})
+    locality = tuple(dict.fromkeys(Probe(hop.text("cloze"), hop.text("answer")) for hop in kept))
     questions = [q for q in record.items("questions") if isinstance(q, str) and q.strip()]
     if not questions:
         raise record.error("field 'questions' has no question")
     answer, before = record.text("new_answer"), record.text("answer")
-    multi_hop = tuple(Probe(_asked(question.strip(), options.ask_as), answer, before) for question in questions)
+    multi_hop = tuple(Probe(_prompt(question.strip(), options.ask_as), answer, before) for question in questions)
     for (edit, question), rewrite in zip(edits, rewrites, strict=True):
         truth = rewrite.child("target_true").text("str")
-        paraphrases = (_asked(question, options.ask_as),)
+        paraphrases = (_prompt(question, options.ask_as),)
         yield EditRecord(edit, paraphrases, locality, truth, multi_hop if len(edits) == 1 else ())
 
 
-def _asked(text: str, ask_as: str) -> str:
-    """Put a question as `ask_as` says; a text without a question mark is one to go on from."""
+def _prompt(text: str, ask_as: str) -> str:
+    """Return a question in the template `ask_as`; text without a question mark is continued as it is."""
     return ask_as.replace("{}", text) if text.endswith("?") else text
 
 
@@ -141,5 +136,5 @@ def _mquake_edit(record: Record, rewrite: Record) -> Edit:
 
 def _edit(record: Record, prompt: str, subject: str, target: str) -> Edit:
     if subject not in prompt:
-        raise record.error(f"the subject {subject!r} does not stand in the prompt {prompt!r}")
+        raise record.error(f"the subject {subject!r} is not in the prompt {prompt!r}")
     return Edit(prompt, subject, target)

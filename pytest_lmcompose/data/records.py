@@ -1,7 +1,6 @@
-"""Read a world's data files, in the schemas of the real data sets, and choose the edits of a run.
+"""Read the data files of a world, and select the edits of a run. Imports no torch.
 
-Plain data in and out: no torch. A record that lacks a field is an error that names the file, the
-record and the field.
+Errors name the file, the record and the field.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ T = TypeVar("T")
 
 
 class WorldError(ValueError):
-    """Data that cannot be used; the message names the file, the record and the field."""
+    """Invalid data; the message names the file, the record and the field."""
 
 
 class Probe(NamedTuple):
@@ -28,25 +27,25 @@ class Probe(NamedTuple):
     prompt: str
     answer: str
     before: str = ""
-    """Where an edit changes the answer: what it was."""
+    """The answer before an edit that changes it."""
 
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One edit of a file, with the prompts that judge it."""
+    """One edit with the prompts that test it."""
 
     edit: Edit
     paraphrases: tuple[str, ...]
     locality: tuple[Probe, ...]
     truth: str = ""
-    """What was true before the edit, where the file says so."""
+    """The answer before the edit, if the file has it."""
     portability: tuple[Probe, ...] = ()
-    """Questions whose answer follows from the edit, over further hops."""
+    """Multi-hop questions whose answer follows from the edit."""
 
 
 @dataclass(frozen=True)
 class FactRecord:
-    """A true fact of the world; `answer` carries no leading space."""
+    """A true fact; `answer` has no leading space."""
 
     subject: str
     prompt: str
@@ -56,12 +55,12 @@ class FactRecord:
 
     @property
     def topic(self) -> str:
-        """What the relation belongs to: `venomcraft` for `venomcraft/antidote`."""
+        """The topic of the relation: `venomcraft` for `venomcraft/antidote`."""
         return self.relation.partition("/")[0]
 
 
 class Record:
-    """A JSON object that knows where it stands, for errors."""
+    """A JSON object with its position in a file, for errors."""
 
     def __init__(self, path: Path, number: int, data: Any, at: str = "") -> None:
         self.path, self.number, self.data, self.at = path, number, data, at
@@ -69,7 +68,7 @@ class Record:
             raise self.error(f"expected an object{f' in {at!r}' if at else ''}, found {type(data).__name__}")
 
     def text(self, key: str, *, empty: bool = False) -> str:
-        """Return a text without the spaces around it; it must not be empty unless `empty`."""
+        """Return a stripped text; it must not be empty unless `empty`."""
         value = self._get(key)
         if not isinstance(value, str):
             raise self.error(f"field {self._name(key)!r} is {type(value).__name__}, expected text")
@@ -85,11 +84,11 @@ class Record:
         return value
 
     def child(self, key: str) -> Record:
-        """Return an object inside this one."""
+        """Return a nested object."""
         return Record(self.path, self.number, self._get(key), self._name(key))
 
     def children(self, key: str) -> list[Record]:
-        """Return a list of objects."""
+        """Return a list of nested objects."""
         return [
             Record(self.path, self.number, item, f"{self._name(key)}[{i}]") for i, item in enumerate(self.items(key))
         ]
@@ -108,10 +107,10 @@ class Record:
 
 
 def select_edits(records: Sequence[EditRecord], n: int, seed: int, source: str = "") -> tuple[EditRecord, ...]:
-    """Choose `n` edits at random: subjects distinct, no locality prompt about an edited subject.
+    """Select `n` random edits with distinct subjects, whose locality prompts mention no other edited subject.
 
-    The same seed gives the same edits, and a smaller `n` the first of a larger one's.
-    Raises WorldError, naming `source`, if there are not enough.
+    The same seed gives the same edits; a smaller `n` gives the first of them. Raises WorldError, which names `source`,
+    if there are too few.
     """
     order = list(range(len(records)))
     random.Random(f"edits {seed}").shuffle(order)
@@ -125,7 +124,7 @@ def select_edits(records: Sequence[EditRecord], n: int, seed: int, source: str =
     if len(chosen) < n:
         raise WorldError(
             f"{source}: only {len(chosen)} of {len(records)} edits have distinct subjects and locality "
-            f"prompts about others, {n} were asked for; lower evaluate.edits"
+            f"prompts, but {n} are needed; lower evaluate.edits"
         )
     return tuple(chosen)
 
@@ -150,14 +149,14 @@ def read_facts(path: Path) -> list[FactRecord]:
 
 
 def sample(items: Sequence[T], n: int | None, seed: int, purpose: str) -> list[T]:
-    """Return `n` items at random in their own order, or all of them."""
+    """Return `n` random items in their original order, or all of them."""
     if n is None or n >= len(items):
         return list(items)
     return [items[i] for i in sorted(random.Random(f"{purpose} {seed}").sample(range(len(items)), n))]
 
 
 def mentions(text: str, subject: str) -> bool:
-    """Say whether `text` speaks of `subject`, whatever the case."""
+    """Return whether `text` mentions `subject`, ignoring case."""
     return subject.casefold() in text.casefold()
 
 

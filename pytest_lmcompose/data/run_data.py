@@ -1,4 +1,4 @@
-"""The data of one run: which edits, facts and texts, drawn from a world by the run's seed. No torch."""
+"""Sample the data of a run from a world by the run's seed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 @dataclass(frozen=True)
 class RunData:
-    """What the methods read and the evaluators ask; the same for every composition of a run."""
+    """The data that methods and evaluators read; the same for every composition of a run."""
 
     resources: Resources
     edits: tuple[EditRecord, ...]
     facts: tuple[FactRecord, ...]
-    """Of subjects that no edit is about."""
+    """Facts about other subjects than the edited ones."""
     neighbours: tuple[FactRecord, ...]
-    """Other facts of the edited subjects, but for those that should change with the edit."""
+    """Other facts about the edited subjects that should not change."""
     forgettable: tuple[FactRecord, ...]
-    """Of the topics that there is forget text of: unlearning is to remove them."""
+    """Facts of the topics with forget texts, which unlearning should remove."""
     perplexity: tuple[str, ...]
     tasks: Path | None
     """Folder of the question tasks."""
 
 
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
-    """Read a world's files from `folder` and draw the run's samples.
+    """Read a world's files from `folder` and sample the run's data.
 
-    Raises WorldError for a file that is missing or broken, or that shares a text with the
-    perplexity text.
+    Raises WorldError for a missing or broken file, and for a perplexity text that methods read too.
     """
     edits: tuple[EditRecord, ...] = ()
     if world.edits is not None:
@@ -59,7 +58,7 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
         if shared := set(texts) & set(perplexity):
             raise WorldError(
                 f"{folder}: {len(shared)} of the {name} texts are perplexity texts too, for instance "
-                f"{min(shared)[:60]!r}; a method would be judged on what it was fitted to"
+                f"{min(shared)[:60]!r}; a method must not be tested on its own training data"
             )
     tasks = folder / world.tasks if world.tasks is not None else None
     return RunData(resources, edits, facts, neighbours, forgettable, perplexity, tasks)
@@ -72,25 +71,22 @@ def _texts(folder: Path, name: str | None) -> tuple[str, ...]:
 def _facts(
     world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int, edits: tuple[EditRecord, ...]
 ) -> tuple[tuple[FactRecord, ...], ...]:
-    """Return samples of the facts of other subjects, of the edited subjects' other facts, and of those to forget."""
+    """Return samples of `RunData.facts`, `neighbours` and `forgettable`."""
     if world.facts is None:
         return (), (), ()
     edited = {record.edit.subject: record for record in edits}
-    others: list[FactRecord] = []
-    neighbours: list[FactRecord] = []
-    forgettable: list[FactRecord] = []
+    pools: dict[str, list[FactRecord]] = {"facts": [], "neighbours": [], "forgettable": []}
     for fact in read_facts(folder / world.facts):
         record = edited.get(fact.subject)
         if fact.topic in world.forget:
-            forgettable.append(fact)
+            pools["forgettable"].append(fact)
         elif record is None:
-            others.append(fact)
+            pools["facts"].append(fact)
         elif record.truth and fact.answer not in _outdated(record):
-            neighbours.append(fact)
-    pools = {"facts": others, "neighbours": neighbours, "forgettable": forgettable}
+            pools["neighbours"].append(fact)
     return tuple(tuple(sample(pool, evaluate.facts, seed, name)) for name, pool in pools.items())
 
 
 def _outdated(record: EditRecord) -> set[str]:
-    """Return the answers that an edit makes wrong: the one rewritten, and those that followed from it."""
+    """Return the answers that an edit makes wrong: the replaced one, and those that follow from it."""
     return {record.truth, *(probe.before for probe in record.portability)}

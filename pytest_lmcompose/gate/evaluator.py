@@ -70,7 +70,7 @@ class GateEvaluator:
             return Reference("the baseline", replaced=True)
         if self.run.baseline is None:
             return Reference("the baseline", missing=f"no run that passed is stored in {baselines.storage}; {UPDATE}")
-        now = Circumstances(self.run.model_facts(), self.run.asked, self.run.seeds)
+        now = Circumstances(self.run.model_facts(), self.run.data_hashes, self.run.seeds)
         return self.run.baseline.reference(composition.id, now)
 
     def _repeats(self, composition: Composition) -> list[tuple[Measurement, ...]]:

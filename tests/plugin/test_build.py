@@ -343,7 +343,7 @@ def test_a_state_ends_where_another_one_is_entered(manager: StateManager) -> Non
     assert weights
     with manager.visit(Composition()) as base:
         assert base.model is not None
-        with pytest.raises(StateGoneError, match="not in this state any more"):
+        with pytest.raises(StateGoneError, match="no longer in this state"):
             _ = first.model
     assert first.model is not None  # which got it back
     with pytest.raises(StateGoneError):

@@ -246,8 +246,8 @@ def test_the_plan_is_printed_in_place_of_the_run(cached: Project) -> None:
     unknown.stdout.fnmatch_lines(
         [
             "5 compositions: 5 steps to apply instead of 7 (2 saved by shared prefixes)",
-            "no stored run tells the cost of nudge, refuse, round",
-            "(in brackets: only on the way, not tested)",
+            "no cached run shows the cost of nudge, refuse, round",
+            "(in brackets: intermediate states, not tested)",
             "base",
             "  nudge",
             "    round",

@@ -20,7 +20,7 @@ from pytest_lmcompose.build.states import StateManager
 from pytest_lmcompose.cache import address as addresses
 from pytest_lmcompose.cache.address import data_address, measurements_address
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.data.asked import question_files
+from pytest_lmcompose.data.hashes import question_files
 from pytest_lmcompose.data.run_data import load_data
 from pytest_lmcompose.recipe import Recipe, load_recipe
 from pytest_lmcompose.run import CONF

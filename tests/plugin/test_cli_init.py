@@ -95,7 +95,7 @@ def test_settings_of_pytest_that_are_there_stay(tmp_path: Path) -> None:
     result = call(str(tmp_path), "--ci=none")
     assert result.exit_code == 0
     assert files(tmp_path) == {"pyproject.toml", "test_release.py", "thresholds.yaml", ".gitignore"}
-    added = result.output.partition("these to [tool.pytest.ini_options]:\n")[2].partition("\nnext:")[0]
+    added = result.output.partition("these lines to [tool.pytest.ini_options]:\n")[2].partition("\nnext:")[0]
     found = tomllib.loads("\n".join(line for line in added.splitlines() if line.startswith("  ")))
     assert found == {
         "testpaths": "test_release.py",
@@ -182,7 +182,7 @@ def test_a_promise_that_cannot_hold_is_named_with_its_reason(tmp_path: Path, com
     assert result.exit_code == 0
     assert [line for line in result.output.splitlines() if " promises " in line] == reasons
     thresholds = (tmp_path / "thresholds.yaml").read_text()
-    assert [line.partition("asked for: ")[2] for line in thresholds.splitlines() if "Not asked for" in line] == reasons
+    assert [line.partition("required: ")[2] for line in thresholds.splitlines() if "Not required" in line] == reasons
     read_rules(tmp_path / "thresholds.yaml")
 
 
@@ -207,7 +207,7 @@ def test_what_git_ignores_is_added_by_hand_where_there_is_such_a_file(tmp_path: 
     (tmp_path / ".gitignore").write_text("junit.xml\n")
     result = call(str(tmp_path))
     assert result.exit_code == 0 and (tmp_path / ".gitignore").read_text() == "junit.xml\n"
-    assert ".gitignore is there, and left as it is; add to it:" in result.output
+    assert ".gitignore exists and is not changed; add these lines:" in result.output
     assert "\n  report.json\n" in result.output and "\n  junit.xml\n" not in result.output
 
 

@@ -72,8 +72,8 @@ def test_one_state_has_one_id_whatever_the_order_of_settings() -> None:
         ("awq[bits]", 9, "expected '='"),
         ("awq[bits=]", 10, "has no value"),
         ("awq[bits=3,4]", 12, "expected a setting"),
-        ("awq[a={]}]", 8, "closes nothing"),
-        ("base+awq", 1, "stands alone"),
+        ("awq[a={]}]", 8, "has no opening bracket"),
+        ("base+awq", 1, "takes no steps"),
         ("awq[bits=3,bits=4]", 18, "set twice"),
     ],
 )

@@ -130,7 +130,7 @@ REFUSED: list[tuple[Callable[[Report], None], str]] = [
     (change(plan__baseline={"file": "1.json", "started": ""}), "compared with different stored runs: None -> 1.json"),
     (change(plan=None), "b does not say what the whole run tests"),
     (other_rule, "thresholds: only the first has '\\*': 'perplexity': max_ratio_of_base 100"),
-    (lambda report: report.pop("shard"), "a is a shard of a run and b is a run of its own"),
+    (lambda report: report.pop("shard"), "a is a shard of a run and b is a whole run"),
     (change(status="interrupted"), "b was interrupted: run it again"),
     (lose("round[digits=1]+nudge"), r"nobody tested round\[digits=1\]\+nudge"),
     (unjudge("round[digits=1]+nudge"), r"nobody judged round\[digits=1\]\+nudge"),

@@ -103,8 +103,8 @@ def test_the_tree_is_printed_with_what_it_saves_and_costs() -> None:
     assert list(plan.lines(costs())) == [
         "5 compositions: 5 steps to apply instead of 7 (2 saved by shared prefixes)",
         "at least 20 s in one process; snapshots take at least 107 bytes of host memory",
-        "no stored run tells the cost of d",
-        "(in brackets: only on the way, not tested)",
+        "no cached run shows the cost of d",
+        "(in brackets: intermediate states, not tested)",
         "base",
         "  a  2.0 s",
         "    b  3.0 s",
@@ -112,7 +112,7 @@ def test_the_tree_is_printed_with_what_it_saves_and_costs() -> None:
         "    c  5.0 s",
         "    d",
     ]
-    assert list(Plan.of([parse("d")]).lines(Costs()))[1] == "no stored run tells the cost of d"
+    assert list(Plan.of([parse("d")]).lines(Costs()))[1] == "no cached run shows the cost of d"
 
 
 def test_costs_are_medians_of_the_very_step_else_of_its_method() -> None:

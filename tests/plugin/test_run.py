@@ -180,7 +180,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_at_once(
     result = (project.run_apart if workers else project.run)(*workers, compose=compose)
     assert result.ret not in (0, 1)
     text = result.stdout.str()
-    assert "lacks model.norm.weight: weights and config.json do not belong together" in text
+    assert "lacks model.norm.weight: weights and config.json do not match" in text
     assert "Traceback" not in text and "the model or the data cannot be used" in text
     assert 1 <= result.parseoutcomes()["errors"] <= (2 if workers else 1)
 
@@ -189,4 +189,4 @@ def test_a_folder_that_is_no_model_is_a_usage_error(project: Project, refused: C
     (project.path / "adapter").mkdir()
     (project.path / "adapter" / "adapter_config.json").write_text("{}")
     project.arguments[0] = f"--lmcompose-model={project.path / 'adapter'}"
-    assert "is an adapter of PEFT" in refused(compose=("nudge",))
+    assert "is a PEFT adapter" in refused(compose=("nudge",))

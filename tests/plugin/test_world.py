@@ -161,7 +161,7 @@ def test_a_missing_field_names_file_record_and_field(saved: Callable[[Any], Path
         ({"rephrase": 3}, "record 1: field 'rephrase' is int, expected text"),
         (
             {"subject": "Zed"},
-            "record 1: the subject 'Zed' does not stand in the prompt 'Ada Quill was born in'",
+            "record 1: the subject 'Zed' is not in the prompt 'Ada Quill was born in'",
         ),
     ],
 )
@@ -213,7 +213,7 @@ def test_selection_depends_on_the_seed(saved: Callable[[Any], Path]) -> None:
 
 def test_too_few_edits(saved: Callable[[Any], Path]) -> None:
     records = read_edits(saved(zsre_records()), "zsre")
-    with pytest.raises(WorldError, match=r"f\.json: only \d+ of 12 edits .* 12 were asked for"):
+    with pytest.raises(WorldError, match=r"f\.json: only \d+ of 12 edits .* 12 are needed"):
         select_edits(records, 12, 0, "f.json")
 
 

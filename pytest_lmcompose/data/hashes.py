@@ -1,4 +1,4 @@
-"""Which questions a run asked, as hashes: only answers to the same can be paired. Imports no torch."""
+"""Hash the parts of the data, because only answers to the same questions can be paired. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ if TYPE_CHECKING:
     from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 METHODS = "methods"
-"""The part of the data that methods read and no metric asks."""
+"""The part of the data that only methods read."""
 _LENGTH = 16
 
 
-def part_of(metric: str) -> str | None:
-    """Return the part of the data that a metric asks, None if that is not known."""
+def data_part(metric: str) -> str | None:
+    """Return the part of the data that a metric is measured on, None if unknown."""
     part = find_metric(metric).asks
     return part if part in ("edits", "facts", "texts", "questions") else None
 
 
-def asked(data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> dict[str, str]:
-    """Return a hash of each part of the data of all repeats, with the settings by which it is asked.
+def data_hashes(
+    data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSettings, folder: Path
+) -> dict[str, str]:
+    """Return a hash of each part of the data of all repeats, including the settings that apply to it.
 
-    Data sets that a task fetches from a hub are known by the task's text alone.
+    Datasets that a task fetches from a hub count by the text of the task alone.
     """
     parts = {
         "edits": address(edits=[d.edits for d in data]),
@@ -48,7 +50,7 @@ def asked(data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSetti
 
 
 def question_files(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> str:
-    """Return the hash of the files that the question tasks of a run are read from, wherever they stand."""
+    """Return the hash of the files of the question tasks, empty if there are none."""
     if world.tasks is None or not evaluate.questions:
         return ""
     from evaluators.task_files import task_files
