@@ -1,6 +1,6 @@
-"""The table of engines: which methods they have, which settings they take, how to get them (no torch).
+"""The table of engines: their methods, supported settings and installation. Imports no torch.
 
-An engine is a package of others that does a method of ours. `worker` names the module of
+An engine is another package that implements one of our methods. `worker` names the module of
 `engine_workers` that drives it.
 """
 
@@ -22,7 +22,7 @@ OWN = "own"
 """The value of the setting `engine` that means this project's own kernels."""
 
 _ALWAYS = frozenset({"engine", "engine_python", "samples", "max_tokens", "preserve_mask"})
-"""Settings that mean the same whatever the engine: they are seen to outside of it."""
+"""Settings that work with every engine, because this project handles them."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Engine:
     worker: str
     settings: dict[str, frozenset[str]]
     own_environment: bool = False
-    """Cannot live beside the transformers that this project needs."""
+    """Cannot be installed beside this project's transformers."""
     limits: dict[str, Range] = field(default_factory=dict)
-    """What it can do of the numbers that our own kernels can."""
+    """Supported ranges, where smaller than those of our own kernels."""
 
     @property
     def variable(self) -> str:
