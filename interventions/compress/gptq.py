@@ -30,7 +30,7 @@ class GptqSettings(Sequential, Quantiser):
     symmetric: bool = False
     """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
     act_order: bool = False
-    """Round the columns with the largest inputs first. Groups stay those of neighbouring columns: implies
+    """Round the columns with the largest inputs first. Groups still have neighbouring columns: implies
     `static_groups`."""
     static_groups: bool = False
     """Find the grids of all groups on the weights as they were, not when the rounding reaches them."""

@@ -152,7 +152,7 @@ def environment() -> dict[str, str]:
 
 
 def check_difference(model: nn.Module, probe: Tensor, answer: Answer, who: str) -> float:
-    """Return how far, relatively, our model's logits are from those of the engine's own model.
+    """Return the relative difference between the logits of our model and of the engine's own model.
 
     Raises InterventionError if that is more than rounding explains: de-quantisation went wrong.
     """
