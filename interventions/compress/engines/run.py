@@ -110,7 +110,7 @@ def work(engine: Engine, python: str, folder: Path, who: str) -> None:
     log = folder / "log"
     with log.open("w") as stream:
         done = subprocess.run(
-            [python, "-c", _START, str(WORKERS), engine.worker, str(folder)],
+            [python, "-c", _START, str(WORKERS), engine.name, str(folder)],
             cwd=folder,  # engines leave files where they stand
             env=environment(),
             stdin=subprocess.DEVNULL,
