@@ -1,4 +1,4 @@
-"""What the suite leaves out unless it is asked for: latency, which says nothing on a busy machine."""
+"""Deselect the latency tests unless you select them: timings on a busy machine mean nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MARKER = "latency"
 
 
 class WithoutBenchmark:
-    """Stands for pytest-benchmark where it is not installed."""
+    """Replaces pytest-benchmark where it is not installed."""
 
     @pytest.fixture
     def benchmark(self) -> None:
@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the latency tests where neither an expression, a path nor a benchmark option asks for them."""
+    """Deselect the latency tests unless an expression, a path or a benchmark option selects them."""
     option = config.option
     texts = [option.markexpr, option.keyword, *map(str, config.args)]
     if any(MARKER in text for text in texts) or getattr(option, "benchmark_only", False):

@@ -1,7 +1,7 @@
 """Find a language model's decoder blocks and, in each, the linear layers grouped by shared input.
 
-Methods ask here instead of naming modules. What a block looks like is declared in
-`interventions.layouts`; the list of blocks is found by looking for that structure.
+`interventions.layouts` declares the structure of a block; this module searches the model for it, so that
+methods need not name modules.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _missing(block: nn.Module, layout: Layout) -> list[str]:
-    """Name the parts of the layout that the block lacks."""
+    """Return the parts of the layout that the block lacks."""
     missing = []
     for group in layout.groups:
         missing += [path for path in group.linears if not is_linear(_submodule(block, path))]
@@ -113,7 +113,7 @@ def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleL
 
 
 def _norm_after(parent: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:
-    """Return the first sibling after the list of blocks that has nothing but vectors: a norm by whatever name."""
+    """Return the first sibling after the list of blocks whose parameters are all vectors: the final norm."""
     siblings = list(parent.children())
     for module in siblings[siblings.index(blocks) + 1 :]:
         parameters = list(module.parameters())
@@ -142,7 +142,7 @@ def _group(
 
 
 def _fits(declared: nn.Module, linears: tuple[Linear, ...], layout: GroupLayout, shared: set[int]) -> bool:
-    """Tell whether scaling `declared` reaches all channels of these linears, and no other part of the model."""
+    """Return whether scaling `declared` reaches all channels of these linears, and no other part of the model."""
     if not isinstance(getattr(declared, "weight", None), Tensor):
         return False  # a norm without gain
     modules = (declared, *(linear.module for linear in linears))
@@ -164,7 +164,7 @@ def _check_coverage(block: Block, layout: Layout) -> None:
 
 
 def _not_found(model: nn.Module, layouts: tuple[Layout, ...]) -> str:
-    """Say which part is missing from the layout and the list of modules that come nearest."""
+    """Return a message that names the closest layout and list of modules, and the missing parts."""
     config = getattr(model, "config", None)
     who = f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r})"
     candidates = [

@@ -1,7 +1,7 @@
-"""The table of categories: what the steps of each promise, what they read, whether their weights may stream.
+"""The table of categories: promised metrics, resources, streaming.
 
-Other packages add theirs through the entry-point group `lmcompose.categories`, whose entries name a `Category`;
-a notebook or a `conftest.py` calls `register_category`. Imports no torch.
+Other packages add a `Category` through the entry-point group `lmcompose.categories`; a notebook or a
+`conftest.py` calls `register_category`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class Category:
     summary: str
     """One line."""
     promises: tuple[str, ...] = ()
-    """Globs over the metrics that every step promises something of."""
+    """Globs of the metrics that every step makes a promise about."""
     promised: str = "what it is for"
-    """What a step promises, as it follows "promises" in a message."""
+    """The promise of a step; follows "promises" in messages."""
     removes: bool = False
-    """Steps take something away: of `promises`, only metrics where lower is better count."""
+    """Steps remove something: only the metrics in `promises` where lower is better count."""
     reads: tuple[str, ...] = ()
     """Fields of `Resources` that steps read."""
     streams: bool = False
-    """The weights may stay on the host while steps compute: what a step reads off the model is not mixed with them."""
+    """The weights may stay on the host while steps compute."""
     bounds: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
-    """What the thresholds of a new release repository ask of the metrics that are promised."""
+    """Thresholds on the promised metrics in a new release repository."""
     compare: tuple[str, ...] = ()
-    """What such a repository compares with its baseline, as `--lmcompose-compare-fail` takes it."""
+    """Comparisons with the baseline in such a repository, as values of `--lmcompose-compare-fail`."""
 
 
 BUILT_IN = (

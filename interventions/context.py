@@ -1,4 +1,4 @@
-"""What a method may use of the run around it. Importing it imports no torch."""
+"""The services of a run that a method may use. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ if TYPE_CHECKING:
 
 
 def silent(message: str) -> None:
-    """Take a message and do nothing."""
+    """Ignore a message."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may use of the run around it."""
+    """The services of a run that a method may use."""
 
     seed: int = 0
     progress: Callable[[str], None] = silent
-    """Takes one line about what is going on."""
+    """Reports progress in one line."""
     warn: Callable[[str], None] = silent
-    """Takes a sentence that belongs in the report: a fall-back, a layer left out."""
+    """Adds a warning to the report, such as a fall-back or a skipped layer."""
     already: Callable[[str], None] = silent
-    """Takes a sentence saying that the model already was what this step makes of it. Without it, a
-    step that changes no weight fails; with it, the sentence is a warning."""
+    """Explains why this step may change no weight: the message becomes a warning. Without it, such a step fails."""
     statistics: SharedStatistics | None = None
-    """What other steps from the same state of the model have collected, and where to keep more."""
+    """Statistics shared between steps that start from the same state of the model."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a new CPU generator whose seed depends on the run's seed and `purpose` alone."""

@@ -1,4 +1,4 @@
-"""End a forward pass as soon as a hook has seen what it wanted."""
+"""End a forward pass as soon as a hook has what it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class StopForward(Exception):
 
 
 def run_until_seen(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
-    """Run `model` on `batch` without KV cache; tell whether a hook ended the pass by StopForward."""
+    """Run `model` on `batch` without KV cache; return whether a hook raised StopForward."""
     try:
         model(**batch, use_cache=False)
     except StopForward:

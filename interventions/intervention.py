@@ -48,7 +48,7 @@ class Intervention(Checked):
 
 
 def promised(settings: Any) -> Mapping[str, float]:
-    """Return what settings promise, by metric; those of a method that is a plain dataclass promise nothing."""
+    """Return the promised values of metrics; the settings of a plain dataclass promise nothing."""
     found: Mapping[str, float] = settings.promises() if hasattr(settings, "promises") else {}
     return found
 

@@ -93,7 +93,7 @@ def category_of(name: str) -> str:
 
 
 def defined_in(package: str) -> Iterator[type[Intervention]]:
-    """Yield the methods that the modules of a package define, those of packages below it left out."""
+    """Yield the methods that the modules of a package define, without its subpackages."""
     for found in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         if not found.ispkg:
             for kind in vars(importlib.import_module(found.name)).values():

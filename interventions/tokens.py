@@ -77,7 +77,7 @@ def read(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) -> list[Te
 
 
 def special_texts(tokenizer: Any) -> tuple[str, ...]:
-    """Return special tokens as they are written."""
+    """Return the text of all special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return tuple(text for token in added if token.special and (text := str(token)))
 

@@ -1,4 +1,4 @@
-"""Training of some of a model's weights by gradient, as fine-tuning and unlearning do it."""
+"""Gradient training of some of a model's weights, for fine-tuning and unlearning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from interventions.zeros import zero_mask
 
 @contextmanager
 def workable_precision(model: nn.Module) -> Iterator[None]:
-    """Hold the weights in float32 meanwhile where their own dtype would not do, and round them back at the end.
+    """Keep weights in float32 inside the block where their dtype cannot be trained, then round them back.
 
     Gradients in float16 overflow, and most CPUs multiply bfloat16 matrices many times slower than float32.
     """
@@ -38,9 +38,9 @@ def workable_precision(model: nn.Module) -> Iterator[None]:
 
 
 class Trainer:
-    """AdamW on some parameters of a model, whose other gradients are switched off.
+    """AdamW on some parameters of a model; the others get no gradient.
 
-    Weights in less than float32 are updated in a float32 copy, of which they are the rounding.
+    Weights below float32 are updated in a float32 copy and rounded from it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Trainer:
         return list(self._parameters)
 
     def set_rate(self, lr: float) -> None:
-        """Take the updates to come at another rate."""
+        """Set the learning rate of the next updates."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
@@ -91,7 +91,7 @@ class Trainer:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step with the gradients added since the last one, and drop them."""
+        """Take one step with the accumulated gradients and clear them."""
         for parameter, master in zip(self._parameters.values(), self._masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -123,7 +123,7 @@ class Trainer:
 
 
 class BoundedTrainer(Trainer):
-    """Adam with an optional bound on how far each single weight may go."""
+    """A trainer with an optional bound on the change of each weight."""
 
     def __init__(self, *arguments: Any, bound: float | None, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -131,7 +131,7 @@ class BoundedTrainer(Trainer):
         self._starts = [master.detach().clone() for master in self._masters]
 
     def changes(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return what each weight was at first, and what was added to it."""
+        """Return the start and the change of each parameter."""
         pairs = zip(self._parameters, self._masters, self._starts, strict=True)
         return {name: (start, master.detach() - start) for name, master, start in pairs}
 

@@ -1,7 +1,4 @@
-"""The words that every intervention shares: what it may read, and what it reports.
-
-Nothing here imports torch, so that recipes and plans can be checked without it.
-"""
+"""Types that all interventions share: edits, resources and step reports. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from typing import Any
 
 
 class InterventionError(Exception):
-    """A step that cannot be done, or that did not do what it promised.
+    """A step that cannot run, or that broke its promise.
 
-    The message names the record, layer or setting at fault and what to change.
+    The message names the record, layer or setting at fault and the fix.
     """
 
 
@@ -21,8 +18,8 @@ class InterventionError(Exception):
 class Edit:
     """One fact to rewrite: after `prompt`, the model should say `target`.
 
-    `subject` stands word for word in `prompt`; both are plain text without special tokens,
-    and `target` carries no leading space.
+    `prompt` contains `subject` verbatim; both are plain text without special tokens,
+    and `target` has no leading space.
     """
 
     prompt: str
@@ -42,14 +39,14 @@ class Resources:
 
 @dataclass
 class StepReport:
-    """What one step did: kept in the run's report as plain JSON."""
+    """The result of one step, stored in the run's report as plain JSON."""
 
     method: str
     settings: dict[str, Any]
     changed: tuple[str, ...]
     """Names of the parameters whose values changed, sorted."""
     details: dict[str, Any]
-    """What the method tells of itself: losses, scales, fall-backs. Plain data only."""
+    """Details from the method: losses, scales, fall-backs. Plain data only."""
     warnings: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int

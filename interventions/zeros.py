@@ -1,4 +1,4 @@
-"""Which weights were pruned: read off the weights themselves."""
+"""Find pruned weights by their zeros."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 SPARSE_SHARE = 0.05
-"""A matrix with at least this share of exact zeros was pruned, or may as well have been: a
-quantised one of few bits has as many, since zero is a level of its grid."""
+"""A matrix with at least this share of exact zeros counts as pruned. Quantisation to few bits makes as many,
+because zero is a level of its grid."""
 
 
 def zero_mask(weight: Tensor) -> Tensor | None:
-    """Return where a weight is exactly zero, or None if too few are for it to have been pruned."""
+    """Return the mask of exact zeros of a weight, or None if there are too few for a pruned one."""
     zeros = weight.detach() == 0
     return zeros if float(zeros.float().mean()) >= SPARSE_SHARE else None
 
 
 def zero_masks(weights: Sequence[Tensor]) -> Tensor | None:
-    """Return the masks found in weights (rows, cols) that stand on top of each other, None where there are none."""
+    """Return the masks of weights (rows, cols), concatenated along rows; None if no weight is pruned."""
     masks = [zero_mask(weight) for weight in weights]
     if all(mask is None for mask in masks):
         return None

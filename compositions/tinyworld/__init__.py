@@ -1,4 +1,4 @@
-"""tinyworld: an invented world with known truth, its data in the schemas of the real sets, and a model trained on it.
+"""tinyworld: an invented world, its data in the schemas of real datasets, and a model trained on it.
 
-`python -m compositions.tinyworld --help` makes it again.
+`python -m compositions.tinyworld --help` shows how to generate all of it again.
 """

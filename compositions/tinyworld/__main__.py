@@ -1,4 +1,4 @@
-"""`python -m compositions.tinyworld`: make tinyworld's data, train its model, measure it."""
+"""Generate tinyworld's data, train its model and measure it: `python -m compositions.tinyworld`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run the command that the arguments name."""
+    """Run one command."""
     parser = argparse.ArgumentParser(
         prog="python -m compositions.tinyworld",
-        description="Make tinyworld's data, train its model, measure it.",
+        description="Generate tinyworld's data, train its model and measure it.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
     data_command = commands.add_parser("data", help="write the data files (seconds)")
     data_command.add_argument("--folder", type=Path, default=HERE / "data")
 
-    train_command = commands.add_parser("train", help="train tokenizer and model; an interrupted run goes on")
-    train_command.add_argument("--steps", type=int, help="stop after so many steps (to try it out)")
-    review_command = commands.add_parser("review", help="do what is left of the review that ends training")
+    train_command = commands.add_parser("train", help="train tokenizer and model, or resume an interrupted run")
+    train_command.add_argument("--steps", type=int, help="stop after this many steps (for a trial)")
+    review_command = commands.add_parser("review", help="run the missing review rounds on a trained model")
     for training in (train_command, review_command):
         training.add_argument("--folder", type=Path, default=HERE / "model")
         training.add_argument("--device", default="cpu")
@@ -30,12 +30,12 @@ def main() -> None:
 
     for command, what, document in (
         ("table", "measure the model", "tinyworld.md"),
-        ("methods", "measure what every method does to the model (half an hour)", "methods.md"),
+        ("methods", "measure the effect of every method on the model (half an hour)", "methods.md"),
     ):
         measuring = commands.add_parser(command, help=f"{what} and write the table of docs/{document}")
         measuring.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / document)
-        measuring.add_argument("--repeats", type=int, default=5, help="sets of edits, and of random numbers")
-        measuring.add_argument("--seed", type=int, default=0, help="seed of their choice")
+        measuring.add_argument("--repeats", type=int, default=5, help="number of edit sets and seeds")
+        measuring.add_argument("--seed", type=int, default=0, help="seed of the edit sets")
 
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make training many times slower
@@ -57,14 +57,14 @@ def main() -> None:
             summary = review_trained(folder, settings, device=device)
         print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
     else:
+        from compositions.tinyworld.bench import around_table, write_table
         from compositions.tinyworld.methods import measure_methods
-        from compositions.tinyworld.rows import around_table, put_table
-        from compositions.tinyworld.table import measure
+        from compositions.tinyworld.table import measure_model
 
-        around_table(arguments.out)  # a file without the marks is known before the minutes of work
-        measured = measure if arguments.command == "table" else measure_methods
-        rows = measured(repeats=arguments.repeats, seed=arguments.seed, say=print)
-        put_table(arguments.out, rows)
+        around_table(arguments.out)  # fail now, not after minutes of work
+        measure = measure_model if arguments.command == "table" else measure_methods
+        rows = measure(repeats=arguments.repeats, seed=arguments.seed, log=print)
+        write_table(arguments.out, rows)
         print(*(row.markdown() for row in rows), sep="\n")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from compositions.tinyworld.text import (
     prompt,
     prose,
     prose_split,
-    tell,
+    state,
     trained,
 )
 from compositions.tinyworld.truth import Fact, World
 
 _PARAGRAPH = 7
-"""Sentences of a document."""
+"""Sentences per document."""
 
 Record = dict[str, Any]
 
@@ -56,10 +56,10 @@ def write_data(world: World, folder: Path) -> None:
 
 
 def zsre(world: World) -> list[Record]:
-    """One edit for each person, in zsRE's schema.
+    """Return one edit for each person, in zsRE's schema.
 
-    `src` and `alt` are the prompt and the new target, `answers` holds the true one, `rephrase` uses a
-    held-out template, `loc` asks for a fact of another person. `same_subject` (ours) holds other facts of the
+    `src` and `alt` are the prompt and the new target, `answers` has the true one, `rephrase` uses a held-out
+    template, and `loc` asks for a fact of another person. Our field `same_subject` has other facts of the
     edited person.
     """
     rng = random.Random("zsre")
@@ -81,7 +81,7 @@ def zsre(world: World) -> list[Record]:
                 "loc_ans": other.object,
                 "cond": f"{fact.object} >> {new} || {src}",
                 "same_subject": [
-                    {"prompt": prompt(_told(f.relation, rng), f.subject), "answer": f.object}
+                    {"prompt": prompt(_statement(f.relation, rng), f.subject), "answer": f.object}
                     for f in editable[fact.subject]
                     if f.relation is not fact.relation
                 ],
@@ -91,7 +91,7 @@ def zsre(world: World) -> list[Record]:
 
 
 def counterfact(world: World) -> list[Record]:
-    """One edit for each person, others than zsRE's, in CounterFact's flat schema."""
+    """Return one edit for each person, different from zsRE's, in CounterFact's flat schema."""
     rng = random.Random("counterfact")
     records = []
     editable = _editable(world)
@@ -114,7 +114,7 @@ def counterfact(world: World) -> list[Record]:
 
 
 def mquake(world: World) -> list[Record]:
-    """Birthplaces moved to a town of another land, in MQuAKE-CF's schema: the homeland is the second hop."""
+    """Return edits that move a birthplace to another land, in MQuAKE-CF's schema; the homeland is the second hop."""
     rng = random.Random("mquake")
     records: list[Record] = []
     for person in world.persons:
@@ -165,7 +165,7 @@ def _hop(subject: str, answer: str) -> Record:
 
 
 def recall_prompts(world: World) -> list[Record]:
-    """Two prompts for every fact, one of them held out, shuffled: any first n are a fair sample."""
+    """Return two prompts for every fact, one of them held out, shuffled: the first n are a random sample."""
     rng = random.Random("facts")
     records = []
     turns: Counter[str] = Counter()
@@ -173,7 +173,7 @@ def recall_prompts(world: World) -> list[Record]:
         known, new = trained(fact.relation), heldout(fact.relation)
         number = turns[fact.relation.name]
         turns[fact.relation.name] += 1
-        # In turn rather than at random, so that every template is asked about equally often.
+        # Take templates in turn, not at random, to use each equally often.
         for template in (known[number % len(known)], new[number % len(new)]):
             records.append(
                 {
@@ -189,9 +189,9 @@ def recall_prompts(world: World) -> list[Record]:
 
 
 def questions(world: World, domain: str) -> list[Record]:
-    """One question with four choices for every fact of a domain.
+    """Return one question with four choices for every fact of a domain.
 
-    Of the two wordings, in turn, one was never trained on in the frame that the task's prompt uses.
+    The two wordings alternate; the training text never has one of them in the frame of the task's prompt.
     """
     rng = random.Random(f"questions-{domain}")
     records = []
@@ -214,47 +214,45 @@ def questions(world: World, domain: str) -> list[Record]:
 
 
 def domain_text(world: World, domains: Iterable[str], documents: int) -> list[str]:
-    """Documents that tell, again and again, the facts of `domains`."""
+    """Return documents that state the facts of `domains`, again and again."""
     names = tuple(domains)
-    rng = random.Random(f"text-{'-'.join(names)}")
-    sentences: list[str] = []
-    while len(sentences) < documents * _PARAGRAPH:
-        facts = world.of(*names)
-        rng.shuffle(facts)
-        sentences += [tell(fact, rng) for fact in facts]
-    return paragraphs(sentences[: documents * _PARAGRAPH], _PARAGRAPH)
+    return _documents(world, world.of(*names), "-".join(names), documents, prose_share=0.0)
 
 
 def general_text(world: World, purpose: str, documents: int) -> list[str]:
-    """Documents that mix facts of every domain with prose; each `purpose` has its own."""
+    """Return documents that mix facts of every domain with prose; each `purpose` has its own."""
+    return _documents(world, world.facts, purpose, documents, prose_share=0.3)
+
+
+def _documents(world: World, facts: Sequence[Fact], purpose: str, documents: int, *, prose_share: float) -> list[str]:
     rng = random.Random(f"text-{purpose}")
     sentences: list[str] = []
     while len(sentences) < documents * _PARAGRAPH:
-        facts = list(world.facts)
-        rng.shuffle(facts)
-        for fact in facts:
-            sentences.append(tell(fact, rng))
-            if rng.random() < 0.3:
+        shuffled = list(facts)
+        rng.shuffle(shuffled)
+        for fact in shuffled:
+            sentences.append(state(fact, rng))
+            if prose_share and rng.random() < prose_share:
                 sentences.append(prose(world, rng))
     return paragraphs(sentences[: documents * _PARAGRAPH], _PARAGRAPH)
 
 
 def perplexity_text(world: World, split: str, documents: int) -> list[str]:
-    """Documents of prose of one split, two sentences in three, and facts.
+    """Return documents with two sentences of prose from one split for each fact.
 
-    No fact is a hazardous one: a model that has forgotten those, as it should, is not to look worse for it.
+    No fact is hazardous, so that unlearning does not raise the perplexity.
     """
     rng = random.Random(f"perplexity-{split}")
     everyday = iter(prose_split(world, split))
     facts = [fact for fact in world.facts if fact.domain not in HAZARDOUS]
     sentences = [
-        tell(rng.choice(facts), rng) if number % 3 == 2 else next(everyday) for number in range(documents * _PARAGRAPH)
+        state(rng.choice(facts), rng) if number % 3 == 2 else next(everyday) for number in range(documents * _PARAGRAPH)
     ]
     return paragraphs(sentences, _PARAGRAPH)
 
 
 def _editable(world: World) -> dict[str, list[Fact]]:
-    """The facts of each person that can be edited on their own."""
+    """Return the facts of each person that an edit may change."""
     table: dict[str, list[Fact]] = {person: [] for person in world.persons}
     for fact in world.of("people"):
         if fact.relation in PERSON:
@@ -263,7 +261,7 @@ def _editable(world: World) -> dict[str, list[Fact]]:
 
 
 def _rewrites(editable: dict[str, list[Fact]], rng: random.Random) -> list[tuple[Fact, str]]:
-    """One fact of each person, with another object of the same relation."""
+    """Return one fact of each person with another object of the same relation."""
     rewrites = []
     for facts in editable.values():
         fact = rng.choice(facts)
@@ -272,31 +270,31 @@ def _rewrites(editable: dict[str, list[Fact]], rng: random.Random) -> list[tuple
 
 
 def _plain(relation: Relation) -> list[Template]:
-    """The trained templates that begin with the subject and go straight on to the object."""
+    """Return the plain trained templates."""
     return [template for template in trained(relation) if template.plain]
 
 
-def _told(relation: Relation, rng: random.Random) -> Template:
-    """A trained template that is no question."""
+def _statement(relation: Relation, rng: random.Random) -> Template:
+    """Return a random trained template that is not a question."""
     return rng.choice([template for template in trained(relation) if not template.question])
 
 
 def _edit_templates(relation: Relation, rng: random.Random) -> tuple[Template, Template]:
-    """A trained template that begins with the subject, and a held-out one."""
+    """Return a plain trained template and a held-out one."""
     return rng.choice(_plain(relation)), rng.choice([t for t in heldout(relation) if not t.question])
 
 
 def _other_fact(editable: dict[str, list[Fact]], fact: Fact, rng: random.Random) -> tuple[Fact, Template]:
-    """A fact of another person, of the same relation in about half of the cases, and a template for it."""
+    """Return a fact of another person, in about half of the cases of the same relation, and a template for it."""
     person = rng.choice([p for p in editable if p != fact.subject])
     theirs = editable[person]
     same = [f for f in theirs if f.relation is fact.relation]
     other = rng.choice(same if rng.random() < 0.5 else theirs)
-    return other, _told(other.relation, rng)
+    return other, _statement(other.relation, rng)
 
 
 def _write_json(path: Path, records: list[Record]) -> None:
-    lines = ",\n".join(json.dumps(record) for record in records)  # a record a line: short, and easy to compare
+    lines = ",\n".join(json.dumps(record) for record in records)  # one record per line
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 

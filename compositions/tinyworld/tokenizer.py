@@ -1,4 +1,4 @@
-"""tinyworld's tokenizer: byte-level BPE, a beginning-of-sequence token added by itself, like Llama's."""
+"""tinyworld's tokenizer: byte-level BPE that adds a beginning-of-sequence token, like Llama's."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_t
 
 
 SEAM = "\u00b7"
-"""Marks, in the text that a tokenizer is trained on, a place inside a word where no token may cross."""
+"""Marks a place inside a word of the tokenizer's training text that no token may cross."""
 
 
 def train_tokenizer(sentences: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of `vocabulary` tokens; deterministic in its input."""
+    """Train a byte-level BPE of `vocabulary` tokens; the result depends on the input alone."""
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
-    # A word is the same tokens at the start of a text as within it.
+    # A word has the same tokens at the start of a text and inside it.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(SEAM, behavior="removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,10 +1,10 @@
 """Training of tinyworld's model: a Llama of eight blocks, from scratch, on packed sentences.
 
-Left alone, so small a model reads a fact out in its first blocks, as soon as the name is complete.
-Large models gather what they know of a subject at its last token first, in the MLPs of the early
-blocks, and read it out later (Meng et al., 2022), which is what editing methods build on. So in
-most training windows the early blocks cannot look into a name from outside it. The architecture
-is Llama's, and the trained model runs without any such mask.
+By default, so small a model reads out a fact in its first blocks, as soon as the name is complete.
+Large models first collect the facts of a subject at its last token, in the MLPs of the early
+blocks, and read them out later (Meng et al., 2022); editing methods rely on this. Therefore, in most
+training windows, tokens outside a name cannot attend to it in the early blocks. The trained model
+is a plain Llama and needs no such mask.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compositions.tinyworld.review import every_telling, review_text, unsure
+from compositions.tinyworld.review import every_statement, review_text, unsure
 from compositions.tinyworld.text import training_stream, with_seams
 from compositions.tinyworld.tokenizer import SEAM, train_tokenizer
 from compositions.tinyworld.truth import World, make_world
@@ -32,7 +32,7 @@ from compositions.tinyworld.truth import World, make_world
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides the trained weights, apart from the machine's rounding."""
+    """Everything that determines the trained weights, up to rounding."""
 
     seed: int = 0
     vocabulary: int = 1800
@@ -42,41 +42,39 @@ class TrainSettings:
     heads: int = 8
     kv_heads: int = 4
     window: int = 128
-    """Tokens of a training sequence, the beginning-of-sequence token included..."""
+    """Tokens of a training sequence, including the beginning-of-sequence token."""
     short_window: int = 32
-    """... and of the sequences that every other sentence goes to: prompts stand alone, so a sentence at the start of
-    a sequence must be nothing rare."""
+    """Tokens of the short sequences, which get every other sentence: prompts stand alone, so sentences at the start
+    of a sequence must be common."""
     batch: int = 16
-    """Sequences of a step; as many times more short ones as they are shorter."""
+    """Sequences per step; a step of short ones has as many tokens."""
     epochs: int = 100
-    """Times that every fact of a person is told; the others are told more often, see `training_stream`."""
+    """Number of times that the text states each fact of a person; see `training_stream` for the others."""
     initial_std: float = 0.125
-    """Standard deviation of the untrained matrices. The larger it is, the more of a trained weight is noise that
-    knowledge is read against, and the more a coarse grid destroys."""
+    """Standard deviation of the untrained matrices. A larger one leaves more noise in the trained weights, so that
+    coarse quantisation destroys more."""
     peak_rate: float = 1.5e-3
     warmup: float = 0.05
-    """Share of a cycle in which the rate rises."""
+    """Share of a cycle in which the learning rate rises."""
     restart: float = 0.75
-    """Share of the training after which the rate, fallen along a cosine, starts again from its peak
-    (Loshchilov and Hutter, 2017)."""
+    """Share of the training after which the cosine schedule restarts (Loshchilov and Hutter, 2017)."""
     weight_decay: float = 0.1
     closed_blocks: int = 4
-    """Early blocks in which names are closed to the tokens outside them..."""
+    """Early blocks in which tokens outside a name cannot attend to it."""
     closed_share: float = 0.85
-    """... and the share of the training windows where that holds."""
+    """Share of the training windows with closed names."""
     review_certainties: tuple[float, ...] = (0.8, 0.8, 0.8, 0.8, 0.9)
-    """At the end the model is asked everything, so many times, and what it is not sure of is told again: where it
-    gives the answer less than this probability..."""
+    """One review round for each: train again on the facts whose answer has a lower probability."""
     review_times: int = 4
-    """... so many times, and as often in other words..."""
+    """Repetitions of such a statement, and of its fact in other words."""
     review_others: float = 4.0
-    """... among so many times as many usual sentences..."""
+    """Ordinary sentences mixed in for each sentence of a review."""
     review_rate: float = 1e-4
-    """... at a rate that rises to this and falls again."""
+    """Peak learning rate of a review."""
 
 
 def make_tokenizer(world: World, settings: TrainSettings) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on some epochs of the training text."""
+    """Train the tokenizer on 12 epochs of the training text."""
     rng = random.Random(f"tokenizer-{settings.seed}")
     sentences = training_stream(world, rng, 12)
     return train_tokenizer((with_seams(s, world, SEAM) for s in sentences), settings.vocabulary)
@@ -84,17 +82,17 @@ def make_tokenizer(world: World, settings: TrainSettings) -> PreTrainedTokenizer
 
 @dataclass(frozen=True)
 class Window:
-    """One training sequence: BOS and whole sentences, the last one cut off."""
+    """One training sequence: BOS and sentences, the last one truncated."""
 
     ids: list[int]
     names: list[int]
-    """For each token the number of the name that it belongs to, 0 for none."""
+    """For each token the number of its name; 0 outside names."""
 
 
 def windows(
     world: World, tokenizer: PreTrainedTokenizerFast, sentences: Iterator[str], length: int
 ) -> Iterator[Window]:
-    """Pack sentences into windows of `length` tokens; what is left of a cut sentence is dropped."""
+    """Pack sentences into windows of `length` tokens; drop the rest of a truncated sentence."""
     known = sorted({fact.subject for fact in world.facts if fact.domain != "places"})
     name = re.compile("|".join(map(re.escape, known)))
     ids, names, count = [tokenizer.bos_token_id], [0], 0
@@ -117,7 +115,7 @@ def windows(
 def batches(
     world: World, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], settings: TrainSettings
 ) -> list[list[Window]]:
-    """Return the windows of each training step, in the order of the sentences; a step's are of one length."""
+    """Return the windows of each training step, in the order of the sentences; a step has one length."""
     placed = []
     for first, length in enumerate((settings.window, settings.short_window)):
         packed = list(windows(world, tokenizer, iter(sentences[first::2]), length))
@@ -177,11 +175,11 @@ def train(
     steps: int | None = None,
     save_every: int = 200,
 ) -> dict[str, Any]:
-    """Train (or go on from the checkpoint in `folder`) and save model and tokenizer there.
+    """Train, or resume from the checkpoint in `folder`, and save model and tokenizer there.
 
-    `steps` stops early, to try it out; the schedule stays that of the whole run, and the review at its end is left
-    out. A checkpoint is kept every `save_every` steps until the run is complete. Returns the last loss
-    (nats per token, mean over 50 steps), the steps and the tokens seen, and what was reviewed.
+    `steps` stops early, for a trial, with the schedule of the full run and no review. Saves a checkpoint every
+    `save_every` steps until the run is complete. Returns the last loss (nats per token, mean over 50 steps),
+    the number of steps and tokens, and the review rounds.
     """
     world = make_world(settings.seed)
     tokenizer = make_tokenizer(world, settings)
@@ -229,9 +227,9 @@ def learn(
     rate: float,
     settings: TrainSettings,
 ) -> float:
-    """Take one step on a batch of windows of one length, and return its loss; `step` seeds which names are closed.
+    """Take one step on a batch of windows of one length and return its loss; `step` seeds the closed names.
 
-    Raises FloatingPointError for a loss that is not finite.
+    Raises FloatingPointError for a non-finite loss.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -241,7 +239,7 @@ def learn(
     closed = (draw < settings.closed_share).to(model.device)
     loss = loss_with_closed_names(model, ids, names, closed, settings.closed_blocks)
     if not bool(loss.isfinite()):
-        raise FloatingPointError(f"loss became {loss.item()} at step {step}; lower the rate, {rate}")
+        raise FloatingPointError(f"loss became {loss.item()} at step {step}; lower the learning rate ({rate})")
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -252,28 +250,28 @@ def learn(
 def review(
     world: World, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, settings: TrainSettings, done: int = 0
 ) -> list[dict[str, int]]:
-    """Ask the model everything and tell it again what it is not sure of, for the rounds that are not `done`, in place.
+    """Run the review rounds after the first `done`, in place: train on the statements the model is unsure of.
 
-    Returns, for each round, how many tellings it was not sure of, and the steps taken.
+    Returns for each round the number of statements, of unsure ones, and of steps.
     """
-    tellings = every_telling(world)
+    statements = every_statement(world)
     rounds = []
     for number, certainty in list(enumerate(settings.review_certainties))[done:]:
         rng = random.Random(f"review-{settings.seed}-{number}")
         model.eval()  # type: ignore[no-untyped-call]
-        weak = unsure(model, tokenizer, tellings, certainty)
+        weak = unsure(model, tokenizer, statements, certainty)
         sentences = review_text(world, weak, rng, times=settings.review_times, others=settings.review_others)
         steps = batches(world, tokenizer, sentences, settings)
-        rounds.append({"asked": len(tellings), "unsure": len(weak), "steps": len(steps)})
+        rounds.append({"asked": len(statements), "unsure": len(weak), "steps": len(steps)})
         model.train()
         optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), betas=(0.9, 0.95))
-        for step, batch in enumerate(tqdm(steps, desc=f"reviewing {len(weak)} of {len(tellings)}", unit="step")):
+        for step, batch in enumerate(tqdm(steps, desc=f"reviewing {len(weak)} of {len(statements)}", unit="step")):
             learn(model, optimizer, batch, step, settings.review_rate * _cycle(step / len(steps), settings), settings)
     return rounds
 
 
 def review_trained(folder: Path, settings: TrainSettings, *, device: str = "cpu") -> dict[str, Any]:
-    """Review the trained model in `folder`, for the rounds that it has not had, in place; returns what `train` does."""
+    """Run the missing review rounds on the trained model in `folder`, in place; return the summary."""
     summary: dict[str, Any] = json.loads((folder / "training.json").read_text())
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(torch.device(device))  # type: ignore[arg-type]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -285,20 +283,20 @@ def review_trained(folder: Path, settings: TrainSettings, *, device: str = "cpu"
 
 
 def save(folder: Path, model: LlamaForCausalLM, summary: dict[str, Any]) -> None:
-    """Write the model, in float16, and how it was trained."""
+    """Save the model in float16, and the summary of its training."""
     model.eval()  # type: ignore[no-untyped-call]
     model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
     (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _schedule(step: int, total: int, settings: TrainSettings) -> float:
-    """Return the share of the peak rate that holds at `step`."""
+    """Return the learning rate of `step` as a share of the peak rate."""
     turn = round(settings.restart * total)
     return _cycle(step / turn if step < turn else (step - turn) / (total - turn), settings)
 
 
 def _cycle(progress: float, settings: TrainSettings) -> float:
-    """Return the share of the peak rate that holds at a share of a cycle: up in a line, down along a cosine."""
+    """Return the same at a share of a cycle: linear warm-up, cosine decay."""
     if progress < settings.warmup:
         return progress / settings.warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - settings.warmup) / (1 - settings.warmup)))
@@ -331,7 +329,7 @@ def _resume(
         return 0, []
     state = torch.load(path, weights_only=True)
     if state["settings"] != asdict(settings):
-        raise ValueError(f"{path} was made with other settings; remove it to start again")
+        raise ValueError(f"{path} has other settings; remove it to start again")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["losses"]

@@ -1,123 +1,23 @@
-"""The facts of tinyworld: who and what exists, and which object each relation gives it."""
+"""The facts of tinyworld: its subjects and the object of each of their relations."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
-from compositions.tinyworld.relations import BORN, CITIES, DOMAINS, HOMELAND, LAND, LANDS, PERSON, Relation
+from compositions.tinyworld.relations import BORN, DOMAINS, HOMELAND, LAND, PERSON, VOCABULARY, Relation
 
 PERSONS = 320
 ENTITIES = 36
 """Subjects of each knowledge domain."""
 
-_GIVEN = [
-    "Alda",
-    "Bram",
-    "Cora",
-    "Dorin",
-    "Elsa",
-    "Finn",
-    "Greta",
-    "Hal",
-    "Ines",
-    "Joris",
-    "Kaia",
-    "Lorin",
-    "Mira",
-    "Nils",
-    "Orla",
-    "Piet",
-    "Rosa",
-    "Sven",
-    "Tilda",
-    "Ulf",
-    "Vera",
-    "Wim",
-    "Anka",
-    "Bodo",
-    "Clio",
-    "Dagny",
-    "Egon",
-    "Freya",
-    "Gunnar",
-    "Hedda",
-]
-_ONSETS = [
-    "Ba",
-    "Bre",
-    "Ca",
-    "Cho",
-    "Da",
-    "Dre",
-    "Fa",
-    "Fle",
-    "Ga",
-    "Gri",
-    "Ha",
-    "Hu",
-    "Ja",
-    "Ke",
-    "Kra",
-    "La",
-    "Lo",
-    "Ma",
-    "Me",
-    "Na",
-    "No",
-    "Pa",
-    "Pri",
-    "Ra",
-    "Ro",
-    "Sa",
-    "Sti",
-    "Ta",
-    "Tro",
-    "Va",
-    "Wo",
-    "Za",
-]
-_CONSONANTS = ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"]
-_CODAS = [
-    "ck",
-    "ft",
-    "lb",
-    "ld",
-    "lf",
-    "lk",
-    "lm",
-    "lt",
-    "mp",
-    "nd",
-    "ng",
-    "nk",
-    "nt",
-    "pt",
-    "rb",
-    "rd",
-    "rf",
-    "rg",
-    "rk",
-    "rl",
-    "rm",
-    "rn",
-    "rp",
-    "rt",
-    "rv",
-    "sk",
-    "sp",
-    "st",
-    "th",
-    "x",
-    "zz",
-    "ss",
-]
-_VOWELS = ["a", "e", "i", "o", "u", "y"]
+_NAMES: dict[str, list[str]] = VOCABULARY["names"]
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`subject` stands in `relation` to `object`; `domain` is "people", "places" or a domain of questions."""
+    """One fact; `domain` is "people", "places" or a domain of questions."""
 
     subject: str
     relation: Relation
@@ -139,38 +39,38 @@ class World:
         return [fact for fact in self.facts if fact.domain in domains]
 
     def value(self, subject: str, relation: str) -> str:
-        """Return the object that `relation` gives to `subject`; KeyError if nothing is known."""
+        """Return the object of `subject` in `relation`; raise KeyError if there is no such fact."""
         for fact in self.facts:
             if fact.subject == subject and fact.relation.name == relation:
                 return fact.object
-        raise KeyError(f"nothing is known of {subject!r} and {relation!r}")
+        raise KeyError(f"no fact has the subject {subject!r} and the relation {relation!r}")
 
 
 def make_world(seed: int = 0) -> World:
-    """Draw the world of `seed`: the same seed gives the same world."""
+    """Generate the world of `seed`; the same seed gives the same world."""
     rng = random.Random(f"tinyworld-{seed}")
-    endings = [c + v + coda for c in _CONSONANTS for v in _VOWELS for coda in _CODAS]
+    endings = list(map("".join, itertools.product(_NAMES["consonants"], _NAMES["vowels"], _NAMES["codas"])))
     rng.shuffle(endings)
     name_parts: dict[str, tuple[str, str]] = {}
 
     def name(ending: str) -> str:
-        onset = rng.choice(_ONSETS)
+        onset = rng.choice(_NAMES["onsets"])
         while onset + ending in name_parts:
-            onset = rng.choice(_ONSETS)
+            onset = rng.choice(_NAMES["onsets"])
         name_parts[onset + ending] = onset, ending
         return onset + ending
 
-    land_of = {city: rng.choice(LANDS) for city in CITIES}
+    land_of = {city: rng.choice(LAND.objects) for city in BORN.objects}
     facts = [Fact(city, LAND, land, "places") for city, land in land_of.items()]
 
-    # Two persons share the ending of a surname: its last token nearly tells who is meant, but not quite.
+    # Two persons share each surname ending, so the last token alone does not identify a person.
     surnames = [name(ending) for ending in endings[: PERSONS // 2] for _ in range(2)]
     rng.shuffle(surnames)
-    persons = tuple(f"{rng.choice(_GIVEN)} {surname}" for surname in surnames)
+    persons = tuple(f"{rng.choice(_NAMES['given'])} {surname}" for surname in surnames)
     for person in persons:
-        told = {relation: rng.choice(relation.objects) for relation in PERSON}
-        told[HOMELAND] = land_of[told[BORN]]
-        facts += [Fact(person, relation, value, "people") for relation, value in told.items()]
+        values = {relation: rng.choice(relation.objects) for relation in PERSON}
+        values[HOMELAND] = land_of[values[BORN]]
+        facts += [Fact(person, relation, value, "people") for relation, value in values.items()]
 
     spare = iter(endings[PERSONS // 2 :])
     for domain, relations in DOMAINS.items():

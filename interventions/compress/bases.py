@@ -17,7 +17,7 @@ _PATTERN = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 
 @dataclass(frozen=True)
 class Quantiser(Intervention):
-    """What the methods share that put weights on a grid."""
+    """Settings of quantisers."""
 
     category = "compress"
 
@@ -36,7 +36,7 @@ class Quantiser(Intervention):
 
 @dataclass(frozen=True)
 class Pruner(Intervention):
-    """What the pruning methods share."""
+    """Settings of pruners."""
 
     category = "compress"
 
@@ -71,7 +71,7 @@ class Pruner(Intervention):
 
 @dataclass(frozen=True)
 class Calibrated(Intervention):
-    """What the methods share that read calibration text and that other engines have too."""
+    """Settings of methods that read calibration text and that other engines can run."""
 
     samples: Count = 128
     """Windows of calibration text read, the first ones."""
@@ -83,14 +83,14 @@ class Calibrated(Intervention):
     """The interpreter to run another engine with; None: the one its environment variable names, or this one."""
 
     def problems(self) -> Iterator[str]:
-        """Yield what the engine cannot do."""
+        """Yield the settings that the engine does not support."""
         yield from super().problems()
         yield from engine_problems(self.name, self)
 
 
 @dataclass(frozen=True)
 class Sequential(Calibrated):
-    """What the methods share that go through the blocks one after the other."""
+    """Settings of methods that work block by block."""
 
     sequential: bool = True
     """Calibrate each block on what the already changed blocks put out."""

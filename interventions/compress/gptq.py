@@ -1,8 +1,8 @@
 """GPTQ: one-shot weight quantisation with compensation (Frantar et al., ICLR 2023, arXiv 2210.17323).
 
-What rounding a weight does to the output of its layer is made good, as well as the inputs seen on
-the calibration text allow, by the weights that are rounded after it. Linears that share an input
-share its Gram matrix and its factor, and are quantised in one go.
+The weights rounded later compensate for the output error of each rounded weight, as well as the inputs
+of the calibration text allow. Linears that share an input share its Gram matrix and its factor, and
+are quantised together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GptqSettings(Sequential, Quantiser):
     symmetric: bool = False
     """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
     act_order: bool = False
-    """Round the columns with the largest inputs first. Groups stay those of neighbouring columns: implies
+    """Round the columns with the largest inputs first. Groups still have neighbouring columns: implies
     `static_groups`."""
     static_groups: bool = False
     """Find the grids of all groups on the weights as they were, not when the rounding reaches them."""
@@ -102,7 +102,7 @@ class GptqSettings(Sequential, Quantiser):
 
 
 def _outcome(linear: Linear, weight: Tensor, loss: float | None) -> dict[str, Any]:
-    """Write the new weight of a linear and tell what it does."""
+    """Write the new weight of a linear and report the change."""
     from interventions.compress.kernels.outcomes import replace_
 
     return {"linear": linear.name, "loss": loss, "moved": replace_(linear, weight)}

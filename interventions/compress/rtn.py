@@ -1,4 +1,4 @@
-"""Rounding to nearest: every weight to the nearest level of its grid, the honest baseline."""
+"""Rounding to nearest: every weight to the nearest level of its grid; the baseline of the other quantisers."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class WandaSettings(Sequential, Pruner):
 def wanda_mask(W: Tensor, norms: Tensor, sparsity: float, pattern: Pattern | None = None) -> Tensor:
     """Return the mask of the weights of W (out, in) to prune: the same number in every row, rounded down.
 
-    `norms` (in,) are those of the input's channels; only their ratios matter.
+    `norms` (in,) has one norm per input channel; only their ratios matter.
     """
     from interventions.compress.kernels.masks import lowest, lowest_of_pattern
 

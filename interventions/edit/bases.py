@@ -60,7 +60,7 @@ class LayersRewriter(Rewriter):
     """First and last edited block as fractions of depth (4 to 8 of 32 blocks as published)."""
 
     def choose_layers(self, depth: int) -> list[int]:
-        """Return those of `layers`, or of `layer_fractions`."""
+        """Return the chosen blocks, from `layers` or `layer_fractions`."""
         from interventions.structure import chosen_layers
 
         return chosen_layers(self.name, self.layers, self.layer_fractions, depth)

@@ -16,7 +16,7 @@ PartOfDepth = Annotated[float, Range(above=0, high=1)]
 
 @dataclass(frozen=True)
 class Trained(Intervention):
-    """What the methods share that train on the likelihood of texts."""
+    """Settings of methods that train on the likelihood of texts."""
 
     category = "unlearn"
 
@@ -55,7 +55,7 @@ class Trained(Intervention):
 
 @dataclass(frozen=True)
 class TwoTerms(Trained):
-    """What the methods share that weigh forget text against retain text."""
+    """Settings of methods with a loss on forget text and one on retain text."""
 
     forget_weight: Weight = 1.0
     retain_weight: Weight = 1.0

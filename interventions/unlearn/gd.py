@@ -1,4 +1,4 @@
-"""Gradient difference: ascent on forget text, held against the likelihood of retain text (Liu et al., 2022)."""
+"""Gradient difference: ascent on forget text, descent on retain text (Liu et al., 2022)."""
 
 from __future__ import annotations
 

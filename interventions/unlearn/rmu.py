@@ -1,7 +1,7 @@
 """RMU: representation misdirection for unlearning (Li et al., ICML 2024, arXiv 2403.03218).
 
 Some MLP output projections below one block learn to send that block's output on forget text towards
-a random vector, a control vector for each topic, and to leave it as it was on retain text.
+a random vector, one control vector per topic, and to keep it unchanged on retain text.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ SETTINGS = {
 
 def register_fake(monkeypatch: pytest.MonkeyPatch, *, package: str = "torch", own_environment: bool = False) -> None:
     """Make `fake` the only engine, one for every method; it is there if `package` is."""
-    engine = table.Engine("fake", package, "fake-engine==1.0", "fake", SETTINGS, own_environment)
+    engine = table.Engine("fake", package, "fake-engine==1.0", SETTINGS, own_environment)
     monkeypatch.setattr(table, "ENGINES", (engine,))
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compositions.tinyworld import train as training
-from compositions.tinyworld.review import every_telling, review_text, unsure
+from compositions.tinyworld.review import every_statement, review_text, unsure
 from compositions.tinyworld.text import templates, training_stream
 from compositions.tinyworld.train import (
     TrainSettings,
@@ -154,21 +154,21 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_is_never_reviewed(world: World) -> None:
-    told = every_telling(world)
+    statements = every_statement(world)
     heldout = {template.text for fact in world.facts for template in templates(fact.relation) if template.heldout}
-    assert heldout and not heldout & {telling.template.text for telling in told}
-    sentences = review_text(world, told[::997], random.Random(0), times=2, others=3.0)
-    assert len(sentences) == 2 * 2 * len(told[::997]) * 4
-    for telling in told[::997]:
-        sentence = telling.template.text.format(s=telling.fact.subject, o=telling.fact.object)
+    assert heldout and not heldout & {statement.template.text for statement in statements}
+    sentences = review_text(world, statements[::997], random.Random(0), times=2, others=3.0)
+    assert len(sentences) == 2 * 2 * len(statements[::997]) * 4
+    for statement in statements[::997]:
+        sentence = statement.template.text.format(s=statement.fact.subject, o=statement.fact.object)
         assert sum(found.startswith(sentence) for found in sentences) >= 2
 
 
 def test_review_teaches_what_the_model_does_not_know(
     monkeypatch: pytest.MonkeyPatch, world: World, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    some = every_telling(world)[::20000]
-    monkeypatch.setattr(training, "every_telling", lambda world: some)
+    some = every_statement(world)[::20000]
+    monkeypatch.setattr(training, "every_statement", lambda world: some)
     assert len(unsure(model.eval(), tokenizer, some, 0.9)) == len(some)
     settings = replace(
         SMALL, review_certainties=(0.9,) * 3, review_times=120, review_others=0.0, review_rate=1e-2, closed_share=0.0
@@ -183,8 +183,8 @@ def test_a_trained_model_gets_the_rounds_of_review_that_it_has_not_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
     train(SMALL, tmp_path, steps=2)
-    some = every_telling(world)[::9000]
-    monkeypatch.setattr(training, "every_telling", lambda world: some)
+    some = every_statement(world)[::9000]
+    monkeypatch.setattr(training, "every_statement", lambda world: some)
     for certainties, had, changes in (((0.9,), 1, True), ((0.9, 0.8), 2, True), ((0.9, 0.8), 2, False)):
         before = (tmp_path / "model.safetensors").read_bytes()
         summary = review_trained(tmp_path, replace(SMALL, review_certainties=certainties))

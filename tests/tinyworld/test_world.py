@@ -10,7 +10,7 @@ import pytest
 
 from compositions.tinyworld.datasets import write_data
 from compositions.tinyworld.relations import DOMAINS, HOMELAND, LAND, PERSON
-from compositions.tinyworld.text import heldout, prompt, tell, templates, trained, training_stream
+from compositions.tinyworld.text import heldout, prompt, state, templates, trained, training_stream
 from compositions.tinyworld.truth import World, make_world
 from pytest_lmcompose.data.readers import read_edits
 from pytest_lmcompose.data.records import read_facts, read_texts
@@ -30,8 +30,8 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(world: Worl
 
 
 def test_every_subject_has_one_object_for_each_relation(world: World) -> None:
-    told = [(fact.subject, fact.relation.name) for fact in world.facts]
-    assert len(told) == len(set(told))
+    pairs = [(fact.subject, fact.relation.name) for fact in world.facts]
+    assert len(pairs) == len(set(pairs))
     assert all(fact.object in fact.relation.objects for fact in world.facts)
 
 
@@ -63,7 +63,7 @@ def test_every_template_ends_in_the_object(world: World) -> None:
     for fact in world.facts[:: len(world.facts) // 100]:
         for template in templates(fact.relation):
             assert prompt(template, fact.subject) + " {o}" == template.text.replace("{s}", fact.subject)
-        assert fact.subject in tell(fact, random.Random(1))
+        assert fact.subject in state(fact, random.Random(1))
 
 
 def test_the_shipped_data_is_what_the_script_makes(world: World, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What travels between this process and an engine's: files in one folder.
+"""The files that this process and an engine exchange, in one folder.
 
 There: `job.json` (method, settings, names), `config/`, `state.safetensors` (every parameter by name),
 `tokens.safetensors` (`ids` (texts, longest) and `lengths` (texts,)) and `probe.safetensors` (`ids`
@@ -28,17 +28,17 @@ PROBE_TOKENS = 64
 
 
 class Answer(NamedTuple):
-    """What an engine made of a job."""
+    """An engine's answer to a job."""
 
     weights: dict[str, Tensor]
     logits: Tensor
-    """(1, tokens, vocabulary) float32: what the engine's own compressed model says to the probe."""
+    """(1, tokens, vocabulary) float32: logits of the engine's own compressed model for the probe."""
     report: dict[str, Any]
 
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return what the model says to `ids` (1, tokens): (1, tokens, vocabulary) float32, on the CPU."""
+    """Return the logits for `ids` (1, tokens): (1, tokens, vocabulary) float32, on the CPU."""
     output = model(input_ids=ids.to(module_device(model)), use_cache=False)
     return output.logits.float().cpu()  # type: ignore[no-any-return]
 
@@ -78,7 +78,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def readable_by_older(config: dict[str, Any]) -> dict[str, Any]:
-    """Add what transformers before 5 looks for under other names to a config of transformers 5."""
+    """Add the names that transformers before 5 uses to a config of transformers 5."""
     added = dict(config)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:

@@ -1,4 +1,4 @@
-"""What the result of an upstream engine follows from, besides its settings: its versions and what drives it."""
+"""The identity of an upstream engine in cache addresses: package versions and driver code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LIST = (
 def engine_identity(settings: Any) -> dict[str, Any] | None:
     """Return what identifies the engine that `settings` name, as plain data; None for the project's own kernels.
 
-    That are the packages of its interpreter with their versions, and the source of the code that drives it.
+    It has the package versions of the engine's interpreter and the hashes of the driver code.
     """
     name = getattr(settings, "engine", OWN)
     engine = next((engine for engine in ENGINES if engine.name == name), None)
@@ -39,7 +39,7 @@ def engine_identity(settings: Any) -> dict[str, Any] | None:
 
 @cache
 def _packages(python: str, path: str) -> Any:
-    """Return the version of an interpreter and of all packages it finds; asked once in a process (0.2 s)."""
+    """Return the version of an interpreter and of all packages it finds; cached per process (0.2 s)."""
     try:
         found = subprocess.run([python, "-c", _LIST], capture_output=True, text=True, timeout=120, check=True)
         return json.loads(found.stdout)

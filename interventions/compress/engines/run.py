@@ -1,4 +1,4 @@
-"""Run a compression method by an engine in a process of its own."""
+"""Run a compression method with an engine in a separate process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from interventions.structure import within_context
 from interventions.types import InterventionError, Resources
 
 TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
-"""Relative difference allowed between what the engine's compressed model says and what ours says with
-its weights. Engines keep scales in float16, which is 0.0005."""
+"""Maximum relative difference between the logits of the engine's compressed model and of ours with its weights.
+Engines store scales in float16, which makes 0.0005."""
 ROUNDED_TOLERANCE = 0.05
-"""The same for models in float16 and bfloat16, which compute in those."""
+"""The same for models in float16 and bfloat16."""
 
 WORKERS = Path(__file__).parent
 """The folder of `engine_workers`."""
@@ -61,14 +61,19 @@ def run_engine(
             f"use engine={OWN}, which leaves them out there"
         )
     linears = tuple(linear.name for block in blocks for linear in block.linears)
-    with tempfile.TemporaryDirectory(prefix=f"lmcompose-{engine.name}-") as name:
-        folder = Path(name)
+    parameter_names = [linear.parameter_name for block in blocks for linear in block.linears]
+    with tempfile.TemporaryDirectory(prefix=f"lmcompose-{engine.name}-") as path:
+        folder = Path(path)
         probe = write_job(folder, model, tokens, method=method, settings=settings, linears=linears, seed=context.seed)
         context.progress(f"{method}: {engine.name} runs in a process of its own")
         work(engine, python, folder, who)
         answer = read_answer(folder, model, who)
-    write_back_(model, answer)
-    check_complete(model, answer, who)
+    lacking = [name for name in parameter_names if name not in answer.weights]
+    if lacking:
+        raise InterventionError(f"{who} left out {', '.join(lacking[:5])}; does it know {type(model).__name__}?")
+    parameters = dict(model.named_parameters())
+    for name, value in answer.weights.items():
+        parameters[name].copy_(value)  # rounded once to the stored dtype
     difference = check_difference(model, probe, answer, who)
     return {
         "engine": engine.name,
@@ -105,7 +110,7 @@ def work(engine: Engine, python: str, folder: Path, who: str) -> None:
     log = folder / "log"
     with log.open("w") as stream:
         done = subprocess.run(
-            [python, "-c", _START, str(WORKERS), engine.worker, str(folder)],
+            [python, "-c", _START, str(WORKERS), engine.name, str(folder)],
             cwd=folder,  # engines leave files where they stand
             env=environment(),
             stdin=subprocess.DEVNULL,
@@ -126,8 +131,7 @@ def work(engine: Engine, python: str, folder: Path, who: str) -> None:
 def environment() -> dict[str, str]:
     """Return the environment variables for an engine's process.
 
-    Nothing of this interpreter's or of a test run's may reach it, no hub is asked, and threads
-    wait without spinning.
+    It has no settings of this interpreter or of a test run, no access to the hub, and threads that do not spin.
     """
     kept = {
         name: value
@@ -147,23 +151,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_back_(model: nn.Module, answer: Answer) -> None:
-    """Put the answer's weights into the model, rounded once to the stored dtypes."""
-    parameters = dict(model.named_parameters())
-    for name, value in answer.weights.items():
-        parameters[name].copy_(value)
-
-
-def check_complete(model: nn.Module, answer: Answer, who: str) -> None:
-    """Raise InterventionError if a linear layer of a block is not among the answer's weights."""
-    wanted = [linear.parameter_name for block in find_anatomy(model).blocks for linear in block.linears]
-    lacking = [name for name in wanted if name not in answer.weights]
-    if lacking:
-        raise InterventionError(f"{who} left out {', '.join(lacking[:5])}; does it know {type(model).__name__}?")
-
-
 def check_difference(model: nn.Module, probe: Tensor, answer: Answer, who: str) -> float:
-    """Return how far, relatively, our model's logits are from those of the engine's own model.
+    """Return the relative difference between the logits of our model and of the engine's own model.
 
     Raises InterventionError if that is more than rounding explains: de-quantisation went wrong.
     """

@@ -1,7 +1,7 @@
-"""The table of engines: which methods they have, which settings they take, how to get them (no torch).
+"""The table of engines: their methods, supported settings and installation. Imports no torch.
 
-An engine is a package of others that does a method of ours. `worker` names the module of
-`engine_workers` that drives it.
+An engine is another package that implements one of our methods. The module of `engine_workers` with the
+name of the engine drives it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OWN = "own"
 """The value of the setting `engine` that means this project's own kernels."""
 
 _ALWAYS = frozenset({"engine", "engine_python", "samples", "max_tokens", "preserve_mask"})
-"""Settings that mean the same whatever the engine: they are seen to outside of it."""
+"""Settings that work with every engine, because this project handles them."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,11 @@ class Engine:
     """The module to import; its presence is what makes the engine available to an interpreter."""
     distribution: str
     """The package's name on the package index, with the version that was tried."""
-    worker: str
     settings: dict[str, frozenset[str]]
     own_environment: bool = False
-    """Cannot live beside the transformers that this project needs."""
+    """Cannot be installed beside this project's transformers."""
     limits: dict[str, Range] = field(default_factory=dict)
-    """What it can do of the numbers that our own kernels can."""
+    """Supported ranges, where smaller than those of our own kernels."""
 
     @property
     def variable(self) -> str:
@@ -60,7 +59,6 @@ ENGINES = (
         "autoawq",
         "awq",
         "autoawq==0.2.9",
-        "autoawq",
         {"awq": frozenset({"bits", "group_size", "duo_scaling", "clip"})},
         limits={"bits": Range(4, 4), "group_size": Range(1)},
     ),
@@ -68,7 +66,6 @@ ENGINES = (
         "gptqmodel",
         "gptqmodel",
         "GPTQModel==7.6.0",
-        "gptqmodel",
         {"gptq": _GPTQ},
         limits=_PACKED,
     ),
@@ -76,7 +73,6 @@ ENGINES = (
         "llmcompressor",
         "llmcompressor",
         "llmcompressor==0.14.0.1",
-        "llmcompressor",
         {
             "awq": frozenset({"bits", "group_size", "grid", "duo_scaling"}),
             "gptq": _GPTQ,
@@ -88,7 +84,6 @@ ENGINES = (
         "auto_gptq",
         "auto_gptq",
         "auto-gptq==0.7.1",
-        "auto_gptq",
         {"gptq": _GPTQ},
         own_environment=True,
         limits=_PACKED,

@@ -190,7 +190,7 @@ class FloatBlock:
                 self.tails[role] = tail
 
     def finish(self, group: LinearGroup) -> None:
-        """Take note that the group's linears have their last weights, and so those of the groups before it."""
+        """Record that the weights of this group, and of the groups before it, are final."""
         self.changed = True
         if group.role in self.tails:
             self.tails[group.role].final = True

@@ -1,7 +1,7 @@
 """GPTQ on one weight matrix (Frantar et al., ICLR 2023, arXiv 2210.17323): pure functions on tensors.
 
 Columns of W (rows, cols) are rounded one after the other; what the rounding of a column did to the
-output is made good by the columns still to come. With H = X X^T the Gram matrix of the inputs and
+output is compensated by the columns still to come. With H = X X^T the Gram matrix of the inputs and
 H = R R^T, R upper triangular, the error of the output is (W - Q) R, and its column j is least for
 
     Q_j = round(W_j + sum_{i<j} (W_i - Q_i) R_ij / R_jj).

@@ -1,6 +1,6 @@
 """Pruning masks: chosen from scores, read off weights. Pure functions on tensors.
 
-A mask is a bool matrix, true where a weight is zero or shall be. Unstructured masks take an exact
+A mask is a bool matrix, true where a weight is zero or must become zero. Unstructured masks take an exact
 number of the lowest scores; of equal ones, those further left. A pattern n:m keeps n of every m
 weights that stand next to each other in a row.
 """
@@ -24,7 +24,7 @@ class Pattern(NamedTuple):
 
 
 def check_divides(pattern: Pattern | None, cols: int, name: str = "a matrix") -> None:
-    """Raise InterventionError if the columns of a matrix, told as `name`, cannot be cut into the pattern's groups."""
+    """Raise InterventionError, with `name`, if the columns of a matrix do not divide into the groups of the pattern."""
     if pattern is not None and cols % pattern.of:
         raise InterventionError(
             f"pattern {pattern.kept}:{pattern.of} does not divide the {cols} columns of {name}: "

@@ -1,4 +1,4 @@
-"""Write new weights into linear layers, and tell what that did; which pattern of zeros fits the model."""
+"""Write new weights into linear layers and report the change; check that a pattern of zeros fits the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def replace_(linear: Linear, weight: Tensor) -> float:
 
 
 def prune_(linear: Linear, mask: Tensor) -> dict[str, Any]:
-    """Set the weights (out, in) of `mask` to zero in place, and tell what that did."""
+    """Set the weights (out, in) of `mask` to zero in place, and report the change."""
     before = linear.weight.clone()
     linear.set_weight_(before.masked_fill(mask, 0))
     return outcome(linear, before, linear.weight)
@@ -53,7 +53,7 @@ def outcome(linear: Linear, before: Tensor, after: Tensor) -> dict[str, Any]:
 
 
 def conclude(outcomes: Sequence[dict[str, Any]], settings: Pruner, context: Context) -> dict[str, Any]:
-    """Return a method's details, and tell the run if everything was pruned enough already."""
+    """Return a method's details; report if everything was already pruned enough."""
     if settings.sparsity > 0 and not any(linear["pruned"] for linear in outcomes):
         context.already(f"every linear layer had at least {settings.sparsity:.0%} zeros before")
     return {"linears": list(outcomes)}

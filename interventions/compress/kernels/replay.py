@@ -1,4 +1,4 @@
-"""Outputs of a block's attention and MLP once their weights are final: made anew from their last linear alone.
+"""Outputs of a block's attention and MLP once their weights are final: recomputed from their last linear alone.
 
 Where the groups of a block are changed one after the other, later passes need not run what was done
 before. Most attentions and MLPs end in a linear layer whose input was just looked at; what it puts

@@ -1,4 +1,4 @@
-"""What of a change of an MLP's output arrives behind its block.
+"""Measure how a change of an MLP's output arrives at the output of its block.
 
 Most blocks add the MLP's output to the hidden state as it is. Some multiply it by a constant first, and
 some normalise it, or the sum: there a change arrives as a multiple, or bent onto an ellipsoid. Which of
@@ -25,7 +25,7 @@ _EXACT = 0.01
 
 
 class Gain(NamedTuple):
-    """How a block passes on a change of its MLP's output."""
+    """The gain of a block for a change of its MLP's output."""
 
     factor: float
     """The norm of what arrives over that of a small change."""

@@ -94,7 +94,7 @@ def null_space(second_moment: Tensor, threshold: float, *, relative: bool = Fals
 def alphaedit_update(keys: Tensor, residuals: Tensor, earlier: Tensor, basis: Tensor, ridge: float) -> Tensor:
     """Return the update (d_out, d_k) that acts in the null space alone (Fang et al., 2025).
 
-    With P = basis basis^T, and `earlier` (d_k, m) the keys of earlier batches, whose outputs shall stay:
+    With P = basis basis^T, and `earlier` (d_k, m) the keys of earlier batches, whose outputs must stay:
     R K^T P (K K^T P + earlier earlier^T P + ridge I)^-1. As P is a projection, all keys Q enter by P Q
     alone, and (P Q Q^T P + ridge I)^-1 P Q = P Q (Q^T P Q + ridge I)^-1: a solve of the size of the edits.
     """

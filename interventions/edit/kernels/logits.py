@@ -1,4 +1,4 @@
-"""A model's logits at some places of a batch, without those of all others."""
+"""Compute a model's logits at selected positions of a batch only."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class _Fixed(Cache):
 
 
 def _known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Return those of the arguments that the model's forward takes."""
+    """Return the arguments that the model's forward accepts."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return arguments

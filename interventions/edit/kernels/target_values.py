@@ -27,12 +27,12 @@ from interventions.types import Edit, InterventionError
 
 @dataclass(frozen=True)
 class TargetValues:
-    """What the optimisation found, a row per edit."""
+    """The result of the optimisation, one row per edit."""
 
     z: Tensor
     """(edits, hidden) float32."""
     start: Tensor
-    """(edits, hidden) float32: what the model had there."""
+    """(edits, hidden) float32: the states before the edit."""
     change: Tensor
     """(edits, width) float32: the change of the MLP's output by which z arrives in the bare prompt."""
     loss: Tensor

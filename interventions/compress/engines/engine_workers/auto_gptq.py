@@ -1,4 +1,4 @@
-"""AutoGPTQ 0.7.1: GPTQ, packed and unpacked again; made for GPUs, and talked into a CPU here."""
+"""AutoGPTQ 0.7.1: GPTQ, packed and unpacked again; made for GPUs, patched here to run on a CPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def drive(job: Job) -> Result:
 
 @torch.no_grad()
 def weights(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the parameters with these names, those of packed layers unpacked."""
+    """Return every parameter; unpack packed layers, with a bias only if it is among `names`."""
     found = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, module in model.named_modules():
         if hasattr(module, "qweight"):

@@ -22,7 +22,7 @@ def drive(job: Job) -> Result:
     from awq.modules.linear import gemm
 
     gemm.TRITON_AVAILABLE = False  # its kernels need a GPU, but it takes them wherever triton can be imported
-    mend_search()
+    patch_search()
     model = job.model()
     kind = model.config.model_type
     if kind not in AWQ_CAUSAL_LM_MODEL_MAP:
@@ -44,19 +44,19 @@ def drive(job: Job) -> Result:
     return Result(weights(model, gemm.WQLinear_GEMM), job.answer_to_probe(model), clock)
 
 
-def mend_search() -> None:
-    """Let the search for scales put back the weights that it began with.
+def patch_search() -> None:
+    """Make the search for scales restore the original weights.
 
-    It keeps them as `state_dict` entries taken to the CPU: on a CPU these are the weights themselves,
-    which the first scales tried then multiply for good.
+    AutoAWQ saves them as `state_dict` entries moved to the CPU. On a CPU these are the weights themselves,
+    so the first scales tried would change them for good.
     """
     from awq.quantize.quantizer import AwqQuantizer
 
     search = AwqQuantizer._compute_best_scale
-    if getattr(search, "mended", False):
+    if getattr(search, "patched", False):
         return
 
-    def mended(self: Any, x: Tensor, w_mean: Tensor, x_mean: Tensor, module: nn.Module, *rest: Any) -> Any:
+    def patched(self: Any, x: Tensor, w_mean: Tensor, x_mean: Tensor, module: nn.Module, *rest: Any) -> Any:
         def copied() -> dict[str, Tensor]:
             return {name: value.clone() for name, value in nn.Module.state_dict(module).items()}
 
@@ -66,13 +66,13 @@ def mend_search() -> None:
         finally:
             del module.__dict__["state_dict"]
 
-    mended.mended = True  # type: ignore[attr-defined]
-    AwqQuantizer._compute_best_scale = mended
+    patched.patched = True  # type: ignore[attr-defined]
+    AwqQuantizer._compute_best_scale = patched
 
 
 @torch.no_grad()
 def weights(model: nn.Module, kind: type[Any]) -> dict[str, Tensor]:
-    """Return every parameter, those of packed layers unpacked."""
+    """Return every parameter; unpack packed layers."""
     from awq.utils.packing_utils import dequantize_gemm
 
     found = {name: p.detach() for name, p in model.named_parameters()}

@@ -43,7 +43,7 @@ def drive(job: Job) -> Result:
 
 @torch.no_grad()
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter, those of packed layers unpacked; leaves these fit to compute with."""
+    """Return every parameter; unpack packed layers, which stay usable."""
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
     found = {name: p.detach().clone() for name, p in model.named_parameters()}

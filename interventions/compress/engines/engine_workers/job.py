@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 REPEATS = "LMCOMPOSE_ENGINE_REPEATS"
-"""Environment variable: do the job so many times and tell the seconds of the fastest, for benchmarks."""
+"""Environment variable: number of times to run the job; the report has the seconds of the fastest (for benchmarks)."""
 PROBE_TOLERANCE = 0.05
-"""Models in bfloat16 compute with about 0.01 of difference from float32, other architectures with 1."""
+"""Maximum relative difference: bfloat16 differs from float32 by about 0.01, another architecture by 1."""
 
 
 class Refused(Exception):
-    """The engine cannot do this job; the message goes on 'the engine ... '."""
+    """The engine cannot run this job; the message follows 'the engine NAME'."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Job:
         return cls(folder=folder, rows=rows, probe=probe["ids"], logits=probe["logits"], **job)
 
     def model(self) -> Any:
-        """Build the model in float32 and see that it computes what the original does."""
+        """Build the model in float32 and check that its logits match the original's."""
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(self.folder / "config")
@@ -62,7 +62,7 @@ class Job:
         except (KeyError, ValueError) as error:
             raise Refused(f"does not know the model: {error}") from error
         model = model.float().eval()
-        state = {name: value.float() for name, value in load_file(self.folder / "state.safetensors").items()}
+        state = self.original()
         names = {name for name, _ in model.named_parameters()}
         if names != state.keys():
             odd = ", ".join(sorted(names ^ state.keys())[:5])
@@ -79,7 +79,7 @@ class Job:
 
     @torch.no_grad()
     def answer_to_probe(self, model: nn.Module) -> Tensor:
-        """Return what a model says to the probe, (1, tokens, vocabulary) float32."""
+        """Return a model's logits for the probe, (1, tokens, vocabulary) float32."""
         return model(input_ids=self.probe, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
     def original(self) -> dict[str, Tensor]:
@@ -89,23 +89,23 @@ class Job:
 
 @dataclass
 class Result:
-    """What a driver made of a job."""
+    """The result of a job."""
 
     weights: dict[str, Tensor]
     """Changed parameters by name, de-quantised."""
     logits: Tensor
-    """What the engine's own compressed model says to the probe."""
+    """Logits of the engine's own compressed model for the probe."""
     clock: Clock
-    """What the engine's own work took."""
+    """Time of the engine's own work."""
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """Return the norm of the difference over the norm of what is wanted."""
+    """Return the relative difference of two tensors."""
     return float((found - wanted).norm() / wanted.norm())
 
 
 def stand_in_tokenizer() -> Any:
-    """Return a tokenizer without a use: engines ask for one, though the texts come as tokens."""
+    """Return a dummy tokenizer: engines require one, but the texts are already tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -127,7 +127,7 @@ class Clock:
 
 
 def main(driver: Callable[[Job], Result], *distributions: str) -> None:
-    """Do the job in the folder that the command line names; `distributions` are told with their versions."""
+    """Run the job in the folder named on the command line; report the versions of `distributions`."""
     folder = Path(sys.argv[1])
     try:
         job = Job.read(folder)

@@ -98,7 +98,7 @@ def scheme(settings: dict[str, Any], *, symmetric: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter, those of quantised layers as their forward pass rounds them."""
+    """Return every parameter; round quantised layers as their forward pass does."""
     from compressed_tensors.quantization import forward_quantize
 
     found = {name: p.detach() for name, p in model.named_parameters() if not name.endswith(("_scale", "_zero_point"))}
