@@ -300,6 +300,11 @@ class CompositionResult(Base, frozen=True):
         """The metrics of the gates that failed."""
         return frozenset(gate.metric for gate in self.gates if not gate.passed)
 
+    @property
+    def lost_metrics(self) -> frozenset[str]:
+        """The metrics with a known loss."""
+        return frozenset(gate.metric for gate in self.gates if gate.state == "lost") - self.failed_metrics
+
 
 class Interval(Base, frozen=True):
     """A value with its confidence interval, where it has one."""

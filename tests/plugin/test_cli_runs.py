@@ -167,7 +167,7 @@ def test_report_writes_what_is_asked_for(folder: Path) -> None:
 def test_report_needs_a_target_that_can_be_written(folder: Path) -> None:
     assert call("report", "v1").exit_code == 2
     result = call("report", "v1", "--markdown=none/a.md")
-    assert result.exit_code == 2 and "does not exist; make it first" in result.stderr
+    assert result.exit_code == 2 and "does not exist; create it first" in result.stderr
 
 
 def test_none_of_them_needs_torch(folder: Path) -> None:

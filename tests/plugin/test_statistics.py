@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pytest_lmcompose.gate import gate
+from pytest_lmcompose.gate import judge
 from pytest_lmcompose.gate.paired import Paired
 from pytest_lmcompose.report import composability
 from tests.plugin.conftest import Project
@@ -71,7 +71,7 @@ def test_repeats_and_both_orders_give_intervals_interference_and_paired_gates(
             "round  step 1/1 round *(repeat 2 of 2)",
             "*edit_locality_agreement = * is worse than 1 of the base model at no_drop_p 0.3: p = *, after Holm over "
             "9 gates * (*, n = 5, drop * with standard error *; finds * with 80% power at level 0.0333)",
-            "no drop from the base model: paired tests*",
+            "paired tests against the base model; *",
             "round  perplexity *",
             "composability, with 95% intervals",
             "nudge[[]scale=3[]] & round  perplexity * [[]*, *[]] * [[]*, *[]]",
@@ -144,7 +144,7 @@ def test_a_gate_that_fails_only_beside_all_others_fails_the_run(
     found = Paired("paired t", 10, 0.1, 0.01, 0.03, 0.03, 2, 0.02, 0.8, 0.025)
     # 0.03 alone passes, as another gate is still to come; beside 0.001 it is the last one of Holm's list.
     answers = iter([(msgspec.structs.replace(found, p=p), 0.9) for p in (0.03, 0.001)])
-    monkeypatch.setattr(gate, "compare_with_base", lambda *_: next(answers))
+    monkeypatch.setattr(judge, "compare_with_base", lambda *_: next(answers))
     project.pytester.makepyfile(test_inner="def test_it(composition, gates): ...")
     result = project.run("--lmcompose-json=report.json", compose=("nudge", "round"))
     result.assert_outcomes(passed=2)
