@@ -36,7 +36,7 @@ def unsure(model: Any, tokenizer: Any, tellings: Sequence[Telling], certainty: f
     return [
         telling
         for telling, answer in zip(tellings, found, strict=True)
-        if list(answer.scored.said) != answer.ids or answer.scored.total < math.log(certainty)
+        if list(answer.scored.greedy_ids) != answer.ids or answer.scored.total < math.log(certainty)
     ]
 
 

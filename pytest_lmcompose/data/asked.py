@@ -20,7 +20,7 @@ _LENGTH = 16
 
 def part_of(metric: str) -> str | None:
     """Return the part of the data that a metric asks, None if that is not known."""
-    part = find_metric(metric).asks
+    part = find_metric(metric).data
     return part if part in ("edits", "facts", "texts", "questions") else None
 
 

@@ -137,7 +137,7 @@ def test_compare_tells_of_other_circumstances(folder: Path) -> None:
     ("run", "message"),
     [
         ("v11", "Did you mean"),
-        ("cut.json", "is broken or cut off"),
+        ("cut.json", "is broken or truncated"),
         ("newer.json", "install the pytest-lmcompose that wrote it, or a later one"),
     ],
 )

@@ -34,9 +34,9 @@ def test_without_a_report_composability_is_that_of_the_metrics_shown(
     computed: list[str] = []
     entry = composability._entry
 
-    def noted(steps: Any, metric: str, *others: Any) -> Any:
-        computed.append(metric)
-        return entry(steps, metric, *others)
+    def noted(steps: Any, found: Any, *others: Any) -> Any:
+        computed.append(next(iter(found.values())).metric)
+        return entry(steps, found, *others)
 
     monkeypatch.setattr(composability, "_entry", noted)
     flags = () if flag is None else (flag,)
