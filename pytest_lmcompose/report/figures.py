@@ -267,8 +267,8 @@ def _heatmap(
     columns = len({value["column"] for value in values})
     x: Spec = {"field": "column", "type": "nominal", "sort": None, "title": None}
     x["axis"] = {"orient": "top", "labelAngle": -30, "labelLimit": 170, "ticks": False, "domain": False}
-    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None}
-    y["axis"] = {"labelLimit": 260, "ticks": False, "domain": False}
+    y = _row_axis()
+    y["axis"] |= {"ticks": False, "domain": False}
     shade: Spec = {"field": "shade", "type": "quantitative", "legend": None}
     shade["scale"] = {**colours, "domain": domain}
     text: Spec = {"field": "text", "type": "nominal"}
@@ -279,8 +279,7 @@ def _heatmap(
             "encoding": {"text": text, "color": {"condition": {"test": strong, "value": "white"}, "value": "#111"}},
         },
     ]
-    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in tooltips]
-    spec = _spec(values, 30 * _rows(values), layer=layers, encoding={"x": x, "y": y, "tooltip": tooltip})
+    spec = _spec(values, 30 * _rows(values), layer=layers, encoding={"x": x, "y": y, "tooltip": _tooltip(tooltips)})
     return Plot(title, spec, 240 + 72 * columns)
 
 
@@ -292,13 +291,12 @@ def _curve(values: Values, axis: str, base: float | None) -> Spec:
     y: Spec = {"field": "y", "type": "quantitative", "title": None, "scale": {"zero": False}}
     series = _series(values)
     tooltips = [("series", "composition"), ("x", axis), ("full", "value")]
-    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in tooltips]
     layers: list[Spec] = [
         {"mark": "rule", "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": series}},
         {"mark": "line", "encoding": {"x": x, "y": y, "color": series, "strokeDash": series}},
         {
             "mark": {"type": "point", "filled": True, "size": 70},
-            "encoding": {"x": x, "y": y, "color": series, "shape": series, "tooltip": tooltip},
+            "encoding": {"x": x, "y": y, "color": series, "shape": series, "tooltip": _tooltip(tooltips)},
         },
     ]
     if base is not None:
@@ -310,12 +308,11 @@ def _curve(values: Values, axis: str, base: float | None) -> Spec:
 
 
 def _dots(values: Values, goal: float) -> Spec:
-    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
+    y = _row_axis()
     x: Spec = {"field": "x", "type": "quantitative", "title": "share", "scale": {"zero": True}}
     series = _series(values)
     offset: Spec = {"field": "series", "type": "nominal", "sort": None}
-    tooltips = [("row", "composition"), ("series", "metric"), ("full", "share")]
-    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in tooltips]
+    tooltip = _tooltip([("row", "composition"), ("series", "metric"), ("full", "share")])
     several = len({value["series"] for value in values})
     layers: list[Spec] = [
         {
@@ -330,19 +327,26 @@ def _dots(values: Values, goal: float) -> Spec:
         },
         {
             "mark": {"type": "point", "filled": True, "size": 70},
-            "encoding": {"y": y, "yOffset": offset, "x": x, "color": series, "shape": series, "tooltip": tooltip},
+            "encoding": {
+                "y": y,
+                "yOffset": offset,
+                "x": x,
+                "color": series,
+                "shape": series,
+                "tooltip": tooltip,
+            },
         },
     ]
     return _spec(values, max(26, 14 * several) * _rows(values), layer=layers)
 
 
 def _bars(values: Values, unit: str, *, stack: bool) -> Spec:
-    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
+    y = _row_axis()
     x: Spec = {"field": "x", "type": "quantitative", "title": unit}
     if not stack:
         x |= {"aggregate": "max"}
     legend = {"orient": "bottom", "title": None, "columns": 4}
-    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in (("row", "composition"),)]
+    tooltip = _tooltip([("row", "composition")])
     encoding: Spec = {"y": y, "x": x}
     if stack:
         encoding["color"] = {"field": "part", "type": "nominal", "sort": None, "legend": legend}
@@ -365,6 +369,14 @@ def _series(values: Values) -> Spec:
     legend = {"orient": "bottom", "columns": 1, "title": None, "labelLimit": 320}
     domain = list(dict.fromkeys(value["series"] for value in values))
     return {"field": "series", "type": "nominal", "scale": {"domain": domain}, "legend": legend}
+
+
+def _tooltip(fields: Sequence[tuple[str, str]]) -> list[Spec]:
+    return [{"field": field, "type": "nominal", "title": title} for field, title in fields]
+
+
+def _row_axis() -> Spec:
+    return {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
 
 
 def _rows(values: Values) -> int:

@@ -280,7 +280,7 @@ def test_interference_by_hand() -> None:
     assert found.change[0] == pytest.approx((-0.3, 2.0, math.nan), nan_ok=True)
     assert all(map(math.isnan, found.change[1]))
     assert found.change[2] == pytest.approx((0, 0, math.nan), nan_ok=True)
-    with pytest.raises(EvaluationError, match=r"a\+b: its end was not measured"):
+    with pytest.raises(EvaluationError, match=r"a\+b: the end was not measured"):
         interference(AB, [{}, None], ["m"])
     with pytest.raises(EvaluationError, match="2 steps with 1 states"):
         interference(AB, [{}], ["m"])

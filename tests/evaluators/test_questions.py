@@ -222,7 +222,7 @@ def test_the_caller_names_what_should_be_forgotten(model: Any, tokenizer: Any, f
         model, tokenizer, ["rivers", "glass"], task_folder=folder, lower_is_better=frozenset({"glass"})
     )
     assert [m.higher_is_better for m in found] == [True, False]
-    with pytest.raises(EvaluationError, match="lower_is_better names lakes"):
+    with pytest.raises(EvaluationError, match="lower_is_better names tasks that are not measured: lakes"):
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder, lower_is_better=frozenset({"lakes"}))
 
 

@@ -67,7 +67,7 @@ def ask(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
         ("unsafe_code: true\n", "unsafe_code runs what the model writes"),
         ("use_prompt: promptsource:all\n", "use_prompt imports"),
         ("other: {dataset_kwargs: {trust_remote_code: true}}\n", "trust_remote_code runs the dataset's own code"),
-        ("metrics: [{metric: x, hf_evaluate: true}]\n", "hf_evaluate fetches"),
+        ("metrics: [{metric: x, hf_evaluate: true}]\n", "hf_evaluate downloads"),
         ("include: shared\n", "shared: line 1: !function helper.process"),
         ("include: [plain, shared]\n", "shared: line 1: !function"),
         ("include: ../elsewhere.yaml\n", "elsewhere.yaml: line 1: !function"),

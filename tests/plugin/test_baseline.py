@@ -146,7 +146,7 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
         (["--lmcompose-compare", "."], ["took the folder '.' for a run", "--lmcompose-compare=latest"]),
         (["--lmcompose-compare=none.json"], ["no stored run 'none.json'"]),
         (["--lmcompose-compare=cut.json"], ["cut.json is broken or truncated", "store it again"]),
-        (["--lmcompose-compare=newer.json"], ["newer.json has the report schema 2", "install the pytest-lmcompose"]),
+        (["--lmcompose-compare=newer.json"], ["newer.json has report schema 2", "install the pytest-lmcompose"]),
         (["--lmcompose-require-baseline"], ["no run that passed is stored", "--lmcompose-save=NAME"]),
         (["--lmcompose-compare-fail=recall"], ["--lmcompose-compare-fail: 'recall'", "[COMPOSITION::]METRIC:LIMIT"]),
         (

@@ -93,7 +93,7 @@ def test_runs_stored_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
         ("{}", "is not a pytest-lmcompose report"),
         (
             json.dumps(report(RUN, schema_version=2)),
-            "schema 2, but this version reads schema 1; install the pytest-lmcompose",
+            "schema 2, but this version reads schema 1; install",
         ),
         (json.dumps(report(RUN, schema_version="x")), "schema 'x', .* store it again"),
         (json.dumps({"schema_version": 1}), "is damaged: Object missing required field `status`"),
