@@ -3,7 +3,7 @@
     from evaluators import EditCase, Probe, measure_editing
     measurements = measure_editing(model, tokenizer, cases)
 
-Independent of pytest and the interventions, except for small helpers such as `interventions.tokens`: both tokenize text in the same way.
+Independent of pytest and, except for small helpers such as `interventions.tokens`, of the interventions.
 Importing it imports no torch.
 """
 

@@ -282,5 +282,5 @@ def test_interference_by_hand() -> None:
     assert found.change[2] == pytest.approx((0, 0, math.nan), nan_ok=True)
     with pytest.raises(EvaluationError, match=r"a\+b: the end was not measured"):
         interference(AB, [{}, None], ["m"])
-    with pytest.raises(EvaluationError, match="2 steps with 1 states"):
+    with pytest.raises(EvaluationError, match="2 steps but 1 states"):
         interference(AB, [{}], ["m"])
