@@ -483,7 +483,7 @@ def test_markdown_escapes_every_field(nasty: dict[str, Any]) -> None:
     text = markdown.render(typed(nasty), typed(nasty))
     check_plain(text)
     assert "<script>n" not in re.sub("`[^`]*`", "", text)
-    assert r"a\_b\|c\`d" in text.splitlines()[2] and text.splitlines()[2].endswith(".")
+    assert r"a\_b\|c\`d" in text and text.splitlines()[2].endswith(".")
 
 
 def test_latex_escapes_every_field(nasty: dict[str, Any]) -> None:
