@@ -21,7 +21,7 @@ def cleaned(value: Any) -> Any:
         return visible(value, lines=True)
     if isinstance(value, dict):
         return {visible(key): cleaned(item) for key, item in value.items()}
-    if isinstance(value, list):  # lists of thousands of samples hold no text
+    if isinstance(value, (list, tuple)):  # lists of thousands of samples hold no text
         return value if value and isinstance(value[0], (int, float)) else [cleaned(item) for item in value]
     return value
 
