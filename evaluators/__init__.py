@@ -3,8 +3,8 @@
     from evaluators import EditCase, Probe, measure_editing
     measurements = measure_editing(model, tokenizer, cases)
 
-Knows neither pytest nor the interventions, except for `interventions.tokens`: how text becomes tokens is the
-same for both. Importing it imports no torch.
+Independent of pytest and, except for small helpers such as `interventions.tokens`, of the interventions.
+Importing it imports no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from evaluators.measurement import EvaluationError, Measurement
 
 if TYPE_CHECKING:
     from evaluators.answers import Likelihood, score_answers
-    from evaluators.asked import Asked, EditCase, Fact, Probe, UneditedAnswers
+    from evaluators.data import EditCase, EvaluationData, Fact, Probe, UneditedAnswers
     from evaluators.editing import capture_unedited, measure_editing
     from evaluators.efficiency import measure_efficiency
     from evaluators.generation import greedy
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "answers": "Likelihood score_answers",
-    "asked": "Asked EditCase Fact Probe UneditedAnswers",
+    "data": "EditCase EvaluationData Fact Probe UneditedAnswers",
     "editing": "capture_unedited measure_editing",
     "efficiency": "measure_efficiency",
     "generation": "greedy",
@@ -44,11 +44,11 @@ _MODULES = {
     "registry": "Evaluator Metric",
     "survival": "measure_survival",
 }
-"""Which module has which names."""
+"""Public names by module."""
 
 __all__ = [
-    "Asked",
     "EditCase",
+    "EvaluationData",
     "EvaluationError",
     "Evaluator",
     "Fact",

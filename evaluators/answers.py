@@ -1,4 +1,4 @@
-"""Ask a model for short answers and compare them, token by token, with what they should be."""
+"""Generate short answers and compare them with the expected ones, token by token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
-from evaluators.asked import Probe
 from evaluators.continuations import Scored, score
+from evaluators.data import Probe
 from evaluators.encoding import Pair, check_length, encode_pairs, meaningless_ids, padding_id
 from evaluators.generation import continue_greedily, stop_ids
 from evaluators.measurement import EvaluationError
@@ -17,7 +17,7 @@ from evaluators.state import borrowed
 
 
 class Scores(NamedTuple):
-    """How well an answer agrees with its target: each in 0 to 1."""
+    """Agreement of an answer with its target, each from 0 to 1."""
 
     f1: float
     recall: float
@@ -28,7 +28,7 @@ _BROKEN = Scores(math.nan, math.nan, math.nan)
 
 
 class Likelihood(NamedTuple):
-    """A text after its prompt, as the model takes it when it is given, not generated."""
+    """A given answer and its likelihood after its prompt."""
 
     ids: list[int]
     scored: Scored
@@ -40,44 +40,40 @@ class Likelihood(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the model said: the generated ids as they came, and their scores.
-
-    Scores and margin are NaN where the model's logits are, so that it said nothing.
-    """
+    """A generated answer and its scores, which are NaN if the logits are NaN or infinite."""
 
     generated: tuple[int, ...] | None
-    """None where the logits are NaN or infinite."""
+    """None if the logits are NaN or infinite."""
     scores: Scores
     margin: float | None
-    """Probability of the answer minus that of its rival, both by token; None without a rival."""
+    """Probability per token of the answer minus that of its rival; None without a rival."""
 
 
 def score_tokens(generated: Sequence[int], target: Sequence[int], ignored: AbstractSet[int] = frozenset()) -> Scores:
-    """Compare generated ids with the target's: F1 and recall as sets, exact as sequences.
+    """Compare generated ids with the target ids: F1 and recall as sets, exact as sequences.
 
-    `ignored` ids are dropped from both, then what was generated is cut to the number of target
-    ids that remain. Sets forgive order and repetition; `exact` forgives neither.
-    Raises EvaluationError if nothing of the target remains.
+    `ignored` ids are removed from both; then the generated ids are cut to the length of the target.
+    Raises EvaluationError if the target is empty without the ignored ids.
     """
     wanted = [i for i in target if i not in ignored]
     if not wanted:
         raise EvaluationError("the target has no tokens to compare with")
-    said = [i for i in generated if i not in ignored][: len(wanted)]
-    overlap = len(set(said) & set(wanted))
+    answer = [i for i in generated if i not in ignored][: len(wanted)]
+    overlap = len(set(answer) & set(wanted))
     if overlap == 0:
         return Scores(0.0, 0.0, 0.0)
     recall = overlap / len(set(wanted))
-    precision = overlap / len(set(said))
-    return Scores(2 * precision * recall / (precision + recall), recall, float(said == wanted))
+    precision = overlap / len(set(answer))
+    return Scores(2 * precision * recall / (precision + recall), recall, float(answer == wanted))
 
 
 def score_answers(
     model: Any, tokenizer: Any, probes: Sequence[Probe], records: Sequence[str], batch_size: int = 32
 ) -> list[Likelihood]:
-    """Score the answer of every probe after its prompt; rivals play no part.
+    """Score the answer of every probe after its prompt; rivals are ignored.
 
-    `records` names the probes for errors: a probe whose answer has no tokens but special ones and
-    spaces, or that does not fit the model, raises EvaluationError. Broken logits give NaN.
+    `records` are the names of the probes in errors. Logits that are NaN or infinite give NaN.
+    Raises EvaluationError for an answer of special tokens and spaces only, and for a text that is too long.
     """
     texts = [(probe.prompt, probe.answer) for probe in probes]
     pairs = _encode(model, tokenizer, texts, records)
@@ -89,39 +85,38 @@ def score_answers(
 def answer_probes(
     model: Any, tokenizer: Any, probes: Sequence[Probe], records: Sequence[str], batch_size: int = 32
 ) -> list[Answer]:
-    """Let the model answer every probe greedily, with as many new tokens as its answer has.
+    """Generate an answer to every probe greedily, with as many tokens as the expected answer.
 
-    Answers and rivals are scored first, in one go; as far as the model's likeliest tokens follow
-    one of these texts, the pass that scored it has told what the model would generate, and only
-    the prompts for which that is not enough are generated from.
-    Raises EvaluationError as `score_answers` does, for rivals too.
+    Answers and rivals are scored first. If the greedy tokens follow one of these texts, its scoring
+    pass already contains the generated ids; the model generates only for the other prompts.
+    Raises EvaluationError like `score_answers`, also for rivals.
     """
     ignored = meaningless_ids(tokenizer)
     texts = [(probe.prompt, probe.answer) for probe in probes]
-    held = [i for i, probe in enumerate(probes) if probe.rival]
+    with_rival = [i for i, probe in enumerate(probes) if probe.rival]
     pairs = _encode(
         model,
         tokenizer,
-        [*texts, *((probes[i].prompt, probes[i].rival) for i in held)],
-        [*records, *(f"{records[i]}, what the answer is held against" for i in held)],
+        [*texts, *((probes[i].prompt, probes[i].rival) for i in with_rival)],
+        [*records, *(f"{records[i]}, the rival answer" for i in with_rival)],
     )
     with borrowed(model, tokenizer):
         found = score(model, pairs, fill=padding_id(tokenizer), rows=batch_size)
     likelihoods = [Likelihood(pair.target, scored) for pair, scored in zip(pairs, found, strict=True)]
     generated = _generate(model, tokenizer, pairs[: len(probes)], pairs, found, batch_size)
-    rivals = dict(zip(held, likelihoods[len(probes) :], strict=True))
+    rivals = dict(zip(with_rival, likelihoods[len(probes) :], strict=True))
     return [
         Answer(
-            None if said is None else tuple(said),
-            _BROKEN if said is None else score_tokens(said, own.ids, ignored),
+            None if ids is None else tuple(ids),
+            _BROKEN if ids is None else score_tokens(ids, own.ids, ignored),
             own.probability - rivals[i].probability if i in rivals else None,
         )
-        for i, (said, own) in enumerate(zip(generated, likelihoods[: len(probes)], strict=True))
+        for i, (ids, own) in enumerate(zip(generated, likelihoods[: len(probes)], strict=True))
     ]
 
 
 def _encode(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], records: Sequence[str]) -> list[Pair]:
-    """Encode prompts and answers; raises EvaluationError for an answer without tokens or a text too long."""
+    """Encode prompts and answers; raises EvaluationError for an answer without tokens or a text that is too long."""
     ignored = meaningless_ids(tokenizer)
     pairs = encode_pairs(tokenizer, texts)
     for record, (prompt, answer), pair in zip(records, texts, pairs, strict=True):
@@ -134,38 +129,38 @@ def _encode(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], record
 def _generate(
     model: Any,
     tokenizer: Any,
-    asked: Sequence[Pair],
+    wanted: Sequence[Pair],
     pairs: Sequence[Pair],
     found: Sequence[Scored],
     batch_size: int,
 ) -> list[list[int] | None]:
-    """Return the greedy continuation of each prompt of `asked`, as long as its target at most; None if broken."""
+    """Return the greedy continuation of each prompt in `wanted`, at most as long as its target; None if broken."""
     stops = stop_ids(model, tokenizer)
     paths: defaultdict[tuple[int, ...], list[tuple[list[int], tuple[int, ...]]]] = defaultdict(list)
     for pair, scored in zip(pairs, found, strict=True):
-        if math.isnan(scored.total):  # what it is said to say is no choice
+        if math.isnan(scored.total):  # argmax of NaN is meaningless
             continue
-        paths[tuple(pair.prompt)].append((pair.target, scored.said))
-    known = [_read_off(paths[tuple(pair.prompt)], len(pair.target), stops) for pair in asked]
-    missing = [i for i, said in enumerate(known) if said is None]
-    budgets = [len(asked[i].target) for i in missing]
-    said_of = continue_greedily(model, tokenizer, [asked[i].prompt for i in missing], budgets, batch_size)
-    rest = dict(zip(missing, said_of, strict=True))
-    return [rest[i] if said is None else said for i, said in enumerate(known)]
+        paths[tuple(pair.prompt)].append((pair.target, scored.greedy_ids))
+    known = [_read_off(paths[tuple(pair.prompt)], len(pair.target), stops) for pair in wanted]
+    missing = [i for i, ids in enumerate(known) if ids is None]
+    budgets = [len(wanted[i].target) for i in missing]
+    generated = continue_greedily(model, tokenizer, [wanted[i].prompt for i in missing], budgets, batch_size)
+    rest = dict(zip(missing, generated, strict=True))
+    return [rest[i] if ids is None else ids for i, ids in enumerate(known)]
 
 
 def _read_off(
     paths: Sequence[tuple[list[int], tuple[int, ...]]], budget: int, stops: Sequence[int]
 ) -> list[int] | None:
-    """Return the greedy continuation of a prompt as far as scored texts tell it, None if they do not.
+    """Return the greedy continuation of a prompt from texts that were scored after it, or None if they do not suffice.
 
-    `paths` are texts that were scored after the prompt, with the likeliest id at each place: that
-    id is the model's own next one wherever the text before it is what the model said itself.
+    `paths` are these texts with the greedy id at each position. A greedy id is the next generated one
+    if the text before it equals what was generated so far.
     """
-    said: list[int] = []
-    while len(said) < budget:
-        token = next((own[len(said)] for ids, own in paths if ids[: len(said)] == said and len(ids) > len(said)), None)
+    found: list[int] = []
+    while (n := len(found)) < budget:
+        token = next((greedy[n] for ids, greedy in paths if ids[:n] == found and len(ids) > n), None)
         if token is None or token in stops:
-            return None if token is None else said
-        said.append(token)
-    return said
+            return None if token is None else found
+        found.append(token)
+    return found

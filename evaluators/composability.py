@@ -1,7 +1,7 @@
-"""Order-free error, order sensitivity and interference: what a sequence of steps costs its parts.
+"""Order-free error, order sensitivity and interference of a sequence of steps.
 
-The two metrics are those of Kolbeinsson et al. 2025 ("Composable Interventions for Language Models"),
-there for pairs; here for the orders of any number of steps, of which not all need to be there.
+The first two follow Kolbeinsson et al. 2025 ("Composable Interventions for Language Models"), extended from pairs to
+any number of steps and to incomplete sets of orders.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from evaluators.measurement import EvaluationError
 Order: TypeAlias = tuple[str, ...]
 """Names of steps, the first applied first."""
 Values: TypeAlias = Mapping[Order, float | Sequence[float]]
-"""Of each order the metric's value, or its values over repeated runs, which are averaged first."""
+"""The metric's value of each order, or its values over repeats, which are averaged."""
 Link = Literal["mean", "exp"]
-"""How a run's samples make its value: their mean, or its exponential (log-likelihoods, perplexity)."""
+"""How the value follows from the samples: their mean, or the exponential of the mean (perplexity)."""
 Floats: TypeAlias = NDArray[np.float64]
-_DRAWS = 1 << 22  # counts of samples held at once
+_DRAWS = 1 << 22  # maximum number of sample counts in memory
 
 
 class Interval(NamedTuple):
@@ -37,7 +37,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Composability:
-    """Both metrics of one set of steps with their intervals."""
+    """Order-free error and order sensitivity of a set of steps, with intervals."""
 
     best: Order
     order_free_error: Interval
@@ -46,19 +46,18 @@ class Composability:
 
 @dataclass(frozen=True)
 class Interference:
-    """What the later steps did to each metric after each step."""
+    """Change of each metric by the steps after each step."""
 
     steps: Order
     metrics: tuple[str, ...]
     change: tuple[tuple[float, ...], ...]
-    """(steps, metrics): value at the end minus value right after the step; NaN where either is unknown."""
+    """(steps, metrics): value at the end minus value right after the step; NaN if either is unknown."""
 
 
 def order_free_error(values: Values, *, higher_is_better: bool) -> float:
-    """Return the error of the best order: against 1 if higher is better, else the value itself.
+    """Return the error of the best order: 1 minus its value if higher is better, otherwise the value.
 
-    It is no error against a single step, so it has a floor: where a model can only guess, or is not
-    perfect before any step, no order reaches 0.
+    The error also contains what the base model gets wrong, so no order reaches 0 on most metrics.
     Raises EvaluationError for a NaN, a single order, or orders of different steps.
     """
     means = _means(values).values()
@@ -66,9 +65,9 @@ def order_free_error(values: Values, *, higher_is_better: bool) -> float:
 
 
 def order_sensitivity(values: Values) -> float:
-    """Return the largest gap between two orders: of a pair of steps, |m(A, B) - m(B, A)|.
+    """Return the largest difference between two orders; for two steps, |m(A, B) - m(B, A)|.
 
-    Infinite if some orders are infinite, NaN if all are: infinities have no distance.
+    Infinite if some orders are infinite, NaN if all are.
     Raises EvaluationError for a NaN, a single order, or orders of different steps.
     """
     means = _means(values).values()
@@ -76,7 +75,7 @@ def order_sensitivity(values: Values) -> float:
 
 
 def best_order(values: Values, *, higher_is_better: bool) -> Order:
-    """Return the order whose value is best, the first of equal ones; raises like `order_free_error`."""
+    """Return the order with the best value, the first of equal ones; raises like `order_free_error`."""
     means = _means(values)
     return (max if higher_is_better else min)(means, key=means.__getitem__)
 
@@ -94,25 +93,24 @@ def bootstrap_orders(
 ) -> Composability:
     """Compute both metrics from per-sample outcomes, with paired bootstrap intervals.
 
-    `samples` are, of each order, one list of outcomes a repeat, over the same samples in every order.
-    A resample draws repeats, then samples within each (Davison and Hinkley 1997, section 3.8), and
-    takes the same ones in every order; `clusters`, labels as `samples` of one order, are drawn whole.
-    With `same_samples` all repeats ask the same questions, so one draw of them serves all repeats.
+    `samples` has a list of outcomes per repeat for each order, over the same samples in every order.
+    A resample draws repeats, then samples within each (Davison and Hinkley 1997, section 3.8), equally
+    in all orders. `clusters` are the labels of one order's `samples`; clusters are drawn as a whole.
+    With `same_samples` all repeats share their samples, and one draw serves all repeats.
 
-    The intervals are those of the largest error that any order makes at once, so they hold for the
-    best order though it was chosen after looking, and the one of the sensitivity reaches 0 wherever
-    the orders may be equal. Both keep to what is possible: no sensitivity below 0, no value beyond
-    the outermost sample. Outcomes that never vary have an interval without width, which is no proof
-    that they could not; and two or three repeats vary less than repeats do.
+    The intervals are simultaneous: they bound the largest error over all orders. So they hold for the
+    best order although it is selected from the data, and the interval of the sensitivity includes 0 if
+    the orders may be equal. Sensitivity is clipped at 0 and values at the extreme samples. Constant
+    outcomes have an interval of width 0, and two or three repeats underestimate their variance.
 
-    Raises EvaluationError for NaN or infinite samples, and orders whose samples cannot be paired.
+    Raises EvaluationError for NaN or infinite samples, and for orders whose samples cannot be paired.
     """
     tables = _tables(samples)
     orders = list(tables)
     runs = [np.stack([tables[order][r] for order in orders]) for r in range(len(tables[orders[0]]))]  # (orders, n)
     units = [_per_unit(run, None if clusters is None else clusters[r]) for r, run in enumerate(runs)]
     if same_samples and len({len(sizes) for _, sizes in units}) > 1:
-        raise EvaluationError("the repeats have different numbers of samples, so those cannot be the same")
+        raise EvaluationError("same_samples: the repeats have different numbers of samples")
     centre = np.mean([_linked(sums.sum(1) / sizes.sum(), link) for sums, sizes in units], axis=0)  # (orders,)
     batch = max(1, _DRAWS // max(len(sizes) for _, sizes in units))
     drawn = np.concatenate(
@@ -136,18 +134,18 @@ def bootstrap_orders(
 
 
 def interference(steps: Order, after: Sequence[Mapping[str, float] | None], metrics: Iterable[str]) -> Interference:
-    """Compare the end of one composition with the states on the way to it.
+    """Compare the end of a composition with its intermediate states.
 
-    `after` holds, step by step, the metrics of the state right after that step, or None where it was
-    not measured; the last one is the end. A metric that a state lacks is NaN.
+    `after` has the metrics of the state after each step, or None if not measured; the last is the end.
+    A metric that a state lacks is NaN.
     Raises EvaluationError if the end is missing, or steps and states differ in number.
     """
     names = tuple(metrics)
     if len(steps) != len(after) or not steps:
-        raise EvaluationError(f"{len(steps)} steps with {len(after)} states after them; give one state a step")
+        raise EvaluationError(f"{len(steps)} steps but {len(after)} states; give one state per step")
     end = after[-1]
     if end is None:
-        raise EvaluationError(f"{'+'.join(steps)}: its end was not measured, so no change up to it is known")
+        raise EvaluationError(f"{'+'.join(steps)}: the end was not measured; measure the whole composition")
     change = tuple(
         tuple(end.get(name, math.nan) - (state or {}).get(name, math.nan) for name in names) for state in after
     )
@@ -155,7 +153,7 @@ def interference(steps: Order, after: Sequence[Mapping[str, float] | None], metr
 
 
 def _means(values: Values) -> dict[Order, float]:
-    """Return the mean over runs of each order."""
+    """Return each order's mean over repeats."""
     _check_orders(values)
     means = {}
     for order, value in values.items():
@@ -164,7 +162,7 @@ def _means(values: Values) -> dict[Order, float]:
             raise EvaluationError(f"{'+'.join(order)}: {'a value is NaN' if runs else 'no value'}; measure it again")
         means[order] = math.fsum(runs) / len(runs) if all(map(math.isfinite, runs)) else sum(runs)
         if math.isnan(means[order]):
-            raise EvaluationError(f"{'+'.join(order)}: its runs are infinite in both directions")
+            raise EvaluationError(f"{'+'.join(order)}: its repeats are infinite in both directions")
     return means
 
 
@@ -172,16 +170,16 @@ def _check_orders(orders: Iterable[Order]) -> None:
     known = list(orders)
     for order in known:
         if not isinstance(order, tuple):
-            raise EvaluationError(f"{order!r} is no order: expected a tuple of the names of steps")
+            raise EvaluationError(f"{order!r} is not an order; give a tuple of step names")
     if len(known) < 2:
-        raise EvaluationError(f"{len(known)} order{'s' * (not known)} of the steps: at least two are compared")
+        raise EvaluationError(f"{len(known)} order{'s' * (not known)} of the steps; at least two are needed")
     for order in known[1:]:
         if sorted(order) != sorted(known[0]):
             raise EvaluationError(f"{'+'.join(order)} and {'+'.join(known[0])} are not orders of the same steps")
 
 
 def _tables(samples: Mapping[Order, Sequence[ArrayLike]]) -> dict[Order, list[Floats]]:
-    """Return the outcomes of each order by repeat, after checking that they pair."""
+    """Return the outcomes of each order by repeat; raises EvaluationError if they cannot be paired."""
     _check_orders(samples)
     tables = {order: [np.asarray(run, dtype=np.float64) for run in runs] for order, runs in samples.items()}
     shapes = {order: [run.shape for run in runs] for order, runs in tables.items()}
@@ -203,7 +201,7 @@ def _per_unit(run: Floats, labels: Sequence[Hashable] | None) -> tuple[Floats, F
     if labels is None:
         return run, np.ones(run.shape[1])
     if len(labels) != run.shape[1]:
-        raise EvaluationError(f"{len(labels)} clusters for {run.shape[1]} samples; give one label a sample")
+        raise EvaluationError(f"{len(labels)} clusters for {run.shape[1]} samples; give one label per sample")
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     index = [number[label] for label in labels]
     return np.stack([np.bincount(index, row) for row in run]), np.bincount(index).astype(np.float64)
@@ -226,7 +224,7 @@ def _resampled(
 
 
 def _draw(generator: np.random.Generator, n: int, count: int) -> Floats:
-    """Return how often each of `n` units is in each of `count` draws of n units, (count, n)."""
+    """Return the counts of `n` units in `count` bootstrap draws of n units, (count, n)."""
     chosen = generator.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
     return np.bincount(chosen.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
 

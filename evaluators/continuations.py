@@ -1,4 +1,4 @@
-"""Score given continuations of contexts: the one forward pass that all likelihoods here come from."""
+"""Score given continuations of contexts; all likelihoods come from here."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from evaluators.reading import Reading, reading
 
 
 class Scored(NamedTuple):
-    """How a model takes a continuation."""
+    """Likelihood of a continuation."""
 
     total: float
-    """Log-probability in nats, summed over its tokens; NaN where the logits are broken."""
-    said: tuple[int, ...]
-    """The likeliest id at each of its places, after the context and the continuation up to there."""
+    """Log-probability in nats, summed over its tokens; NaN if the logits are broken."""
+    greedy_ids: tuple[int, ...]
+    """The most likely id at each position, given the context and the continuation before it."""
 
     @property
     def tokens(self) -> int:
-        return len(self.said)
+        return len(self.greedy_ids)
 
 
 class _Group(NamedTuple):
-    """A context and the pairs, by index, that continue it."""
+    """A context and the indices of the pairs that continue it."""
 
     context: list[int]
     members: list[int]
@@ -38,11 +38,11 @@ class _Group(NamedTuple):
 def score(model: Any, pairs: Sequence[Pair], *, fill: int, rows: int = 32) -> list[Scored]:
     """Score the target of each pair after its prompt, `rows` sequences at a time.
 
-    A context with several targets is read once, and they read it from the KV cache: four choices
-    of a few tokens take about a third of the time of four full passes, with the same numbers up to
-    rounding in float32 (1e-5). A model on which the cache or padding is not inert (see
-    `evaluators.reading`) reads every pair in full, beside others of its length. `fill` is the id to
-    pad with. The model must be in eval mode; computes in float32.
+    A context with several targets is read once into the KV cache. For four short choices this takes
+    about a third of the time of full passes, with equal results up to float32 rounding (1e-5). If the
+    cache or padding changes the model's logits (see `evaluators.reading`), every pair is read in full,
+    in batches of equal length. `fill` is the padding id. The model must be in eval mode; log-softmax is
+    computed in float32.
     """
     distinct = list(dict.fromkeys((tuple(pair.prompt), tuple(pair.target)) for pair in pairs))
     chosen = [Pair(list(prompt), list(target)) for prompt, target in distinct]
@@ -58,7 +58,7 @@ def score(model: Any, pairs: Sequence[Pair], *, fill: int, rows: int = 32) -> li
 
 
 def _by_context(pairs: Sequence[Pair], shares: bool) -> tuple[list[int], list[_Group]]:
-    """Return the pairs to read alone and the groups that share a context, both longest first."""
+    """Return the pairs with their own context and the groups that share one, both longest first."""
     members: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
         members[tuple(pair.prompt) if shares else (i,)].append(i)
@@ -74,7 +74,7 @@ def _length(pair: Pair) -> int:
 
 
 def _batches(pairs: Sequence[Pair], chosen: Sequence[int], how: Reading, rows: int) -> Iterator[Sequence[int]]:
-    """Yield the pairs to read in full, longest first, in the batches that the model may read."""
+    """Yield batches of pairs to read in full, longest first, as `how` permits."""
     groups = [chosen] if how.padded else (list(same) for _, same in groupby(chosen, key=lambda i: _length(pairs[i])))
     for group in groups:
         yield from _slices(group, rows if how.together else 1)
@@ -85,9 +85,9 @@ def _slices(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _read_in_full(model: Any, pairs: Sequence[Pair], fill: int) -> list[Scored]:
-    """Score pairs in one pass, padded on the right: so every architecture's positions are its own."""
-    texts = [pair.prompt + pair.target[:-1] for pair in pairs]  # the last id predicts nothing that is scored
-    first = min(len(pair.prompt) for pair in pairs) - 1  # nothing before is scored, so no logits there
+    """Score pairs in one pass, padded on the right, which keeps the positions of every architecture."""
+    texts = [pair.prompt + pair.target[:-1] for pair in pairs]  # the last id predicts nothing
+    first = min(len(pair.prompt) for pair in pairs) - 1  # first position with a scored logit
     logits = read(model, texts, fill, max(map(len, texts)) - first)
     starts = [len(pair.prompt) - 1 - first for pair in pairs]
     return [_scored(row[start:], pair.target) for row, start, pair in zip(logits, starts, pairs, strict=True)]
@@ -96,7 +96,7 @@ def _read_in_full(model: Any, pairs: Sequence[Pair], fill: int) -> list[Scored]:
 def _read_contexts_once(
     model: Any, pairs: Sequence[Pair], groups: Sequence[_Group], fill: int, rows: int
 ) -> dict[int, Scored]:
-    """Score all targets of a few contexts: the first id from the contexts' pass, the rest from their own."""
+    """Score all targets of some contexts: the first ids from the pass over the contexts, the rest from a second one."""
     contexts = read_contexts(model, [group.context for group in groups], fill)
     owners = {i: row for row, group in enumerate(groups) for i in group.members}
     order = sorted(owners, key=lambda i: -len(pairs[i].target))

@@ -1,11 +1,10 @@
-"""Edit success, paraphrase, portability and locality: what an edited model says where it should, and elsewhere.
+"""Success, paraphrase, portability and locality of edits.
 
-Answers are compared on greedy generations (see `evaluators.answers.score_tokens`), and by the
-probabilities of the new and the old answer as in ROME and CounterFact (Meng et al. 2022,
-arXiv 2202.05262: score, P(new) > P(old), and magnitude, P(new) - P(old)), where P is the geometric
-mean of the tokens' probabilities, so that long answers are not at a disadvantage. On locality
-prompts what was true stands against the edit's target, the other way round: P(true) - P(target).
-Portability asks for what follows from the edit (Zhong et al. 2023, MQuAKE, arXiv 2305.14795).
+Greedy answers are compared with the expected ones (see `evaluators.answers.score_tokens`). The probabilities of new
+and old answer are compared as in ROME and CounterFact (Meng et al. 2022, arXiv 2202.05262): score P(new) > P(old) and
+magnitude P(new) - P(old), where P is the geometric mean over tokens, so that long answers are not at a disadvantage.
+On locality prompts the magnitude is P(true) - P(target). Portability tests consequences of the edit (Zhong et al.
+2023, MQuAKE, arXiv 2305.14795).
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evaluators.answers import Answer, Scores, answer_probes
-from evaluators.asked import Asked, EditCase, Probe, UneditedAnswers
-from evaluators.measurement import EvaluationError, Measurement, shown
+from evaluators.data import EditCase, EvaluationData, Probe, UneditedAnswers
+from evaluators.measurement import EvaluationError, Measurement, shorten
 from evaluators.settings import NoSettings
 
 
-def evaluate(model: Any, tokenizer: Any, settings: NoSettings, asked: Asked) -> list[Measurement]:
-    """Measure the run's edits on a state, edited or not: the base model's are the rates to compare with."""
-    if not asked.edits:
+def evaluate(model: Any, tokenizer: Any, settings: NoSettings, data: EvaluationData) -> list[Measurement]:
+    """Measure the run's edits on a state, whether or not it has them."""
+    if not data.edits:
         return []
-    return measure_editing(model, tokenizer, asked.edits, unedited=asked.unedited, batch_size=asked.batch_size)
+    return measure_editing(model, tokenizer, data.edits, unedited=data.unedited, batch_size=data.batch_size)
 
 
 def capture_unedited(model: Any, tokenizer: Any, cases: Sequence[EditCase], *, batch_size: int = 32) -> UneditedAnswers:
-    """Record the model's answers to the locality prompts of `cases`, to compare with after edits.
+    """Record the model's answers to the locality prompts of `cases` before editing.
 
     Raises EvaluationError for logits that are NaN or infinite.
     """
-    asked = [replace(p, probe=_alone(p.probe)) for p in _prompts(cases) if p.aspect == "locality"]
+    prompts = [replace(p, probe=_alone(p.probe)) for p in _prompts(cases) if p.aspect == "locality"]
     generated: dict[Probe, tuple[int, ...]] = {}
-    for prompt, answer in zip(asked, _ask(model, tokenizer, asked, batch_size), strict=True):
+    for prompt, answer in zip(prompts, _answers(model, tokenizer, prompts, batch_size), strict=True):
         if answer.generated is None:
             raise EvaluationError(
                 f"{prompt.record}: the unedited model's logits after {prompt.probe.prompt!r} are NaN or infinite; "
@@ -55,28 +54,27 @@ def measure_editing(
 ) -> list[Measurement]:
     """Measure `edit_success`, `edit_paraphrase`, `edit_portability` and `edit_locality`.
 
-    Each as `_f1`, `_recall` and `_exact`, and over the prompts whose old answer is known, and is
-    another than the new one, as `_margin` (magnitude, -1 to 1) and `_preferred` (score: the share
-    with a margin above 0). With `unedited` also `edit_locality_agreement`: the share of locality
-    prompts whose generated tokens are the unedited model's. An aspect that no case has a prompt for
-    is left out. Samples stand in the order of the cases; the errors treat the prompts of one case
-    as one cluster.
+    Each has the suffixes `_f1`, `_recall` and `_exact`. Prompts whose old answer is known and differs
+    from the new one also give `_margin` (magnitude, -1 to 1) and `_preferred` (score: share of margins
+    above 0). `unedited` adds `edit_locality_agreement`, the share of locality prompts with the same
+    generated tokens as before. Aspects without prompts are left out. Samples are in the order of the
+    cases; the prompts of a case are one cluster.
 
-    Samples are NaN where the logits are. Raises EvaluationError for no cases, a target without
-    tokens, or a locality prompt that `unedited` does not know.
+    Broken logits give NaN samples. Raises EvaluationError for no cases, a target without tokens, or a
+    locality prompt missing from `unedited`.
     """
     if not cases:
         raise EvaluationError("edit success: no cases; is the edit file empty?")
     prompts = _prompts(cases)
-    answers = _ask(model, tokenizer, prompts, batch_size)
+    answers = _answers(model, tokenizer, prompts, batch_size)
     measurements = []
     for aspect in ("success", "paraphrase", "portability", "locality"):
         chosen = [(p, a) for p, a in zip(prompts, answers, strict=True) if p.aspect == aspect]
         if not chosen:
             continue
         clusters = [p.case for p, _ in chosen]
-        note = f"{len(chosen)} prompts of {len(set(clusters))} edits, greedy, as many tokens as the answer has"
-        said = [shown(tokenizer.decode(a.generated or (), skip_special_tokens=True)) for _, a in chosen]
+        note = f"{len(chosen)} prompts of {len(set(clusters))} edits, greedy, as many tokens as in the answer"
+        said = [shorten(tokenizer.decode(a.generated or (), skip_special_tokens=True)) for _, a in chosen]
         for kind in Scores._fields:
             samples = [getattr(a.scores, kind) for _, a in chosen]
             kept = said if kind == "exact" else []
@@ -90,13 +88,13 @@ def measure_editing(
 
 
 def _margins(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Measurement]:
-    """Measure how answers fare against their rivals, on the prompts that have one."""
+    """Measure margin and preference on the prompts with a rival."""
     pairs = [(p.case, a.margin) for p, a in chosen if a.margin is not None]
     if not pairs:
         return []
     clusters, margins = [case for case, _ in pairs], [margin for _, margin in pairs]
-    sides = "what was true minus the edit's target" if aspect == "locality" else "new minus old answer"
-    note = f"{sides}, probabilities by token (geometric mean), {len(pairs)} of {len(chosen)} prompts"
+    sides = "true answer minus the edit's target" if aspect == "locality" else "new minus old answer"
+    note = f"{sides}, probabilities per token (geometric mean), {len(pairs)} of {len(chosen)} prompts"
     preferred = [math.nan if math.isnan(margin) else float(margin > 0) for margin in margins]
     return [
         Measurement.mean(f"edit_{aspect}_margin", margins, note=note, clusters=clusters),
@@ -106,7 +104,7 @@ def _margins(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Meas
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One prompt of one case, and the name it goes by in errors."""
+    """One prompt of a case, with its name for errors."""
 
     case: int
     aspect: str
@@ -118,26 +116,26 @@ def _prompts(cases: Sequence[EditCase]) -> list[_Prompt]:
     prompts = []
     for i, case in enumerate(cases):
         name = f"case {i} ({case.subject})"
-        asked = Probe(case.prompt, case.target, case.truth)
-        prompts.append(_Prompt(i, "success", asked, f"{name}, prompt"))
+        probe = Probe(case.prompt, case.target, case.truth)
+        prompts.append(_Prompt(i, "success", probe, f"{name}, prompt"))
         for k, text in enumerate(case.paraphrases):
             prompts.append(_Prompt(i, "paraphrase", Probe(text, case.target, case.truth), f"{name}, paraphrase {k}"))
         for k, probe in enumerate(case.portability):
             prompts.append(_Prompt(i, "portability", probe, f"{name}, portability prompt {k}"))
         for k, probe in enumerate(case.locality):
-            held = Probe(probe.prompt, probe.answer, probe.rival or case.target)
-            prompts.append(_Prompt(i, "locality", held, f"{name}, locality prompt {k}"))
+            probe = replace(probe, rival=probe.rival or case.target)
+            prompts.append(_Prompt(i, "locality", probe, f"{name}, locality prompt {k}"))
     return prompts
 
 
-def _ask(model: Any, tokenizer: Any, prompts: Sequence[_Prompt], batch_size: int) -> list[Answer]:
-    # An answer is not held against itself.
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[_Prompt], batch_size: int) -> list[Answer]:
+    # An answer is not its own rival.
     probes = [_alone(p.probe) if p.probe.answer == p.probe.rival else p.probe for p in prompts]
     return answer_probes(model, tokenizer, probes, [p.record for p in prompts], batch_size)
 
 
 def _alone(probe: Probe) -> Probe:
-    return Probe(probe.prompt, probe.answer)
+    return replace(probe, rival="")
 
 
 def _agreement(answer: Answer, before: tuple[int, ...]) -> float:
@@ -148,7 +146,7 @@ def _before(unedited: UneditedAnswers, prompt: _Prompt) -> tuple[int, ...]:
     probe = _alone(prompt.probe)
     if probe not in unedited.generated:
         raise EvaluationError(
-            f"{prompt.record}: the unedited model was not asked {probe.prompt!r}; "
+            f"{prompt.record}: no answer of the unedited model to {probe.prompt!r}; "
             "capture its answers for the same cases"
         )
     return unedited.generated[probe]

@@ -1,4 +1,4 @@
-"""What a model would cost to store and to run, read from its weights and not from what was asked for."""
+"""Storage and compute cost of a model, read from its weights, not from settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from evaluators.asked import Asked
+from evaluators.data import EvaluationData
 from evaluators.encoding import check_length
 from evaluators.grids import Grid, find_grid
 from evaluators.measurement import EvaluationError, Measurement
@@ -19,32 +19,31 @@ from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 
 SCALE_BITS = 32
-"""A 16-bit scale and a 16-bit zero point for each group."""
+"""A 16-bit scale and a 16-bit zero point per group."""
 
 
 class Layer(NamedTuple):
-    """How one linear layer could be stored."""
+    """How a linear layer can be stored."""
 
     name: str
     weights: int
     zeros: int
     full_bits: int
-    """Bits of the dtype it is kept in."""
+    """Bits of its dtype."""
     grid: Grid | None
     two_of_four: bool
-    """Whether at most two of any four neighbouring columns are not zero."""
+    """Whether at most two of each four neighbouring columns are non-zero."""
 
     @property
     def bits(self) -> int:
-        """Bits of a weight that is not left out: the grid's, or the dtype's for a layer off any grid."""
+        """Bits of a stored weight: those of the grid, or of the dtype without a grid."""
         return self.full_bits if self.grid is None else self.grid.bits
 
     @property
     def average_bits(self) -> float:
-        """Bits by weight as published tables count them.
+        """Average bits per weight, as in published tables.
 
-        A zero takes the one bit of a mask where leaving zeros out saves more than a mask costs. On
-        a grid, where zero is a level that many weights fall on, it counts as any other.
+        Zeros of a layer without a grid count 1 bit, for a mask, if the mask pays off.
         """
         pays = self.grid is None and self.zeros * self.bits > self.weights
         zeros = self.zeros if pays else 0
@@ -57,7 +56,7 @@ class Layer(NamedTuple):
 
     @property
     def packed_bits(self) -> int:
-        """Bits on disk, packed: whole, or with a mask, or two of four with two bits of place each."""
+        """Bits on disk: the smallest of dense, with a mask, or 2:4 with two index bits per value."""
         sizes = [self.weights * self.bits, self.weights + (self.weights - self.zeros) * self.bits]
         if self.two_of_four:
             sizes.append(self.weights // 2 * (self.bits + 2))
@@ -67,8 +66,8 @@ class Layer(NamedTuple):
 def decoder_linears(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights (out, in), by parameter name, of the linear layers inside the decoder blocks.
 
-    The blocks are found by structure: the list of modules, in no other list, that holds the most
-    weights of linear layers. Raises EvaluationError if there is none.
+    The decoder is the outermost module list with the most linear weights. Raises EvaluationError if
+    there is none.
     """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
@@ -89,7 +88,7 @@ def _linears_under(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 
 def read_layers(weights: Mapping[str, Tensor]) -> list[Layer]:
-    """Read from each weight (out, in) how it could be stored."""
+    """Analyse how each weight (out, in) can be stored."""
     layers = []
     for name, weight in weights.items():
         zero = weight == 0
@@ -99,27 +98,27 @@ def read_layers(weights: Mapping[str, Tensor]) -> list[Layer]:
     return layers
 
 
-def evaluate(model: Any, tokenizer: Any, settings: PassSettings, asked: Asked) -> list[Measurement]:
-    """Measure storage and work as `measure_efficiency` does."""
+def evaluate(model: Any, tokenizer: Any, settings: PassSettings, data: EvaluationData) -> list[Measurement]:
+    """Measure storage and compute; see `measure_efficiency`."""
     return measure_efficiency(model, length=settings.latency_length)
 
 
 def measure_efficiency(
     model: Any, *, weights: Mapping[str, Tensor] | None = None, length: int = 128
 ) -> list[Measurement]:
-    """Measure what the weights say of storage and work; samples are by layer, and nothing is drawn at random.
+    """Measure storage and compute from the weights; there is one sample per layer and no randomness.
 
-    - `average_bits` of a weight of the decoder's linear layers: b for a layer whose values all lie
-      on a grid of 2**b levels, the dtype's own bits for any other, so also for one that a later step
-      moved off its grid; a zero of a pruned layer that is on no grid counts as one bit.
-    - `overhead_bits` by weight: a 16-bit scale and a 16-bit zero point for each group of a grid.
+    - `average_bits` per weight of the decoder's linear layers: b if all values of the layer are on a
+      grid of 2**b levels, otherwise the bits of its dtype, also if a later step moved it off its grid;
+      zeros of a pruned layer without a grid count 1 bit.
+    - `overhead_bits` per weight: a 16-bit scale and zero point per group of a grid.
     - `sparsity`: the share of exact zeros. `sparsity_2_4`: the share of weights in layers with at
-      most two non-zero values among any four neighbours of a row.
-    - `packed_megabytes` (10^6 bytes) of all parameters, those layers packed and with their overhead.
+      most two non-zero values in each group of four in a row.
+    - `packed_megabytes` (10^6 bytes) of all parameters, with these layers packed.
     - `flops_per_token` of a forward pass over `length` tokens with dense kernels.
 
-    `weights` (out, in) by parameter name replaces the layers that `decoder_linears` finds.
-    Raises EvaluationError where there are none, or one holds a NaN.
+    `weights` (out, in) by parameter name replaces `decoder_linears`. Raises EvaluationError for no
+    layers and for NaN or infinite weights.
     """
     linears = decoder_linears(model) if weights is None else weights
     for name, weight in linears.items():
@@ -182,14 +181,14 @@ def measure_efficiency(
 
 
 def measure_flops(model: Any, *, length: int = 128) -> Measurement:
-    """Count the floating-point operations of a forward pass over `length` tokens, by token.
+    """Count the floating-point operations per token of a forward pass over `length` tokens.
 
-    Counted from the matrix products that run, whatever requires gradients, with attention over the
-    whole square and one operation each for a product and a sum.
+    Counts the matrix products that run, with attention over the full square; a multiplication and an
+    addition count one operation each.
     """
     check_length(model, length, f"flops: a text of {length} tokens")
     ids = torch.zeros((1, length), dtype=torch.long, device=model.device)
-    # Fused kernels of attention differ by device, and the counter knows some of them, and some shapes: plain products.
+    # The counter does not know every fused attention kernel, so use plain matrix products.
     with borrowed(model, None), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False)
     value = counter.get_total_flops() / length

@@ -1,4 +1,4 @@
-"""Text to token ids, and padded batches of them, without touching the tokenizer's own settings."""
+"""Encode and pad texts without changing the tokenizer's settings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ class Batch(NamedTuple):
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text as the model reads a beginning: with BOS if the tokenizer adds it.
+    """Return the ids of each text, with BOS if the tokenizer adds it, but no special token at the end.
 
-    Never truncates, and ends with no special token, since the text goes on.
-    Raises EvaluationError for a text without any token.
+    Never truncates. Raises EvaluationError for a text without tokens.
     """
     rows = [row.ids for row in read(tokenizer, texts)]
     _check(rows, texts)
@@ -31,9 +30,9 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
-    """Return the ids of (prompt, target) pairs as `interventions.tokens.join` splits them, editors' text included.
+    """Return the ids of (prompt, target) pairs, split like for the editors (`interventions.tokens.join`).
 
-    Raises EvaluationError for a prompt of which nothing is left to begin with.
+    Raises EvaluationError for a prompt without tokens.
     """
     joined = join(tokenizer, pairs)
     _check([pair.prompt for pair in joined], [prompt for prompt, _ in pairs])
@@ -43,15 +42,13 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Pair]
 def _check(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
     for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
         if not ids:
-            raise EvaluationError(
-                f"text {row} ({text!r}) has no tokens to start from; give a prompt that is not empty, or a longer one"
-            )
+            raise EvaluationError(f"text {row} ({text!r}) has no tokens to start from; give a longer prompt")
 
 
 def meaningless_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids that say nothing in an answer: special tokens and the bare space.
+    """Return the ids without content: special tokens and the single space.
 
-    A tokenizer that writes a space as a token of its own shows it as the first id of any word.
+    If a tokenizer has separate tokens for spaces, every word starts with the same id.
     """
 
     def plain(text: str) -> list[int]:
@@ -64,7 +61,7 @@ def meaningless_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def pad(rows: Sequence[Sequence[int]], side: Literal["left", "right"], pad_id: int, device: Any) -> Batch:
-    """Return `rows` as one batch padded on `side`; the mask hides the padding."""
+    """Return `rows` as a batch, padded on `side` and masked."""
     longest = max(map(len, rows))
     input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -76,7 +73,7 @@ def pad(rows: Sequence[Sequence[int]], side: Literal["left", "right"], pad_id: i
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return an id to fill up rows with; masked, so any id of the vocabulary serves."""
+    """Return the padding id: the tokenizer's, or any other because padding is masked."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)
@@ -84,10 +81,10 @@ def padding_id(tokenizer: Any) -> int:
 
 
 def check_length(model: Any, tokens: int, what: str) -> None:
-    """Raise EvaluationError if `tokens` positions are more than the model has."""
+    """Raise EvaluationError if the model has fewer than `tokens` positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and 0 < limit < tokens:  # XLNet has -1 for any number
+    if limit is not None and 0 < limit < tokens:  # XLNet has -1 for no limit
         raise EvaluationError(
-            f"{what} needs {tokens} positions but the model has {limit}; nothing is truncated silently: "
-            "shorten the text, or the window, or use a model with a longer context"
+            f"{what} needs {tokens} positions but the model has {limit}; "
+            "shorten the text or the window, or use a model with a longer context"
         )

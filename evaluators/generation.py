@@ -25,22 +25,21 @@ def greedy(
     max_new_tokens: Sequence[int] | int,
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """Return the most likely continuation of each prompt, in the order of the prompts.
+    """Return the greedy continuation of each prompt.
 
-    The ids of a continuation end before the first end-of-sequence token and are at most
-    `max_new_tokens` (one number, or one a prompt). The model's own generation config plays no part
-    but for its end-of-sequence ids. Model and tokenizer are left as found.
+    A continuation ends before the first end-of-sequence token or after `max_new_tokens` (one number,
+    or one per prompt). Of the model's generation config, only the end-of-sequence ids are used. Model
+    and tokenizer are not changed.
 
-    Raises EvaluationError for an empty prompt, a prompt that does not fit the model, and logits
-    that are NaN or infinite.
+    Raises EvaluationError for an empty prompt, a prompt that is too long, and NaN or infinite logits.
     """
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(budgets) != len(prompts):
         raise EvaluationError(f"max_new_tokens has {len(budgets)} numbers for {len(prompts)} prompts")
-    return go_on(model, tokenizer, encode(tokenizer, prompts), prompts, budgets, batch_size)
+    return generate_from_ids(model, tokenizer, encode(tokenizer, prompts), prompts, budgets, batch_size)
 
 
-def go_on(
+def generate_from_ids(
     model: Any,
     tokenizer: Any,
     encoded: Sequence[list[int]],
@@ -48,7 +47,7 @@ def go_on(
     budgets: Sequence[int],
     batch_size: int,
 ) -> list[list[int]]:
-    """Return what `greedy` does, after the ids `encoded`; errors name them by `prompts`."""
+    """Do the work of `greedy` for encoded prompts; errors show `prompts`."""
     if batch_size < 1:
         raise EvaluationError(f"batch_size is {batch_size}; it must be at least 1")
     for prompt, ids, budget in zip(prompts, encoded, budgets, strict=True):
@@ -65,12 +64,12 @@ def go_on(
 def continue_greedily(
     model: Any, tokenizer: Any, contexts: Sequence[list[int]], budgets: Sequence[int], batch_size: int
 ) -> list[list[int] | None]:
-    """Return the most likely continuation of each context, see `greedy`; None where logits are broken.
+    """Return the greedy continuation of each context, see `greedy`; None for broken logits.
 
-    Where padding or the KV cache that `generate` uses is not inert on this model (see
-    `evaluators.reading`), each token comes from a full pass over contexts of one length.
+    If padding or the KV cache changes the model's logits (see `evaluators.reading`), each token comes
+    from a full pass over contexts of equal length.
     """
-    # Similar lengths together, so that little is padded; longest first, so that memory runs out early.
+    # Sorted by length for little padding; longest first, so that memory errors come early.
     order = sorted((i for i in range(len(contexts)) if budgets[i] > 0), key=lambda i: (-len(contexts[i]), -budgets[i]))
     stops, fill = stop_ids(model, tokenizer), padding_id(tokenizer)
     found: list[list[int] | None] = [[] for _ in contexts]
@@ -84,15 +83,15 @@ def continue_greedily(
         size = batch_size if how.together else 1
         for rows in (group[start : start + size] for group in groups for start in range(0, len(group), size)):
             texts, most = [contexts[i] for i in rows], max(budgets[i] for i in rows)
-            generated, watch = (_generate if at_once else step_by_step)(model, texts, most, fill, stops)
-            for i, ids, broken in zip(rows, generated, watch.broken, strict=True):
+            generated, recorder = (_generate if at_once else step_by_step)(model, texts, most, fill, stops)
+            for i, ids, broken in zip(rows, generated, recorder.broken, strict=True):
                 end = min(next((k for k, token in enumerate(ids) if token in stops), len(ids)), budgets[i])
                 found[i] = None if broken <= min(end, budgets[i] - 1) else ids[:end]
     return found
 
 
 def pads_in_generation(model: Any, fill: int) -> bool:
-    """Say whether `generate` may continue contexts of differing length at once, padded on the left."""
+    """Return whether `generate` may batch contexts of different lengths, padded on the left."""
 
     def generate(rows: Sequence[Sequence[int]], new: int) -> tuple[torch.Tensor, torch.Tensor]:
         output = _call(model, rows, new, fill, (), output_logits=True, return_dict_in_generate=True)
@@ -104,7 +103,7 @@ def pads_in_generation(model: Any, fill: int) -> bool:
 
 @contextmanager
 def generation_config(model: Any, **settings: Any) -> Iterator[None]:
-    """Put `settings` in place of the model's own, from which `generate` fills in what it is not given."""
+    """Replace the model's generation config, whose values `generate` would use as defaults."""
     own = model.generation_config
     model.generation_config = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
     try:
@@ -120,33 +119,33 @@ def step_by_step(
     fill: int,
     stops: Sequence[int],
     until: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
-) -> tuple[list[list[int]], Watch]:
-    """Return `new` ids after each of `rows`, which are of one length, from a full pass for each; fewer if all end.
+) -> tuple[list[list[int]], BrokenLogits]:
+    """Generate up to `new` ids after each of `rows`, which have equal length, with a full pass per id.
 
-    A text ends with one of `stops`, or where `until` says so of the ids up to there.
+    A text ends at one of `stops`, or where `until` returns True.
     """
-    watch, ended = Watch(len(rows), len(rows[0])), torch.zeros(len(rows), dtype=torch.bool)
+    recorder, ended = BrokenLogits(len(rows), len(rows[0])), torch.zeros(len(rows), dtype=torch.bool)
     texts = torch.tensor(rows)
     for _ in range(new):
         logits = read(model, texts.tolist(), fill, 1)[:, -1].cpu()
-        chosen = watch(texts, logits).argmax(dim=-1)
+        chosen = recorder(texts, logits).argmax(dim=-1)
         texts = torch.cat([texts, chosen.unsqueeze(1)], dim=1)
         ended |= torch.isin(chosen, torch.tensor(stops, dtype=torch.long))
         if until is not None:
             ended |= until(texts, logits)
         if bool(ended.all()):
             break
-    return texts[:, len(rows[0]) :].tolist(), watch
+    return texts[:, len(rows[0]) :].tolist(), recorder
 
 
 def _generate(
     model: Any, rows: Sequence[list[int]], new: int, fill: int, stops: Sequence[int]
-) -> tuple[list[list[int]], Watch]:
-    """Return `new` ids after each of `rows`, padded on the left, from the KV cache; fewer if all end."""
+) -> tuple[list[list[int]], BrokenLogits]:
+    """Generate up to `new` ids after each of `rows` with left padding and the KV cache."""
     width = max(map(len, rows))
-    watch = Watch(len(rows), width)
-    output = _call(model, rows, new, fill, stops, logits_processor=LogitsProcessorList([watch]))
-    return output[:, width:].tolist(), watch
+    recorder = BrokenLogits(len(rows), width)
+    output = _call(model, rows, new, fill, stops, logits_processor=LogitsProcessorList([recorder]))
+    return output[:, width:].tolist(), recorder
 
 
 def _call(
@@ -173,22 +172,22 @@ def _call(
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end a text: the tokenizer's, and those of the model's generation config."""
+    """Return the end-of-sequence ids of the tokenizer and the model's generation config."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     return sorted(i for i in ids if i is not None)
 
 
-class Watch(LogitsProcessor):
-    """Note from which place on a row has logits that no choice can be made from; argmax would quietly pick a NaN."""
+class BrokenLogits(LogitsProcessor):
+    """Record where each row first has NaN or infinite logits; argmax would silently pick a NaN."""
 
     def __init__(self, rows: int, width: int) -> None:
         self.broken: list[float] = [math.inf] * rows
-        """The first new place of each row without a choice; infinite where there always is one."""
+        """Position of the first broken logits among the new tokens of each row; infinite if there are none."""
         self._width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # -inf is a fair logit (a masked word of the vocabulary), NaN and +inf are not; nor is nothing but -inf.
+        # A logit may be -inf (a masked id), but not all of them, and none may be NaN or +inf.
         broken = (torch.isnan(scores) | torch.isposinf(scores)).any(dim=-1) | torch.isneginf(scores).all(dim=-1)
         for row in broken.nonzero().flatten().tolist():
             self.broken[row] = min(self.broken[row], input_ids.shape[1] - self._width)

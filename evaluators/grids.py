@@ -1,8 +1,7 @@
-"""Tell from the values of a weight whether it lies on a quantisation grid: pure functions on tensors.
+"""Detect quantisation grids from the values of a weight.
 
-A grid is uniform by row and group of columns, with zero among its levels: v = s * j, j whole, and
-at most 2**bits levels from the lowest to the highest with zero between them. Scales and zero
-points are not known, nor is the size of the groups; both are found.
+A grid is uniform within a group of columns of a row and includes zero: v = s * j with integer j, and at most 2**bits
+levels between the lowest and highest j. Scales, zero points and the group size are inferred from the values.
 """
 
 from __future__ import annotations
@@ -14,30 +13,29 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP_SIZES = (32, 64, 128, 256)
-"""The usual ones; whole rows are tried too."""
+"""Usual group sizes; whole rows are tried too."""
 BITS = range(2, 9)
-_SAMPLED = 8  # rows that a group size is first tried on
-_PROBED = 8  # values of a group that a step is first tried on
-_EVIDENCE = 8  # non-zero values by group below which a fit says nothing
-_CHUNK = 2**20  # values looked at at once
+_SAMPLED = 8  # rows for the first test of a group size
+_PROBED = 8  # values per group for the first test of a step
+_EVIDENCE = 8  # minimum number of non-zero values per group
+_CHUNK = 2**20  # values per chunk
 
 
 class Grid(NamedTuple):
-    """The grid that a weight lies on."""
+    """Quantisation grid of a weight."""
 
     bits: int
     group_size: int
-    """Columns that share a scale; the number of columns for whole rows."""
+    """Columns per scale; all columns for whole rows."""
     groups: int
 
 
 def find_grid(weight: Tensor) -> Grid | None:
-    """Return the coarsest grid of 2 to 8 bits that every value of `weight` (out, in) lies on, or None.
+    """Return the coarsest grid of 2 to 8 bits that contains every value of `weight` (out, in), or None.
 
-    Values may be off by what storing them in the weight's dtype rounds away. A weight with few
-    values that are not zero fits grids by chance and is not said to lie on one: at least 8 by group.
-    Groups must be columns that stand together, in a usual size; a weight that was quantised in
-    another order of its columns is not recognised.
+    Rounding to the weight's dtype is tolerated. At least 8 non-zero values per group are needed,
+    because few values fit a grid by chance. Groups must be adjacent columns of a usual size; weights
+    quantised in another column order are not recognised.
     """
     rows, cols = weight.shape
     sample = weight[torch.linspace(0, rows - 1, min(rows, _SAMPLED)).long().to(weight.device)]
@@ -55,7 +53,7 @@ def find_grid(weight: Tensor) -> Grid | None:
 
 
 def _bits_of(weight: Tensor, size: int, most: int) -> int | None:
-    """Return the bits, `most` at most, of the grid that `weight` lies on in groups of `size` columns, or None."""
+    """Return the bits (at most `most`) of the grid with groups of `size` columns, or None without a grid."""
     groups = pad(weight, (0, -weight.shape[1] % size)).reshape(-1, size)
     groups = groups[(groups != 0).any(dim=1)]
     if not len(groups) or int((groups != 0).sum()) < _EVIDENCE * len(groups):
@@ -70,11 +68,11 @@ def _bits_of(weight: Tensor, size: int, most: int) -> int | None:
 
 
 def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
-    """Return the levels that the widest group spans, or None if one of them fits none of `most` levels.
+    """Return the number of levels of the widest group, or None if a group fits no grid of `most` levels.
 
-    `groups` (n, width) are float32 and none is all zeros; `eps` is that of the dtype they were
-    stored in. A group's greatest magnitude is a whole number of its steps, so these are tried from
-    1 upwards: on a few values first, and where they fit on all.
+    `groups` (n, width) are float32 without all-zero groups; `eps` is that of the stored dtype. The
+    largest magnitude of a group is an integer number of steps, so integers are tried from 1 up: first
+    on a few values, then on all.
     """
     shares = groups / groups.abs().amax(dim=1, keepdim=True)
     probed = shares[:, torch.linspace(0, shares.shape[1] - 1, min(shares.shape[1], _PROBED)).long()]
@@ -85,7 +83,7 @@ def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
     for column in hopeful.any(dim=0).nonzero().flatten().tolist():
         rows = (hopeful[:, column] & ~fitted).nonzero().flatten()
         numbers = shares[rows] * steps[column]
-        # The fewest steps that the ends of the group may stand for, rounded as they are.
+        # The fewest steps that both ends of the group can represent after rounding.
         ends = torch.stack([numbers.amax(dim=1), -numbers.amin(dim=1)]).clamp(min=0)
         spans = (ends - _slack(ends, eps)).ceil().sum(dim=0) + 1
         fitting = _fits(numbers, eps).all(dim=1) & (spans <= most)
@@ -96,14 +94,13 @@ def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
 
 
 def _fits(numbers: Tensor, eps: float) -> Tensor:
-    """Say which numbers of steps are whole, up to rounding."""
+    """Return which numbers are integers, up to rounding."""
     return (numbers - numbers.round()).abs() <= _slack(numbers, eps)
 
 
 def _slack(numbers: Tensor, eps: float) -> Tensor:
-    """Return how far off rounding may have put numbers of steps.
+    """Return the tolerance of numbers of steps.
 
-    A value and the greatest one of its group were each rounded by at most eps / 2 of themselves;
-    float32's own rounding on the way comes on top.
+    A value and the largest one of its group each have a relative error of eps / 2; float32 arithmetic adds its own.
     """
     return numbers.abs() * (eps + 4e-7)

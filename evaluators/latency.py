@@ -1,4 +1,4 @@
-"""How long a forward pass takes: dense kernels, since weights on a grid are kept as ordinary ones."""
+"""Latency of a forward pass with dense kernels: quantised weights are stored as ordinary tensors."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 
 import torch
 
-from evaluators.asked import Asked
+from evaluators.data import EvaluationData
 from evaluators.encoding import check_length
 from evaluators.measurement import EvaluationError, Measurement
 from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 
 
-def evaluate(model: Any, tokenizer: Any, settings: PassSettings, asked: Asked) -> list[Measurement]:
-    """Time forward passes as `measure_latency` does."""
+def evaluate(model: Any, tokenizer: Any, settings: PassSettings, data: EvaluationData) -> list[Measurement]:
+    """Measure latency; see `measure_latency`."""
     return measure_latency(
         model, batch=settings.latency_batch, length=settings.latency_length, repeats=settings.latency_repeats
     )
 
 
 def forward_pass(model: Any, *, batch: int = 1, length: int = 128) -> Callable[[], None]:
-    """Return a function that runs one forward pass over (batch, length) tokens to its end, for a stop watch.
+    """Return a function that runs one synchronised forward pass over (batch, length) tokens, without KV cache.
 
-    The tokens are those of the vocabulary in turn: what they say costs nothing. Without KV cache.
-    The model must be in eval mode. Raises EvaluationError for a shape that does not fit the model.
+    The tokens are the vocabulary in order. The model must be in eval mode.
+    Raises EvaluationError for a shape that does not fit the model.
     """
     if batch < 1 or length < 1:
-        raise EvaluationError(f"latency: a batch of {batch} texts of {length} tokens; both must be at least 1")
+        raise EvaluationError(f"latency: batch {batch} and length {length} must be at least 1")
     check_length(model, length, f"latency: a text of {length} tokens")
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(batch * length, device=model.device) % vocabulary).view(batch, length)
@@ -50,12 +50,12 @@ def measure_latency(
 ) -> list[Measurement]:
     """Measure `latency_ms` of a forward pass over (batch, length) tokens, and `tokens_per_second`.
 
-    Each is a median over `repeats` passes after `warm_up` that do not count; samples are the single
-    passes, and the error is the median's for normal noise (1.25 standard errors of the mean).
+    Both are medians over `repeats` passes after `warm_up` passes; samples are the single passes, and the
+    error is that of the median for normal noise (1.25 standard errors of the mean).
     Raises EvaluationError for a shape that does not fit the model and fewer than 2 repeats.
     """
     if repeats < 2 or warm_up < 0:
-        raise EvaluationError(f"latency: {repeats} repeats after {warm_up}; at least 2 are needed")
+        raise EvaluationError(f"latency: {repeats} repeats after {warm_up} warm-up passes; repeat at least twice")
     run = forward_pass(model, batch=batch, length=length)
     seconds = []
     with borrowed(model, None):

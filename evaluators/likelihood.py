@@ -1,4 +1,4 @@
-"""How likely a model finds a given continuation."""
+"""Log-likelihood of given continuations."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def log_likelihood(
 ) -> list[LogLikelihood]:
     """Return log p(target | prompt) of each (prompt, target), joined as `interventions.tokens.join` does.
 
-    Only the target's tokens are scored and no BOS stands between prompt and target. Computed in
-    float32 whatever the model's dtype; broken logits give NaN, which no gate passes.
-    Raises EvaluationError for a target without tokens or a text that does not fit the model.
+    Only the target's tokens are scored, without BOS between prompt and target. Computed in float32 for
+    every dtype; broken logits give NaN, which fails every gate.
+    Raises EvaluationError for a target without tokens or a text that is too long.
     """
     encoded = encode_pairs(tokenizer, pairs)
     for row, ((prompt, target), ids) in enumerate(zip(pairs, encoded, strict=True)):

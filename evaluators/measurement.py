@@ -1,4 +1,4 @@
-"""A measurement: one number about a model state, with its noise and the samples behind it."""
+"""Measurement: a metric of a model state with its samples and standard error."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ _LONGEST_ANSWER = 80
 
 
 class EvaluationError(Exception):
-    """Data or a model that cannot be measured; the message names the file, record or metric."""
+    """Data or a model cannot be measured; the message names the file, record or metric."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """One metric of one model state.
 
-    `samples` are the per-sample outcomes, in the order of the data, so that two states can be
-    compared pairwise; `stderr` is the standard error of `value` (None where it cannot be known: for
-    n = 1, and for a value that is not finite).
+    `samples` are the outcomes in the order of the data, so that two states can be compared in pairs.
+    `stderr` is the standard error of `value`; None for n = 1 and for values that are not finite.
     """
 
     metric: str
@@ -29,13 +28,13 @@ class Measurement:
     higher_is_better: bool
     samples: tuple[float, ...]
     note: str = ""
-    """How it was measured, where a reader could be misled: window, batch, templates."""
+    """How it was measured, such as window, batch or templates."""
     weights: tuple[float, ...] = ()
-    """How much each sample counts in the value, such as the tokens of a window; empty: all alike."""
+    """Weight of each sample in the value, such as the tokens of a window; empty: equal weights."""
     clusters: tuple[int, ...] = ()
-    """A label a sample: samples of one cluster are no independent units; empty: every sample is one."""
+    """One label per sample; samples of a cluster are not independent; empty: all are independent."""
     answers: tuple[str, ...] = ()
-    """What the model said to each sample, see `shown`; empty where it said nothing, or that is not kept."""
+    """The model's answer to each sample, shortened by `shorten`; empty if not generated or not kept."""
 
     @classmethod
     def mean(
@@ -48,17 +47,17 @@ class Measurement:
         clusters: Sequence[Hashable] | None = None,
         answers: Sequence[str] = (),
     ) -> Measurement:
-        """Make the mean of `samples` and its standard error.
+        """Return the mean of `samples` with its standard error.
 
-        Samples of one cluster (several prompts of one edit) are not independent: with
-        `clusters`, one label a sample, the error is taken between clusters. One sample per
-        cluster, or no clusters, gives the usual error from the sample variance (n - 1).
+        With `clusters`, one label per sample, the error is computed between clusters: several prompts
+        of one edit, for example, are not independent. Otherwise it follows from the sample variance
+        (n - 1). A NaN sample makes the value NaN, which fails every gate.
 
-        Raises EvaluationError for no samples. A NaN sample makes the value NaN, which no gate passes.
+        Raises EvaluationError for no samples.
         """
         n = len(samples)
         if n == 0:
-            raise EvaluationError(f"{metric}: no samples to average; is the data set empty?")
+            raise EvaluationError(f"{metric}: no samples to average; is the dataset empty?")
         value = total(samples) / n
         error = ratio_error(per_unit([sample - value for sample in samples], clusters), n)
         labels = _numbered(clusters or ())
@@ -68,28 +67,28 @@ class Measurement:
 
     @property
     def is_mean(self) -> bool:
-        """Whether the value is the plain mean of the samples, which there are."""
+        """Whether there are samples and the value is their unweighted mean."""
         if not self.samples:
             return False
         mean = total(self.samples) / len(self.samples)
         return math.isclose(mean, self.value, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def shown(text: str) -> str:
-    """Return an answer of a model as reports keep it: on one line, and not longer than 80 characters."""
+def shorten(text: str) -> str:
+    """Return a model's answer on one line, cut to 80 characters."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST_ANSWER else line[: _LONGEST_ANSWER - 1] + "…"
 
 
 def per_unit(values: Sequence[float], clusters: Sequence[Hashable] | None) -> list[float]:
-    """Return the sum of `values` over each cluster, in order of appearance; without clusters, the values.
+    """Return the sum of `values` in each cluster, in order of appearance; without clusters, the values.
 
-    Raises EvaluationError for another number of labels than of values.
+    Raises EvaluationError if the numbers of labels and values differ.
     """
     if not clusters:
         return list(values)
     if len(clusters) != len(values):
-        raise EvaluationError(f"{len(clusters)} clusters for {len(values)} samples; give one label a sample")
+        raise EvaluationError(f"{len(clusters)} clusters for {len(values)} samples; give one label per sample")
     sums: dict[Hashable, float] = {}
     for label, value in zip(clusters, values, strict=True):
         sums[label] = sums.get(label, 0.0) + value
@@ -97,10 +96,10 @@ def per_unit(values: Sequence[float], clusters: Sequence[Hashable] | None) -> li
 
 
 def ratio_error(deviations: Collection[float], total: float) -> float | None:
-    """Return the standard error of sum(y) / sum(x), by linearisation, over independent units.
+    """Return the standard error of sum(y) / sum(x) over independent units, by linearisation.
 
-    `deviations` are y - ratio * x of each unit and `total` is sum(x); a mean is the case x = 1.
-    None where the error cannot be known: for a single unit, and for values that are not finite.
+    `deviations` are y - ratio * x of each unit and `total` is sum(x); for a mean, x = 1.
+    None for a single unit and for values that are not finite.
     """
     units = len(deviations)
     if units < 2:
@@ -110,7 +109,7 @@ def ratio_error(deviations: Collection[float], total: float) -> float | None:
 
 
 def total(values: Iterable[float]) -> float:
-    """Return the exact sum; infinite where it overflows, and NaN where infinities of both signs are in it."""
+    """Return the exact sum; infinite on overflow, NaN for infinities of both signs."""
     found = list(values)
     try:
         return math.fsum(found)
@@ -119,7 +118,7 @@ def total(values: Iterable[float]) -> float:
 
 
 def exp(x: float) -> float:
-    """Return e to the power of x, infinite where that is too large for a float."""
+    """Return e**x, or infinity on overflow."""
     try:
         return math.exp(x)
     except OverflowError:
@@ -127,7 +126,7 @@ def exp(x: float) -> float:
 
 
 def expm1(x: float) -> float:
-    """Return e to the power of x, less 1, infinite where that is too large for a float."""
+    """Return e**x - 1, or infinity on overflow."""
     try:
         return math.expm1(x)
     except OverflowError:
@@ -135,6 +134,6 @@ def expm1(x: float) -> float:
 
 
 def _numbered(labels: Sequence[Hashable]) -> tuple[int, ...]:
-    """Return labels as numbers from 0 up; none where every one stands alone."""
+    """Return labels as numbers from 0; empty if all labels differ."""
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return tuple(number[label] for label in labels) if len(number) < len(labels) else ()

@@ -1,4 +1,4 @@
-"""What is known about a metric, by its name: unit, range, direction, what it is about. Imports no torch."""
+"""Look up metrics by name: unit, range, direction, categories. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def metrics() -> tuple[Metric, ...]:
 
 
 def find_metric(name: str, *, higher_is_better: bool | None = None) -> Metric:
-    """Return what is known about the metric `name`; a metric that no evaluator describes has no range.
+    """Return the descriptor of the metric `name`; unknown metrics get one without range.
 
-    A plain name goes before a glob, and a longer glob before a shorter one. `higher_is_better`, as measured, tells
-    accuracy of knowledge that should be gone from that of other knowledge.
+    Plain names take precedence over globs, and longer globs over shorter ones. The measured `higher_is_better`
+    distinguishes accuracy on knowledge to unlearn from other accuracy.
     """
     return _found(metrics(), name, higher_is_better)
 
 
-@lru_cache(maxsize=2**14)  # reports ask for every metric of thousands of compositions
+@lru_cache(maxsize=2**14)  # reports look up every metric of thousands of compositions
 def _found(known: tuple[Metric, ...], name: str, higher_is_better: bool | None) -> Metric:
     matching = _matching(known, name, higher_is_better)
     return max(matching, key=_rank, default=Metric(name, higher_is_better=higher_is_better))

@@ -1,4 +1,4 @@
-"""The forward passes that measurements are made of: token ids in, logits out. The model must be in eval mode."""
+"""Forward passes from token ids to logits. The model must be in eval mode."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from evaluators.encoding import pad
 
 
 def arguments(model: Any) -> frozenset[str]:
-    """Return the names of the arguments that the model's forward takes."""
+    """Return the argument names of the model's forward."""
     return frozenset(inspect.signature(model.forward).parameters)
 
 
 def read(model: Any, rows: Sequence[Sequence[int]], fill: int, keep: int | None = None) -> Tensor:
-    """Return the logits of `rows` in one pass, padded on the right: at all places, or at the last `keep`."""
+    """Return the logits of `rows` in one right-padded pass, at all positions or the last `keep`."""
     batch = pad(rows, "right", fill, model.device)
     longest = batch.input_ids.shape[1]
     keep = longest if keep is None else keep
     options = {"attention_mask": batch.attention_mask, "use_cache": False, "logits_to_keep": keep}
-    if keep == longest:  # 0 asks for all too, but not every model knows that
+    if keep == longest:  # not every model takes 0 for all
         del options["logits_to_keep"]
     known = arguments(model)
     logits: Tensor = model(batch.input_ids, **{key: value for key, value in options.items() if key in known}).logits
@@ -32,16 +32,16 @@ def read(model: Any, rows: Sequence[Sequence[int]], fill: int, keep: int | None 
 
 
 class Contexts(NamedTuple):
-    """Texts that were read into a KV cache, to go on from."""
+    """Texts in a KV cache, ready to be continued."""
 
     logits: Tensor
-    """After the last token of each, (texts, 1, vocabulary)."""
+    """Logits after the last token of each text, (texts, 1, vocabulary)."""
     mask: Tensor
     cache: Any
 
 
 def read_contexts(model: Any, rows: Sequence[Sequence[int]], fill: int) -> Contexts:
-    """Read `rows` in one pass, padded on the left."""
+    """Read `rows` into a KV cache in one left-padded pass."""
     batch = pad(rows, "left", fill, model.device)
     places = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     output = model(**batch._asdict(), position_ids=places, use_cache=True, logits_to_keep=1)
@@ -49,9 +49,9 @@ def read_contexts(model: Any, rows: Sequence[Sequence[int]], fill: int) -> Conte
 
 
 def read_on(model: Any, contexts: Contexts, owners: Sequence[int], rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Return the logits after the context that each row continues, and at all places of the row.
+    """Return the logits after each row's context and at all positions of the row.
 
-    `owners` are the contexts' numbers, in any order and any number of times; their cache stays as it is.
+    `owners` are the indices of the contexts, in any order and repeated as needed; their cache does not change.
     """
     owner = torch.tensor(owners, device=model.device)
     batch = pad(rows, "right", fill, model.device)
@@ -68,7 +68,7 @@ def read_on(model: Any, contexts: Contexts, owners: Sequence[int], rows: Sequenc
 
 
 def _rows_of(cache: Any, rows: Tensor) -> Any:
-    """Return a KV cache of some rows of `cache`, which stays as it is."""
+    """Return a KV cache with some rows of `cache`, which does not change."""
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(rows)

@@ -1,4 +1,4 @@
-"""Perplexity of a text in fixed windows, and of answers after their prompts; weighted by tokens."""
+"""Perplexity of text in fixed windows and of answers after their prompts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from evaluators.answers import Likelihood, score_answers
-from evaluators.asked import Asked, Probe
 from evaluators.continuations import score
+from evaluators.data import EvaluationData, Probe
 from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
 from evaluators.measurement import EvaluationError, Measurement, exp, ratio_error, total
 from evaluators.passes import read
@@ -24,25 +24,25 @@ from interventions.tokens import frame, running, windows
 
 
 class Window(NamedTuple):
-    """Negative log-likelihood in nats, summed over the `tokens` scored tokens of one window."""
+    """Negative log-likelihood in nats, summed over the scored tokens of a window."""
 
     nll: float
     tokens: int
 
 
-def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, asked: Asked) -> list[Measurement]:
-    """Measure perplexity of the facts' answers, of the edits' targets (also with their prompts), and of the texts."""
+def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, data: EvaluationData) -> list[Measurement]:
+    """Measure perplexity of the facts' answers, the edits' targets with and without prompts, and the texts."""
     found: list[Measurement] = []
-    if asked.facts:
-        scored, facts = scored_facts(model, tokenizer, asked), [Probe(f.prompt, f.answer) for f in asked.facts]
+    if data.facts:
+        scored, facts = scored_facts(model, tokenizer, data), [Probe(f.prompt, f.answer) for f in data.facts]
         found.append(measure_answer_perplexity(model, tokenizer, facts, metric="perplexity_qa", scored=scored))
-    edits, size = [Probe(case.prompt, case.target) for case in asked.edits], asked.batch_size
+    edits, size = [Probe(case.prompt, case.target) for case in data.edits], data.batch_size
     for metric, whole in (("perplexity_edits", False), ("perplexity_edits_prompt", True)) if edits else ():
         found.append(
             measure_answer_perplexity(model, tokenizer, edits, metric=metric, with_prompt=whole, batch_size=size)
         )
-    if asked.texts:
-        found.append(measure_perplexity(model, tokenizer, asked.texts, window=settings.window, batch_size=size))
+    if data.texts:
+        found.append(measure_perplexity(model, tokenizer, data.texts, window=settings.window, batch_size=size))
     return found
 
 
@@ -58,19 +58,18 @@ def measure_perplexity(
 ) -> Measurement:
     """Measure exp(mean negative log-likelihood per token) of `texts`; lower is better.
 
-    The texts are joined by `separator` (blank lines; `tokenizer.eos_token` is another good choice),
-    encoded once and cut into windows of `window` tokens, the last one shorter. Each window is read
-    alone, as a text: after BOS where the tokenizer puts one before every text, and it is context and
-    never scored. Elsewhere the window's first token is the context. Windows of equal length in tokens
-    make perplexities comparable between the states of a model, and between models of one tokenizer.
+    The texts are joined by `separator` (a blank line; `tokenizer.eos_token` also works well), encoded
+    once and cut into windows of `window` tokens; the last one is shorter. Each window is read on its
+    own, after BOS if the tokenizer adds it; BOS is not scored. Without BOS, the window's first token is
+    not scored. Perplexities are comparable between models with the same tokenizer.
 
-    Samples are the mean NLL of each window; the standard error treats windows as the independent
-    units (delta method). Broken logits make the value NaN, or infinite, and the note says so.
-    Raises EvaluationError for a text without scored tokens and a window longer than the model reads.
+    Samples are the mean NLL of each window; the standard error treats windows as independent (delta
+    method). Broken logits make the value NaN or infinite, with a note.
+    Raises EvaluationError for a text without scored tokens and for a window that is too long.
     """
     start = frame(tokenizer).start
     if window < (1 if start else 2):
-        raise EvaluationError(f"{metric}: a window of {window} tokens leaves nothing to score; take a longer one")
+        raise EvaluationError(f"{metric}: a window of {window} tokens has nothing to score; use a longer one")
     check_length(model, window + len(start), f"{metric}: a window of {window} tokens")
     rows = windows(tokenizer, running(tokenizer, texts, separator=separator), window)
     context = max(1, len(start))
@@ -98,9 +97,9 @@ def measure_answer_perplexity(
 ) -> Measurement:
     """Measure exp(mean negative log-likelihood per token) of answers after their prompts; lower is better.
 
-    Only the answer's tokens count, each as much as any other, and no BOS stands between prompt and
-    answer. With `with_prompt` the prompt's tokens count too, all but the first one (BOS, where the
-    tokenizer has it). `scored` are the answers as `score_answers` has scored them already.
+    Scores the answer's tokens, without BOS between prompt and answer. With `with_prompt`, the prompt's
+    tokens are scored too, except the first one (BOS, if the tokenizer adds it). `scored` are the
+    results of `score_answers`, if you have them.
 
     Samples are the mean NLL of each text; the error is as in `measure_perplexity`.
     Raises EvaluationError for no probes and for answers without tokens.
@@ -112,7 +111,7 @@ def measure_answer_perplexity(
         scored = score_answers(model, tokenizer, probes, records, batch_size)
     if with_prompt:
         pairs = encode_pairs(tokenizer, [(probe.prompt, probe.answer) for probe in probes])
-        # The answer after its prompt is known; the prompt is scored after its own first token.
+        # The answers are scored; score each prompt after its first token.
         heads = [Pair(pair.prompt[:1], pair.prompt[1:]) for pair in pairs]
         longer = [i for i, head in enumerate(heads) if head.target]
         with borrowed(model, tokenizer):
@@ -131,7 +130,7 @@ def measure_answer_perplexity(
 
 
 def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) -> Measurement:
-    """Return exp(sum of NLL / sum of tokens) and its error by the delta method, over independent windows."""
+    """Return exp(sum of NLL / sum of tokens) with its error (delta method, independent windows)."""
     tokens = sum(w.tokens for w in windows)
     mean = total(w.nll for w in windows) / tokens
     value = exp(mean)
@@ -139,7 +138,7 @@ def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) ->
     if not math.isfinite(value):
         broken = sum(not math.isfinite(w.nll) for w in windows)
         note += f"; NOT FINITE: {broken} of {len(windows)} {units} have a NaN or infinite likelihood"
-        note += "" if broken else f", but {mean:.4g} nats by token are too many for a number"
+        note += "" if broken else f", but {mean:.4g} nats per token overflow"
     samples = tuple(w.nll / w.tokens for w in windows)
     weights = tuple(float(w.tokens) for w in windows)
     error = None if error is None or not math.isfinite(value * error) else value * error
@@ -147,10 +146,7 @@ def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) ->
 
 
 def _score(model: Any, rows: Sequence[list[int]], context: int, batch_size: int, fill: int) -> list[Window]:
-    """Score rows in order, each after its first `context` tokens.
-
-    Only rows of one length share a batch, so that nothing is padded.
-    """
+    """Score each row after its first `context` tokens, in batches of equal length without padding."""
     windows = []
     size = batch_size if reading(model, fill).together else 1
     for _, same in groupby(rows, key=len):

@@ -1,4 +1,4 @@
-"""Question tasks of lm-evaluation-harness: YAML files in a folder first, its own table after that."""
+"""Load question tasks of lm-evaluation-harness, from a folder of YAML files or its own collection."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ Tasks = dict[str, Any]
 def load_tasks(
     names: Sequence[str], folder: Path | None, options: int | None, *, trust_code: bool = False
 ) -> dict[str, Tasks]:
-    """Return what each of `names` stands for, in that order: its tasks by name.
+    """Return the tasks of each of `names`, which may be tasks, groups or tags, by name.
 
-    A task stands for itself; a group or a tag for all tasks in it. Names are those of the YAML
-    files of `folder`, and where none has it, those of the harness itself, whose data come from the
-    hub. A task of the folder with `dataset_path: json` names its `data_files` relative to its YAML
-    file. They are read into memory here: nothing is cached beside the data, and a changed file is
-    seen at once.
+    Names are looked up in the YAML files of `folder`, then in the harness itself, whose data come from
+    the hub. The `data_files` of a task with `dataset_path: json` are relative to its YAML file. They
+    are read into memory, not cached, so changes take effect at once.
 
-    Raises EvaluationError for an unknown name (with near ones), for data that cannot be loaded, for a
-    question of the folder that has not `options` choices (None: any number) or no valid answer, and
-    for a folder whose files would run code, unless `trust_code`.
+    Raises EvaluationError for an unknown name, for data that cannot be loaded, for a question in the
+    folder without `options` choices (None: any number) or a valid answer, and for a folder whose files
+    would run code, unless `trust_code`.
     """
     local: Any = None
     if folder is not None:
@@ -57,7 +55,7 @@ def load_tasks(
 
 @cache
 def harness_tasks() -> Any:
-    """Return the harness's own tasks: fourteen thousand, which take 12 to 22 s to index, so once a process."""
+    """Return the harness's own tasks; indexing the 14,000 tasks takes 12 to 22 s."""
     return TaskManager()
 
 
@@ -75,16 +73,16 @@ def _of_the_harness(name: str) -> Tasks:
     try:
         tasks: Tasks = harness_tasks().load([name])["tasks"]
     except Exception as error:
-        # Whatever data sets raise, from a missing network to a moved repository.
+        # Datasets raise many kinds of errors, from a missing network to a moved repository.
         raise EvaluationError(
-            f"question task {name!r}: its data cannot be loaded ({type(error).__name__}: {error}); "
-            "they come from the Hugging Face hub, or from its cache where there is no network"
+            f"question task {name!r}: its data cannot be loaded from the Hugging Face hub or its cache "
+            f"({type(error).__name__}: {error})"
         ) from error
     return tasks
 
 
 def _local(name: str, manager: Any, options: int | None, overrides: Record) -> Iterator[tuple[str, Any]]:
-    """Yield the tasks that a name of the folder stands for; a group's entries may override settings of a task."""
+    """Yield the tasks of a name in the folder; groups may override settings of their tasks."""
     entry = manager.task_index[name]
     if name in manager.all_subtasks:
         yield _task(name, Path(entry.yaml_path), manager, options, overrides)
@@ -98,7 +96,7 @@ def _local(name: str, manager: Any, options: int | None, overrides: Record) -> I
         child = own.get("task", own.get("group"))
         if not isinstance(child, str) or child not in manager.all_tasks:
             raise EvaluationError(
-                f"{entry.yaml_path}: group {name} lists {child!r}, which is no task or group of its folder"
+                f"{entry.yaml_path}: group {name} lists {child!r}, which is not a task or group in its folder"
             )
         settings = {key: value for key, value in own.items() if key not in ("task", "group", "task_alias")}
         yield from _local(child, manager, options, {**overrides, **settings})
@@ -112,15 +110,15 @@ def _task(name: str, yaml: Path, manager: Any, options: int | None, overrides: R
     _check_metrics(name, yaml, config)
     try:
         return name, manager.load([config])["tasks"][name]
-    except (EvaluationError, TemplateError):  # a template is the caller's to explain
+    except (EvaluationError, TemplateError):  # the caller explains template errors
         raise
-    except Exception as error:  # whatever the harness makes of a key that it does not know, or of a wrong value
+    except Exception as error:  # the harness raises many kinds for unknown keys and wrong values
         reason = " ".join(str(error).split())
         raise EvaluationError(f"{yaml}: task {name} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
 def _check_metrics(name: str, yaml: Path, config: Record) -> None:
-    """Raise EvaluationError for a metric that the harness does not have: it would fetch its code by that name."""
+    """Raise EvaluationError for an unknown metric, whose code the harness would download."""
     metrics = config.get("metric_list") or ()
     for metric in (entry.get("metric") for entry in metrics if isinstance(entry, Mapping)):
         if isinstance(metric, str) and metric not in metric_registry and config.get("process_results") is None:
@@ -129,7 +127,7 @@ def _check_metrics(name: str, yaml: Path, config: Record) -> None:
 
 
 def _asks_choices(config: Record) -> bool:
-    """Say whether a task has the plain form: fields `question`, `choices` and `answer`, the index of a choice."""
+    """Return whether a task has the fields `question`, `choices` and `answer` (index of a choice)."""
     return (
         config.get("output_type") == "multiple_choice"
         and config.get("doc_to_choice") == "choices"
@@ -141,10 +139,10 @@ Check = Callable[[Record, Record, str], None]
 
 
 def _reader(name: str, yaml: Path, dataset_kwargs: Any, check: Check) -> Callable[..., dict[str, Dataset]]:
-    """Return a function that gives the task's splits; the harness calls it with metadata of its own."""
+    """Return a function that returns the task's splits, for the harness."""
     files = (dataset_kwargs or {}).get("data_files")
     if not isinstance(files, Mapping):
-        raise EvaluationError(f"{yaml}: task {name} needs dataset_kwargs.data_files, a map of split to file")
+        raise EvaluationError(f"{yaml}: task {name} needs dataset_kwargs.data_files, a mapping from split to file")
     splits = {split: _read(yaml.parent / file, check) for split, file in files.items()}
 
     def read(**_: Any) -> dict[str, Dataset]:
@@ -156,7 +154,7 @@ def _reader(name: str, yaml: Path, dataset_kwargs: Any, check: Check) -> Callabl
 def _read(file: Path, check: Check) -> list[Record]:
     """Read a JSON Lines file of questions and check each record."""
     if not file.is_file():
-        raise EvaluationError(f"questions: there is no file {file.resolve()}")
+        raise EvaluationError(f"questions: {file.resolve()} does not exist")
     records: list[Record] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -171,12 +169,12 @@ def _read(file: Path, check: Check) -> list[Record]:
         check(record, records[0] if records else record, where)
         records.append(record)
     if not records:
-        raise EvaluationError(f"{file}: no questions; the file is empty")
+        raise EvaluationError(f"{file}: no questions: the file is empty")
     return records
 
 
 def _check_fields(record: Record, first: Record, where: str) -> None:
-    """Check that a record has the fields of the first: a missing one would be read as the text None."""
+    """Check that a record has the fields of the first; the template would show a missing one as None."""
     for field in first:
         if field not in record or record[field] is None:
             raise EvaluationError(f"{where}: the field {field!r} is missing, which the first record has")
@@ -189,10 +187,10 @@ def _check_choices(options: int | None) -> Check:
                 raise EvaluationError(f"{where}: the field {field!r} is missing")
         choices, answer = record["choices"], record["answer"]
         if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
-            raise EvaluationError(f"{where}: 'choices' must be a list of texts that are not empty")
+            raise EvaluationError(f"{where}: 'choices' must be a list of non-empty texts")
         if len(choices) < 2 or (options is not None and len(choices) != options):
             must = "at least 2" if options is None else options
-            raise EvaluationError(f"{where}: {len(choices)} choices where every question must have {must}")
+            raise EvaluationError(f"{where}: {len(choices)} choices; every question must have {must}")
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise EvaluationError(f"{where}: 'answer' is {answer!r}; it must be the index of a choice, from 0")
 

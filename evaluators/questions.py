@@ -1,4 +1,4 @@
-"""Questions through lm-evaluation-harness: a score by task and group, an outcome by question."""
+"""Measure question tasks with lm-evaluation-harness, with one sample per question."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.evaluator import evaluate
 
 from evaluators.harness import SharedContextLM
-from evaluators.measurement import EvaluationError, Measurement, shown
+from evaluators.measurement import EvaluationError, Measurement, shorten
 from evaluators.question_tasks import load_tasks
 from evaluators.state import borrowed
 
-_FEWSHOT_SEED = 1234  # the harness's own default, so that few-shot prompts are the same as its
+_FEWSHOT_SEED = 1234  # the default of the harness, for equal few-shot prompts
 
 
 def measure_questions(
@@ -41,29 +41,27 @@ def measure_questions(
     options: int | None = 4,
     trust_code: bool = False,
 ) -> list[Measurement]:
-    """Measure each task, in the order asked for; samples are 1 or 0 by question.
+    """Measure each task, in the given order; samples are 1 or 0 per question.
 
-    Names are those of YAML files in `task_folder`, then those of the harness itself, such as
-    `mmlu` (see `evaluators.question_tasks.load_tasks`). A task that scores by `acc` gives
-    `accuracy/<task>`; another one its first metric by its own name, such as `exact_match/<task>`,
-    with the filter's name after a comma where it has several. A group or tag gives its questions
-    pooled, every one counting the same, and then its tasks.
+    Names are looked up in `task_folder`, then in the harness, such as `mmlu` (see
+    `evaluators.question_tasks.load_tasks`). A task scored by `acc` gives `accuracy/<task>`; others give
+    their first metric under its name, such as `exact_match/<task>`, with `,<filter>` after the metric
+    if there are several filters. A group or tag gives its pooled questions, then its tasks.
 
-    `limit` takes the first questions of each task, `num_fewshot` overrides the tasks' own.
-    `batch_size` sequences are read at a time. The names in `lower_is_better` are those whose
-    knowledge should be gone; for the others the harness says which way is better. Model and
-    tokenizer are left as found.
+    `limit` uses the first questions of each task, `num_fewshot` overrides the tasks' setting, and
+    `batch_size` is the number of sequences per pass. `lower_is_better` names the tasks with knowledge
+    to unlearn; for the others the harness knows the direction. Model and tokenizer are not changed.
 
-    With `trust_code`, task files may run code: functions that they name, and templates outside of a
-    sandbox. The harness's own tasks may run theirs in any case: it is installed like any package.
+    With `trust_code`, task files may run code: functions, and templates without a sandbox. Tasks of the
+    harness itself are always trusted, like any installed package.
 
-    Samples are NaN where the logits are. Raises EvaluationError for no or unknown tasks, broken data,
-    tasks that are not scored question by question, and task files that would run code.
+    Broken logits give NaN samples. Raises EvaluationError for no or unknown tasks, broken data, tasks
+    without a score per question, and task files that would run code.
     """
     if not tasks:
         raise EvaluationError("questions: no tasks to measure; name at least one")
     if unknown := sorted(lower_is_better - set(tasks)):
-        raise EvaluationError(f"questions: lower_is_better names {', '.join(unknown)}, which is not measured")
+        raise EvaluationError(f"questions: lower_is_better names tasks that are not measured: {', '.join(unknown)}")
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:
             raise EvaluationError(f"questions: {name} is {value}; it must be at least {least}, or None")
@@ -74,24 +72,23 @@ def measure_questions(
             leaves = {leaf: task for members in loaded.values() for leaf, task in members.items()}
             for leaf, task in leaves.items():
                 if not len(task.eval_docs):
-                    raise EvaluationError(f"questions: task {leaf} has no questions; its data set is empty")
+                    raise EvaluationError(f"questions: task {leaf} has no questions: its dataset is empty")
                 if task.get_config("num_fewshot") is None or num_fewshot is not None:
                     task.set_config("num_fewshot", num_fewshot or 0)
                 task.set_fewshot_seed(_FEWSHOT_SEED)
             lm = SharedContextLM(model, tokenizer, batch_size)
-            # `evaluate` and not `simple_evaluate`: that one seeds every generator of the process, asks
-            # the hub for the model's revision and collects the environment.
+            # Not `simple_evaluate`, which seeds all random generators, queries the hub for the model's
+            # revision and collects the environment.
             chosen = {"tasks": leaves, "groups": {}, "group_map": {}}
             results = evaluate(lm, chosen, limit=limit, bootstrap_iters=0)
     except UndefinedError as error:
         raise EvaluationError(f"questions: a template of {', '.join(tasks)} reads a missing field: {error}") from error
     except SecurityError as error:
         raise EvaluationError(
-            f"questions: a template of {', '.join(tasks)} reaches for code: {error}; set world.trust_code=true if you "
-            "trust it"
+            f"questions: a template of {', '.join(tasks)} runs code: {error}; set world.trust_code=true if you trust it"
         ) from error
     except TemplateError as error:
-        raise EvaluationError(f"questions: a template of {', '.join(tasks)} cannot be filled in: {error}") from error
+        raise EvaluationError(f"questions: a template of {', '.join(tasks)} cannot be rendered: {error}") from error
     falling = {leaf for name in lower_is_better for leaf in loaded[name]}
     single = {
         leaf: _measurements(leaf, task, results, lm.broken, lower_is_better=leaf in falling)
@@ -112,13 +109,13 @@ def measure_questions(
 
 
 def pool(metric: str, measurements: Sequence[Measurement]) -> Measurement:
-    """Pool the samples of several measurements into one, `metric`: every question counts the same.
+    """Pool the samples of several measurements with equal weights.
 
-    Raises EvaluationError for none, or for measurements of opposite directions.
+    Raises EvaluationError for no measurements and for opposite directions.
     """
     directions = {m.higher_is_better for m in measurements}
     if len(directions) != 1:
-        what = "nothing to pool" if not measurements else "some measurements are better high, others low"
+        what = "nothing to pool" if not measurements else "higher is better for some measurements, lower for others"
         raise EvaluationError(f"{metric}: {what}")
     samples = [sample for m in measurements for sample in m.samples]
     answers = [answer for m in measurements for answer in m.answers] if all(m.answers for m in measurements) else ()
@@ -129,7 +126,7 @@ def pool(metric: str, measurements: Sequence[Measurement]) -> Measurement:
 def _measurements(
     name: str, task: Any, results: Any, broken: AbstractSet[tuple[str, int]], *, lower_is_better: bool
 ) -> list[Measurement]:
-    """Make the measurements of one task: its first metric, under each of its filters."""
+    """Return the measurements of one task: its first metric for each filter."""
     directions = results["higher_is_better"][name]
     metric = "acc" if "acc" in directions else next(iter(directions), None)
     by_filter: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -143,21 +140,21 @@ def _measurements(
         kind += f",{label}" if len(by_filter) > 1 else ""
         note = f"lm-eval {metric}, {fewshot}-shot, {how}"
         outcomes = _outcomes(name, task, metric, chosen, broken)
-        said = [_chosen(task, sample) for sample in sorted(chosen, key=lambda s: s["doc_id"])]
+        answers = [_answer(task, sample) for sample in sorted(chosen, key=lambda s: s["doc_id"])]
         measurements.append(
-            Measurement.mean(f"{kind}/{name}", outcomes, higher_is_better=better, note=note, answers=said)
+            Measurement.mean(f"{kind}/{name}", outcomes, higher_is_better=better, note=note, answers=answers)
         )
     return measurements
 
 
-def _chosen(task: Any, sample: dict[str, Any]) -> str:
-    """Return the model's answer to a question: the choice that is likeliest to it, or what it generated."""
+def _answer(task: Any, sample: dict[str, Any]) -> str:
+    """Return the model's answer to a question: its most likely choice, or the generated text."""
     responses = sample["filtered_resps"]
     if task.OUTPUT_TYPE != "multiple_choice":
-        return shown(str(responses[0])) if responses else ""
+        return shorten(str(responses[0])) if responses else ""
     likeliest = max(range(len(responses)), key=lambda i: responses[i][0])
     arguments = sample["arguments"]
-    return shown(str(arguments[likeliest][1])) if likeliest < len(arguments) else ""
+    return shorten(str(arguments[likeliest][1])) if likeliest < len(arguments) else ""
 
 
 def _outcomes(
@@ -167,7 +164,7 @@ def _outcomes(
     samples: Sequence[dict[str, Any]],
     broken: AbstractSet[tuple[str, int]],
 ) -> list[float]:
-    """Return the metric by question, in the order of the documents; NaN for those that are `broken`."""
+    """Return the metric per question, in the order of the documents; NaN for `broken` ones."""
     outcomes = []
     for sample in sorted(samples, key=lambda s: s["doc_id"]):
         where = f"{name}, question {sample['doc_id']}"
@@ -177,12 +174,12 @@ def _outcomes(
         if task.OUTPUT_TYPE == "multiple_choice":
             gold, choices = sample["target"], len(sample["filtered_resps"])
             if type(gold) is int and not 0 <= gold < choices:
-                raise EvaluationError(f"{where}: the answer is choice {gold}, counted from 0, of {choices}")
+                raise EvaluationError(f"{where}: the answer is choice {gold} (from 0), but there are {choices} choices")
         value = None if metric is None else sample.get(metric)
         if not isinstance(value, bool | int | float | np.number):
             raise EvaluationError(
-                f"questions: task {name} is not scored question by question ({metric or 'no metric'}); "
-                "for running text there is measure_perplexity"
+                f"questions: task {name} has no score per question ({metric or 'no metric'}); "
+                "use measure_perplexity for running text"
             )
         outcomes.append(float(value))
     return outcomes
@@ -190,7 +187,7 @@ def _outcomes(
 
 @contextmanager
 def _templates(*, trusted: bool) -> Iterator[None]:
-    """Let the harness fill in templates in a sandbox, unless they are trusted: its own environment has none."""
+    """Make the harness render templates in a sandbox, unless they are trusted."""
     own = lm_eval.utils.env
     if not trusted:
         sandbox = SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
@@ -204,10 +201,10 @@ def _templates(*, trusted: bool) -> Iterator[None]:
 
 @contextmanager
 def _contained() -> Iterator[None]:
-    """Keep the harness's log, progress bars and random draws to itself while it works."""
+    """Silence the harness's log and progress bars, and restore the random state that it uses."""
     log = logging.getLogger("lm_eval")
     level = log.level
-    drawn = random.getstate()  # the harness draws task ids from the process's generator
+    drawn = random.getstate()  # the harness draws task ids with it
     log.setLevel(logging.ERROR)
     try:
         with redirect_stderr(io.StringIO()):

@@ -1,9 +1,8 @@
-"""Find out in which ways a model may read several texts at once, by reading a few of them in each way.
+"""Test whether batches, padding and the KV cache preserve a model's logits.
 
-Padding, a shared batch or a KV cache should change no logits, but on many architectures they do:
-recurrent layers read padding, positions that a model counts itself move with it, a cache of states
-has no rows to select. Names tell nothing of that. So three short texts are read alone, without
-padding or cache; a way of reading that gives other logits is not used on that model.
+They should, but on many architectures they do not: recurrent layers read padding, internal position counters move
+with it, and a cache of states has no rows to select. Class names do not tell. So three short texts are read on their
+own; a way of reading that gives different logits is not used with that model.
 """
 
 from __future__ import annotations
@@ -18,53 +17,53 @@ from torch import Tensor
 from evaluators.passes import arguments, read, read_contexts, read_on
 
 CACHED = frozenset({"position_ids", "past_key_values", "logits_to_keep"})
-"""What a forward must take for contexts to be read once."""
+"""Arguments of forward that reading contexts once needs."""
 _LENGTHS = (48, 31, 9)
 _CONTEXTS = (40, 27, 3)
-"""Tokens of each text, and of its part that is read first; fewer where a model has fewer places."""
+"""Tokens of each text and of its context; scaled down for models with fewer positions."""
 _NOISE = 1e-5
 _STEPS = 8
-"""How far logits may be off: by this share of their spread, or by so many roundings of their dtype."""
+"""Tolerance of logits: this share of their spread, or this many roundings of their dtype."""
 
 
 class Reading(NamedTuple):
-    """Which ways of reading leave a model's logits as they are."""
+    """Ways of reading that preserve a model's logits."""
 
     together: bool
-    """Texts of one length in one batch."""
+    """Texts of equal length in a batch."""
     padded: bool
-    """Texts of any length in one batch, padded on the right."""
+    """Texts of different lengths in a batch, padded on the right."""
     cached: bool
-    """Contexts once, padded on the left, and what follows them from selected rows of the KV cache."""
+    """Left-padded contexts once, and continuations from selected rows of the KV cache."""
 
 
 _found: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
-"""By model, and by the properties that the answer depends on."""
+"""Results by model and the properties that they depend on."""
 
 
 def reading(model: Any, fill: int, longest: int = 0) -> Reading:
-    """Say how `model` may read texts of up to `longest` tokens; `fill` is the id to pad with.
+    """Return how `model` may read texts of up to `longest` tokens; `fill` is the padding id.
 
-    Found out once for a model object, whatever weights it holds later. The model must be in eval
-    mode, without gradients; no random number is drawn and nothing is left behind.
+    Tested once per model object, even if its weights change. The model must be in eval mode without
+    gradients. No random numbers are drawn and the model is not changed.
     """
-    if longest > _length_of_one_rope(model):  # the angles of all rows depend on the longest one
+    if longest > _length_of_one_rope(model):  # the longest row determines the angles of all
         return Reading(together=True, padded=False, cached=False)
     found: Reading = _once(model, "reading", lambda: _try_reading(model, fill)) or Reading(True, False, False)
     return found
 
 
 Generate = Callable[[Sequence[Sequence[int]], int], tuple[Tensor, Tensor]]
-"""Of rows of ids and a number of tokens: the new ids, (rows, tokens), and the logits, (rows, tokens, vocabulary)."""
+"""From rows of ids and a number of tokens to new ids (rows, tokens) and logits (rows, tokens, vocabulary)."""
 
 
 def generates(model: Any, fill: int, generate: Generate) -> bool:
-    """Say whether `generate` continues texts of differing length at once as full passes over each would."""
+    """Return whether `generate` on texts of different lengths gives the logits of full passes over each."""
     return bool(_once(model, "generates", lambda: _try_generating(model, fill, generate)))
 
 
 def _once(model: Any, what: str, find: Callable[[], Any]) -> Any:
-    """Return what `find` finds, kept with the model; None, which is not kept, where nothing can be said."""
+    """Return the result of `find`, cached per model; None, not cached, for broken logits."""
     known = _found.setdefault(model, {})
     kind = getattr(model.config.get_text_config(), "_attn_implementation", None)
     key = (what, arguments(model), model.dtype, str(model.device), kind)
@@ -78,14 +77,14 @@ def _once(model: Any, what: str, find: Callable[[], Any]) -> Any:
 
 
 class _Broken(Exception):
-    """Logits that are NaN or infinite, or none at all: nothing can be said of the model."""
+    """The model gives NaN or infinite logits, or has too few positions, so it cannot be tested."""
 
 
 def _try_reading(model: Any, fill: int) -> Reading:
     texts, parts = _texts(model, fill)
     alone = _alone(model, texts, fill)
     same = _Same(model)
-    # Nothing but the batch is different here, so what differs is rounding, and may be as much elsewhere.
+    # Only the batch size differs here, so the difference is rounding, and also sets the tolerance below.
     together = _attempt(lambda: same.off(read(model, [texts[0], texts[0]], fill), [alone[0], alone[0]]))
     if not together <= max(10 * _NOISE, same.limit):
         return Reading(together=False, padded=False, cached=False)
@@ -106,7 +105,7 @@ def _off_cached(
     fill: int,
     same: _Same,
 ) -> float:
-    """Return how far off logits are that are read from a cache, of which rows are taken twice and in turn."""
+    """Return the error of logits read from the cache, with repeated and reordered rows."""
     before = read_contexts(model, [text[:n] for text, n in zip(texts, parts, strict=True)], fill)
 
     def off(owners: Sequence[int]) -> float:
@@ -131,7 +130,7 @@ def _try_generating(model: Any, fill: int, generate: Generate) -> bool:
 
 
 def _alone(model: Any, texts: Sequence[list[int]], fill: int) -> list[Tensor]:
-    """Return the logits of each text, read alone."""
+    """Return the logits of each text, read on its own."""
     logits = [read(model, [text], fill)[0] for text in texts]
     if not all(bool(torch.isfinite(row).all()) for row in logits):
         raise _Broken
@@ -139,7 +138,7 @@ def _alone(model: Any, texts: Sequence[list[int]], fill: int) -> list[Tensor]:
 
 
 class _Same:
-    """Compares logits with those that were read alone."""
+    """Compares logits with those of texts read on their own."""
 
     def __init__(self, model: Any) -> None:
         precision = {"high": 2.0**-10, "medium": 2.0**-7}.get(torch.get_float32_matmul_precision(), 0.0)
@@ -147,32 +146,32 @@ class _Same:
 
     @staticmethod
     def off(rows: Tensor, alone: Sequence[Tensor]) -> float:
-        """Return how far the beginnings of `rows` are off from `alone`, as a share of the spread of these."""
+        """Return the largest error of the starts of `rows` relative to the spread of `alone`."""
         worst = 0.0
         for row, expected in zip(rows.double(), alone, strict=True):
             expected = expected.double()
             spread = (expected - expected.mean(dim=-1, keepdim=True)).norm()
             worst = max(worst, float((row[: len(expected)] - expected).norm() / spread.clamp(min=1e-30)))
-            if worst != worst:  # a NaN is not the same
+            if worst != worst:  # NaN
                 return float("inf")
         return worst
 
 
 def _attempt(off: Callable[[], float]) -> float:
-    """Return what `off` returns; a way of reading that a model's code cannot go is infinitely far off."""
+    """Return the error from `off`, infinite if the model's code does not support this way of reading."""
     try:
         return off()
     except _Broken:
         raise
     except Exception:
-        # Each architecture fails in another way where it lacks something: whatever it raises, another way is used.
+        # Architectures raise different errors for unsupported inputs; any of them means another way is used.
         return float("inf")
 
 
 def _texts(model: Any, fill: int) -> tuple[list[list[int]], list[int]]:
-    """Return the texts to read, and how many ids of each are its context.
+    """Return test texts of non-special ids, and the number of context ids of each.
 
-    Their ids are none that the configuration gives a meaning. Raises _Broken for a model with hardly any places.
+    Raises _Broken for a model with too few positions.
     """
     config = model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "context_length")]
@@ -188,7 +187,7 @@ def _texts(model: Any, fill: int) -> tuple[list[list[int]], list[int]]:
 
 
 def _special_ids(config: Any) -> set[int]:
-    """Return every id of a token that a configuration names."""
+    """Return all token ids in a configuration."""
     found: set[int] = set()
     for key, value in config.items():
         if isinstance(value, dict):
@@ -199,7 +198,7 @@ def _special_ids(config: Any) -> set[int]:
 
 
 def _length_of_one_rope(model: Any) -> float:
-    """Return up to how many tokens rotary angles do not depend on the length of the text."""
+    """Return the maximum length up to which rotary angles do not depend on the length of the text."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]

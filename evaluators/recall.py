@@ -1,4 +1,4 @@
-"""Recall of facts: whether the model says each fact's answer, word for word."""
+"""Recall of facts: exact-match accuracy of greedy answers."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from dataclasses import replace
 from typing import Any
 
 from evaluators.answers import Likelihood, score_answers
-from evaluators.asked import Asked, Fact, Probe
-from evaluators.measurement import EvaluationError, Measurement, shown
+from evaluators.data import EvaluationData, Fact, Probe
+from evaluators.measurement import EvaluationError, Measurement, shorten
 from evaluators.settings import NoSettings
 
 
-def evaluate(model: Any, tokenizer: Any, settings: NoSettings, asked: Asked) -> list[Measurement]:
-    """Measure recall of the facts, in all and by relation, and of the neighbours and the facts to forget."""
+def evaluate(model: Any, tokenizer: Any, settings: NoSettings, data: EvaluationData) -> list[Measurement]:
+    """Measure recall of the facts, overall and by relation, of the neighbours and of the facts to forget."""
     found: list[Measurement] = []
-    if asked.facts:
-        found += measure_recall(model, tokenizer, asked.facts, scored=scored_facts(model, tokenizer, asked))
+    if data.facts:
+        found += measure_recall(model, tokenizer, data.facts, scored=scored_facts(model, tokenizer, data))
     for metric, facts, better in (
-        ("recall_same_subject", asked.neighbours, True),
-        ("recall_to_forget", asked.forgettable, False),
+        ("recall_same_subject", data.neighbours, True),
+        ("recall_to_forget", data.forgettable, False),
     ):
         if facts:
-            pooled = measure_recall(model, tokenizer, facts, batch_size=asked.batch_size)[0]
+            pooled = measure_recall(model, tokenizer, facts, batch_size=data.batch_size)[0]
             found.append(replace(pooled, metric=metric, higher_is_better=better))
     return found
 
 
-def scored_facts(model: Any, tokenizer: Any, asked: Asked) -> list[Likelihood]:
-    """Return the scores of the answers to all facts, from one pass per state."""
-    return asked.once("facts", lambda: score_facts(model, tokenizer, asked.facts, batch_size=asked.batch_size))
+def scored_facts(model: Any, tokenizer: Any, data: EvaluationData) -> list[Likelihood]:
+    """Return the likelihoods of all facts' answers, computed once per state."""
+    return data.once("facts", lambda: score_facts(model, tokenizer, data.facts, batch_size=data.batch_size))
 
 
 def score_facts(model: Any, tokenizer: Any, facts: Sequence[Fact], *, batch_size: int = 32) -> list[Likelihood]:
-    """Score the answer of every fact: what `measure_recall` and `measure_answer_perplexity` read."""
+    """Score the answer of every fact, for `measure_recall` and `measure_answer_perplexity`."""
     probes = [Probe(fact.prompt, fact.answer) for fact in facts]
     return score_answers(model, tokenizer, probes, [f"fact {i}" for i in range(len(facts))], batch_size)
 
@@ -47,34 +47,33 @@ def measure_recall(
     batch_size: int = 32,
     scored: Sequence[Likelihood] | None = None,
 ) -> list[Measurement]:
-    """Measure the share of facts whose greedy answer is exactly right, token by token.
+    """Measure the share of facts with an exactly correct greedy answer.
 
-    Greedy decoding gives the answer exactly if each of its tokens is the likeliest after those
-    before it, so one pass over prompt and answer tells, and nothing is generated. `scored` are the
-    facts as `score_facts` has scored them already.
+    The greedy answer is correct if each token is the most likely one after the tokens before it, so
+    one pass over prompt and answer suffices and nothing is generated. `scored` are the results of
+    `score_facts`, if you have them.
 
-    Returns `recall` over all facts, then `recall/<relation>` by name of relation. Splits are for
-    the caller to choose from: pass the facts of one split to measure it alone.
-    Samples are NaN where the logits are. Raises EvaluationError for no facts and an answer without tokens.
+    Returns `recall` over all facts, then `recall/<relation>`, sorted. Broken logits give NaN samples.
+    Raises EvaluationError for no facts and for an answer without tokens.
     """
     if not facts:
         raise EvaluationError("recall: no facts; is the fact file empty?")
     found = score_facts(model, tokenizer, facts, batch_size=batch_size) if scored is None else scored
     outcomes = [
-        math.nan if math.isnan(likelihood.scored.total) else float(list(likelihood.scored.said) == likelihood.ids)
+        math.nan if math.isnan(likelihood.scored.total) else float(list(likelihood.scored.greedy_ids) == likelihood.ids)
         for likelihood in found
     ]
     note = "greedy, exact token sequence"
-    measurements = [Measurement.mean("recall", outcomes, note=note, answers=[_said(tokenizer, one) for one in found])]
+    measurements = [Measurement.mean("recall", outcomes, note=note, answers=[_answer(tokenizer, one) for one in found])]
     for relation in sorted({fact.relation for fact in facts}):
         chosen = [x for x, fact in zip(outcomes, facts, strict=True) if fact.relation == relation]
         measurements.append(Measurement.mean(f"recall/{relation}", chosen, note=note))
     return measurements
 
 
-def _said(tokenizer: Any, likelihood: Likelihood) -> str:
-    """Return the model's own answer as far as the pass over the right one tells it: to the first token that differs."""
-    said = list(likelihood.scored.said)
+def _answer(tokenizer: Any, likelihood: Likelihood) -> str:
+    """Return the model's own answer up to the first wrong token; the scoring pass shows no more."""
+    said = list(likelihood.scored.greedy_ids)
     same = next((i for i, (x, y) in enumerate(zip(said, likelihood.ids, strict=False)) if x != y), len(said))
     text = str(tokenizer.decode(said[: same + 1], skip_special_tokens=True))
-    return shown(text + "…" if same + 1 < len(said) else text)
+    return shorten(text + "…" if same + 1 < len(said) else text)

@@ -1,4 +1,4 @@
-"""Returned: how much of the knowledge that a step removed is back at the end of a composition."""
+"""Return of unlearned knowledge by the end of a composition."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from evaluators.measurement import EvaluationError, Measurement, per_unit, ratio
 
 
 def returned(base: Measurement, after: Measurement, end: Measurement) -> Measurement:
-    """Return the share of what a step took off a mean, such as an accuracy, that is back at the end.
+    """Measure the share of a step's reduction of a mean, such as an accuracy, that is undone at the end.
 
-    `base` is measured before the step, `after` right after it, `end` after the last step:
-    (end - after) / (base - after). 0: all stayed away; 1: as much is there as before; lower is
-    better. The three are paired by sample, and so is the standard error (delta method, between the
-    clusters of the end). Where the step removed nothing there is no share: NaN, which no gate passes.
+    The share is (end - after) / (base - after), measured before the step (`base`), right `after` it and
+    at the `end`. 0: still removed; 1: all is back; lower is better. Samples are paired, also for the
+    standard error (delta method, between clusters). NaN, which fails every gate, if the step removed
+    nothing.
 
-    Raises EvaluationError for different metrics, different numbers of samples, or values that are no means.
+    Raises EvaluationError for different metrics or numbers of samples, and for values that are not means.
     """
     states = (base, after, end)
     if len({state.metric for state in states}) != 1:

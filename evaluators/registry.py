@@ -1,9 +1,8 @@
-"""The table of evaluators: a name, what it measures, the metrics that it makes, where its settings and function live.
+"""Registry of evaluators and their metrics.
 
-Targets are resolved only when asked for, so that looking a name up imports no torch. Other packages add evaluators
-through the entry-point group `lmcompose.evaluators`, whose entries name an `Evaluator`; a notebook or a `conftest.py`
-calls `register`. A recipe switches built-in evaluators by `evaluate.NAME`, and runs others, with their settings, by
-`evaluate.also.NAME={...}`.
+Modules of evaluators are imported when needed, so a lookup imports no torch. Packages add evaluators through the
+entry-point group `lmcompose.evaluators`, whose entries refer to an `Evaluator`; notebooks and `conftest.py` call
+`register`. Recipes switch built-in evaluators with `evaluate.NAME`, and run others with `evaluate.also.NAME={...}`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from evaluators.asked import Asked as Asked
+from evaluators.data import EvaluationData as EvaluationData
 from evaluators.measurement import Measurement
 from interventions.names import near_names
 
@@ -25,33 +24,33 @@ ENTRY_POINT_GROUP = "lmcompose.evaluators"
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known about a metric before it is measured; `evaluators.metrics.find_metric` looks it up."""
+    """Descriptor of a metric; look it up with `evaluators.metrics.find_metric`."""
 
     name: str
-    """A name, or a glob over names: `accuracy/*`."""
+    """Name or glob, such as `accuracy/*`."""
     unit: str = ""
     higher_is_better: bool | None = True
-    """None: only the measurement says."""
+    """None: defined by the measurement."""
     low: float = -math.inf
     high: float = math.inf
-    """The range of possible values."""
+    """Range of possible values."""
     sampled: bool = True
-    """False: read from the weights, without noise."""
+    """False: deterministic, such as read from the weights."""
     targeted_by: tuple[str, ...] = ()
-    """Categories whose steps it is about; none: it concerns every step."""
-    asks: str = ""
-    """The data behind it: edits, facts, texts, questions, weights or nothing; empty: not known."""
+    """Categories whose steps aim at the metric; empty: it concerns every step."""
+    data: str = ""
+    """Data it is measured on: edits, facts, texts, questions, weights or nothing; empty: unknown."""
     advice: str = ""
-    """What to try when its gate fails."""
+    """What to try if its gate fails."""
     headline: bool = False
-    """Whether summaries show it besides metrics that a gate judged."""
+    """Whether summaries show it even if no gate judged it."""
     by_settings: bool = False
-    """Whether it says something only of steps whose settings promise a value of it."""
+    """Whether it concerns only steps whose settings promise a value."""
 
     def concerns(self, categories: Collection[str], promised: Collection[str] | None = None) -> bool:
-        """Say whether steps of `categories` aim at this metric, or must leave it alone.
+        """Return whether the metric is relevant for steps of `categories`.
 
-        `promised` are the metrics of which the settings of the steps promise a value; None: that is not known.
+        `promised` are the metrics that the steps' settings promise a value of; None: unknown.
         """
         if self.by_settings and promised is not None:
             return self.name in promised
@@ -64,23 +63,23 @@ class Evaluator:
 
     name: str
     summary: str
-    """What it measures, in a few words."""
+    """One line on what it measures."""
     settings: str
     function: str
     metrics: tuple[Metric, ...] = ()
-    """The metrics that it makes; none: they are known only when it has run."""
+    """Its metrics; empty: known only after it ran."""
 
     def settings_type(self) -> type:
         """Return the frozen settings dataclass (its module imports no torch)."""
         return _resolve(self.settings)  # type: ignore[no-any-return]
 
-    def load(self) -> Callable[[Any, Any, Any, Asked], Sequence[Measurement]]:
-        """Return the function `f(model, tokenizer, settings, asked) -> measurements`."""
+    def load(self) -> Callable[[Any, Any, Any, EvaluationData], Sequence[Measurement]]:
+        """Return the function `f(model, tokenizer, settings, data) -> measurements`."""
         return _resolve(self.function)  # type: ignore[no-any-return]
 
     @property
     def modules(self) -> tuple[str, str]:
-        """The modules of both targets: their source is part of the address of a stored measurement."""
+        """Modules of function and settings, whose source is part of the cache key of measurements."""
         return self.function.partition(":")[0], self.settings.partition(":")[0]
 
 
@@ -99,21 +98,21 @@ _WEAKEN = (
 )
 
 
-def _share(name: str, asks: str, **more: Any) -> Metric:
-    return Metric(name, "share", low=0, high=1, asks=asks, **{"advice": _WEAKEN, **more})
+def _share(name: str, data: str, **more: Any) -> Metric:
+    return Metric(name, "share", low=0, high=1, data=data, **{"advice": _WEAKEN, **more})
 
 
 def _edit(name: str, unit: str = "share", low: float = 0) -> Metric:
     exact = name.endswith("_exact")
-    return Metric(name, unit, True, low, 1, targeted_by=("edit",), asks="edits", advice=_EDIT_AGAIN, headline=exact)
+    return Metric(name, unit, True, low, 1, targeted_by=("edit",), data="edits", advice=_EDIT_AGAIN, headline=exact)
 
 
-def _perplexity(name: str, asks: str, **more: Any) -> Metric:
-    return Metric(name, "perplexity", False, low=1, asks=asks, **{"advice": _WEAKEN, **more})
+def _perplexity(name: str, data: str, **more: Any) -> Metric:
+    return Metric(name, "perplexity", False, low=1, data=data, **{"advice": _WEAKEN, **more})
 
 
 def _weights(name: str, unit: str, higher_is_better: bool, high: float = math.inf, **more: Any) -> Metric:
-    about: dict[str, Any] = {"targeted_by": ("compress",), "asks": "weights", "advice": _COMPRESS_LAST}
+    about: dict[str, Any] = {"targeted_by": ("compress",), "data": "weights", "advice": _COMPRESS_LAST}
     return Metric(name, unit, higher_is_better, 0, high, sampled=False, **{**about, **more})
 
 
@@ -171,7 +170,7 @@ BUILT_IN = (
     ),
     Evaluator(
         "efficiency",
-        "average bits, sparsity, packed size and operations by token",
+        "average bits, sparsity, packed size and operations per token",
         "evaluators.settings:PassSettings",
         "evaluators.efficiency:evaluate",
         (
@@ -185,25 +184,25 @@ BUILT_IN = (
     ),
     Evaluator(
         "latency",
-        "time of a forward pass; off unless asked for",
+        "time of a forward pass; off by default",
         "evaluators.settings:PassSettings",
         "evaluators.latency:evaluate",
         (
-            Metric("latency_ms", "ms", False, low=0, asks="nothing"),
-            Metric("tokens_per_second", "1/s", True, low=0, asks="nothing"),
+            Metric("latency_ms", "ms", False, low=0, data="nothing"),
+            Metric("tokens_per_second", "1/s", True, low=0, data="nothing"),
         ),
     ),
 )
-"""Each has a switch of its name in the recipe's section `evaluate`."""
+"""Each has a switch in the recipe's section `evaluate`."""
 
 
 class UnknownEvaluator(ValueError):
-    """A name that no evaluator of another package has; the message lists near names."""
+    """Unknown name of a third-party evaluator; the message lists similar names."""
 
 
 @cache
 def evaluators() -> dict[str, Evaluator]:
-    """Return every known evaluator by name, built-in ones first."""
+    """Return all evaluators by name, built-in ones first."""
     table: dict[str, Evaluator] = {evaluator.name: evaluator for evaluator in BUILT_IN}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
         _add(table, entry.load(), f"entry point {entry.value!r}")
@@ -211,26 +210,23 @@ def evaluators() -> dict[str, Evaluator]:
 
 
 def register(evaluator: Evaluator) -> Evaluator:
-    """Add an evaluator to this process, and return it; the same one again changes nothing.
+    """Register an evaluator in this process and return it; registering it again has no effect.
 
-    Raises ValueError for a name that another evaluator has.
+    Raises ValueError if another evaluator has the name.
     """
     _add(evaluators(), evaluator, evaluator.function)
     return evaluator
 
 
 def find_evaluator(name: str) -> Evaluator:
-    """Return the evaluator of another package that is called `name`.
-
-    Raises UnknownEvaluator, with near names and the full list, if there is none.
-    """
+    """Return the third-party evaluator `name`; raises UnknownEvaluator, which lists similar names, if there is none."""
     found = evaluators().get(name)
     if found in BUILT_IN:
-        raise UnknownEvaluator(f"{name!r} is built in: it is switched by evaluate.{name}=true")
+        raise UnknownEvaluator(f"{name!r} is built in: use evaluate.{name}=true")
     if found is not None:
         return found
     others = sorted(key for key, evaluator in evaluators().items() if evaluator not in BUILT_IN)
-    known = f"Known: {', '.join(others)}." if others else "No installed package has one."
+    known = f"Known: {', '.join(others)}." if others else "No installed package provides evaluators."
     raise UnknownEvaluator(f"unknown evaluator {name!r}.{near_names(name, others, n=1)} {known}")
 
 

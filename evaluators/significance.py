@@ -1,7 +1,7 @@
-"""Whether a difference is more than noise: standard errors, paired tests, Holm's correction, power.
+"""Standard errors, paired tests, Holm's correction and power.
 
-Drops are positive where a state got worse, whichever direction the metric has. NaN, no samples and
-samples of unequal number raise EvaluationError: nothing that was not compared counts as equal.
+Drops are positive if a state got worse, for either direction of the metric. NaN, empty samples and samples of unequal
+number raise EvaluationError, so a failed comparison never counts as equal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MCNEMAR, T, BOOTSTRAP = "exact McNemar", "paired t", "paired bootstrap"
 _TOO_LARGE = "{}: the differences are too large to be tested"
 Alternative = Literal["worse", "different"]
 Floats = NDArray[np.float64]
-_OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # what is not finite is looked for at the end
+_OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # results are checked for finiteness
 
 
 class Estimate(NamedTuple):
@@ -37,14 +37,14 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One state held against another on the same samples."""
+    """Paired comparison of two states."""
 
     test: str
     n: int
     drop: float
-    """Mean loss from before to after, in the unit of the samples; negative where it got better."""
+    """Mean loss, in the unit of the samples; negative if the state got better."""
     stderr: float | None
-    """Of the drop."""
+    """Standard error of the drop."""
     p: float
 
 
@@ -53,7 +53,7 @@ def mean_estimate(
 ) -> Estimate:
     """Estimate the mean of `samples` with Student's t interval.
 
-    With `clusters`, one label a sample, the clusters are the independent units.
+    With `clusters`, one label per sample, the clusters are the independent units.
     """
     x = _finite(samples, "samples")
     value = total(x) / len(x)
@@ -62,9 +62,9 @@ def mean_estimate(
 
 
 def proportion_estimate(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
-    """Estimate a proportion with Wilson's interval, which keeps its width where all or none succeed."""
+    """Estimate a proportion with Wilson's interval, which has a width even if all or none succeed."""
     if n < 1 or not 0 <= successes <= n:
-        raise EvaluationError(f"{successes} successes of {n} are no proportion")
+        raise EvaluationError(f"{successes} successes of {n} is not a proportion")
     share = successes / n
     interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
     error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
@@ -74,12 +74,12 @@ def proportion_estimate(successes: int, n: int, *, confidence: float = 0.95) -> 
 def perplexity_estimate(nll: ArrayLike, tokens: ArrayLike, *, confidence: float = 0.95) -> Estimate:
     """Estimate exp(sum(nll) / sum(tokens)) over windows, by the delta method.
 
-    `nll` is each window's negative log-likelihood in nats, summed over its `tokens`. The interval is
-    Student's t on the logarithm, so it holds no negative perplexity.
+    `nll` is the negative log-likelihood of each window in nats, summed over its `tokens`. The interval is
+    Student's t on the logarithm, so the bounds are positive.
     """
     x, weights = _pair(nll, tokens, "nll", "tokens")
     if (weights <= 0).any():
-        raise EvaluationError("perplexity: a window without tokens has no likelihood")
+        raise EvaluationError("perplexity: a window has no tokens")
     tokens_scored = math.fsum(weights)
     mean = total(x) / tokens_scored
     log = _interval(mean, ratio_error((x - mean * weights).tolist(), tokens_scored), len(x), len(x), confidence)
@@ -102,10 +102,10 @@ def compare(
 ) -> Comparison:
     """Test whether the state `after` is worse than (or different from) `before`, sample by sample.
 
-    Without `test`: exact McNemar where every outcome is 0 or 1 and each sample is a unit, else a
-    paired t test over samples or clusters. The paired bootstrap, which needs a `generator`, draws
-    from the differences moved to mean 0. States without any difference have p = 1. Where all units
-    drop by exactly the same amount, t has no error to divide by: p is then 2^-units, a sign test's.
+    The default `test` is exact McNemar for binary outcomes without clusters, otherwise a paired t test
+    over samples or clusters. The paired bootstrap needs a `generator` and resamples the centred
+    differences. Without any difference, p = 1. If all units drop by the same amount, the error is 0 and
+    p is 2^-units, that of a sign test.
     """
     old, new = _pair(before, after, "samples before", "samples after")
     drops = _finite(old - new if higher_is_better else new - old, "differences")
@@ -120,9 +120,9 @@ def compare(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm 1979), in the order given.
+    """Return Holm-adjusted p-values (Holm 1979), in the given order.
 
-    Rejecting where an adjusted p-value is at most alpha keeps the chance of any false alarm at alpha.
+    Rejecting adjusted p-values up to alpha limits the probability of any false alarm to alpha.
     """
     if any(not 0 <= p <= 1 for p in p_values):  # NaN too
         raise EvaluationError(f"not a p-value among {list(p_values)}")
@@ -144,13 +144,13 @@ def smallest_drop(
     power: float = 0.8,
     clusters: Sequence[Hashable] | None = None,
 ) -> float | None:
-    """Return the smallest true drop that `compare` finds with chance `power` at level `alpha`.
+    """Return the minimum detectable effect: the smallest true drop that `compare` finds with this `power`.
 
-    The noise is that of these samples. 0 or 1: as many answers change each way by chance as did in
-    the rarer direction, and the drop adds losses to them (exact power of McNemar's test). Else: the
-    standard error of the differences (noncentral t).
+    The noise is estimated from these samples. For binary outcomes, the rarer direction of change is
+    taken as the chance rate in both directions, and the drop adds losses (exact power of McNemar's
+    test). Otherwise, the standard error of the differences is used (noncentral t).
 
-    None where no drop is found so surely: too few samples, or too few right answers to lose.
+    None if no drop is detectable: too few samples, or too few correct answers to lose.
     """
     old, new = _pair(before, after, "samples before", "samples after")
     drops = old - new if higher_is_better else new - old
@@ -160,7 +160,7 @@ def smallest_drop(
         return _smallest_loss(len(drops), min(losses, gains) / len(drops), good, alpha, power)
     sizes = _sizes(drops, clusters)
     error = ratio_error((np.asarray(_units(drops, clusters)) - drops.mean() * sizes).tolist(), len(drops))
-    if not error:  # one unit, or no two that differ: what the noise is cannot be told
+    if not error:  # one unit, or no variation: the noise is unknown
         return None
     freedom = len(sizes) - 1
     critical = stats.t.isf(alpha, freedom)
@@ -169,9 +169,9 @@ def smallest_drop(
 
 
 def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
-    """Return the chance that the one-sided exact test finds a drop, from the shares lost and gained."""
+    """Return the power of the one-sided exact test for given shares of losses and gains."""
     changed = np.arange(n + 1)
-    rejects = stats.binom.isf(alpha, changed, 0.5)  # more losses than this are significant
+    rejects = stats.binom.isf(alpha, changed, 0.5)  # critical number of losses
     share = losses / (losses + gains) if losses + gains else 0.0
     found = stats.binom.pmf(changed, n, losses + gains) @ stats.binom.sf(rejects, changed, share)
     return float(found)
@@ -181,15 +181,15 @@ def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
 def error_over_repeats(
     values: Sequence[float], errors: Sequence[float | None], samples: Sequence[Sequence[float]]
 ) -> float | None:
-    """Return the standard error of the mean of `values`, one of each repeat.
+    """Return the standard error of the mean of `values`, one per repeat.
 
-    Repeats and samples both vary: the variances between repeats and between samples are added and
-    that of their combination, which is in both, taken off (two-way clustering; Cameron, Gelbach and
-    Miller 2011). So it is right whether the repeats ask the same questions or others. It is never
-    less than what the samples alone would give, as two or three repeats may agree by chance.
+    Uses two-way clustering over repeats and samples (Cameron, Gelbach and Miller 2011): the variances
+    between repeats and between samples, minus that of their combination. This is valid whether or not
+    the repeats share their samples. The error is never below that of the samples alone, because two or
+    three repeats may agree by chance.
 
-    `samples` are in the unit of the values; where repeats differ in their number they are other
-    samples, and the variance between repeats holds all of it.
+    `samples` are in the unit of the values. If their numbers differ between repeats, the samples are
+    different and the variance between repeats includes all noise.
     """
     repeats = len(values)
     if repeats == 1:
@@ -223,7 +223,7 @@ def _mcnemar(drops: Floats, units: Floats, error: float | None, alternative: Alt
 def _t(drops: Floats, units: Floats, error: float | None, alternative: Alternative, *_: Any) -> float:
     mean = math.fsum(drops) / len(drops)
     if len(units) < 2:
-        raise EvaluationError(f"{T}: a single unit cannot be tested; measure at least 2")
+        raise EvaluationError(f"{T}: needs at least 2 independent samples")
     if error is None:
         raise EvaluationError(_TOO_LARGE.format(T))
     if error <= 1e-12 * abs(mean) or (error == 0 and mean == 0):
@@ -245,11 +245,11 @@ def _bootstrap(
     resamples: int,
 ) -> float:
     if generator is None:
-        raise EvaluationError(f"{BOOTSTRAP}: pass a generator, so that the result can be repeated")
+        raise EvaluationError(f"{BOOTSTRAP}: needs a generator")
     mean = units.sum() / sizes.sum()
     draws = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=resamples)
     means = draws @ (units - mean * sizes) / (draws @ sizes)
-    slack = 1e-12 * max(1.0, abs(mean))  # sums of the same numbers in another order are equal
+    slack = 1e-12 * max(1.0, abs(mean))  # tolerance for the order of summation
     beyond = means >= mean - slack if alternative == "worse" else np.abs(means) >= abs(mean) - slack
     return float((1 + beyond.sum()) / (1 + resamples))
 
@@ -258,7 +258,7 @@ _TESTS: dict[str, Callable[..., float]] = {MCNEMAR: _mcnemar, T: _t, BOOTSTRAP: 
 
 
 def _smallest_loss(n: int, churn: float, good: float, alpha: float, power: float) -> float | None:
-    """Return the extra share of losses that McNemar's test finds, beside `churn` each way."""
+    """Return the smallest detectable share of extra losses, given the chance rate `churn` in both directions."""
     most = min(good, 1 - churn) - churn
     if most <= 0:
         return None
@@ -266,7 +266,7 @@ def _smallest_loss(n: int, churn: float, good: float, alpha: float, power: float
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float | None:
-    """Return where a growing function crosses 0, or None if it stays below."""
+    """Return the root of an increasing function, or None if it stays negative."""
     if function(high) < 0:
         return None
     return float(brentq(function, low, high, xtol=1e-6)) if function(low) < 0 else low
@@ -280,7 +280,7 @@ def _interval(value: float, error: float | None, units: int, n: int, confidence:
 
 
 def _units(x: Floats, clusters: Sequence[Hashable] | None) -> list[float]:
-    """Return the sum of `x` over each independent unit."""
+    """Return the sum of `x` in each independent unit."""
     return per_unit(x.tolist(), clusters)
 
 

@@ -1,4 +1,4 @@
-"""Borrow a model for a measurement and give it back as it was."""
+"""Use a model for a measurement and restore its state afterwards."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 
-# The token attributes and sides that libraries set on a tokenizer in passing.
+# Attributes of a tokenizer that libraries change as a side effect.
 _TOKENIZER_STATE = ("padding_side", "truncation_side", "pad_token")
 
 
 @contextmanager
 def borrowed(model: Any, tokenizer: Any) -> Iterator[None]:
-    """Put `model` into eval mode without gradients; restore it and `tokenizer` at the end.
+    """Put `model` into eval mode without gradients; restore it and `tokenizer` (or None) at the end.
 
-    Restores every module's train flag, the generation config, and the tokenizer's pad token and
-    sides (None: no tokenizer takes part). Weights are never touched, and the cache flag of the
-    config is not used: evaluators say in each call whether they want a KV cache. `no_grad` and not
-    inference mode: a buffer that the model makes and keeps inside would otherwise refuse later
-    backward passes.
+    Restores the training flag of every module, the generation config, and the tokenizer's pad token
+    and sides. Uses `no_grad` instead of inference mode, because buffers created in inference mode
+    cannot be used in later backward passes.
     """
     training = [(module, module.training) for module in model.modules()]
     generation_config = getattr(model, "generation_config", None)

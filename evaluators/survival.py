@@ -1,4 +1,4 @@
-"""Survival: how much of what a step achieved is left at the end of a composition."""
+"""Survival of a step's effect until the end of a composition."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from evaluators.measurement import EvaluationError, Measurement, per_unit, ratio
 def measure_survival(
     after: Measurement, end: Measurement, *, clusters: Sequence[Hashable] | None = None
 ) -> Measurement:
-    """Return the metric at the end over the same metric right after its step: 1 is all of it.
+    """Measure a metric at the end divided by its value right after the step.
 
-    Where both values are means over the same samples the error is that of a ratio of paired
-    samples (delta method), between clusters: `clusters`, one label a sample, else those of the
-    metric at the end. For other values, such as perplexities, the two errors are combined as if
-    independent, which is too large for states that answer alike. The direction is the metric's own:
-    a perplexity survives below 1 better. A metric that was 0 right after its step has nothing to
-    survive: NaN, which no gate passes.
+    If both values are means of the same samples, the error is that of a ratio of paired samples (delta
+    method), between `clusters` or those of `end`. For other values, such as perplexities, the errors are
+    combined as if independent, which overestimates the error. The direction is that of the metric, so
+    lower is better for a perplexity. NaN, which fails every gate, if the metric was 0 after the step.
 
-    Raises EvaluationError for two metrics, or samples of different numbers.
+    Raises EvaluationError for different metrics or numbers of samples.
     """
     if after.metric != end.metric or after.higher_is_better != end.higher_is_better:
         raise EvaluationError(f"survival: {after.metric} right after its step, but {end.metric} at the end")

@@ -1,4 +1,4 @@
-"""What would run code in the YAML files of question tasks: found without running it. Imports no harness."""
+"""Detect code in the YAML files of question tasks without running it. Imports no harness."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from evaluators.task_files import PLAIN, walk, yaml_files
 
 _SWITCHES = {
     "unsafe_code": "runs what the model writes",
-    "trust_remote_code": "runs the data set's own code",
-    "hf_evaluate": "fetches a metric's code",
+    "trust_remote_code": "runs the dataset's own code",
+    "hf_evaluate": "downloads the code of a metric",
     "use_prompt": "imports a library of prompts",
 }
-"""Keys that let the harness run code, wherever they stand."""
+"""Keys that make the harness run code, at any level."""
 _OFF = ("", "null", "false", "~", "no", "off")
 
 
 def refuse_code(folder: Path) -> None:
     """Raise EvaluationError if a task file of `folder`, or one that it includes, would run or import code.
 
-    All files count, asked for or not: a folder is trusted as a whole. Files are read as plain data.
+    Checks all files, because a folder is trusted as a whole. Files are read as plain data.
     """
     seen: set[Path] = set()
     for path in yaml_files(folder):
@@ -38,8 +38,8 @@ def refuse_code(folder: Path) -> None:
 
 
 def _code_below(node: Any, seen: set[int]) -> Iterator[str]:
-    """Yield what would run code in a node of YAML, and below it."""
-    if node is None or id(node) in seen:  # an alias may stand inside of what it stands for
+    """Yield a message for each part of a YAML node that would run code."""
+    if node is None or id(node) in seen:  # aliases may be recursive
         return
     seen.add(id(node))
     if not node.tag.startswith(PLAIN) or node.tag.startswith(f"{PLAIN}python"):

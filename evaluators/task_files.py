@@ -1,4 +1,4 @@
-"""The YAML files of question tasks: what they include, and which files a task is read from. Imports no harness."""
+"""YAML files of question tasks, their includes and their data files. Imports no harness."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any, NamedTuple
 
 import yaml
 
-_COMPOSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the harness's own, so that both read the same
+_COMPOSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as in the harness
 PLAIN = "tag:yaml.org,2002:"
 _FUNCTION = "!function"
-_IGNORED = {"__pycache__", ".ipynb_checkpoints"}  # by the harness, too
+_IGNORED = {"__pycache__", ".ipynb_checkpoints"}  # as in the harness
 
 
 class _Plain(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads tags that only the harness knows, such as `!function module.name`, as plain text."""
+    """Reads tags of the harness, such as `!function module.name`, as plain text."""
 
 
 _Plain.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix} {getattr(node, 'value', '')}")
 
 
 class TaskFile(NamedTuple):
-    """One YAML file, parsed but not run."""
+    """A YAML file, parsed without running code."""
 
     path: Path
     root: Any
-    """Its node, which knows lines and tags; None for an empty file, and where there is a problem."""
+    """Root node with lines and tags; None for an empty or unreadable file."""
     config: Mapping[str, Any]
-    """What it says, as plain data; empty where that is no mapping."""
+    """Content as plain data; empty if it is not a mapping."""
     problem: str
-    """Why it cannot be read; empty if it can."""
+    """Error message; empty if the file can be read."""
 
     def included(self) -> Iterator[Path]:
-        """Yield the files that it includes."""
+        """Yield the included files."""
         for name in _includes(self.root):
             yield (self.path.parent / Path(name).expanduser()).resolve()
 
@@ -45,7 +45,7 @@ def yaml_files(folder: Path) -> Iterator[Path]:
 
 
 def walk(path: Path, seen: set[Path]) -> Iterator[TaskFile]:
-    """Yield a YAML file and all that it includes, each once; `seen` are those to leave out."""
+    """Yield a YAML file and its includes, except files in `seen`, which is updated."""
     path = path.expanduser().resolve()
     if path in seen:
         return
@@ -57,11 +57,10 @@ def walk(path: Path, seen: set[Path]) -> Iterator[TaskFile]:
 
 
 def task_files(folder: Path, names: Collection[str]) -> list[Path]:
-    """Return the files that the tasks, groups and tags called `names` are read from, sorted.
+    """Return the files of the tasks, groups and tags called `names`, sorted.
 
-    These are their YAML files, and what those name: files that they include, code beside them, and data. Names that
-    no file of `folder` has are the harness's own. What cannot be read counts by its own content alone; the harness
-    says what is wrong with it.
+    These are their YAML files with includes, code and data files. Names that are not in `folder` belong to the harness.
+    An unreadable file is listed without its includes; the harness reports the error.
     """
     known = _named(folder)
     found: set[Path] = set()
@@ -73,14 +72,14 @@ def task_files(folder: Path, names: Collection[str]) -> list[Path]:
 
 
 def task_names(folder: Path, names: Collection[str]) -> set[str] | None:
-    """Return `names` with the tasks and groups below them; None if the folder has not all of them."""
+    """Return `names` with their tasks and groups, recursively; None if some are not in the folder."""
     known = _named(folder)
     reached = _reached(known, names)
     return reached if reached <= known.keys() else None
 
 
 def _named(folder: Path) -> dict[str, list[TaskFile]]:
-    """Return the files of a folder by the tasks, groups and tags that they define."""
+    """Return the files of a folder by the names that they define."""
     known: dict[str, list[TaskFile]] = {}
     for path in yaml_files(folder):
         file = _parse(path.resolve())
@@ -93,7 +92,7 @@ def _named(folder: Path) -> dict[str, list[TaskFile]]:
 
 
 def _reached(known: Mapping[str, list[TaskFile]], names: Collection[str]) -> set[str]:
-    """Return `names`, the members of the groups and tags among them, and so on."""
+    """Return `names` with the members of groups and tags, recursively."""
     waiting, seen = list(names), set()
     while waiting:
         name = waiting.pop()
@@ -111,7 +110,7 @@ def _reached(known: Mapping[str, list[TaskFile]], names: Collection[str]) -> set
 
 
 def _behind(file: TaskFile) -> Iterator[Path]:
-    """Yield a YAML file, the code beside it if it names a function, and its data."""
+    """Yield a YAML file, the code next to it if it uses `!function`, and its data files."""
     yield file.path
     if any(text.startswith(_FUNCTION) for text in _texts(file.config)):
         yield from (code.resolve() for code in file.path.parent.glob("**/*.py"))
@@ -121,7 +120,7 @@ def _behind(file: TaskFile) -> Iterator[Path]:
 
 
 def _data(folder: Path, text: str) -> Iterator[Path]:
-    """Yield the files that a text among a data set's arguments names, if it names any."""
+    """Yield the files that a text in the dataset arguments refers to, if any."""
     try:
         path = Path(text).expanduser()
         if (folder / path).exists():
@@ -130,7 +129,7 @@ def _data(folder: Path, text: str) -> Iterator[Path]:
         elif any(mark in text for mark in "*?["):
             root = Path(path.anchor) if path.is_absolute() else folder
             yield from (file.resolve() for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
-    except (OSError, ValueError, RuntimeError, NotImplementedError):  # no text of a path
+    except (OSError, ValueError, RuntimeError, NotImplementedError):  # not a path
         return
 
 
@@ -143,7 +142,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _includes(root: Any) -> Iterator[str]:
-    """Yield the paths of the files that a file includes, by a key of its own or of a mapping merged into it."""
+    """Yield the included paths of a file, also from merged mappings."""
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         below = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if key.value == "include":
@@ -163,7 +162,7 @@ def _parse(path: Path) -> TaskFile:
 
 @cache
 def _parsed(path: Path, modified: int, size: int) -> TaskFile:
-    """Parse a YAML file, once for each state of it."""
+    """Parse a YAML file; cached until the file changes."""
     try:
         text = path.read_bytes()
         root = yaml.compose(text, Loader=_COMPOSER)
@@ -173,6 +172,6 @@ def _parsed(path: Path, modified: int, size: int) -> TaskFile:
         return TaskFile(path, None, {}, f"{path}: not YAML: {' '.join(str(error).split())}")
     try:
         config = yaml.load(text, Loader=_Plain)
-    except (yaml.YAMLError, ValueError, TypeError):  # a tag of Python, or a key that cannot be one
+    except (yaml.YAMLError, ValueError, TypeError):  # a Python tag or an unhashable key
         config = None
     return TaskFile(path, root, config if isinstance(config, dict) else {}, "")

@@ -1,4 +1,4 @@
-"""Run the evaluators of a recipe on a model state. Imports torch with the first measurement."""
+"""Run the evaluators of a recipe on a model state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from evaluators.asked import Asked, EditCase, Fact, Probe
+from evaluators.data import EditCase, EvaluationData, Fact, Probe
 from evaluators.measurement import EvaluationError, Measurement
 from evaluators.registry import BUILT_IN, Evaluator, find_evaluator
 from pytest_lmcompose.data.records import EditRecord, FactRecord
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> UneditedAnswers | None:
-    """Record the base model's answers to the locality prompts, or None where editing is not measured."""
+    """Record the base model's answers to the locality prompts; None if editing is not measured."""
     if not (evaluate.editing and data.edits):
         return None
     from evaluators import capture_unedited as capture
@@ -35,12 +35,12 @@ def measure_state(
     unedited: UneditedAnswers | None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Measurement]:
-    """Run the evaluators that the recipe switches on, in the order of their table, over the data that the world has.
+    """Run the evaluators that the recipe switches on and return their measurements.
 
-    `progress` is called before each with its name, its number from 1, and how many there are. Raises EvaluationError
-    for a metric that two evaluators measure, or one of them twice.
+    `progress` is called before each evaluator with its name, its number from 1 and the total. Raises EvaluationError
+    for a metric that is measured twice.
     """
-    asked = Asked(
+    evaluation_data = EvaluationData(
         edits=tuple(edit_cases(data.edits)),
         facts=tuple(recall_facts(data.facts)),
         texts=data.perplexity,
@@ -58,16 +58,16 @@ def measure_state(
     for number, (evaluator, settings) in enumerate(chosen, start=1):
         if progress is not None:
             progress(evaluator.name, number, len(chosen))
-        for measurement in evaluator.load()(model, tokenizer, settings, asked):
+        for measurement in evaluator.load()(model, tokenizer, settings, evaluation_data):
             if found.setdefault(measurement.metric, measurement) is not measurement:
                 raise EvaluationError(
-                    f"the evaluator {evaluator.name} measures {measurement.metric}, which is there already"
+                    f"the evaluator {evaluator.name} returns {measurement.metric}, which was already measured"
                 )
     return list(found.values())
 
 
 def switched_on(evaluate: EvaluateSettings) -> Iterator[tuple[Evaluator, Any]]:
-    """Yield the evaluators of a recipe with their settings: built-in ones, then those of other packages."""
+    """Yield the evaluators of a recipe with their settings: built-in ones first, then third-party ones."""
     for evaluator in BUILT_IN:
         if getattr(evaluate, evaluator.name):
             kind = evaluator.settings_type()
@@ -78,7 +78,7 @@ def switched_on(evaluate: EvaluateSettings) -> Iterator[tuple[Evaluator, Any]]:
 
 
 def edit_cases(edits: Sequence[EditRecord]) -> list[EditCase]:
-    """Return edits as the editing evaluator takes them."""
+    """Convert edits for the editing evaluator."""
     return [
         EditCase(
             record.edit.subject,
@@ -94,5 +94,5 @@ def edit_cases(edits: Sequence[EditRecord]) -> list[EditCase]:
 
 
 def recall_facts(facts: Sequence[FactRecord]) -> list[Fact]:
-    """Return facts as the recall evaluator takes them."""
+    """Convert facts for the recall evaluator."""
     return [Fact(fact.prompt, fact.answer, fact.relation, fact.split) for fact in facts]

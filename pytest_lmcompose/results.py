@@ -1,8 +1,8 @@
-"""The records of a run, as its report holds them: typed, frozen, and the source of the report's JSON Schema.
+"""Results of a run as frozen, typed records, which also define the JSON Schema of reports.
 
-A run encodes a record once, where it leaves the process (a worker's message, the report's file), and `decode` checks
-it where it comes in. JSON has no NaN: a number that is not finite becomes null, and an outcome says in `nonfinite`
-which it was. Fields with a default may be absent; fields that a later minor version added are ignored.
+Records are encoded when they leave the process (worker messages, report files) and validated by `decode`. JSON has no
+NaN: numbers that are not finite become null, and `nonfinite` of an outcome says which. Fields with a default may be
+absent; unknown fields of later minor versions are ignored.
 
     python -m pytest_lmcompose.results > pytest_lmcompose/report/schema/report-1.schema.json
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION: Literal[1] = 1
 SCHEMA_MINOR = 5
-"""Counts what version 1 gained: readers of an earlier one find all that they know."""
+"""Number of compatible additions to version 1."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1)]
@@ -37,24 +37,24 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
 Number = float | None
-"""None: not finite, or not known."""
+"""None: not finite or unknown."""
 Labels = tuple[Whole, ...]
 Status = Literal["finished", "interrupted"]
 Compared = Literal["equal", "same", "better", "worse", "changed", "new", "gone", "unknown"]
 T = TypeVar("T")
 
 
-def _written(value: T) -> T:
-    """Return a default for what earlier versions lack, and that is always written: msgspec calls no factory for it."""
+def _always(value: T) -> T:
+    """Return a default for a field that is always written: msgspec omits plain defaults."""
     return msgspec.field(default_factory=lambda: value)
 
 
 class Base(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What all records share."""
+    """Base class of all records."""
 
 
 class Environment(Base, frozen=True):
-    """What the numbers may depend on besides the recipe."""
+    """Machine and package versions."""
 
     python: str
     platform: str
@@ -64,19 +64,19 @@ class Environment(Base, frozen=True):
 
 
 class Tokenisation(Base, frozen=True):
-    """The special tokens that the tokenizer puts around every text by default."""
+    """Special tokens that the tokenizer adds to every text by default."""
 
     adds_bos: bool
     start: tuple[str, ...]
-    end: Annotated[tuple[str, ...], Meta(description="of whole texts; left out where a text goes on")]
+    end: Annotated[tuple[str, ...], Meta(description="for complete texts; not added to a text that is continued")]
 
 
 class Model(Base, frozen=True):
     """The model that was loaded."""
 
-    id: Annotated[str, Meta(description="as the recipe names it")]
-    location: Annotated[str, Meta(description="folder or hub id that was loaded")]
-    revision: Annotated[str | None, Meta(description="commit on the hub; null for a folder")]
+    id: Annotated[str, Meta(description="as in the recipe")]
+    location: Annotated[str, Meta(description="loaded folder or hub id")]
+    revision: Annotated[str | None, Meta(description="hub commit; null for a folder")]
     weight_hash: Annotated[Hash, Meta(description="SHA-256 of sorted names, dtypes, shapes and bytes")]
     dtype: str
     device: str
@@ -86,7 +86,7 @@ class Model(Base, frozen=True):
 
 
 class RecipeSections(Base, frozen=True):
-    """The recipe's sections, apart from the methods' own: see the settings of each step."""
+    """The recipe's sections, except methods; steps have their own settings."""
 
     model: dict[str, Any]
     world: dict[str, Any]
@@ -106,40 +106,40 @@ class Step(Base, frozen=True):
     peak_memory_bytes: Whole
     changed_parameters: Positive
     changed: tuple[str, ...]
-    details: Annotated[dict[str, Any], Meta(description="reported by the method; null: not a finite number")]
+    details: Annotated[dict[str, Any], Meta(description="reported by the method; null: not finite")]
     warnings: tuple[str, ...]
     promises: Annotated[
-        dict[str, float] | None, Meta(description="values of metrics that its settings promise; absent: not known")
+        dict[str, float] | None, Meta(description="values of metrics that the settings promise; absent: unknown")
     ] = None
 
 
 class Outcome(Base, frozen=True, kw_only=True):
-    """A value with its noise and the samples behind it."""
+    """A value with its samples and standard error."""
 
     value: Number
-    nonfinite: Annotated[
-        Literal["nan", "inf", "-inf"] | None, Meta(description="only where value is null: what it was")
-    ] = None
+    nonfinite: Annotated[Literal["nan", "inf", "-inf"] | None, Meta(description="only if value is null: the value")] = (
+        None
+    )
     stderr: Number
     n: Positive
-    samples: Annotated[tuple[Number, ...], Meta(description="outcomes in the order of the data")]
+    samples: Annotated[tuple[Number, ...], Meta(description="outcomes, in the order of the data")]
     weights: Annotated[
-        tuple[float, ...], Meta(description="how much each sample counts in value; absent: all alike")
+        tuple[float, ...], Meta(description="weight of each sample in value; absent: equal weights")
     ] = ()
     clusters: Annotated[
         Labels,
         Meta(
-            description="a label per sample: samples of one label, such as the prompts of one edit, are not "
-            "independent; absent: every sample is"
+            description="one label per sample: samples with the same label, such as the prompts of one edit, are "
+            "not independent; absent: all are"
         ),
     ] = ()
     answers: Annotated[
-        tuple[str, ...], Meta(description="what the model said to each sample, cut to 80 characters")
+        tuple[str, ...], Meta(description="the model's answer to each sample, cut to 80 characters")
     ] = ()
 
     @property
     def number(self) -> float:
-        """The value, infinite or NaN where it was."""
+        """The value, which may be infinite or NaN."""
         return float(self.nonfinite or "nan") if self.value is None else self.value
 
 
@@ -157,12 +157,12 @@ class Measured(Outcome, frozen=True, kw_only=True):
     note: str
     repeats: Annotated[
         tuple[RepeatOutcome, ...],
-        Meta(description="only of several: the runs whose mean is value, and whose samples are samples, in order"),
+        Meta(description="only with several repeats: value is their mean, samples are all their samples in order"),
     ] = ()
 
     @property
     def runs(self) -> Sequence[Outcome]:
-        """The repeats behind the measurement; itself where there is one."""
+        """The outcome of each repeat; the measurement itself if there is only one."""
         return self.repeats or (self,)
 
     def seed_of(self, run: Outcome, first: int) -> int:
@@ -171,7 +171,7 @@ class Measured(Outcome, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, found: Measurement, runs: Sequence[tuple[int, Measurement]] = ()) -> Measured:
-        """Make the record of a measurement, with that of each of several repeats and its seed."""
+        """Return the record of a measurement, with pairs of seed and measurement of several repeats."""
         repeats = tuple(RepeatOutcome(seed=seed, **_outcome(run)) for seed, run in runs)
         return cls(
             metric=found.metric,
@@ -182,7 +182,7 @@ class Measured(Outcome, frozen=True, kw_only=True):
         )
 
     def measurement(self, run: Outcome | None = None) -> Measurement:
-        """Return what was recorded: the measurement itself, or one of its `runs`."""
+        """Convert back to a measurement: the whole, or one of its `runs`."""
         from evaluators.measurement import Measurement
 
         run = self if run is None else run
@@ -215,7 +215,7 @@ def _outcome(found: Measurement) -> dict[str, Any]:
 
 
 class Paired(Base, frozen=True):
-    """A paired comparison with a reference; drops are in the metric's unit, positive where it got worse."""
+    """A paired comparison with a reference; drops are in the metric's unit, positive if it got worse."""
 
     test: str
     n: Positive
@@ -224,34 +224,36 @@ class Paired(Base, frozen=True):
     p: Probability
     p_holm: Probability
     gates: Annotated[Positive, Meta(description="paired gates that p_holm is corrected for")]
-    smallest_drop: Annotated[Number, Meta(description="found with probability power at level; null: no drop is")]
+    smallest_drop: Annotated[Number, Meta(description="minimum detectable effect with this power at level; null: none")]
     power: float
-    level: Annotated[float, Meta(description="alpha over the number of planned gates: what Holm asks of the least p")]
+    level: Annotated[
+        float, Meta(description="alpha over the number of planned gates: Holm's threshold for the smallest p")
+    ]
     clusters: Annotated[
-        Whole, Meta(description="independent groups of samples, such as the prompts of one edit; 0: each sample is one")
+        Whole, Meta(description="number of independent clusters of samples; 0: all samples are independent")
     ] = 0
-    smallest_p: Annotated[Probability, Meta(description="that these samples can reach; 0: any")] = 0.0
+    smallest_p: Annotated[Probability, Meta(description="smallest p that these samples can give; 0: any")] = 0.0
     rises: Annotated[bool, Meta(description="whether the metric gets worse by rising")] = False
 
 
 class Gate(Base, frozen=True):
-    """What a gate found; the message of a failed one says what was expected."""
+    """The outcome of a gate."""
 
     metric: str
-    gate: Annotated[str, Meta(description="the kind of bound, finite or measured")]
+    gate: Annotated[str, Meta(description="kind of bound, or finite or measured")]
     threshold: Number
     passed: bool
     message: str
     value: Number
-    base_value: Annotated[Number, Meta(description="of what it is compared with")]
-    paired: Annotated[Paired | None, Meta(description="of no_drop_p: the comparison with the reference")] = None
+    base_value: Annotated[Number, Meta(description="value of the reference")]
+    paired: Annotated[Paired | None, Meta(description="only for no_drop_p: the comparison with the reference")] = None
     reference: Annotated[
-        str | None, Meta(description="a composition or a stored run; null: nothing, or the base model")
-    ] = _written(None)
+        str | None, Meta(description="a composition or a stored run; null: none, or the base model")
+    ] = _always(None)
 
     @property
     def state(self) -> Literal["passed", "failed", "lost"]:
-        """How it came out; lost: a promise that is broken, as the thresholds say and accept."""
+        """passed, failed, or lost: a broken promise that the thresholds accept (`lost: REASON`)."""
         return "failed" if not self.passed else "lost" if self.gate == LOST else "passed"
 
 
@@ -264,13 +266,13 @@ class RepeatInfo(Base, frozen=True):
 
 
 class CompositionResult(Base, frozen=True):
-    """Everything a run found about one composition."""
+    """All results of one composition."""
 
     id: str
     requested: tuple[str, ...]
     executed: Annotated[tuple[str, ...], Meta(description="ids of the steps that ran, in order")]
     status: Literal["begun", "built", "measured", "failed", "interrupted"]
-    error: Annotated[str | None, Meta(description="what ended a failed or interrupted one")]
+    error: Annotated[str | None, Meta(description="error of a failed or interrupted composition")]
     state_hash: Hash | None
     steps: tuple[Step, ...]
     evaluate_seconds: Number
@@ -278,9 +280,9 @@ class CompositionResult(Base, frozen=True):
     gates: tuple[Gate, ...]
     data: Annotated[
         dict[str, str] | None,
-        Meta(description="a hash of each part of what was asked: samples belong together where it is the same"),
+        Meta(description="hash of each part of the data; samples with equal hashes can be paired"),
     ] = None
-    repeats: Annotated[tuple[RepeatInfo, ...], Meta(description="only of several")] = ()
+    repeats: Annotated[tuple[RepeatInfo, ...], Meta(description="only with several repeats")] = ()
 
     @property
     def by_metric(self) -> dict[str, Measured]:
@@ -300,9 +302,14 @@ class CompositionResult(Base, frozen=True):
         """The metrics of the gates that failed."""
         return frozenset(gate.metric for gate in self.gates if not gate.passed)
 
+    @property
+    def lost_metrics(self) -> frozenset[str]:
+        """The metrics with a known loss."""
+        return frozenset(gate.metric for gate in self.gates if gate.state == "lost") - self.failed_metrics
+
 
 class Interval(Base, frozen=True):
-    """A value with its confidence interval, where it has one."""
+    """A value with its confidence interval, if it has one."""
 
     value: float
     low: Number
@@ -328,20 +335,20 @@ class OrderedSet(Base, frozen=True):
     order_sensitivity: Interval | None
     n: Positive
     repeats: Positive
-    note: Annotated[str, Meta(description="why something is null")]
+    note: Annotated[str, Meta(description="reason for null values")]
 
 
 class StepInterference(Base, frozen=True):
-    """What later steps changed since one step; null where the prefix was not measured."""
+    """Change by the steps after one step; null if the prefix was not measured."""
 
     step: str
     prefix: str
-    change: Annotated[tuple[Number, ...] | None, Meta(description="of each metric: value at the end minus after it")]
-    stderr: Annotated[tuple[Number, ...] | None, Meta(description="paired on the samples")]
+    change: Annotated[tuple[Number, ...] | None, Meta(description="value at the end minus value after the step")]
+    stderr: Annotated[tuple[Number, ...] | None, Meta(description="over paired samples")]
 
 
 class Interference(Base, frozen=True):
-    """What later steps changed, of a composition with a prefix that was measured itself."""
+    """Changes by later steps in a composition with measured prefixes."""
 
     composition: str
     metrics: tuple[str, ...]
@@ -349,30 +356,30 @@ class Interference(Base, frozen=True):
 
 
 class Share(Base, frozen=True):
-    """A share of what a step achieved."""
+    """Survival or return of the effect of a step."""
 
     composition: str
     step: str
     prefix: Annotated[str, Meta(description="id of the state right after the step")]
     metric: str
-    value: Annotated[Number, Meta(description="null where there was nothing to keep or to bring back")]
-    stderr: Annotated[Number, Meta(description="of a ratio of paired samples")]
+    value: Annotated[Number, Meta(description="null if the step had no effect")]
+    stderr: Annotated[Number, Meta(description="ratio of paired samples")]
     n: Positive
     note: str
 
 
 class Composability(Base, frozen=True, omit_defaults=False):
-    """What the sequences of steps cost, and what survived them."""
+    """Composability metrics of a run."""
 
     confidence: float
     resamples: int
     orders: tuple[OrderedSet, ...]
     interference: tuple[Interference, ...]
     survival: Annotated[
-        tuple[Share, ...], Meta(description="of what an edit step achieved: value at the end over value after the step")
+        tuple[Share, ...], Meta(description="of edits: value at the end divided by value after the step")
     ] = ()
     returned: Annotated[
-        tuple[Share, ...], Meta(description="of the knowledge that an unlearning step removed: the share that is back")
+        tuple[Share, ...], Meta(description="share of the unlearned knowledge that is back at the end")
     ] = ()
 
 
@@ -384,17 +391,17 @@ class BaselineFile(Base, frozen=True):
 
 
 class Plan(Base, frozen=True):
-    """What the whole run sets out to test, before it is divided into shards, and by which rules."""
+    """Compositions and rules of the whole run, before sharding."""
 
-    compositions: Annotated[tuple[str, ...], Meta(description="of the tests that -k and -m left, sorted")]
-    judged: Annotated[tuple[str, ...], Meta(description="those whose tests ask for gates")]
-    rules: Annotated[tuple[Rule, ...], Meta(description="the thresholds, then the expressions of the command line")]
+    compositions: Annotated[tuple[str, ...], Meta(description="of the tests selected by -k and -m, sorted")]
+    judged: Annotated[tuple[str, ...], Meta(description="compositions with gates")]
+    rules: Annotated[tuple[Rule, ...], Meta(description="thresholds, then --lmcompose-compare-fail expressions")]
     steps: Annotated[dict[str, dict[str, Any]], Meta(description="settings by step")]
     baseline: BaselineFile | None
 
 
 class Part(Base, frozen=True):
-    """One of the reports that a report was merged from."""
+    """One of the reports in a merged report."""
 
     status: Status
     started: Time
@@ -404,7 +411,7 @@ class Part(Base, frozen=True):
 
 
 class Prompts(Base, frozen=True):
-    """What the samples asked, once for all metrics that ask the same."""
+    """Prompts of samples, shared by several metrics."""
 
     seed: Whole
     metrics: tuple[str, ...]
@@ -422,7 +429,7 @@ class Stored(Base, frozen=True):
 
 
 class Difference(Base, frozen=True):
-    """One circumstance in which two runs differ."""
+    """A difference in the conditions of two runs."""
 
     what: Literal["model", "data", "seed", "settings", "versions"]
     message: str
@@ -437,15 +444,15 @@ class Row(Base, frozen=True, omit_defaults=False):
     old: Number
     new: Number
     difference: Annotated[Number, Meta(description="new minus old")]
-    stderr: Annotated[Number, Meta(description="of the difference, paired on the samples; 0: read, not sampled")]
+    stderr: Annotated[Number, Meta(description="of the difference, over paired samples; 0: deterministic")]
     n: Positive
     p: Annotated[Number, Meta(description="two-sided")]
-    p_holm: Annotated[Number, Meta(description="corrected for all rows")]
+    p_holm: Annotated[Number, Meta(description="Holm-corrected over all rows")]
     verdict: Annotated[
         Compared,
         Meta(
-            description="equal: no sample changed; same: no more than noise; changed: another value of what is read "
-            "off the weights; new, gone: in one run only; unknown: see the note"
+            description="equal: identical samples; same: within noise; changed: different value of a deterministic "
+            "metric; new, gone: in one run only; unknown: see the note"
         ),
     ]
     note: str = ""
@@ -458,55 +465,55 @@ class Comparison(Base, frozen=True):
     started: Time
     seed: Whole
     commit: str | None
-    problem: Annotated[str | None, Meta(description="why nothing can be compared")]
+    problem: Annotated[str | None, Meta(description="why the runs cannot be compared")]
     differences: tuple[Difference, ...]
-    rows: Annotated[tuple[Row, ...], Meta(description="of every metric of every composition in either run")]
+    rows: Annotated[tuple[Row, ...], Meta(description="every metric of every composition in either run")]
 
 
 class DriftRow(Base, frozen=True):
-    """The course of one metric over stored runs."""
+    """Values of a metric over stored runs."""
 
     composition: str
     metric: str
-    values: Annotated[tuple[float, ...], Meta(description="the oldest run's first")]
-    loss: Annotated[float, Meta(description="from the oldest to the present one; positive: worse")]
+    values: Annotated[tuple[float, ...], Meta(description="from the oldest run")]
+    loss: Annotated[float, Meta(description="from the oldest run to this one; positive: worse")]
     p: Annotated[float, Meta(description="one-sided Mann-Kendall, exact")]
     p_holm: float
     drifts: bool
 
 
 class Drift(Base, frozen=True):
-    """Metrics that got worse and worse over the stored runs."""
+    """Drift of metrics over stored runs."""
 
-    runs: Annotated[Positive, Meta(description="the present one too")]
-    level: Annotated[float, Meta(description="chance of any false alarm")]
-    judged: Annotated[Whole, Meta(description="courses that p_holm is corrected for")]
+    runs: Annotated[Positive, Meta(description="including this one")]
+    level: Annotated[float, Meta(description="probability of any false alarm")]
+    judged: Annotated[Whole, Meta(description="number of tests that p_holm is corrected for")]
     rows: tuple[DriftRow, ...]
 
 
 class Report(Base, frozen=True, kw_only=True):
-    """What one run measured."""
+    """The report of a run."""
 
     schema_version: Literal[1]
-    schema_minor: Whole = _written(0)
+    schema_minor: Whole = _always(0)
     status: Annotated[Status, Meta(description="interrupted: by Ctrl-C, -x, --maxfail or an internal error")]
     started: Time
     finished: Time
     seed: Whole
-    repeats: Annotated[Positive, Meta(description="runs of each composition, with seeds from `seed` up")] = _written(1)
+    repeats: Annotated[Positive, Meta(description="runs of each composition, with seeds from `seed` up")] = _always(1)
     environment: Environment
-    shard: Annotated[Shard | None, Meta(description="which part of the compositions this run tested")] = None
+    shard: Annotated[Shard | None, Meta(description="shard of the compositions that this run tested")] = None
     plan: Plan | None = None
-    model: Annotated[Model | None, Meta(description="null if it was never loaded")]
+    model: Annotated[Model | None, Meta(description="null if not loaded")]
     recipe: RecipeSections
     compositions: tuple[CompositionResult, ...]
-    composability: Annotated[Composability | None, Meta(description="null if nothing was measured")] = _written(None)
+    composability: Annotated[Composability | None, Meta(description="null if nothing was measured")] = _always(None)
     prompts: tuple[Prompts, ...] = ()
-    merged: Annotated[tuple[Part, ...], Meta(description="what was joined, in order")] = ()
-    stored: Annotated[Stored | None, Meta(description="only of a run in a storage folder")] = None
+    merged: Annotated[tuple[Part, ...], Meta(description="the merged reports, in order")] = ()
+    stored: Annotated[Stored | None, Meta(description="only for a stored run")] = None
     comparison: Annotated[Comparison | None, Meta(description="with a stored run")] = None
     drift: Drift | None = None
-    unused_rules: Annotated[tuple[Unused, ...] | None, Meta(description="rules that judged nothing")] = None
+    unused_rules: Annotated[tuple[Unused, ...] | None, Meta(description="rules that matched nothing")] = None
 
     @property
     def by_id(self) -> dict[str, CompositionResult]:
@@ -520,45 +527,45 @@ class Report(Base, frozen=True, kw_only=True):
 
 
 class Message(Base, frozen=True):
-    """What a worker sends of one composition."""
+    """A worker's message about one composition."""
 
     model: Model | None
     composition: CompositionResult
 
 
 class ReportError(ValueError):
-    """A document that is no report of a known version, or contradicts itself; the message names the place."""
+    """Not a report, an unknown version, or an inconsistent report; the message says where."""
 
 
 class LaterReportError(ReportError):
-    """A report of a later version than this one reads."""
+    """A report of a later version."""
 
 
 def encode(record: Base, *, indent: int | None = None) -> str:
-    """Return a record as JSON, null for every number that is not finite."""
+    """Encode a record as JSON; numbers that are not finite become null."""
     text = msgspec.json.encode(record)
     return (text if indent is None else msgspec.json.format(text, indent=indent)).decode()
 
 
 def decode_message(text: str) -> Message:
-    """Read what a worker sent."""
+    """Decode the message of a worker."""
     return _MESSAGE.decode(text)
 
 
 def decode(text: str | bytes) -> Report:
-    """Read a report; raises ReportError for another document, a later version, or one that contradicts itself."""
+    """Decode and validate a report; raises ReportError if it is invalid or of a later version."""
     try:
         found = _VERSION.decode(text)
     except msgspec.ValidationError as error:
         if "schema_version" in str(error) or "Expected `object`" in str(error):
-            raise ReportError("is no report of pytest-lmcompose: it has no schema_version") from None
+            raise ReportError("is not a pytest-lmcompose report: it has no schema_version") from None
         raise ReportError(f"is damaged: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ReportError(f"is broken or cut off: {error or 'lists in lists without end'}") from None
+        raise ReportError(f"is broken or truncated: {error or 'too deeply nested'}") from None
     if found.schema_version != SCHEMA_VERSION or isinstance(found.schema_version, bool):
         later = isinstance(found.schema_version, int) and found.schema_version > SCHEMA_VERSION
         raise (LaterReportError if later else ReportError)(
-            f"has the report schema {found.schema_version!a:.40}, and this version reads {SCHEMA_VERSION}"
+            f"has report schema {found.schema_version!a:.40}, but this version reads schema {SCHEMA_VERSION}"
         )
     try:
         report = _REPORT.decode(text)
@@ -570,14 +577,14 @@ def decode(text: str | bytes) -> Report:
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of reports, made from these types."""
+    """Return the JSON Schema of reports, generated from these types."""
     _, parts = msgspec.json.schema_components([Report], ref_template="#/$defs/{name}")
     report = parts.pop("Report")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:pytest-lmcompose:report-{SCHEMA_VERSION}",
         "title": f"pytest-lmcompose report, version {SCHEMA_VERSION}",
-        "description": "What one run measured. Version 1 may gain optional properties, each counted by schema_minor; "
+        "description": "The report of a run. Version 1 may gain optional properties, each counted by schema_minor; "
         "anything else is a new version.",
         **{key: value for key, value in report.items() if key not in ("title", "description")},
         "$defs": parts,
@@ -585,12 +592,12 @@ def schema() -> dict[str, Any]:
 
 
 def contradictions(report: Report) -> Iterator[str]:
-    """Yield what readers take for granted and no type can say."""
+    """Yield inconsistencies that the types cannot exclude."""
     times = [report.started, report.finished, *(t for part in report.merged for t in (part.started, part.finished))]
     for text in times:
         if not _is_time(text):
-            yield f"{text!a} is no time such as 2026-01-01T12:00:00+00:00"
-    yield from _twice((record.id for record in report.compositions), "two records of the composition {}")
+            yield f"{text!a} is not a time such as 2026-01-01T12:00:00+00:00"
+    yield from _twice((record.id for record in report.compositions), "two results of the composition {}")
     interference = () if report.composability is None else report.composability.interference
     names = [step.step for entry in interference for step in entry.steps]
     names += [step for record in report.compositions for step in record.requested]
@@ -598,7 +605,7 @@ def contradictions(report: Report) -> Iterator[str]:
         try:
             parse(text)
         except CompositionError:
-            yield f"{text!a} is no composition"
+            yield f"{text!a} is not a composition"
     for record in report.compositions:
         name = f"the composition {record.id!a}"
         yield from _twice((m.metric for m in record.measurements), f"two measurements of {{}} in {name}")
@@ -608,17 +615,17 @@ def contradictions(report: Report) -> Iterator[str]:
                     if (found := getattr(run, key)) and len(found) != len(run.samples):
                         yield f"{len(found)} {key} for {len(run.samples)} samples of {measured.metric!a} in {name}"
                 if (run.value is None) != (run.nonfinite is not None):
-                    yield f"{measured.metric!a} in {name} without a value, or with two"
+                    yield f"{measured.metric!a} in {name} needs exactly one of value and nonfinite"
         for gate in record.gates:
             if gate.paired is not None and None in (gate.threshold, gate.value, gate.base_value):
-                yield f"a paired gate of {gate.metric!a} in {name} without its numbers"
+                yield f"a paired gate of {gate.metric!a} in {name} without threshold, value or base_value"
     for entry in interference:
         for step in entry.steps:
             for numbers in (step.change, step.stderr):
                 if numbers is not None and len(numbers) != len(entry.metrics):
                     yield f"{len(numbers)} numbers for {len(entry.metrics)} metrics of interference"
             if (step.change is None) != (step.stderr is None):
-                yield "interference with a change or an error alone"
+                yield "interference with only one of change and stderr"
     if report.shard is not None and not 1 <= report.shard.index <= report.shard.count:
         yield f"shard {report.shard.index} of {report.shard.count}"
 

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_lmcompose import hookspec as hooks
 from pytest_lmcompose.gate.advice import advice
-from pytest_lmcompose.report.collect import document, now, write
+from pytest_lmcompose.report.collect import make_report, now, write
 from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
@@ -76,7 +76,7 @@ class SessionReport:
             return
         self._collected.prompts = self._prompts()
         self._collected.plan = self._plan()
-        report = document(
+        report = make_report(
             self._collected,
             self._session.run.recipe,
             seed=self._options.seed,

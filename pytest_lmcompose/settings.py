@@ -1,4 +1,4 @@
-"""Settings of a recipe's groups, apart from the methods' own (no torch, no Hydra)."""
+"""Settings of a recipe's sections, except those of methods. Imports no torch and no Hydra."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ModelSettings(Checked):
     compression, with its statistics and activations; a lower limit means smaller batches."""
 
     def problems(self) -> Iterator[str]:
-        """Yield a device map of another kind than accelerate takes."""
+        """Yield an invalid device map."""
         where, places = f"device_map={shown(self.device_map)}", self.device_map
         if isinstance(places, Mapping):
             if not places or not all(isinstance(name, str) and _is_place(place) for name, place in places.items()):
@@ -84,7 +84,7 @@ class WorldSettings(Checked):
     lm-evaluation-harness would run or import for them."""
 
     def problems(self) -> Iterator[str]:
-        """Yield an unknown schema or hazardous pool, and a form of questions without the question."""
+        """Yield an unknown schema, an unknown hazardous pool, and an `ask_as` without {}."""
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:
@@ -92,12 +92,12 @@ class WorldSettings(Checked):
                 known = ", ".join(self.pools) or "none"
                 yield f"hazardous={pool}: no such pool.{near_names(pool, self.pools)} Known: {known}"
         if "{}" not in self.ask_as:
-            yield f"ask_as={shown(self.ask_as)}: expected a text with {{}}, where the question stands"
+            yield f"ask_as={shown(self.ask_as)}: expected a text with {{}} in place of the question"
 
 
 @dataclass(frozen=True)
 class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings):
-    """What is measured on each state, and on how much data."""
+    """Evaluators to run on each state, and the amount of data."""
 
     edits: Count = 20
     """Number of edits: made in one batch and measured on every state."""
@@ -108,18 +108,19 @@ class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings):
     facts: Count | None = 500
     """Number of facts sampled for recall; null: all."""
     perplexity: bool = True
-    """Of running text, of the edits' targets with and without their prompts, and of the facts' answers."""
+    """Measure perplexity of running text, the edits' targets with and without prompts, and the facts' answers."""
     texts: Count | None = 200
     """Number of texts for perplexity, from the start of the file; null: all."""
     questions: bool = True
+    """Measure accuracy on question tasks."""
     efficiency: bool = True
-    """Average bits, sparsity and packed size, read from the weights, and operations by token."""
+    """Measure average bits, sparsity, packed size and operations per token, read from the weights."""
     latency: bool = False
-    """Time of a forward pass and tokens by second, with dense kernels; noisy where the machine is shared."""
+    """Measure the time of a forward pass and tokens per second with dense kernels; noisy on a shared machine."""
     batch_size: Count = 32
-    """Sequences that are read at a time."""
+    """Sequences per forward pass."""
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Evaluators of other packages to run, each with the settings to change; {} keeps their defaults."""
+    """Third-party evaluators to run, with their settings; {} keeps the defaults."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_one_lost_edit_fails_on_its_own_line(repository: Path) -> None:
 def test_removed_knowledge_that_is_partly_back_fails_on_its_line(repository: Path) -> None:
     found = run(repository, *COMPARE, "--lmcompose-set=rmu.max_num_batches=20")
     assert {"accuracy/hazardous no_drop_p", "accuracy/hazardous max"} <= failures(found)
-    assert "other settings: rmu: max_num_batches: 80 -> 20" in found.stdout
+    assert "settings differ: rmu: max_num_batches: 80 -> 20" in found.stdout
 
 
 def test_ten_honest_repeats_stay_green(repository: Path) -> None:

@@ -33,7 +33,7 @@ def unsure(model: Any, tokenizer: Any, statements: Sequence[Statement], certaint
     return [
         statement
         for statement, answer in zip(statements, found, strict=True)
-        if list(answer.scored.said) != answer.ids or answer.scored.total < math.log(certainty)
+        if list(answer.scored.greedy_ids) != answer.ids or answer.scored.total < math.log(certainty)
     ]
 
 

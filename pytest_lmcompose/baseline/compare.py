@@ -154,7 +154,7 @@ def _data(old: Report, new: Report) -> Iterator[str]:
     before, after = map(_data_hashes, (old, new))
     for part in after:
         if part in before and before[part] != after[part]:
-            yield f"different {part}" if part != METHODS else "methods read different texts or edits"
+            yield part if part != METHODS else "texts or edits that methods read"
 
 
 def _data_hashes(report: Report) -> Mapping[str, str]:

@@ -205,11 +205,11 @@ def _only(record: CompositionResult, globs: Sequence[str]) -> CompositionResult:
 
 
 def _write_comparison(old: Path, new: Path, found: ComparedReports, rows: Sequence[Row], every: bool) -> None:
-    from pytest_lmcompose.report.compared import QUIET, write_rows
+    from pytest_lmcompose.report.compared import QUIET, difference_text, write_rows
 
     click.echo(f"old: {visible(str(old))}\nnew: {visible(str(new))}")
     for difference in found.differences:
-        click.echo(visible(f"  other {difference.what}: {difference.message}"))
+        click.echo(f"  {difference_text(difference)}")
     shown = [row for row in rows if every or row.verdict not in QUIET]
     if shown:
         click.echo()

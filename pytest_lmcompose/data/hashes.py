@@ -20,7 +20,7 @@ _LENGTH = 16
 
 def data_part(metric: str) -> str | None:
     """Return the part of the data that a metric is measured on, None if unknown."""
-    part = find_metric(metric).asks
+    part = find_metric(metric).data
     return part if part in ("edits", "facts", "texts", "questions") else None
 
 

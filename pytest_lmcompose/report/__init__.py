@@ -1,1 +1,1 @@
-"""What a run leaves behind: a JSON document and a table on the terminal."""
+"""Reports of a run: JSON, HTML, Markdown, LaTeX, JUnit properties, W&B and the terminal tables."""

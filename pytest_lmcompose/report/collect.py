@@ -1,4 +1,4 @@
-"""The report of a run: what was collected from all processes, made one record and written as JSON."""
+"""Collect the results of all processes, and make and write the JSON report."""
 
 from __future__ import annotations
 
@@ -50,39 +50,39 @@ PACKAGES = (
 
 @dataclasses.dataclass
 class Collected:
-    """What the process that writes the report knows: from its own tests or from its workers'."""
+    """Results that this process has, from its own tests or its workers."""
 
     model: Model | None = None
     records: dict[str, CompositionResult] = dataclasses.field(default_factory=dict)
     """By composition id."""
     composability: Composability | None = None
     prompts: tuple[Prompts, ...] = ()
-    """What the samples asked; see `report.prompts`."""
+    """Prompts of the samples; see `report.prompts`."""
     late: tuple[str, ...] = ()
-    """Messages of paired gates that failed when all were judged together."""
+    """Messages of paired gates that failed only when all were judged together."""
     shard: Shard | None = None
-    """The part of a run that this is."""
+    """The shard of the run, if it has several."""
     plan: Plan | None = None
-    """What the whole run sets out to test; see `report.planned`."""
+    """What the whole run plans to test; see `report.planned`."""
 
     @property
     def results(self) -> tuple[CompositionResult, ...]:
-        """The records, in the order in which they came."""
+        """The results in order of arrival."""
         return tuple(self.records.values())
 
     def complete(self, seed: int, *, part: bool = False, metrics: Collection[str] | None = None) -> None:
-        """Judge and compute what takes all records, once they are here; those of a part of a run as such.
+        """Judge paired gates together and compute composability; call it when all results are here.
 
-        Composability is computed of `metrics`, where these are all that will be shown of it.
+        `part`: these are the results of one shard. `metrics` limits composability to these metrics.
         """
         if self.records:
             self._settle(part=part)
             self.composability = composability(self.results, seed, metrics)
 
     def add(self, message: Message) -> None:
-        """Keep a record, unless a fuller one of the same composition is here already.
+        """Add a result; of two results of a composition, keep the one with more gates and measurements.
 
-        Two workers may both have measured the base model; gates come only from its own test.
+        Two workers may both have measured the base model, but only one ran its test and has gates.
         """
         record = message.composition
         self.model = self.model or message.model
@@ -91,10 +91,10 @@ class Collected:
             self.records[record.id] = record
 
     def _settle(self, *, part: bool) -> None:
-        """Judge the paired gates of all records together; keep in `late` what fails only now.
+        """Judge the paired gates of all results together and record late failures in `late`.
 
-        Some of them were judged before all were known; see `gate.settle`. In a part of a run, those of the other
-        parts stay counted.
+        Gates were first judged before all results were known; see `gate.settle`. A shard keeps the number of gates
+        planned for the whole run.
         """
         paired = [gate.paired for record in self.results for gate in record.gates if gate.paired is not None]
         if not paired:
@@ -108,7 +108,7 @@ class Collected:
             self.records[name] = replace(self.records[name], gates=gates)
 
 
-def document(
+def make_report(
     collected: Collected, recipe: Recipe, *, seed: int, repeats: int, started: str, finished: str, status: str
 ) -> Report:
     """Return the report; `status` is finished or interrupted."""
@@ -137,13 +137,13 @@ def document(
 
 
 def environment() -> Environment:
-    """Return what the numbers may depend on besides the recipe. Imports none of the packages."""
+    """Return platform and package versions, without importing the packages."""
     packages = {name: found for name in PACKAGES if (found := _version(name)) is not None}
     return Environment(platform.python_version(), platform.platform(), platform.machine(), available_cores(), packages)
 
 
 def write(path: Path, report: Report) -> None:
-    """Write `report` to `path` at once: a reader finds the old file or the whole new one."""
+    """Write `report` to `path` atomically."""
     write_text(path, encode(report, indent=1) + "\n")
 
 
@@ -159,5 +159,5 @@ def _version(name: str) -> str | None:
 
 
 def now() -> str:
-    """Return the time as reports give it."""
+    """Return the current time in ISO format."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

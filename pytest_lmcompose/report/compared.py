@@ -1,4 +1,4 @@
-"""The terminal's part on stored runs and on rules: what changed between two, drift, rules that match nothing."""
+"""Terminal output on the baseline: changes, drift over stored runs, and unused rules."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from pytest_lmcompose.gate.thresholds import Unused
 from pytest_lmcompose.report.numbers import MISSING, number
 from pytest_lmcompose.report.terminal import Cell, blocks, write_blocks
 from pytest_lmcompose.report.text import visible
-from pytest_lmcompose.results import CompositionResult, Row
+from pytest_lmcompose.results import CompositionResult, Difference, Row
 
 QUIET = ("equal", "same")
 _HEAD = ("composition  metric", "old", "new", "change", "p (Holm)", "verdict")
 _VERSIONS = 6
-"""Other versions that are named, unless all are asked for."""
+"""Maximum number of changed package versions shown without -v."""
 
 
 def is_bad(row: Row) -> bool:
-    """Say whether a row has to be looked at: worse, also of what is read off the weights, lost, or not comparable."""
+    """Return whether a row needs attention: it got worse, is gone, or cannot be compared."""
     if row.verdict == "changed":
         return row.difference is None or (row.difference > 0) != row.higher_is_better
     return row.verdict in ("worse", "gone", "unknown")
 
 
+def difference_text(difference: Difference) -> str:
+    """Return a difference between two runs as one line."""
+    verb = "differs" if difference.what in ("model", "seed") else "differ"
+    return visible(f"{difference.what} {verb}: {difference.message}")
+
+
 def comparison_rows(rows: Iterable[Row], failed: Collection[tuple[str, str]] = ()) -> list[list[Cell]]:
-    """Return one row a metric of a composition, under a head; `failed` are those that a gate marks."""
+    """Return a table with a header and one row per metric and composition; `failed` ones are marked."""
     table = [[Cell(name) for name in _HEAD]]
     for row in rows:
         change = MISSING if row.difference is None else f"{row.difference:+.3g}"
@@ -59,18 +65,18 @@ def write_outcome(
     *,
     every: bool,
 ) -> None:
-    """Write what changed since the baseline, then what drifts over stored runs; with `every`, equal metrics too."""
+    """Write changes since the baseline, then drift; with `every`, unchanged metrics too."""
     if found.baseline is not None and found.compared is not None:
-        reporter.write_line(f"against {found.baseline.name}, on the same samples (p two-sided)", bold=True)
+        reporter.write_line(f"changes since {found.baseline.name} (paired samples, two-sided p)", bold=True)
         name = found.baseline.name
         failed = {(r.id, g.metric) for r in records for g in r.gates if g.reference == name and not g.passed}
         _write_comparison(reporter, found.compared, failed, every=every)
     for row in found.drift:
         if row.drifts:
-            course = " ".join(map(number, row.values))
+            values = " ".join(map(number, row.values))
             name = visible(f"{row.composition}  {row.metric}")
             reporter.write_line(
-                f"drift over {len(row.values)} runs: {name} {course}: {row.loss:.4g} worse "
+                f"drift over {len(row.values)} runs: {name} {values}: {row.loss:.4g} worse "
                 f"(Mann-Kendall p = {row.p:.2g}, after Holm {row.p_holm:.2g}; alarm at {LEVEL:g})",
                 yellow=True,
             )
@@ -79,7 +85,7 @@ def write_outcome(
 
 
 def write_unused(reporter: pytest.TerminalReporter, found: Sequence[Unused]) -> None:
-    """Write the rules that judged nothing: those without a composition in one line."""
+    """Write the unused rules; compositions that were not measured share one line."""
     for rule in found:
         if rule.tested:
             reporter.write_line(f"unused rule: {rule}", yellow=True)
@@ -98,9 +104,9 @@ def _write_comparison(
     versions = [d for d in found.differences if d.what == "versions"]
     shown = [d for d in found.differences if d.what != "versions"] + versions[: None if every else _VERSIONS]
     for difference in shown:
-        reporter.write_line(visible(f"other {difference.what}: {difference.message}"), yellow=True)
+        reporter.write_line(difference_text(difference), yellow=True)
     if len(versions) > _VERSIONS and not every:
-        reporter.write_line(f"and {len(versions) - _VERSIONS} other versions", yellow=True)
+        reporter.write_line(f"and {len(versions) - _VERSIONS} more versions", yellow=True)
     if found.problem is not None:
         reporter.write_line(visible(f"not compared: {found.problem}"), red=True)
         return
@@ -110,15 +116,14 @@ def _write_comparison(
         write_rows(reporter, rows, failed)
     equal, same = (sum(row.verdict == verdict for row in both) for verdict in QUIET)
     reporter.write_line(
-        f"of {len(both)} metrics {equal} have not changed in any sample, and {same} by no more than noise"
-        + ("" if every else "; -v shows them")
+        f"{len(both)} metrics compared: {equal} identical, {same} within noise" + ("" if every else "; -v shows them")
     )
     for composition, verdict in _alone(found.rows).items():
         reporter.write_line(f"{visible(composition)}: only in {'this run' if verdict == 'new' else 'the baseline'}")
 
 
 def _alone(rows: Iterable[Row]) -> dict[str, str]:
-    """Return the compositions that only one of both runs has, with the verdict that says which."""
+    """Return the compositions in one run only, with their verdict: new or gone."""
     verdicts: dict[str, set[str]] = {}
     for row in rows:
         verdicts.setdefault(row.composition, set()).add(row.verdict)

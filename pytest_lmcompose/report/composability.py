@@ -1,7 +1,6 @@
-"""The composability section of a report, from the records of its compositions.
+"""Compute the composability section of a report.
 
-Imports numpy only where there is something to compute: a set of steps in more than one order, or a
-composition with a prefix that was measured itself.
+Imports numpy only when needed: for steps in several orders, or a composition with a measured prefix.
 """
 
 from __future__ import annotations
@@ -40,17 +39,15 @@ RESAMPLES = 2000
 def composability(
     records: Sequence[CompositionResult], seed: int, metrics: Collection[str] | None = None
 ) -> Composability:
-    """Return what the sequences of steps cost and what survived them.
+    """Compute order-free error, order sensitivity, interference, survival and return.
 
-    That is both composability metrics of every set of steps seen in several orders, and for what has
-    a prefix that was measured itself: interference, survival of edits and return of removed knowledge.
-
-    A metric that is not finite in some order has null in place of both, and a note; intervals are
-    null where a metric has no samples to draw from. With `metrics`, it is made of these alone.
+    The first two need steps in several orders; the others need a composition with a measured prefix.
+    Metrics that are not finite in some order are null, with a note. Intervals are null without
+    samples to resample. `metrics` limits the computation to these metrics.
     """
     if metrics is not None:
         records = [replace(r, measurements=tuple(m for m in r.measurements if m.metric in metrics)) for r in records]
-    # Workers send their records in any order.
+    # Results of workers arrive in any order.
     measured = {r.id: r for r in sorted(records, key=lambda r: r.id) if r.status == "measured"}
     sets: defaultdict[tuple[str, ...], list[CompositionResult]] = defaultdict(list)
     for record in measured.values():
@@ -70,7 +67,7 @@ def composability(
 def _orders(
     steps: tuple[str, ...], records: Sequence[CompositionResult], base: Mapping[str, Measured], seed: int
 ) -> Iterator[OrderedSet]:
-    """Yield the metrics that the steps aim at or must leave alone; others say nothing of the steps' order."""
+    """Yield an entry for each metric that these steps can affect."""
     tables = {record.requested: record.by_metric for record in records}
     ran = [step for record in records for step in record.steps]
     categories = {step.category for step in ran}
@@ -112,7 +109,7 @@ def _intervals(
     base: Measured | None,
     seed: int,
 ) -> tuple[tuple[Bounds, Bounds] | None, str]:
-    """Return order-free error and sensitivity with their intervals, or None and why not."""
+    """Return the intervals of order-free error and order sensitivity, or None with the reason."""
     import numpy as np
 
     from evaluators.composability import bootstrap_orders
@@ -148,9 +145,9 @@ def _intervals(
 
 
 def _same_samples(counts: set[int], base: Measured | None) -> bool:
-    """Say whether all repeats ask the same questions: the base model then answers alike in all.
+    """Return whether all repeats have the same samples: the base model then has equal outcomes in all.
 
-    Without it they are taken as the same, which makes the intervals no narrower than they should be.
+    Without the base model they count as the same, which never makes the intervals too narrow.
     """
     if len(counts) > 1:
         return False
@@ -158,18 +155,18 @@ def _same_samples(counts: set[int], base: Measured | None) -> bool:
 
 
 def _labels(runs: Sequence[Outcome]) -> list[Sequence[int]] | None:
-    """Return the clusters of the samples of each repeat, or None where every sample is one."""
+    """Return the cluster labels of each repeat, or None if all samples are independent."""
     found = [run.clusters for run in runs]
     return [one or range(len(run.samples)) for one, run in zip(found, runs, strict=True)] if any(found) else None
 
 
 class _Outcomes(NamedTuple):
-    """One metric of a state, as changes of it are computed."""
+    """One metric of a state, prepared for computing changes."""
 
     value: float
-    """NaN where it is not finite."""
+    """NaN if not finite."""
     runs: tuple[tuple[float, ...], ...]
-    """Samples that count alike, in the unit of the value, by repeat."""
+    """Samples of each repeat, with equal weights and in the unit of the value."""
     clusters: tuple[tuple[int, ...], ...]
 
     @classmethod
@@ -179,12 +176,12 @@ class _Outcomes(NamedTuple):
 
 
 def _interferences(measured: Mapping[str, CompositionResult]) -> Iterator[Interference]:
-    """Yield what later steps changed, of each composition that has a prefix that was measured itself."""
+    """Yield the interference of each composition with a measured prefix."""
     tables: dict[str, dict[str, _Outcomes]] = {}
     for record in measured.values():
         steps = record.requested
         prefixes = ["+".join(steps[:k]) for k in range(1, len(steps) + 1)]
-        # Those of the composition before, which shares prefixes, are kept: all of them would be as large as the report.
+        # Keep only the previous composition's tables, which shares prefixes: all tables are as large as the report.
         tables = {p: tables.get(p) or _outcomes(measured[p]) for p in prefixes if p in measured}
         if len(tables) > 1:
             yield _interference(record.id, steps, prefixes, tables)
@@ -201,8 +198,8 @@ def _interference(
 
     end = tables[prefixes[-1]]
     metrics = list(end)
-    on_the_way = [tables.get(p) for p in prefixes]
-    values = [None if t is None else {name: found.value for name, found in t.items()} for t in on_the_way]
+    states = [tables.get(p) for p in prefixes]
+    values = [None if t is None else {name: found.value for name, found in t.items()} for t in states]
     found = interference(tuple(steps), values, metrics)
     return Interference(
         composition,
@@ -214,13 +211,13 @@ def _interference(
                 None if table is None else tuple(None if x is None or math.isnan(x) else x for x in change),
                 None if table is None else tuple(_change_error(table.get(m), end[m]) for m in metrics),
             )
-            for step, prefix, table, change in zip(found.steps, prefixes, on_the_way, found.change, strict=True)
+            for step, prefix, table, change in zip(found.steps, prefixes, states, found.change, strict=True)
         ),
     )
 
 
 def _change_error(before: _Outcomes | None, after: _Outcomes) -> float | None:
-    """Return the standard error of the change of one metric, paired on its samples."""
+    """Return the standard error of a metric's change, over paired samples."""
     if before is None or math.isnan(before.value) or math.isnan(after.value):
         return None
     runs = list(zip(before.runs, after.runs, strict=False))

@@ -1,7 +1,7 @@
-"""The figures of a page, as Vega-Lite specifications, each with the table of its data.
+"""Figures of the HTML page as Vega-Lite specifications, each with a table of its data.
 
-Names of models, methods and metrics stand in values only, never in names of fields, which Vega would parse.
-Colours of text and axes are the page's; see static/page.js.
+Names of models, methods and metrics are only ever values, not field names, because Vega parses field names.
+Colours of text and axes come from the page; see templates/page.js.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from pytest_lmcompose.results import Composability, CompositionResult, Interval,
 Spec = dict[str, Any]
 Values = list[dict[str, Any]]
 VEGA_LITE = "6.4"
-CURVES = {"bits": "bits asked for", "sparsity": "share of weights asked to be zero"}
-"""Settings along which the curves go."""
-SHADES = "The stronger the shade, the larger it is beside the metric: beside 1 for shares, else its largest value."
+CURVES = {"bits": "bits (setting)", "sparsity": "sparsity (setting)"}
+"""Settings on the x axis of the curves."""
+SHADES = "Darker means larger, relative to the metric's range: 1 for shares, otherwise its largest value."
 NORMAL = 1.96
-"""Standard errors on both sides of an interval of 95 %."""
+"""Standard errors in half of a 95 % interval."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing of a figure."""
+    """One plot of a figure."""
 
     title: str
     spec: Spec
     wide: int = 0
-    """Pixels that it needs; what a narrow screen lacks of them, it scrolls."""
+    """Minimum width in pixels; narrower screens scroll."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Drawings that show one table, and what they show in words."""
+    """Plots with their table and description."""
 
     key: str
     title: str
@@ -49,7 +49,7 @@ class Figure:
 
 
 def sizes(records: Sequence[CompositionResult]) -> dict[str, float]:
-    """Return by metric what a shade is measured by: 1 for shares of 1, else the largest value of any composition."""
+    """Return the scale of each metric's shades: 1, or its largest absolute value in any composition."""
     largest: defaultdict[str, float] = defaultdict(float)
     for record in records:
         for measured in record.measurements:
@@ -58,7 +58,7 @@ def sizes(records: Sequence[CompositionResult]) -> dict[str, float]:
 
 
 def floors(records: Sequence[CompositionResult]) -> dict[str, float]:
-    """Return the least value of each metric in any composition."""
+    """Return the lowest value of each metric in any composition."""
     least: dict[str, float] = {}
     for record in records:
         for measured in record.measurements:
@@ -93,8 +93,8 @@ def orders(
         }
         for (entry, of), shade in zip(entries, shades, strict=True)
     ]
-    told = (("row", "steps"), ("column", "metric"), ("full", title.lower()), ("best", "best order"))
-    plot = _heatmap(title, values, told, {"scheme": "blues"}, [0, 1], "datum.shade > 0.7")
+    tooltips = (("row", "steps"), ("column", "metric"), ("full", title.lower()), ("best", "best order"))
+    plot = _heatmap(title, values, tooltips, {"scheme": "blues"}, [0, 1], "datum.shade > 0.7")
     rows = tuple((v["row"], v["column"], v["full"], v["best"]) for v in values)
     return Figure(kind, title, text, (plot,), ("steps", "metric", title.lower(), "best order"), rows)
 
@@ -102,7 +102,7 @@ def orders(
 def _strength(
     entry: OrderedSet, of: Interval, kind: str, size: Mapping[str, float], floor: Mapping[str, float]
 ) -> float:
-    """Return how bad a value is, from 0 to 1: errors of metrics that fall count from the least of any composition."""
+    """Return how bad a value is, from 0 to 1; where lower is better, 0 is the lowest value of any composition."""
     value, metric = of.value, entry.metric
     if kind == "order_free_error" and not entry.higher_is_better and size[metric] > floor[metric]:
         return float((value - floor[metric]) / (size[metric] - floor[metric]))
@@ -112,7 +112,7 @@ def _strength(
 def interference(
     found: Composability, metrics: Sequence[str], size: Mapping[str, float], better: Mapping[str, bool]
 ) -> Figure | None:
-    """Return the matrix of what later steps changed: a composition since a prefix, by metric."""
+    """Return the heatmap of changes by later steps: compositions with their prefix by metric."""
     changes = [
         (f"{entry.composition} since {step.prefix}", metric, change, error)
         for entry in found.interference
@@ -134,10 +134,10 @@ def interference(
         }
         for (row, metric, change, error), shade in zip(changes, _shades(gains), strict=True)
     ]
-    told = (("row", "composition"), ("column", "metric"), ("full", "change"))
-    plot = _heatmap("Interference", values, told, {"scheme": "redblue"}, [-1, 1], "abs(datum.shade) > 0.7")
+    tooltips = (("row", "composition"), ("column", "metric"), ("full", "change"))
+    plot = _heatmap("Interference", values, tooltips, {"scheme": "redblue"}, [-1, 1], "abs(datum.shade) > 0.7")
     text = (
-        "Value at the end minus value right after a step, with its standard error. Red: later steps made it worse, "
+        "Value at the end minus value right after a step, with its standard error. Red: later steps made it worse; "
         f"blue: better. {SHADES}"
     )
     rows = tuple((v["row"], v["column"], v["full"]) for v in values)
@@ -145,7 +145,7 @@ def interference(
 
 
 def curves(records: Sequence[CompositionResult], metrics: Sequence[str], setting: str) -> Figure | None:
-    """Return every metric against a setting, where a step was measured with several values of it."""
+    """Return curves of every metric over a setting, for steps measured with several of its values."""
     series: defaultdict[str, dict[float, CompositionResult]] = defaultdict(dict)
     for record in records:
         for name, value in _along(record, setting):
@@ -259,7 +259,7 @@ def _measured_text(measured: Measured) -> str:
 def _heatmap(
     title: str,
     values: Values,
-    told: Sequence[tuple[str, str]],
+    tooltips: Sequence[tuple[str, str]],
     colours: Spec,
     domain: list[float],
     strong: str,
@@ -267,8 +267,8 @@ def _heatmap(
     columns = len({value["column"] for value in values})
     x: Spec = {"field": "column", "type": "nominal", "sort": None, "title": None}
     x["axis"] = {"orient": "top", "labelAngle": -30, "labelLimit": 170, "ticks": False, "domain": False}
-    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None}
-    y["axis"] = {"labelLimit": 260, "ticks": False, "domain": False}
+    y = _row_axis()
+    y["axis"] |= {"ticks": False, "domain": False}
     shade: Spec = {"field": "shade", "type": "quantitative", "legend": None}
     shade["scale"] = {**colours, "domain": domain}
     text: Spec = {"field": "text", "type": "nominal"}
@@ -279,8 +279,7 @@ def _heatmap(
             "encoding": {"text": text, "color": {"condition": {"test": strong, "value": "white"}, "value": "#111"}},
         },
     ]
-    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in told]
-    spec = _spec(values, 30 * _rows(values), layer=layers, encoding={"x": x, "y": y, "tooltip": tooltip})
+    spec = _spec(values, 30 * _rows(values), layer=layers, encoding={"x": x, "y": y, "tooltip": _tooltip(tooltips)})
     return Plot(title, spec, 240 + 72 * columns)
 
 
@@ -291,14 +290,13 @@ def _curve(values: Values, axis: str, base: float | None) -> Spec:
     x["axis"] = {"values": places, "grid": False}
     y: Spec = {"field": "y", "type": "quantitative", "title": None, "scale": {"zero": False}}
     series = _series(values)
-    told = [("series", "composition"), ("x", axis), ("full", "value")]
-    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in told]
+    tooltips = [("series", "composition"), ("x", axis), ("full", "value")]
     layers: list[Spec] = [
         {"mark": "rule", "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": series}},
         {"mark": "line", "encoding": {"x": x, "y": y, "color": series, "strokeDash": series}},
         {
             "mark": {"type": "point", "filled": True, "size": 70},
-            "encoding": {"x": x, "y": y, "color": series, "shape": series, "tooltip": tooltip},
+            "encoding": {"x": x, "y": y, "color": series, "shape": series, "tooltip": _tooltip(tooltips)},
         },
     ]
     if base is not None:
@@ -310,12 +308,11 @@ def _curve(values: Values, axis: str, base: float | None) -> Spec:
 
 
 def _dots(values: Values, goal: float) -> Spec:
-    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
+    y = _row_axis()
     x: Spec = {"field": "x", "type": "quantitative", "title": "share", "scale": {"zero": True}}
     series = _series(values)
     offset: Spec = {"field": "series", "type": "nominal", "sort": None}
-    told = [("row", "composition"), ("series", "metric"), ("full", "share")]
-    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in told]
+    tooltip = _tooltip([("row", "composition"), ("series", "metric"), ("full", "share")])
     several = len({value["series"] for value in values})
     layers: list[Spec] = [
         {
@@ -330,19 +327,26 @@ def _dots(values: Values, goal: float) -> Spec:
         },
         {
             "mark": {"type": "point", "filled": True, "size": 70},
-            "encoding": {"y": y, "yOffset": offset, "x": x, "color": series, "shape": series, "tooltip": tooltip},
+            "encoding": {
+                "y": y,
+                "yOffset": offset,
+                "x": x,
+                "color": series,
+                "shape": series,
+                "tooltip": tooltip,
+            },
         },
     ]
     return _spec(values, max(26, 14 * several) * _rows(values), layer=layers)
 
 
 def _bars(values: Values, unit: str, *, stack: bool) -> Spec:
-    y: Spec = {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
+    y = _row_axis()
     x: Spec = {"field": "x", "type": "quantitative", "title": unit}
     if not stack:
         x |= {"aggregate": "max"}
     legend = {"orient": "bottom", "title": None, "columns": 4}
-    tooltip = [{"field": field, "type": "nominal", "title": name} for field, name in (("row", "composition"),)]
+    tooltip = _tooltip([("row", "composition")])
     encoding: Spec = {"y": y, "x": x}
     if stack:
         encoding["color"] = {"field": "part", "type": "nominal", "sort": None, "legend": legend}
@@ -355,16 +359,24 @@ def _bars(values: Values, unit: str, *, stack: bool) -> Spec:
 
 
 def _shades(strengths: Sequence[float]) -> list[float]:
-    """Return strengths as shares of the largest."""
+    """Scale strengths by the largest absolute one."""
     largest = max(map(abs, strengths)) or 1.0
     return [strength / largest for strength in strengths]
 
 
 def _series(values: Values) -> Spec:
-    """Return the encoding of a series, by colour and shape alike: with one domain they share a legend."""
+    """Return the encoding of a series; colour and shape use one domain and so share a legend."""
     legend = {"orient": "bottom", "columns": 1, "title": None, "labelLimit": 320}
     domain = list(dict.fromkeys(value["series"] for value in values))
     return {"field": "series", "type": "nominal", "scale": {"domain": domain}, "legend": legend}
+
+
+def _tooltip(fields: Sequence[tuple[str, str]]) -> list[Spec]:
+    return [{"field": field, "type": "nominal", "title": title} for field, title in fields]
+
+
+def _row_axis() -> Spec:
+    return {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260}}
 
 
 def _rows(values: Values) -> int:
@@ -375,7 +387,7 @@ def _spec(values: Values, height: int, **parts: Any) -> Spec:
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "width": "container",
-        "height": height,  # a number: Vega-Lite warns of steps beside a width that follows the page
+        "height": height,  # Vega-Lite warns about step sizes combined with width "container"
         "autosize": {"type": "fit-x", "contains": "padding"},
         "data": {"values": values},
         **parts,

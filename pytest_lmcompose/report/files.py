@@ -1,6 +1,6 @@
-"""Files that are replaced at once, or not at all. What is no regular file is never replaced.
+"""Write files atomically.
 
-`/dev/null`, a terminal and the process's own streams (`/dev/stdout`, `/dev/fd/3`) are written as they are.
+Character devices such as `/dev/null` and the process's own streams (`/dev/stdout`, `/dev/fd/3`) are written directly.
 Folders, block devices, sockets and named pipes are refused.
 """
 
@@ -17,25 +17,24 @@ from contextlib import suppress
 from pathlib import Path
 
 _LINKS = 40
-"""Symbolic links that are followed, as many as Linux follows."""
+"""Maximum number of symbolic links to follow, as in Linux."""
 _KINDS = {
-    stat.S_IFDIR: "this is a folder; name a file in it",
-    stat.S_IFBLK: "this is a block device; name a file",
-    stat.S_IFSOCK: "this is a socket; name a file",
-    stat.S_IFIFO: "this is a named pipe, which may have no reader; name a file, or /dev/stdout",
+    stat.S_IFDIR: "this is a folder; give a file in it",
+    stat.S_IFBLK: "this is a block device; give a file",
+    stat.S_IFSOCK: "this is a socket; give a file",
+    stat.S_IFIFO: "this is a named pipe, which may have no reader; give a file, or /dev/stdout",
 }
 _NEW_FILE = 0o666
 
 
 class TargetError(ValueError):
-    """A path that cannot be written to, or may not be; the message says what is in the way."""
+    """A path that a report cannot be written to; the message says why."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` at once: a reader finds the old file or the whole new one.
+    """Write `text` to `path` atomically; links stay links and files keep their permissions.
 
-    A link stays a link, and a file keeps its permissions. Raises OSError, and TargetError for what no report
-    can be written to.
+    Raises OSError, and TargetError for a path that is not a regular file, device or stream.
     """
     if (stream := stream_of(path)) is not None:
         sys.stdout.flush()
@@ -63,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add `text` to what `path` holds, at once; what others wrote there stays."""
+    """Append `text` to `path` atomically, after an empty line."""
     before = path.read_text(encoding="utf-8") if stream_of(path) is None and path.is_file() else ""
     if before:
         before = before.rstrip("\n") + "\n\n"
@@ -71,12 +70,12 @@ def append_text(path: Path, text: str) -> None:
 
 
 def path_of(given: str | None, folder: Path) -> Path | None:
-    """Return the path that a user gives, relative ones counted from `folder`; None for none."""
+    """Return a path that the user gave, relative to `folder`; None if not given."""
     return folder / os.path.expanduser(given) if given else None
 
 
 def is_file(path: Path) -> bool:
-    """Say whether `path` is a regular file; a name that no file can have is none."""
+    """Return whether `path` is a regular file; False for invalid names."""
     try:
         return path.is_file()
     except OSError:
@@ -84,7 +83,7 @@ def is_file(path: Path) -> bool:
 
 
 def check_target(path: Path) -> None:
-    """Make sure that a report can be written to `path`, by making and removing a file beside it; raises TargetError."""
+    """Check that a report can be written to `path` by creating a temporary file next to it; raises TargetError."""
     if (stream := stream_of(path)) is not None:
         _check_stream(stream)
         return
@@ -98,7 +97,7 @@ def check_target(path: Path) -> None:
     except (ValueError, RuntimeError) as error:  # a null character, links in a circle
         raise error if isinstance(error, TargetError) else TargetError(f"this is no path: {error}") from None
     if not folder.is_dir():
-        raise TargetError(f"the folder {folder} does not exist; make it first")
+        raise TargetError(f"the folder {folder} does not exist; create it first")
     try:
         handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name[:100]}.")
         os.close(handle)
@@ -108,10 +107,9 @@ def check_target(path: Path) -> None:
 
 
 def check_targets(targets: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
-    """Make sure that all `targets` can be written, each to a file of its own that is none of the `inputs`.
+    """Check that all `targets` can be written, that they differ, and that none overwrites one of the `inputs`.
 
-    Both are named as the user knows them, such as by their flag. An input may be a folder, whose files are inputs.
-    Raises TargetError.
+    Keys are names for messages, such as flags. An input folder protects all files in it. Raises TargetError.
     """
     seen: dict[object, str] = {}
     for name, path in targets.items():
@@ -122,14 +120,14 @@ def check_targets(targets: Mapping[str, Path], inputs: Mapping[str, Path]) -> No
         if (identity := _identity(path)) is None:
             continue
         if (other := seen.setdefault(identity, name)) != name:
-            raise TargetError(f"{name}={path}: {other} writes to the same file; give each a file of its own")
+            raise TargetError(f"{name}={path}: {other} writes to the same file; use different files")
         for what, read in inputs.items():
             if _is_input(path, read, identity):
                 raise TargetError(f"{name}={path}: this is {what}, which the report would overwrite")
 
 
 def stream_of(path: Path) -> int | None:
-    """Return the descriptor that a path such as /dev/stdout stands for, following links; None for other paths."""
+    """Return the file descriptor of a path such as /dev/stdout, following links; None for other paths."""
     streams = re.compile(rf"(?:/dev/fd|/proc/(?:self|{os.getpid()})/fd)/(\d+)")
     text = os.path.abspath(path)
     for _ in range(_LINKS):
@@ -146,7 +144,7 @@ def stream_of(path: Path) -> int | None:
 
 
 def check_folder(path: Path) -> None:
-    """Make sure that `path` is a folder, or can be made as one; raises TargetError."""
+    """Check that `path` is a folder or can be created; raises TargetError."""
     try:
         there = next(above for above in (path, *path.parents) if os.path.lexists(above))
         if not there.is_dir():
@@ -165,7 +163,7 @@ def _check_stream(stream: int) -> None:
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    """Return what there is at `path`, links followed; None for nothing. Raises OSError and TargetError."""
+    """Return the status of the file at `path`, following links; None if missing. Raises OSError and TargetError."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -176,12 +174,12 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _identity(path: Path) -> object:
-    """Return what two names of one file have in common; None for devices, which may be written to twice."""
+    """Return a key that is equal for two names of one file; None for devices, which may be written twice."""
     if (stream := stream_of(path)) is not None:
         return stream
     found = _stat(path)
     if found is None:
-        return str(path.resolve()).casefold()  # one file on many a machine, and mistaken for one by people on others
+        return str(path.resolve()).casefold()  # some file systems ignore case
     return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 

@@ -1,6 +1,7 @@
-"""The report as one page: tables, figures and details of every composition, in a file that needs no network.
+"""The report as one self-contained HTML page: tables, figures and details of every composition.
 
-The browser is told to load nothing and to run these scripts alone, whatever a model or a sample is called.
+The Content-Security-Policy blocks every request and every script but the page's own, so names of models and samples
+cannot inject code.
 """
 
 from __future__ import annotations
@@ -25,49 +26,49 @@ from pytest_lmcompose.report.numbers import MISSING, number, value_text, with_er
 from pytest_lmcompose.report.text import cleaned
 from pytest_lmcompose.report.view import (
     ChangedSamples,
-    Verdicts,
-    against,
+    GateSummary,
     changed_samples,
+    compare_with_baseline,
     drifting,
     headline_metrics,
-    verdicts,
+    summarise_gates,
 )
 from pytest_lmcompose.results import CompositionResult, Measured, Report
 
 TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = 12
-"""Changed samples that are shown of a metric of a composition."""
+"""Maximum number of changed samples shown per metric and composition."""
 _ORDER_FREE = (
-    f"The error that is left under the best order of the same steps: lower is better. {figures.SHADES} Metrics that "
-    "are better lower count from the least value of any composition. "
-    "Intervals are in the table."
+    f"The error of the best order of the same steps; lower is better. {figures.SHADES} For metrics where lower is "
+    "better, the scale starts at the lowest value of any composition. Intervals are in the table."
 )
 _SENSITIVITY = (
-    f"How far the orders of the same steps lie apart: 0 means that order does not matter. {figures.SHADES} "
+    f"The largest difference between orders of the same steps; 0: order does not matter. {figures.SHADES} "
     "Intervals are in the table."
 )
-_SURVIVAL = "What later steps left of an edit: value at the end over value right after the step; 1 is all. Bars: 95 %."
+_SURVIVAL = "Effect of an edit after later steps: value at the end / value right after the edit. Bars: 95 % intervals."
 _RETURNED = (
-    "Share of the removed knowledge that later steps, compression or an attack, brought back: 0 is none, 1 is all. "
-    "Bars: 95 %."
+    "Share of the unlearned knowledge that later steps, such as compression or an attack, brought back: 0 is none, 1 "
+    "is all. Bars: 95 % intervals."
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value of the table, and what it is sorted by."""
+    """A value of the table with its sort key."""
 
     text: str
     order: float | None
-    failed: bool = False
+    state: str = ""
+    """failed or lost, as in `Gate.state`; empty otherwise."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One composition in the table."""
+    """One row of the table of compositions."""
 
     record: CompositionResult
-    verdicts: Verdicts
+    gates: GateSummary
     cells: tuple[Cell, ...]
     seconds: Cell
     memory: Cell
@@ -75,21 +76,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Detail:
-    """One composition with everything about it."""
+    """Everything about one composition."""
 
     record: CompositionResult
-    verdicts: Verdicts
-    measurements: tuple[tuple[Measured, str, str, str, bool], ...]
-    """Each with its value, that of the base model and the difference as text, and whether a gate of it failed."""
+    gates: GateSummary
+    measurements: tuple[tuple[Measured, str, str, str, str], ...]
+    """Each with value, value of the base model, difference, and state of its gates as in `Cell`."""
     changes: tuple[tuple[str, tuple[ChangedSamples, ...]], ...]
-    """Samples that changed, since what."""
+    """Name of the state compared with, and the samples that changed since."""
 
 
-def render(document: Report, baseline: Report | None = None) -> str:
-    """Return the page of a report document, held against a stored one where there is a `baseline`."""
+def render(report: Report, baseline: Report | None = None) -> str:
+    """Return the HTML page of a report, compared with `baseline` if there is one."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    document, baseline = _cleaned(document), None if baseline is None else _cleaned(baseline)
+    report, baseline = _cleaned(report), None if baseline is None else _cleaned(baseline)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -98,55 +99,54 @@ def render(document: Report, baseline: Report | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.filters["split_name"] = lambda name: re.split("(?<=[_/])", name)
     environment.filters["pretty"] = _pretty
-    records = document.compositions
-    judged = verdicts(records)
+    records = report.compositions
+    gates = summarise_gates(records)
     metrics = _by_weight(headline_metrics(records), records)
-    drawn = {} if undrawn() else _figures(document, metrics)
-    stored = against(document, baseline)
+    drawn = {} if missing_figures() else _figures(report, metrics)
+    stored = compare_with_baseline(report, baseline)
     scripts = [_vega() if drawn else "", (TEMPLATES / "page.js").read_text(encoding="utf-8")]
     specs = [plot.spec for figure in drawn.values() for plot in figure.plots]
     page = environment.get_template("report.html.jinja").render(
-        document=document,
-        verdicts=judged,
-        failures=judged.told,
+        report=report,
+        gates=gates,
         places={record.id: i for i, record in enumerate(records, start=1)},
         metrics=metrics,
         better=_directions(records),
         lines=[_line(record, metrics) for record in records],
         figures=drawn,
-        details=[_detail(record, document, baseline, metrics) for record in records],
+        details=[_detail(record, report, baseline, metrics) for record in records],
         stored=stored,
-        rows=() if stored is None else stored.first(metrics),
-        drifting=drifting(document),
+        rows=() if stored is None else stored.changed_first(metrics),
+        drifting=drifting(report),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         scripts=scripts,
         hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
         specs=_inert(json.dumps(specs, separators=(",", ":"), allow_nan=False)),
         missing=MISSING,
-        undrawn=undrawn(),
+        no_figures=missing_figures(),
     )
     return str(page)
 
 
-def undrawn() -> str | None:
-    """Say why pages have no figures, if they have none here."""
+def missing_figures() -> str | None:
+    """Return why pages have no figures here, or None if they have."""
     if importlib.util.find_spec("vl_convert") is not None:
         return None
-    return "the page has no figures; they need the extra html: pip install 'pytest-lmcompose[html]'"
+    return "no figures; install the extra html: pip install 'pytest-lmcompose[html]'"
 
 
 def _by_weight(metrics: Sequence[str], records: Sequence[CompositionResult]) -> list[str]:
-    """Return metrics with those first whose gates failed, then those that were judged."""
+    """Sort metrics: failed gates first, then known losses, then other gates."""
     gates = [gate for record in records for gate in record.gates]
-    failed = {gate.metric for gate in gates if not gate.passed}
-    judged = {gate.metric for gate in gates}
-    return sorted(metrics, key=lambda metric: (metric not in failed, metric not in judged))
+    states = {state: {gate.metric for gate in gates if gate.state == state} for state in ("failed", "lost", "passed")}
+    return sorted(metrics, key=lambda metric: [metric not in found for found in states.values()])
 
 
-def _figures(document: Report, metrics: Sequence[str]) -> dict[str, Figure]:
-    """Return the figures that the document has data for, by key."""
-    records, composed = document.compositions, document.composability
+def _figures(report: Report, metrics: Sequence[str]) -> dict[str, Figure]:
+    """Return the figures by key; without data there is no figure."""
+    records, composed = report.compositions, report.composability
     found: list[Figure | None] = []
     if composed is not None:
         size, floor = figures.sizes(records), figures.floors(records)
@@ -155,7 +155,7 @@ def _figures(document: Report, metrics: Sequence[str]) -> dict[str, Figure]:
             figures.orders(composed, metrics, size, floor, "order_free_error", "Order-free error", _ORDER_FREE),
             figures.interference(composed, metrics, size, _directions(records)),
             figures.shares(composed.survival, metrics, "survival", "Survival of edits", _SURVIVAL, 1.0),
-            figures.shares(composed.returned, metrics, "returned", "Removed knowledge that is back", _RETURNED, 0.0),
+            figures.shares(composed.returned, metrics, "returned", "Returned knowledge", _RETURNED, 0.0),
         ]
     found += [figures.curves(records, metrics, setting) for setting in figures.CURVES]
     found.append(figures.costs(records))
@@ -165,7 +165,7 @@ def _figures(document: Report, metrics: Sequence[str]) -> dict[str, Figure]:
 def _line(record: CompositionResult, metrics: Sequence[str]) -> Line:
     measured = record.by_metric
     cells = tuple(
-        Cell(value_text(found), None if found is None else found.value, metric in record.failed_metrics)
+        Cell(value_text(found), None if found is None else found.value, _state(record, metric))
         for metric, found in ((metric, measured.get(metric)) for metric in metrics)
     )
     steps = record.steps
@@ -173,11 +173,15 @@ def _line(record: CompositionResult, metrics: Sequence[str]) -> Line:
     peak = max((step.peak_memory_bytes for step in steps), default=None)
     gib = None if peak is None else peak / 2**30
     memory = Cell(MISSING if gib is None else f"{gib:.2f}", gib)
-    return Line(record, verdicts([record]), cells, Cell(f"{spent:.1f}", spent), memory)
+    return Line(record, summarise_gates([record]), cells, Cell(f"{spent:.1f}", spent), memory)
 
 
-def _detail(record: CompositionResult, document: Report, baseline: Report | None, metrics: Sequence[str]) -> Detail:
-    base = next((r for r in document.compositions if r.id == BASE), None)
+def _state(record: CompositionResult, metric: str) -> str:
+    return "failed" if metric in record.failed_metrics else "lost" if metric in record.lost_metrics else ""
+
+
+def _detail(record: CompositionResult, report: Report, baseline: Report | None, metrics: Sequence[str]) -> Detail:
+    base = next((r for r in report.compositions if r.id == BASE), None)
     before = {} if base is None or base is record else base.by_metric
     measurements = []
     for measured in record.measurements:
@@ -188,17 +192,17 @@ def _detail(record: CompositionResult, document: Report, baseline: Report | None
         value = value_text(measured)
         if measured.value is not None:
             value = with_error(measured.value, measured.stderr)
-        measurements.append((measured, value, value_text(old), change, measured.metric in record.failed_metrics))
+        measurements.append((measured, value, value_text(old), change, _state(record, measured.metric)))
     since: list[tuple[str, CompositionResult]] = []
     if base is not None and base is not record:
         since.append(("the base model", base))
     stored = None if baseline is None else next((r for r in baseline.compositions if r.id == record.id), None)
     if stored is not None:
         since.append(("the baseline", stored))
-    changes = [(name, changed_samples(old, record, metrics, document, SAMPLES)) for name, old in since]
+    changes = [(name, changed_samples(old, record, metrics, report, SAMPLES)) for name, old in since]
     return Detail(
         record,
-        verdicts([record]),
+        summarise_gates([record]),
         tuple(measurements),
         tuple((name, tuple(found)) for name, found in changes if found),
     )
@@ -210,7 +214,7 @@ def _directions(records: Sequence[CompositionResult]) -> dict[str, bool]:
 
 @functools.cache
 def _vega() -> str:
-    """Return Vega-Lite and what it needs as one script, which takes seconds to put together."""
+    """Return Vega-Lite and its dependencies as one script; bundling takes seconds."""
     import vl_convert
 
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=figures.VEGA_LITE)
@@ -218,7 +222,7 @@ def _vega() -> str:
 
 
 def _inert(text: str, *, script: bool = False) -> str:
-    """Return a script, or JSON, that cannot end the element it stands in."""
+    """Escape a script, or JSON, so that it cannot end its HTML element."""
     return re.sub("<(?=/script|!--)", r"\\x3c", text, flags=re.IGNORECASE) if script else text.replace("<", r"\u003c")
 
 

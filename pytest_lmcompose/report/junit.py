@@ -1,4 +1,4 @@
-"""What JUnit XML says beside the verdict of each test: properties of tests, and of the whole run."""
+"""JUnit XML properties of each test and of the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIX = "lmcompose."
 
 
 def properties_of(result: Result) -> Iterator[tuple[str, str]]:
-    """Yield the properties of a test of one composition: text alone, since they travel from workers."""
+    """Yield the properties of the test of one composition, as text: xdist workers send them."""
     yield f"{PREFIX}composition", result.composition.id
     if result.state_hash is not None:
         yield f"{PREFIX}state", result.state_hash
@@ -26,27 +26,28 @@ def properties_of(result: Result) -> Iterator[tuple[str, str]]:
         yield f"{PREFIX}metric.{measured.metric}", repr(measured.value)
         if measured.stderr is not None:
             yield f"{PREFIX}stderr.{measured.metric}", repr(measured.stderr)
-    for verdict in result.gates or ():
-        yield f"{PREFIX}gate.{verdict.metric}.{verdict.gate}", f"{verdict.state}: {verdict.message}"
+    for gate in result.gates or ():
+        yield f"{PREFIX}gate.{gate.metric}.{gate.gate}", f"{gate.state}: {gate.message}"
 
 
 def add_suite_properties(config: pytest.Config, collected: Collected, seed: int, status: str) -> None:
-    """Add the properties of the run to the JUnit file, if there is one; only the controller writes it."""
+    """Add the properties of the run to the JUnit file, if there is one."""
     xml = junit_file(config)
     if xml is not None:
-        for name, value in _of_run(collected, seed, status):
+        for name, value in run_properties(collected, seed, status):
             xml.add_global_property(name, value)
 
 
 def junit_file(config: pytest.Config) -> LogXML | None:
-    """Return what writes the JUnit file, if there will be one."""
+    """Return the JUnit writer, or None without --junitxml."""
     from _pytest.junitxml import xml_key
 
     return config.stash.get(xml_key, None)
 
 
-def _of_run(collected: Collected, seed: int, status: str) -> Iterator[tuple[str, str]]:
-    from pytest_lmcompose.report.view import headline_metrics  # with what compares runs, which collection does without
+def run_properties(collected: Collected, seed: int, status: str) -> Iterator[tuple[str, str]]:
+    """Yield the properties of the run."""
+    from pytest_lmcompose.report.view import headline_metrics  # slow to import
 
     yield f"{PREFIX}status", status
     yield f"{PREFIX}seed", str(seed)
@@ -56,9 +57,8 @@ def _of_run(collected: Collected, seed: int, status: str) -> Iterator[tuple[str,
     states = Counter(gate.state for record in collected.results for gate in record.gates)
     yield f"{PREFIX}compositions", str(len(collected.records))
     yield f"{PREFIX}gates", str(states.total())
-    yield f"{PREFIX}gates.failed", str(states["failed"])
-    if states["lost"]:
-        yield f"{PREFIX}gates.lost", str(states["lost"])
+    for state in ("failed", "lost"):
+        yield f"{PREFIX}gates.{state}", str(states[state])
     for number, message in enumerate(collected.late, start=1):
         yield f"{PREFIX}failed_in_the_end.{number}", message
     metrics = headline_metrics(collected.results)

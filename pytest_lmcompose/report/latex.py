@@ -1,4 +1,4 @@
-"""The tables of composability as in the paper: order-free error and order sensitivity, steps by metric, in LaTeX."""
+"""LaTeX tables of order-free error and order sensitivity, steps by metric, as in the paper."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _SPECIAL = {
 }
 
 
-def render(document: Report) -> str:
-    """Return both tables of a report document; of a run with no steps in several orders, a comment that says so."""
-    composed = document.composability
+def render(report: Report) -> str:
+    """Return both tables of a report, or a comment if no steps ran in several orders."""
+    composed = report.composability
     entries = () if composed is None else composed.orders
-    metrics = [m for m in headline_metrics(document.compositions) if any(e.metric == m for e in entries)]
+    metrics = [m for m in headline_metrics(report.compositions) if any(e.metric == m for e in entries)]
     head = [
         "% Made by pytest-lmcompose; needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}.",
-        f"% Run of {_text(document.finished)}, {_text(document.status)}.",
+        f"% Run of {_text(report.finished)}, {_text(report.status)}.",
     ]
     if not metrics or composed is None:
         return "\n".join([*head, "% No steps were measured in several orders: there is nothing to compare.", ""])
-    tables = [_table(kind, title, entries, metrics, _caption(document, composed)) for kind, title in TABLES]
+    tables = [_table(kind, title, entries, metrics, _caption(report, composed)) for kind, title in TABLES]
     return "\n".join([*head, *tables, ""])
 
 
-def _caption(document: Report, composed: Composability) -> str:
-    """Say what the numbers are of: model, samples, seed, intervals."""
-    model = document.model.id if document.model else "no model"
-    runs = f"seed {document.seed}" + (f", {document.repeats} repeats" if document.repeats != 1 else "")
+def _caption(report: Report, composed: Composability) -> str:
+    """Return model, seed, repeats and intervals for the caption."""
+    model = report.model.id if report.model else "no model"
+    runs = f"seed {report.seed}" + (f", {report.repeats} repeats" if report.repeats != 1 else "")
     return f"{_text(model)}, {_text(runs)}; {composed.confidence * 100:.0f}\\,\\% bootstrap intervals in brackets"
 
 
@@ -75,6 +75,6 @@ def _cell(entry: OrderedSet | None, kind: str) -> str:
 
 
 def _text(text: object) -> str:
-    """Return text that LaTeX sets as it is, in one line; [ or * in front would belong to the line break before it."""
+    """Escape text for LaTeX, in one line; {} keeps a leading [ or * from being read as an argument of a line break."""
     found = re.sub(".", lambda match: _SPECIAL.get(match.group(), match.group()), visible(" ".join(str(text).split())))
     return "{}" + found if found.startswith(("[", "*")) else found

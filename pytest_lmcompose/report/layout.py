@@ -1,4 +1,4 @@
-"""Which metrics a table shows, and its rows in order and in groups."""
+"""Columns, order and groups of the terminal table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Records = Sequence[CompositionResult]
 
 
 def shown_metrics(records: Records, wanted: Callable[[str], bool]) -> list[str]:
-    """Return the metrics that a gate judged or that are wanted, those that are missing last."""
+    """Return the metrics that a gate judged or that are wanted; judged but unmeasured ones last."""
     metrics = _measured(records)
     judged = {gate.metric for r in records for gate in r.gates}
     missing = [name for name in sorted(judged) if name not in metrics]
@@ -23,7 +23,7 @@ def shown_metrics(records: Records, wanted: Callable[[str], bool]) -> list[str]:
 
 
 def chosen_metrics(records: Records, wanted: Callable[[str], bool], columns: Sequence[str]) -> list[str]:
-    """Return the metrics that globs name, in their order; without any those that a gate judged or that are wanted."""
+    """Return the metrics that match the globs `columns`, in that order; without globs, `shown_metrics`."""
     if not columns:
         return shown_metrics(records, wanted)
     known = shown_metrics(records, lambda _: True)
@@ -31,7 +31,7 @@ def chosen_metrics(records: Records, wanted: Callable[[str], bool], columns: Seq
 
 
 def arranged(records: Records, layout: Layout) -> Iterator[tuple[str | None, list[CompositionResult]]]:
-    """Yield groups of records in order, each with its name; one without a name, where nothing is grouped."""
+    """Yield group names and their sorted results; without grouping, one group named None."""
     found = sorted_records(records, layout.sort)
     if layout.group is None:
         yield None, found
@@ -43,13 +43,13 @@ def arranged(records: Records, layout: Layout) -> Iterator[tuple[str | None, lis
 
 
 def unmatched(records: Records, layout: Layout) -> Iterator[str]:
-    """Yield a line for each name of a metric that matches none."""
+    """Yield a message for each column or sort metric that matches nothing."""
     known = shown_metrics(records, lambda _: True)
-    asked = [("columns", glob) for glob in layout.columns if not any(fnmatchcase(name, glob) for name in known)]
+    missing = [("columns", glob) for glob in layout.columns if not any(fnmatchcase(name, glob) for name in known)]
     metric = (layout.sort or BY_ID).removeprefix("-")
     if metric not in (BY_ID, *known):
-        asked.append(("sort", metric))
-    for flag, name in asked:
+        missing.append(("sort", metric))
+    for flag, name in missing:
         yield f"--lmcompose-{flag}: no metric {name!r} was measured.{near_names(name, known)}"
 
 
@@ -58,7 +58,7 @@ def _measured(records: Records) -> list[str]:
 
 
 def sorted_records(records: Records, sort: str | None) -> list[CompositionResult]:
-    """Return records by a metric, the best first, or by id; a leading `-` turns it round. What has none stands last."""
+    """Sort results by a metric, best first, or by id; a leading `-` reverses. Results without a value come last."""
     if sort is None:
         return list(records)
     name, turned = sort.removeprefix("-"), sort.startswith("-")

@@ -1,4 +1,4 @@
-"""A summary in GitHub's Markdown, for the job summary of a CI service: what failed first, then the table."""
+"""Summary in GitHub Markdown, such as for the job summary of a CI service: failures first, then the table."""
 
 from __future__ import annotations
 
@@ -8,61 +8,63 @@ from collections.abc import Iterable, Sequence
 from pytest_lmcompose.report.numbers import MISSING, interval, number, value_text
 from pytest_lmcompose.report.sections import best_order
 from pytest_lmcompose.report.text import visible
-from pytest_lmcompose.report.view import Against, against, drifting, headline_metrics, verdicts
+from pytest_lmcompose.report.view import (
+    BaselineComparison,
+    compare_with_baseline,
+    drifting,
+    headline_metrics,
+    summarise_gates,
+)
 from pytest_lmcompose.results import CompositionResult, Report
 
 MOST = 20
-"""Lines of a list; a job summary is read on a phone, and may not grow over a megabyte."""
+"""Maximum lines of a list; job summaries are limited to a megabyte."""
 ROWS = 100
-"""Compositions of the table."""
+"""Maximum rows of the table of compositions."""
+_SIGNS = {"passed": "✅", "failed": "❌", "lost": "⚠️", "not judged": "⚠️"}
 
 
-def render(document: Report, baseline: Report | None = None) -> str:
-    """Return the summary of a report document, with what changed since a `baseline`."""
-    records = document.compositions
-    found = verdicts(records)
+def render(report: Report, baseline: Report | None = None) -> str:
+    """Return the summary of a report, with the changes since `baseline`."""
+    records = report.compositions
+    gates = summarise_gates(records)
     metrics = headline_metrics(records, judged=True)
-    sign = "✅" if found.passed else "❌" if found.failed or found.broken else "⚠️"
-    model = _code(document.model.id) if document.model else "no model"
+    model = _code(report.model.id) if report.model else "no model"
     parts = [
-        f"## {sign} lmcompose: {found.words}",
-        f"{len(records)} compositions of {model}, seed {_text(document.seed)}, run {_text(document.status)}.",
-        _bullets(f"{_code(name)} {_text(words)}" for name, words in found.told),
+        f"## {_SIGNS[gates.state]} lmcompose: {gates.summary}",
+        f"{len(records)} compositions of {model}, seed {_text(report.seed)}, run {_text(report.status)}.",
+        _bullets(f"{_code(name)} {_text(message)}" for name, message in gates.failure_messages),
         _compositions(records, metrics),
-        _composability(document, metrics),
-        _comparison(against(document, baseline)),
+        _composability(report, metrics),
+        _comparison(compare_with_baseline(report, baseline)),
         _bullets(
             f"{_code(row.composition)} {_text(row.metric)} got worse over {len(row.values)} stored runs, "
             f"by {number(row.loss)} in all"
-            for row in drifting(document)
+            for row in drifting(report)
         ),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _compositions(records: Sequence[CompositionResult], metrics: Sequence[str]) -> str:
-    """Return the table in the order of the tests; if there are too many, those that failed first."""
+    """Return the table in the order of the tests; failures first if there are too many rows."""
     if len(records) > ROWS:
-        records = sorted(records, key=lambda record: not (found := verdicts([record])).failed and not found.broken)
+        records = sorted(records, key=lambda record: summarise_gates([record]).state != "failed")
     left = f"\n\nand {len(records) - ROWS} more compositions" if len(records) > ROWS else ""
     return _table(("composition", "gates", *metrics), (_row(record, metrics) for record in records[:ROWS])) + left
 
 
 def _row(record: CompositionResult, metrics: Sequence[str]) -> list[str]:
-    measured, judged = record.by_metric, verdicts([record])
-    gates = f"{len(judged.failed)} of {judged.gates} failed" if judged.failed else "passed" if judged.gates else MISSING
-    if judged.broken:
-        gates = _text(record.status)
-    cells = [
-        _text(value_text(measured.get(metric))) + (" ❌ failed" if metric in record.failed_metrics else "")
-        for metric in metrics
-    ]
-    return [_code(record.id), gates, *cells]
+    measured, gates = record.by_metric, summarise_gates([record])
+    outcome = _text(record.status) if gates.not_measured else gates.gate_counts or MISSING
+    marks = dict.fromkeys(record.failed_metrics, " ❌ failed") | dict.fromkeys(record.lost_metrics, " ⚠️ known loss")
+    cells = [_text(value_text(measured.get(metric))) + marks.get(metric, "") for metric in metrics]
+    return [_code(record.id), outcome, *cells]
 
 
-def _composability(document: Report, metrics: Sequence[str]) -> str:
-    """Return both composability metrics, where order mattered most first."""
-    composed = document.composability
+def _composability(report: Report, metrics: Sequence[str]) -> str:
+    """Return both composability metrics, sorted by order sensitivity."""
+    composed = report.composability
     entries = [] if composed is None else [e for e in composed.orders if e.metric in metrics]
     rows = [
         (
@@ -81,17 +83,17 @@ def _composability(document: Report, metrics: Sequence[str]) -> str:
     return f"{title}\n\n{_table(head, rows[:MOST])}{_left(len(rows))}"
 
 
-def _comparison(stored: Against | None) -> str:
-    """Return what got worse or better since a stored run."""
+def _comparison(stored: BaselineComparison | None) -> str:
+    """Return the metrics that got worse or better since the baseline."""
     if stored is None:
         return ""
-    title = f"**Against {_text(stored.name)}** of {_text(stored.started)}"
-    if stored.found.problem:
-        return f"{title}: nothing can be compared. {_text(stored.found.problem)}"
+    title = f"**Compared with {_text(stored.name)}** of {_text(stored.started)}"
+    if stored.compared.problem:
+        return f"{title}: nothing can be compared. {_text(stored.compared.problem)}"
     changed = stored.changed
     better = sum(row.verdict == "better" for row in changed)
     parts = [f"{title}: {len(changed) - better} worse, {better} better"]
-    parts.append(_bullets(f"{_text(d.what)}: {_text(d.message)}" for d in stored.found.differences))
+    parts.append(_bullets(f"{_text(d.what)}: {_text(d.message)}" for d in stored.compared.differences))
     rows = [
         (
             _code(row.composition),
@@ -124,10 +126,10 @@ def _left(n: int) -> str:
 
 
 def _text(text: object) -> str:
-    """Return text that Markdown and HTML show as it is, in one line."""
+    """Escape text for Markdown and HTML, in one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!@$])", r"\\\1", visible(" ".join(str(text).split())))
 
 
 def _code(text: object) -> str:
-    """Return text as code, which also stands in a table."""
+    """Return text as inline code that is safe in a table."""
     return "`" + visible(" ".join(str(text).split())).replace("`", "'").replace("|", "\\|") + "`"

@@ -1,4 +1,4 @@
-"""Numbers as every report for people writes them."""
+"""Format numbers for the reports that people read."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ MISSING = "-"
 
 
 def number(value: float) -> str:
-    """Return a value."""
+    """Format a value."""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
 def value_text(measured: Measured | None) -> str:
-    """Return the value of a measurement; one that is not finite by its name."""
+    """Format the value of a measurement; nan and inf by name."""
     return MISSING if measured is None else number(measured.number)
 
 
 def with_error(value: float | None, error: float | None, sign: str = " ± ") -> str:
-    """Return a value with its standard error."""
+    """Format a value with its standard error."""
     if value is None:
         return MISSING
     return number(value) if error is None else f"{number(value)}{sign}{number(error)}"
 
 
 def interval(found: Interval | None) -> str:
-    """Return a value with its interval, where there is one."""
+    """Format a value with its confidence interval, if it has one."""
     if found is None:
         return MISSING
     if found.low is None or found.high is None:
@@ -34,5 +34,5 @@ def interval(found: Interval | None) -> str:
 
 
 def counted(n: int, what: str) -> str:
-    """Return a number with what it counts."""
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    """Format a count with its noun in the right number."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}{'es' if what.endswith('s') else 's'}"

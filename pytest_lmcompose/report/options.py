@@ -1,7 +1,4 @@
-"""Flags of the reports other than JSON, and of the layout of the terminal's table.
-
-Imports none of the libraries that write them.
-"""
+"""Flags of the HTML, Markdown, LaTeX and W&B reports, and of the terminal table; imports no report library."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ BY_ID = "id"
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a run is tracked on Weights & Biases."""
+    """Weights & Biases project, owner and tags of a run."""
 
     project: str
     entity: str | None = None
@@ -29,19 +26,19 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the terminal's table shows, and in which order."""
+    """Columns and order of the terminal table."""
 
     columns: tuple[str, ...] = ()
-    """Globs over metrics, in the order of the columns; none: those with a threshold."""
+    """Globs of metrics in column order; empty: metrics with a threshold."""
     sort: str | None = None
-    """A metric, best value first, or `id`; a leading `-` reverses it. None: in the order of the tests."""
+    """A metric, best first, or `id`; a leading `-` reverses. None: in test order."""
     group: str | None = None
-    """category or first: the table's rows by the categories of their steps, or by their first step."""
+    """Group rows by `category` of their steps, or by their `first` step."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Which reports to write, and where."""
+    """Reports to write, with their paths."""
 
     html: Path | None = None
     markdown: Path | None = None
@@ -51,13 +48,13 @@ class Outputs:
 
     @property
     def files(self) -> dict[str, Path]:
-        """The files to write, by their flag."""
+        """Output paths by flag."""
         named = {"html": self.html, "markdown": self.markdown, "latex": self.latex}
         return {f"--lmcompose-{name}": path for name, path in named.items() if path is not None}
 
     @property
     def wanted(self) -> bool:
-        """Whether any of them needs the finished report."""
+        """Whether any report is wanted."""
         return bool(self.files) or self.tracking is not None
 
 
@@ -80,9 +77,9 @@ FLAGS = (
 
 
 def read_outputs(value: Callable[[str], str | None], folder: Path) -> Outputs:
-    """Read the flags; `value` returns what was given for one, relative paths count from `folder`.
+    """Read the flags; `value` returns the value of one, and relative paths are relative to `folder`.
 
-    Raises pytest.UsageError for a value that cannot be used.
+    Raises pytest.UsageError for invalid values.
     """
     group = value("group")
     if group is not None and group not in GROUPS:
@@ -106,7 +103,7 @@ def _tracking(value: Callable[[str], str | None]) -> Tracking | None:
             if given:
                 raise pytest.UsageError(f"--lmcompose-wandb-{flag}: needs --lmcompose-wandb=PROJECT")
         return None
-    # A folder `wandb`, which offline runs leave behind, is found as a package without a file.
+    # Offline runs leave a folder `wandb`, which looks like a package without an origin.
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:
         raise pytest.UsageError(

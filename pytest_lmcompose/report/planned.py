@@ -1,4 +1,4 @@
-"""What a run sets out to test, before it is divided into shards, and by which rules: the report's section `plan`."""
+"""The report's section `plan`: the compositions and rules of the whole run, before sharding."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from pytest_lmcompose.recipe import Recipe
 
 _NAMED = 3
-"""Compositions that a message names."""
+"""Maximum number of compositions named in a message."""
 
 
 def plan_section(planned: Planned, rules: Sequence[Rule], recipe: Recipe, baseline: Baseline | None) -> Plan:
-    """Return the section of a run; the settings of all its steps are those of the recipe."""
+    """Return the section `plan`, with the recipe's settings of every step."""
     compositions = [parse(name) for name in planned.tested]
     compositions += [other for one in compositions for other in compares_with(rules, one)]
     steps = dict.fromkeys(step for composition in compositions for step in composition.steps)
@@ -35,7 +35,7 @@ def plan_section(planned: Planned, rules: Sequence[Rule], recipe: Recipe, baseli
 
 
 def idle(rules: Iterable[Rule], records: Sequence[CompositionResult]) -> list[str]:
-    """Return the expressions of the command line that judged nothing in any of `records`."""
+    """Return the --lmcompose-compare-fail expressions that judged nothing in `records`."""
 
     def judged(rule: Rule) -> bool:
         gates = (gate for record in records if rule.covers(record.id) for gate in record.gates)
@@ -45,27 +45,27 @@ def idle(rules: Iterable[Rule], records: Sequence[CompositionResult]) -> list[st
 
 
 def unmatched(rules: Iterable[Rule], judged: Sequence[str]) -> Iterator[str]:
-    """Yield which expressions of the command line match no composition that a test judges."""
+    """Yield a message for each --lmcompose-compare-fail expression that matches no judged composition."""
     for rule in rules:
         if rule.source and not any(rule.covers(name) for name in judged):
             hint = near_names(rule.composition, judged)
-            yield f"{_flag(rule)}: no composition whose test asks for gates matches.{hint}"
+            yield f"{_flag(rule)}: matches no composition that a test judges.{hint}"
 
 
 def dropped(rules: Iterable[Rule], tested: Sequence[str], baseline: Baseline) -> Iterator[str]:
-    """Yield which expressions of the command line hold for a composition of the stored run that nobody tests now."""
+    """Yield a message for each expression that covers a composition of the baseline without a test in this run."""
     for rule in rules:
         gone = [name for name in judged_in(baseline.report) if rule.covers(name) and name not in tested]
         if rule.source and gone:
             named = ", ".join(gone[:_NAMED]) + ", ..." * (len(gone) > _NAMED)
             yield (
-                f"{_flag(rule)}: {baseline.name} has {named}, and no test is about that: test it, name what is "
-                "compared, as in COMPOSITION::METRIC:LIMIT, or take a new baseline by --lmcompose-update-baseline"
+                f"{_flag(rule)}: {baseline.name} has {named}, which no test covers; add a test, restrict the rule "
+                "(COMPOSITION::METRIC:LIMIT), or update the baseline with --lmcompose-update-baseline"
             )
 
 
 def judged_in(report: Report) -> tuple[str, ...]:
-    """Return the compositions that a stored run judged; of one without gates, all but the base model."""
+    """Return the compositions that a stored run judged; without gates, all but the base model."""
     if report.plan is not None:
         return report.plan.judged
     records = report.compositions
@@ -73,16 +73,16 @@ def judged_in(report: Report) -> tuple[str, ...]:
 
 
 def untested(plan: Plan, records: Sequence[CompositionResult]) -> list[str]:
-    """Return a line for each composition of a plan that nobody tested, or that nobody judged."""
+    """Return a message for each planned composition that was not tested or not judged."""
     by_id = {record.id: record for record in records}
     rules = [rule for rule in plan.rules if rule.bounds]
     found = []
     for name in plan.compositions:
         record = by_id.get(name)
         if record is None or record.status not in ("measured", "failed", "built"):
-            found.append(f"nobody tested {name}")
+            found.append(f"{name} was not tested")
         elif record.status == "measured" and not record.gates and name in plan.judged:
-            found += [f"nobody judged {name}, though thresholds hold for it"] * any(r.covers(name) for r in rules)
+            found += [f"{name} was not judged, but has thresholds"] * any(r.covers(name) for r in rules)
     return found
 
 

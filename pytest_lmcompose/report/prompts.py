@@ -1,4 +1,4 @@
-"""What the samples of a report asked, so that a page can show those that changed. Imports no torch."""
+"""Prompts of the samples, for showing changed samples. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
 
 LONGEST = 200
-"""Characters of a text; longer ones are cut."""
+"""Maximum length in characters; longer texts are cut."""
 
 
 def prompts(
@@ -24,28 +24,28 @@ def prompts(
     pools: Mapping[str, Sequence[str]],
     limit: int | None = None,
 ) -> tuple[Prompts, ...]:
-    """Return the texts of the samples, once for all metrics that ask the same.
+    """Return the prompts of each metric's samples, once for all metrics that share them.
 
-    `data` are those of every repeat, by seed; `pools` are the world's pools of question tasks, of each of which
-    `limit` questions were asked. Metrics whose samples are not these texts one by one are left out, such as
-    windows of running text, and tasks whose questions stand in no file of the world.
+    `data` maps the seed of each repeat to its data; `pools` are the world's pools of question tasks, limited to
+    `limit` questions per task. Metrics without one prompt per sample are left out, such as perplexity of running
+    text, and so are tasks without a question file in the world.
     """
     found: dict[tuple[int, tuple[str, ...]], list[str]] = {}
     for (seed, metric), n in _sizes(records, min(data, default=0)).items():
         if seed not in data:
             continue
         kind, _, task = metric.partition("/")
-        asked = _asked(metric, data[seed])
+        pairs = _prompts(metric, data[seed])
         if kind == "accuracy":
-            asked = _questions(data[seed].tasks, pools.get(task, (task,)), limit)
-        texts = tuple(map(_cut, asked))
+            pairs = _questions(data[seed].tasks, pools.get(task, (task,)), limit)
+        texts = tuple(map(_cut, pairs))
         if texts and len(texts) == n:
             found.setdefault((seed, texts), []).append(metric)
     return tuple(Prompts(seed, tuple(metrics), texts) for (seed, texts), metrics in found.items())
 
 
 def _sizes(records: Sequence[CompositionResult], seed: int) -> dict[tuple[int, str], int]:
-    """Return the number of samples by seed and metric, in order of name: records come in any order."""
+    """Return the number of samples by seed and metric, sorted."""
     sizes = {
         (measured.seed_of(run, seed), measured.metric): len(run.samples)
         for record in records
@@ -55,8 +55,8 @@ def _sizes(records: Sequence[CompositionResult], seed: int) -> dict[tuple[int, s
     return dict(sorted(sizes.items()))
 
 
-def _asked(metric: str, data: RunData) -> Iterator[str]:
-    """Yield prompts and answers in the order in which `evaluators` asks them; see measure.py."""
+def _prompts(metric: str, data: RunData) -> Iterator[str]:
+    """Yield prompts with their answers, in the order of the evaluators' samples."""
     head, _, relation = metric.partition("/")
     if head.startswith("perplexity_edits"):
         head = "edit_success"
@@ -82,7 +82,7 @@ def _asked(metric: str, data: RunData) -> Iterator[str]:
 
 
 def _questions(folder: Path | None, tasks: Sequence[str], limit: int | None) -> Iterator[str]:
-    """Yield the questions of tasks of the world's folder; of a task in another form than tinyworld's, none."""
+    """Yield the questions of tasks in the world's folder; none if a task does not have tinyworld's format."""
     import yaml
 
     if folder is None:

@@ -1,4 +1,4 @@
-"""The terminal's tables below the summary: paired gates, composability, interference, survival and return."""
+"""Terminal tables below the summary: paired gates, composability, interference, survival and return."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pytest_lmcompose.results import Composability, CompositionResult, OrderedSe
 
 Rows = list[list[Cell]]
 SHARES = {
-    "survival": "survival: value at the end over value after the step, ± standard error",
-    "returned": "returned: share of the knowledge that a step removed that is back at the end, ± standard error",
+    "survival": "survival: value at the end divided by value after the step, ± standard error",
+    "returned": "returned: share of the unlearned knowledge that is back at the end, ± standard error",
 }
 
 
 def write_paired(reporter: pytest.TerminalReporter, records: Sequence[CompositionResult], late: Sequence[str]) -> None:
-    """Write what the paired gates found and could have found, then those that failed only in the end."""
+    """Write the paired gates with their smallest detectable drop, then those that failed only at the end."""
     rows = paired_rows(records)
     if len(rows) > 1:
         others = any(gate.reference for record in records for gate in record.gates if gate.paired)
         other = " or another reference" if others else ""
         reporter.write_line(
-            f"no drop from the base model{other}: paired tests, and the drops they find with 80 % power",
+            f"paired tests against the base model{other}; finds: smallest drop detected with 80 % power",
             bold=True,
         )
         _write(reporter, rows)
@@ -39,7 +39,7 @@ def write_paired(reporter: pytest.TerminalReporter, records: Sequence[Compositio
 def write_composability(
     reporter: pytest.TerminalReporter, found: Composability | None, metrics: Collection[str]
 ) -> None:
-    """Write both composability metrics, interference, survival and return of the metrics shown."""
+    """Write composability, interference, survival and return of `metrics`."""
     if found is None:
         return
     rows = order_rows(found, metrics)
@@ -58,7 +58,7 @@ def write_composability(
 
 
 def paired_rows(records: Sequence[CompositionResult]) -> Rows:
-    """Return one row a paired gate, under a head."""
+    """Return a header and one row per paired gate."""
     rows = [[Cell(name) for name in ("gate", "value", "base", "p (Holm)", "n", "finds")]]
     for record in records:
         for gate in record.gates:
@@ -78,7 +78,7 @@ def paired_rows(records: Sequence[CompositionResult]) -> Rows:
 
 
 def order_rows(found: Composability, metrics: Collection[str]) -> Rows:
-    """Return one row a set of steps and metric, under a head."""
+    """Return a header and one row per set of steps and metric."""
     rows = [[Cell(name) for name in ("steps  metric", "best order", "order-free error", "order sensitivity")]]
     for entry in found.orders:
         if entry.metric in metrics:
@@ -92,7 +92,7 @@ def order_rows(found: Composability, metrics: Collection[str]) -> Rows:
 
 
 def best_order(entry: OrderedSet) -> str:
-    """Return the best order of steps as tables show it: a tie, where the interval of order sensitivity holds 0."""
+    """Return the best order, or "tie" if the interval of order sensitivity includes 0."""
     gap = entry.order_sensitivity
     if gap is not None and (gap.value if gap.low is None else gap.low) <= 0:
         return "tie"
@@ -100,7 +100,7 @@ def best_order(entry: OrderedSet) -> str:
 
 
 def interference_rows(found: Composability, metrics: Collection[str]) -> Rows:
-    """Return one row a composition and measured prefix under a head, one column a metric that a step promises."""
+    """Return a header and one row per composition and measured prefix, with the headline metrics as columns."""
     steps = {step.step for entry in found.interference for step in entry.steps}
     categories = {category_of(parse(step).steps[0].method) for step in steps}
     about = {metric: find_metric(metric) for metric in metrics}
@@ -121,7 +121,7 @@ def interference_rows(found: Composability, metrics: Collection[str]) -> Rows:
 
 
 def share_rows(found: Sequence[Share], metrics: Collection[str]) -> Rows:
-    """Return one row a composition and step, one column a metric shown, under a head."""
+    """Return a header and one row per composition and step, with one column per metric."""
     shown = [m for m in metrics if any(entry.metric == m for entry in found)]
     table: dict[str, dict[str, Share]] = {}
     for entry in found:

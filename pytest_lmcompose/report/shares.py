@@ -1,7 +1,6 @@
-"""Shares between states of one composition, from its records: what survived, and what came back.
+"""Survival of edits and return of unlearned knowledge, from the results of a run.
 
-Survival is that of what an edit step achieved, return that of the knowledge that an unlearning step
-removed; each where the states that it takes were measured in the same run.
+Both need the intermediate states of a composition to be measured in the same run.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from pytest_lmcompose.results import CompositionResult, Measured, Share
 
 
 class _Share(NamedTuple):
-    """A kind of share: whether of what a step removed, from which states, and how."""
+    """A kind of share: the states it needs and how to compute it."""
 
     removes: bool
     states: Callable[[str, str, str], tuple[str, ...]]
-    """Of the ids before the step, after it and at the end, those that `compute` takes."""
+    """From the ids before the step, after it and at the end, selects the arguments of `compute`."""
     compute: Callable[..., Measurement]
 
     def of(self, category: str, measured: Measured) -> bool:
@@ -57,7 +56,7 @@ def _of(
     kind: _Share, promising: Collection[str], record: CompositionResult, measured: Mapping[str, CompositionResult]
 ) -> Iterator[Share]:
     ids = [BASE, *("+".join(record.requested[:k]) for k in range(1, len(record.requested) + 1))]
-    for number, step in enumerate(record.steps[: len(ids) - 2]):  # after the last step all of it is there
+    for number, step in enumerate(record.steps[: len(ids) - 2]):  # not the last step: nothing follows it
         states = kind.states(ids[number], ids[number + 1], record.id)
         if step.category not in promising or any(state not in measured for state in states):
             continue
@@ -69,22 +68,21 @@ def _of(
 
 
 def _share(kind: _Share, states: Sequence[Measured]) -> tuple[float | None, float | None, int, str]:
-    """Return a share, its error, the number of samples and a note."""
+    """Return value, standard error, number of samples and note of a share."""
     if any(run.value is None for state in states for run in state.runs):
         return None, None, states[-1].n, "not finite in some state"
     try:
         share = kind.compute(*map(_joined, states))
     except EvaluationError as error:
         return None, None, states[-1].n, str(error)
-    value = share.value if math.isfinite(share.value) else None  # NaN where there was nothing to share
+    value = share.value if math.isfinite(share.value) else None
     return value, share.stderr, share.n, share.note
 
 
 def _joined(measured: Measured) -> Measurement:
-    """Return a measurement with the samples of its repeats in one row.
+    """Return a measurement with the samples of all repeats.
 
-    Those of repeats that may have asked the same are averaged: no fewer are left to be independent
-    than there are, whether they did or not.
+    Repeats that may share their samples are averaged sample by sample; others are concatenated.
     """
     found = [measured.measurement(run) for run in measured.runs]
     if len({(len(run.samples), run.clusters) for run in found}) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -15,26 +15,32 @@ from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.results import CompositionResult
 
 DEFAULT = Layout()
-FAILED = "!"
+MARKS = {"failed": "!", "lost": "~", "": ""}
 GAP = 2
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as shown; a failed one is marked."""
+    """A value as shown, with a mark if its gate failed or it is a known loss."""
 
     text: str
     failed: bool = False
+    lost: bool = False
+
+    @property
+    def state(self) -> str:
+        """Key of the mark."""
+        return "failed" if self.failed else "lost" if self.lost else ""
 
 
 def table(
     records: Sequence[CompositionResult], width: int, wanted: Callable[[str], bool], layout: Layout = DEFAULT
 ) -> list[list[list[Cell]]]:
-    """Return blocks of rows, each block as many metrics as fit into `width` characters.
+    """Return the table as blocks of rows; a block has as many metrics as fit into `width` characters.
 
-    The first row of a block is its head, the first cell of a row its composition. Shown are the
-    metrics that a gate judged, and those that are `wanted`, or those that `layout` names; a group of
-    rows has its name in a row of its own.
+    The first row of a block is its header, the first cell of a row the composition. Metrics are shown
+    if a gate judged them or they are `wanted`, or if `layout` names them. Each group starts with a row
+    for its name.
     """
     columns = [[Cell("composition")], *([Cell(name)] for name in chosen_metrics(records, wanted, layout.columns))]
     for name, group in arranged(records, layout):
@@ -50,8 +56,8 @@ def table(
 
 
 def blocks(columns: Sequence[list[Cell]], width: int) -> list[list[list[Cell]]]:
-    """Return blocks of rows, each with the first column and as many others as fit into `width`."""
-    columns = [[Cell(visible(cell.text), cell.failed) for cell in column] for column in columns]
+    """Split columns into blocks of rows: the first column, and as many others as fit into `width`."""
+    columns = [[replace(cell, text=visible(cell.text)) for cell in column] for column in columns]
     first = columns[0]
     found: list[list[list[Cell]]] = [[first]]
     used = _width(first)
@@ -65,22 +71,22 @@ def blocks(columns: Sequence[list[Cell]], width: int) -> list[list[list[Cell]]]:
 
 
 def write_blocks(reporter: pytest.TerminalReporter, found: Sequence[Sequence[Sequence[Cell]]]) -> None:
-    """Write blocks of rows, the head bold and what failed red; an empty line after each."""
+    """Write blocks of rows, each followed by an empty line; headers are bold, failures red, known losses yellow."""
     for block in found:
         widths = [_width(column) for column in zip(*block, strict=True)]
         for line, row in enumerate(block):
             padded = list(map(_padded, row, widths, range(len(row))))
-            if any(cell.failed for cell in row):
+            if any(cell.state for cell in row):
                 for text, cell in zip(padded, row, strict=True):
-                    reporter.write(text, red=cell.failed, bold=line == 0)
-            else:  # at once, since there may be thousands
+                    reporter.write(text, red=cell.failed, yellow=cell.state == "lost", bold=line == 0)
+            else:  # one call: there may be thousands of rows
                 reporter.write("".join(padded), bold=line == 0)
             reporter.write("\n")
         reporter.write("\n")
 
 
 def _padded(cell: Cell, width: int, column: int) -> str:
-    text = cell.text + (FAILED if cell.failed else "")
+    text = cell.text + MARKS[cell.state]
     return text.ljust(width) if column == 0 else " " * GAP + text.rjust(width)
 
 
@@ -90,7 +96,7 @@ def write_summary(
     wanted: Callable[[str], bool],
     layout: Layout = DEFAULT,
 ) -> None:
-    """Write the table of a run under a heading of its own."""
+    """Write the summary table of a run with its heading, errors and known losses."""
     reporter.section("lmcompose", sep="=")
     for line in unmatched(records, layout):
         reporter.write_line(line, yellow=True)
@@ -98,16 +104,19 @@ def write_summary(
     for record in records:
         if record.error:
             reporter.write_line(visible(f"{record.id}: {record.error}"), red=True)
-    for gate in (gate for record in records for gate in record.gates if gate.state == "lost"):
-        reporter.write_line(f"known loss: {visible(gate.message)}", yellow=True)
-    if any(not gate.passed for record in records for gate in record.gates):
-        reporter.write_line(f"{FAILED} a gate failed")
+    gates = [gate for record in records for gate in record.gates]
+    for gate in gates:
+        if gate.state == "lost":
+            reporter.write_line(f"known loss: {visible(gate.message)}", yellow=True)
+    for state, text in (("failed", "a gate failed"), ("lost", "a known loss")):
+        if any(gate.state == state for gate in gates):
+            reporter.write_line(f"{MARKS[state]} {text}")
 
 
 def _cell(record: CompositionResult, metric: str) -> Cell:
-    return Cell(value_text(record.by_metric.get(metric)), metric in record.failed_metrics)
+    value = value_text(record.by_metric.get(metric))
+    return Cell(value, metric in record.failed_metrics, metric in record.lost_metrics)
 
 
 def _width(column: Sequence[Cell]) -> int:
-    # One character is kept for the mark, so that a failure does not move the columns.
-    return max(len(cell.text) for cell in column) + len(FAILED)
+    return max(len(cell.text) for cell in column) + 1  # room for the mark

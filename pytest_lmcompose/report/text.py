@@ -1,4 +1,4 @@
-"""Text of a report as people may see it: nothing in it moves the cursor, turns the reading round, or hides."""
+"""Make text safe to show: escape control characters, bidirectional overrides and invisible characters."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ _SPACES = "\n\r\t\v\f\x85\u2028\u2029"
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """Return `text` in one line, with control and formatting characters written out, as in \\x1b.
-
-    With `lines`, breaks of lines and tabs stay.
-    """
+    """Return `text` in one line with unprintable characters escaped, such as \\x1b; `lines` keeps newlines and tabs."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else _written(char, lines) for char in text)
 
 
 def cleaned(value: Any) -> Any:
-    """Return plain data with `visible` texts, of lines as they were, and visible keys."""
+    """Apply `visible` to all texts and keys of plain data; newlines and tabs stay."""
     if isinstance(value, str):
         return visible(value, lines=True)
     if isinstance(value, dict):

@@ -1,10 +1,11 @@
-"""What every report for people says of a document: verdicts in words, headline metrics, samples that changed."""
+"""Content that the HTML, Markdown and JUnit reports share: gate summaries, headline metrics, changed samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from evaluators.metrics import find_metric
 from pytest_lmcompose.baseline.compare import ComparedReports, compare_reports
@@ -12,54 +13,68 @@ from pytest_lmcompose.report.layout import shown_metrics
 from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.results import CompositionResult, DriftRow, Gate, Outcome, Report, Row
 
-SMALLEST = 1e-9
-"""A sample that changed by less is the same one."""
+TOLERANCE = 1e-9
+"""Smaller changes of a sample are ignored."""
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """How the gates of a run, or of a composition, came out."""
+class GateSummary:
+    """Outcome of the gates of a run or a composition."""
 
     failed: tuple[tuple[str, Gate], ...]
-    """Composition and gate."""
-    gates: int
-    """Without those of losses that are accepted."""
-    broken: tuple[tuple[str, str], ...]
-    """Compositions that were not measured, and why."""
-    lost: int = 0
-    """Promises that are lost, as the thresholds say."""
+    """Pairs of composition and gate."""
+    judged: int
+    """Number of gates, known losses excluded."""
+    not_measured: tuple[tuple[str, str], ...]
+    """Pairs of composition and reason."""
+    known_losses: int = 0
+    """Number of broken promises that the thresholds accept (`lost: REASON`)."""
 
     @property
-    def told(self) -> list[tuple[str, str]]:
-        """What failed, in words: compositions and what to say of them."""
-        broken = [(name, f"was not measured: {why}") for name, why in self.broken]
-        return broken + [(name, gate.message.removeprefix(name).strip()) for name, gate in self.failed]
+    def failure_messages(self) -> list[tuple[str, str]]:
+        """Pairs of composition and message, for everything that failed."""
+        missing = [(name, f"was not measured: {reason}") for name, reason in self.not_measured]
+        return missing + [(name, gate.message.removeprefix(name).strip()) for name, gate in self.failed]
 
     @property
-    def passed(self) -> bool:
-        """Whether nothing failed, which takes a gate."""
-        return not self.failed and not self.broken and self.gates > 0
+    def state(self) -> Literal["failed", "lost", "passed", "not judged"]:
+        """The worst outcome: a failure, then a known loss, then a pass."""
+        if self.failed or self.not_measured:
+            return "failed"
+        if self.known_losses:
+            return "lost"
+        return "passed" if self.judged else "not judged"
 
     @property
-    def words(self) -> str:
+    def gate_counts(self) -> str:
+        """Counts of failed gates and known losses in words; empty without gates."""
+        counts = [f"{len(self.failed)} of {self.judged} failed"] if self.failed else []
+        if self.judged and not self.failed:
+            counts = [f"{self.judged} passed"]
+        if self.known_losses:
+            counts.append(counted(self.known_losses, "known loss"))
+        return ", ".join(counts)
+
+    @property
+    def summary(self) -> str:
         """The outcome in words."""
-        found = []
-        if self.broken:
-            found.append(f"{counted(len(self.broken), 'composition')} not measured")
+        parts = []
+        if self.not_measured:
+            parts.append(f"{counted(len(self.not_measured), 'composition')} not measured")
         if self.failed:
-            found.append(f"{len(self.failed)} of {counted(self.gates, 'gate')} failed")
-        elif self.gates:
-            found.append("the gate passed" if self.gates == 1 else f"all {self.gates} gates passed")
-        else:
-            found.append("no gate judged anything")
-        if self.lost:
-            found.append(counted(self.lost, "promise") + " known to be lost")
-        return ", ".join(found)
+            parts.append(f"{len(self.failed)} of {counted(self.judged, 'gate')} failed")
+        elif self.judged:
+            parts.append("the gate passed" if self.judged == 1 else f"all {self.judged} gates passed")
+        elif not self.known_losses:
+            parts.append("no gate judged anything")
+        if self.known_losses:
+            parts.append(counted(self.known_losses, "known loss"))
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class ChangedSample:
-    """One sample whose outcome is another one than before."""
+    """One sample with a different outcome than before."""
 
     label: str
     before: str
@@ -69,7 +84,7 @@ class ChangedSample:
 
 @dataclass(frozen=True)
 class ChangedSamples:
-    """The samples of a metric that changed, those that got worse most first."""
+    """The changed samples of a metric, the worst first."""
 
     metric: str
     n: int
@@ -79,52 +94,53 @@ class ChangedSamples:
 
 
 @dataclass(frozen=True)
-class Against:
-    """A run held against a stored one."""
+class BaselineComparison:
+    """The comparison of a run with a stored one."""
 
     name: str
     started: str
-    found: ComparedReports
+    compared: ComparedReports
 
     @property
     def changed(self) -> list[Row]:
-        """What got worse, or lost, then what got better."""
+        """The rows that changed, the worst verdicts first."""
         order = ("worse", "gone", "changed", "better")
-        return sorted((r for r in self.found.rows if r.verdict in order), key=lambda r: order.index(r.verdict))
+        return sorted((r for r in self.compared.rows if r.verdict in order), key=lambda r: order.index(r.verdict))
 
-    def first(self, metrics: Sequence[str]) -> list[Row]:
-        """Return what changed, then what did not of some metrics."""
+    def changed_first(self, metrics: Sequence[str]) -> list[Row]:
+        """Return the changed rows, then the unchanged rows of `metrics`."""
         changed = self.changed
-        return changed + [row for row in self.found.rows if row.metric in metrics and row not in changed]
+        return changed + [row for row in self.compared.rows if row.metric in metrics and row not in changed]
 
 
-def against(document: Report, baseline: Report | None) -> Against | None:
-    """Return the comparison with `baseline`; without one that which the run itself made, if it did."""
-    told = document.comparison
-    if told is not None and (baseline is None or baseline.started == told.started):
-        return Against(told.baseline, told.started, ComparedReports(told.problem, told.differences, told.rows))
+def compare_with_baseline(report: Report, baseline: Report | None) -> BaselineComparison | None:
+    """Return the comparison with `baseline`, or the one stored in the report if it has the same baseline."""
+    stored = report.comparison
+    if stored is not None and (baseline is None or baseline.started == stored.started):
+        compared = ComparedReports(stored.problem, stored.differences, stored.rows)
+        return BaselineComparison(stored.baseline, stored.started, compared)
     if baseline is None:
         return None
-    return Against("the baseline", baseline.started, compare_reports(baseline, document))
+    return BaselineComparison("the baseline", baseline.started, compare_reports(baseline, report))
 
 
-def drifting(document: Report) -> tuple[DriftRow, ...]:
-    """Return the metrics that got worse and worse over the stored runs."""
-    return () if document.drift is None else tuple(row for row in document.drift.rows if row.drifts)
+def drifting(report: Report) -> tuple[DriftRow, ...]:
+    """Return the metrics that drift: they keep getting worse over the stored runs."""
+    return () if report.drift is None else tuple(row for row in report.drift.rows if row.drifts)
 
 
-def verdicts(records: Sequence[CompositionResult]) -> Verdicts:
-    """Return how the gates of `records` came out."""
+def summarise_gates(records: Sequence[CompositionResult]) -> GateSummary:
+    """Summarise the gates of `records`."""
     failed = tuple((r.id, gate) for r in records for gate in r.gates if not gate.passed)
-    broken = tuple((r.id, r.error or r.status) for r in records if r.status in ("failed", "interrupted"))
+    not_measured = tuple((r.id, r.error or r.status) for r in records if r.status in ("failed", "interrupted"))
     lost = sum(gate.state == "lost" for record in records for gate in record.gates)
-    return Verdicts(failed, sum(len(r.gates) for r in records) - lost, broken, lost)
+    return GateSummary(failed, sum(len(r.gates) for r in records) - lost, not_measured, lost)
 
 
 def headline_metrics(records: Sequence[CompositionResult], *, judged: bool = False) -> list[str]:
-    """Return the metrics that gates judged and those that steps promise something of; all, where there are none.
+    """Return the metrics for summaries: judged by a gate or marked `headline`; all metrics if there are none.
 
-    With `judged` only those that gates judged, where there are any.
+    With `judged`, return only metrics that a gate judged, if there are any.
     """
     if judged and any(record.gates for record in records):
         return shown_metrics(records, lambda _: False)
@@ -133,28 +149,28 @@ def headline_metrics(records: Sequence[CompositionResult], *, judged: bool = Fal
 
 
 def changed_samples(
-    before: CompositionResult, after: CompositionResult, metrics: Sequence[str], document: Report, most: int
+    before: CompositionResult, after: CompositionResult, metrics: Sequence[str], report: Report, most: int
 ) -> list[ChangedSamples]:
-    """Return what changed between two records of compositions, by metric: `most` samples of each are shown."""
-    was, now = before.by_metric, after.by_metric
-    texts = {(p.seed, metric): p.texts for p in document.prompts for metric in p.metrics}
+    """Return the samples that differ between two results, by metric, with at most `most` shown for each."""
+    old_metrics, new_metrics = before.by_metric, after.by_metric
+    texts = {(p.seed, metric): p.texts for p in report.prompts for metric in p.metrics}
     found = []
     for metric in metrics:
-        if metric not in was or metric not in now or now[metric].note.endswith("not sampled"):
-            continue  # samples that were read, such as bits by layer, are no answers
-        old, new = was[metric].runs, now[metric].runs
+        if metric not in old_metrics or metric not in new_metrics or new_metrics[metric].note.endswith("not sampled"):
+            continue  # read from the weights, such as bits per layer
+        old, new = old_metrics[metric].runs, new_metrics[metric].runs
         if [len(run.samples) for run in old] != [len(run.samples) for run in new]:
             continue
         changes = []
         for one, other in zip(old, new, strict=True):
-            seed = now[metric].seed_of(other, document.seed)
+            seed = new_metrics[metric].seed_of(other, report.seed)
             labels = texts.get((seed, metric), ())
             several = f", seed {seed}" if len(new) > 1 else ""
             for i, (x, y) in enumerate(zip(one.samples, other.samples, strict=True)):
-                gain = _gain(x, y, higher_is_better=now[metric].higher_is_better)
-                if abs(gain) > SMALLEST:
+                gain = _gain(x, y, higher_is_better=new_metrics[metric].higher_is_better)
+                if abs(gain) > TOLERANCE:
                     label = labels[i] if i < len(labels) else f"sample {i + 1}"
-                    sample = ChangedSample(label + several, _said(one, i, x), _said(other, i, y), gain > 0)
+                    sample = ChangedSample(label + several, _answer(one, i, x), _answer(other, i, y), gain > 0)
                     changes.append((gain, sample))
         changes.sort(key=lambda change: change[0])
         better = sum(sample.better for _, sample in changes)
@@ -166,16 +182,13 @@ def changed_samples(
 
 
 def _gain(before: float | None, after: float | None, *, higher_is_better: bool) -> float:
-    """Return by how much a sample got better; one that is not finite any more is as bad as can be."""
+    """Return the improvement of a sample; None means not finite, which is worse than any number."""
     if before is None or after is None:
         return 0.0 if before is after else math.inf if before is None else -math.inf
     return (after - before) * (1 if higher_is_better else -1)
 
 
-def _said(run: Outcome, place: int, value: float | None) -> str:
-    """Return the outcome of a sample, after what the model said where that was kept."""
-    return f"{run.answers[place]} ({_outcome(value)})" if place < len(run.answers) else _outcome(value)
-
-
-def _outcome(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"
+def _answer(run: Outcome, index: int, value: float | None) -> str:
+    """Return the model's answer, if stored, with the outcome."""
+    outcome = "not finite" if value is None else f"{value:.3g}"
+    return f"{run.answers[index]} ({outcome})" if index < len(run.answers) else outcome

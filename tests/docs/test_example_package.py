@@ -104,7 +104,7 @@ def test_both_are_used_in_a_run(installed: dict[str, str], tiny: list[str], tmp_
         ("evaluate.also.repetition={lenght:3}", "unknown key 'lenght'. Did you mean length?"),
         ("evaluate.also.repetition={length:many}", "evaluate.also.repetition.length=many: expected a whole number"),
         ("evaluate.also.repetition={length:0}", "evaluate.also.repetition.length=0: expected a whole number from 1 up"),
-        ("evaluate.also.recall={}", "it is switched by evaluate.recall=true"),
+        ("evaluate.also.recall={}", "use evaluate.recall=true"),
     ],
 )
 def test_what_is_misspelt_is_refused(monkeypatch: pytest.MonkeyPatch, setting: str, message: str) -> None:

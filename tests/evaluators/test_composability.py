@@ -114,12 +114,12 @@ def test_direction_turns_with_the_metric(one: float, other: float) -> None:
         ({AB: math.nan, BA: 0.5}, r"a\+b: a value is NaN"),
         ({AB: [0.5, math.nan], BA: 0.5}, r"a\+b: a value is NaN"),
         ({AB: [], BA: 0.5}, r"a\+b: no value"),
-        ({AB: [math.inf, -math.inf], BA: 0.5}, r"a\+b: its runs are infinite"),
+        ({AB: [math.inf, -math.inf], BA: 0.5}, r"a\+b: its repeats are infinite"),
         ({}, "0 orders of the steps"),
         ({AB: 0.5}, "1 order of the steps"),
         ({AB: 0.5, ("b", "c"): 0.5}, r"b\+c and a\+b are not orders of the same steps"),
         ({AB: 0.5, ("b", "a", "a"): 0.5}, "not orders of the same steps"),
-        ({"ab": 0.5, "ba": 0.5}, "'ab' is no order"),
+        ({"ab": 0.5, "ba": 0.5}, "'ab' is not an order"),
     ],
 )
 def test_what_cannot_be_compared_is_an_error(values: Any, message: str) -> None:
@@ -266,7 +266,7 @@ def test_perplexities_are_resampled_as_likelihoods() -> None:
         ({AB: [], BA: []}, {}, "expected a list of samples for each repeat"),
         ({AB: [[1.0]]}, {}, "1 order of the steps"),
         ({AB: [[1.0, 0.0]], BA: [[1.0, 1.0]]}, {"clusters": [["x"]]}, "1 clusters for 2 samples"),
-        ({AB: [[1.0], [0.0, 1.0]], BA: [[1.0], [1.0, 1.0]]}, {"same_samples": True}, "cannot be the same"),
+        ({AB: [[1.0], [0.0, 1.0]], BA: [[1.0], [1.0, 1.0]]}, {"same_samples": True}, "different numbers of samples"),
     ],
 )
 def test_samples_that_cannot_be_resampled(samples: Any, options: Any, message: str) -> None:
@@ -280,7 +280,7 @@ def test_interference_by_hand() -> None:
     assert found.change[0] == pytest.approx((-0.3, 2.0, math.nan), nan_ok=True)
     assert all(map(math.isnan, found.change[1]))
     assert found.change[2] == pytest.approx((0, 0, math.nan), nan_ok=True)
-    with pytest.raises(EvaluationError, match=r"a\+b: its end was not measured"):
+    with pytest.raises(EvaluationError, match=r"a\+b: the end was not measured"):
         interference(AB, [{}, None], ["m"])
-    with pytest.raises(EvaluationError, match="2 steps with 1 states"):
+    with pytest.raises(EvaluationError, match="2 steps but 1 states"):
         interference(AB, [{}], ["m"])

@@ -45,7 +45,7 @@ def test_equals_one_full_pass_for_each(family: str) -> None:
         with torch.no_grad():
             got = score(model, pairs, fill=2, rows=rows)
         assert [s.total for s in got] == pytest.approx([s.total for s in expected], abs=1e-5, rel=2e-6)
-        assert [s.said for s in got] == [s.said for s in expected]
+        assert [s.greedy_ids for s in got] == [s.greedy_ids for s in expected]
 
 
 def test_a_context_is_read_once_for_all_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_a_forward_without_the_arguments_reads_in_full(monkeypatch: pytest.Monke
     monkeypatch.setattr(model, "forward", lambda input_ids: forward(input_ids=input_ids))
     got = score(model, pairs, fill=2)
     assert [s.total for s in got] == pytest.approx([s.total for s in expected], abs=1e-5)
-    assert [s.said for s in got] == [s.said for s in expected]
+    assert [s.greedy_ids for s in got] == [s.greedy_ids for s in expected]
 
 
 def test_broken_logits_are_nan() -> None:

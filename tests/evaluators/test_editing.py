@@ -207,10 +207,10 @@ def test_errors_name_the_record(bigram: Any, word_tokenizer: Any) -> None:
     with pytest.raises(EvaluationError, match=r"case 0 \(Bela\), locality prompt 0"):
         capture_unedited(model, word_tokenizer, special)
     held = [EditCase("Bela", "Bela in", "Rome", truth="</s>")]
-    with pytest.raises(EvaluationError, match=r"case 0 \(Bela\), prompt, what the answer is held against: .*'</s>'"):
+    with pytest.raises(EvaluationError, match=r"case 0 \(Bela\), prompt, the rival answer: .*'</s>'"):
         measure_editing(model, word_tokenizer, held)
     unedited = capture_unedited(model, word_tokenizer, CASES[:1])
-    with pytest.raises(EvaluationError, match=r"case 1 \(Cato\), locality prompt 0: the unedited model was not"):
+    with pytest.raises(EvaluationError, match=r"case 1 \(Cato\), locality prompt 0: no answer of the unedited model"):
         measure_editing(model, word_tokenizer, CASES, unedited=unedited)
 
 

@@ -138,7 +138,7 @@ def test_latency_is_the_median_after_warm_up(monkeypatch: pytest.MonkeyPatch) ->
 def test_latency_refuses_what_cannot_be_measured() -> None:
     for settings, message in (
         ({"repeats": 1}, "1 repeats"),
-        ({"batch": 0}, "a batch of 0"),
+        ({"batch": 0}, "batch 0"),
         ({"length": 1000}, "1000 positions but the model has 128"),
     ):
         with pytest.raises(EvaluationError, match=message):

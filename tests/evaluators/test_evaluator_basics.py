@@ -66,7 +66,7 @@ def test_every_public_name_resolves() -> None:
         _ = evaluators.nothing
 
 
-def test_evaluators_import_only_modules_of_the_interventions_that_import_nothing_else_of_the_project() -> None:
+def test_evaluators_import_only_small_helpers_of_the_interventions() -> None:
     root = Path(evaluators.__file__).parents[1]
     packages = ("pytest_lmcompose", "compositions", "interventions", "evaluators", "pytest")
 

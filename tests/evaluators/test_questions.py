@@ -222,7 +222,7 @@ def test_the_caller_names_what_should_be_forgotten(model: Any, tokenizer: Any, f
         model, tokenizer, ["rivers", "glass"], task_folder=folder, lower_is_better=frozenset({"glass"})
     )
     assert [m.higher_is_better for m in found] == [True, False]
-    with pytest.raises(EvaluationError, match="lower_is_better names lakes"):
+    with pytest.raises(EvaluationError, match="lower_is_better names tasks that are not measured: lakes"):
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder, lower_is_better=frozenset({"lakes"}))
 
 
@@ -280,10 +280,10 @@ def test_a_changed_file_is_seen(model: Any, tokenizer: Any, folder: Path) -> Non
     [
         (
             {"choices": ["a", "b", "c", "d", "e"]},
-            "rivers.jsonl, line 2: 5 choices where every question must have 4",
+            "rivers.jsonl, line 2: 5 choices; every question must have 4",
         ),
-        ({"choices": ["a", "b", "c", " "]}, "line 2: 'choices' must be a list of texts"),
-        ({"choices": "abcd"}, "line 2: 'choices' must be a list of texts"),
+        ({"choices": ["a", "b", "c", " "]}, "line 2: 'choices' must be a list of non-empty texts"),
+        ({"choices": "abcd"}, "line 2: 'choices' must be a list of non-empty texts"),
         ({"answer": 4}, "line 2: 'answer' is 4; it must be the index"),
         ({"answer": "a"}, "line 2: 'answer' is 'a'"),
         ({"answer": None}, "line 2: the field 'answer' is missing"),
@@ -319,7 +319,7 @@ def test_missing_and_broken_files_are_named(model: Any, tokenizer: Any, folder: 
     with pytest.raises(EvaluationError, match=r"rivers\.jsonl: no questions"):
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
     file.unlink()
-    with pytest.raises(EvaluationError, match=r"there is no file .*rivers\.jsonl"):
+    with pytest.raises(EvaluationError, match=r"questions: .*rivers\.jsonl does not exist"):
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder)
     with pytest.raises(EvaluationError, match="not a folder"):
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder / "no")
@@ -369,7 +369,7 @@ def test_pool_counts_every_question_once() -> None:
     )
     with pytest.raises(EvaluationError, match="nothing to pool"):
         pool("accuracy/none", [])
-    with pytest.raises(EvaluationError, match="some measurements are better high"):
+    with pytest.raises(EvaluationError, match="higher is better for some measurements"):
         pool("accuracy/all", [low, Measurement.mean("accuracy/c", [1.0])])
 
 
@@ -485,7 +485,7 @@ def test_any_number_of_options_if_the_caller_says_so(model: Any, tokenizer: Any,
     assert found.samples == naive(model, tokenizer, records)
     records[0] |= {"choices": ["bridges"], "answer": 0}
     write(folder.parent / "data" / "rivers.jsonl", records)
-    with pytest.raises(EvaluationError, match="line 1: 1 choices where every question must have at least 2"):
+    with pytest.raises(EvaluationError, match="line 1: 1 choices; every question must have at least 2"):
         measure_questions(model, tokenizer, ["rivers"], task_folder=folder, options=None)
 
 

@@ -135,7 +135,7 @@ def test_clusters_are_the_units_of_a_comparison() -> None:
         ([1.0], [1.0, 0.0], "1 samples before and 2 samples after"),
         ([1.0, math.nan], [1.0, 1.0], "1 of 2 are NaN"),
         ([1.0, 1.0], [1.0, math.inf], "1 of 2 are NaN or infinite"),
-        ([0.5], [0.5], "single unit"),
+        ([0.5], [0.5], "at least 2 independent samples"),
     ],
 )
 def test_what_cannot_be_compared_is_an_error(before: list[float], after: list[float], message: str) -> None:

@@ -66,8 +66,8 @@ def ask(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
         ("process_docs: !anything x\n", "!anything x runs code"),
         ("unsafe_code: true\n", "unsafe_code runs what the model writes"),
         ("use_prompt: promptsource:all\n", "use_prompt imports"),
-        ("other: {dataset_kwargs: {trust_remote_code: true}}\n", "trust_remote_code runs the data set's own code"),
-        ("metrics: [{metric: x, hf_evaluate: true}]\n", "hf_evaluate fetches"),
+        ("other: {dataset_kwargs: {trust_remote_code: true}}\n", "trust_remote_code runs the dataset's own code"),
+        ("metrics: [{metric: x, hf_evaluate: true}]\n", "hf_evaluate downloads"),
         ("include: shared\n", "shared: line 1: !function helper.process"),
         ("include: [plain, shared]\n", "shared: line 1: !function"),
         ("include: ../elsewhere.yaml\n", "elsewhere.yaml: line 1: !function"),
@@ -127,12 +127,12 @@ def test_code_runs_with_trust_alone(folder: Path, model: Any, tokenizer: Any) ->
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "reaches for code"),
-        ("{{ cycler.__init__.__globals__.os.popen('touch MARK').read() }}", "reaches for code"),
-        ("{{ lipsum.__globals__['os'].system('touch MARK') }}", "reaches for code"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "runs code"),
+        ("{{ cycler.__init__.__globals__.os.popen('touch MARK').read() }}", "runs code"),
+        ("{{ lipsum.__globals__['os'].system('touch MARK') }}", "runs code"),
         ("{{ '{0.__class__}'.format(question) }}", None),  # what is refused in there is left out
-        ("{{ question", "cannot be filled in"),
-        ("{{ question | nofilter }}", "cannot be filled in"),
+        ("{{ question", "cannot be rendered"),
+        ("{{ question | nofilter }}", "cannot be rendered"),
     ],
 )
 def test_templates_cannot_reach_code(

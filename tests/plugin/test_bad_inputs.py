@@ -221,8 +221,8 @@ STORED = Baseline(Path("0001_v1.json"), typed(report({name: {"m": [1.0]} for nam
         ("m:1%", ["awq", "memit"], None),
         ("awq::m:1%", ["awq"], None),
         ("*+rtn::m:1%", ["awq"], None),
-        ("m:1%", ["awq"], "the baseline 0001_v1 has memit, and no test is about that"),
-        ("mem*::m:1%", ["awq"], "the baseline 0001_v1 has memit, and no test is about that"),
+        ("m:1%", ["awq"], "the baseline 0001_v1 has memit, which no test covers"),
+        ("mem*::m:1%", ["awq"], "the baseline 0001_v1 has memit, which no test covers"),
     ],
 )
 def test_a_composition_of_the_stored_run_that_is_dropped(text: str, tested: list[str], problem: str | None) -> None:
@@ -233,7 +233,7 @@ def test_a_composition_of_the_stored_run_that_is_dropped(text: str, tested: list
 @pytest.mark.parametrize(("text", "judged"), [("mem*::m:1%", ["awq"]), ("m:1%", []), ("rtn*::m:1%", ["awq", "memit"])])
 def test_an_expression_that_matches_no_composition(text: str, judged: list[str]) -> None:
     (found,) = unmatched([read_expression(text)], judged)
-    assert f"{text!r}: no composition whose test asks for gates matches" in found
+    assert f"{text!r}: matches no composition that a test judges" in found
     assert not list(unmatched([read_expression("awq::m:1%")], ["awq"]))
 
 
@@ -249,7 +249,7 @@ def test_a_run_whose_comparison_leaves_something_out_fails(project: Project) -> 
     result = project.run(fail, compose=("round",))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=1)
-    said = "--lmcompose-compare-fail='perplexity:50%': the baseline 0001_v1 has nudge, and no test is about that"
+    said = "--lmcompose-compare-fail='perplexity:50%': the baseline 0001_v1 has nudge, which no test covers"
     assert f"failed: {said}" in result.stdout.str()
     assert project.run(fail.replace("=", "=round::"), compose=("round",)).ret == pytest.ExitCode.OK
     assert project.run(fail, "--lmcompose-update-baseline", compose=("round",)).ret == pytest.ExitCode.OK
@@ -261,7 +261,7 @@ def test_a_test_that_asks_for_no_gates_judges_nothing(project: Project) -> None:
     project.pytester.makepyfile(test_inner="def test_it(composition, measurements): ...")
     result = project.run("--lmcompose-compare-fail=perplexity:50%", compose=("nudge",))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "no composition whose test asks for gates matches" in result.stdout.str() + result.stderr.str()
+    assert "matches no composition that a test judges" in result.stdout.str() + result.stderr.str()
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ DAMAGED: list[tuple[str, Any, str]] = [
     ("status", 5, ""),
     ("status", "done", ""),
     ("finished", 12, ""),
-    ("finished", "yesterday", "'yesterday' is no time"),
+    ("finished", "yesterday", "'yesterday' is not a time"),
     ("started", ..., "missing required field `started`"),
     ("seed", "0", ""),
     ("seed", -1, ""),
@@ -329,9 +329,9 @@ DAMAGED: list[tuple[str, Any, str]] = [
     ("compositions", {}, ""),
     ("compositions.1", "memit", ""),
     ("compositions.1.id", 5, ""),
-    ("compositions.1.id", "base", "two records of the composition 'base'"),
+    ("compositions.1.id", "base", "two results of the composition 'base'"),
     ("compositions.1.requested", "memit", ""),
-    ("compositions.1.requested", ["memit["], r"'memit\[' is no composition"),
+    ("compositions.1.requested", ["memit["], r"'memit\[' is not a composition"),
     ("compositions.1.status", None, ""),
     ("compositions.1.error", 1, ""),
     ("compositions.1.steps", None, ""),
@@ -483,14 +483,14 @@ def test_markdown_escapes_every_field(nasty: dict[str, Any]) -> None:
     text = markdown.render(typed(nasty), typed(nasty))
     check_plain(text)
     assert "<script>n" not in re.sub("`[^`]*`", "", text)
-    assert r"a\_b\|c\`d" in text
+    assert r"a\_b\|c\`d" in text and text.splitlines()[2].endswith(".")
 
 
 def test_latex_escapes_every_field(nasty: dict[str, Any]) -> None:
     text = latex.render(typed(nasty))
     check_plain(text)
     second = text.splitlines()[1]
-    assert second.startswith("% Run of ") and second.count(r"a\_b\textbar{}c") == 1
+    assert second.startswith("% Run of ") and second.count(r"a\_b\textbar{}c") == 1 and second.endswith("finished.")
     for line in text.splitlines()[2:]:
         assert not re.search(r"(?<!\\)[#$%_~^]", line.replace(r"$\rightarrow$", "")), line
     nothing = latex.render(typed({**nasty, "composability": None}))

@@ -59,8 +59,8 @@ def test_a_worse_model_turns_the_build_red_on_its_line(stored: Project) -> None:
             f"{ID}  {METRIC} = 0 is worse than 1 of the baseline 0001_v1 at no_drop_p 0.2: p = 0.0312, after Holm*",
             f"{ID}  {METRIC} = 0 < max_loss 5% below 1 of the baseline 0001_v1 = 0.95 (n = 5, standard error 0; "
             "*worse: 5 of 5 samples, number 1, 2, 3, 4, 5)",
-            "against the baseline 0001_v1, on the same samples*",
-            "other settings: nudge: scale: 0.01 -> 30*",
+            "changes since the baseline 0001_v1 *",
+            "settings differ: nudge: scale: 0.01 -> 30*",
             f"{ID}  {METRIC}! *",
             f"SUBFAILED[[]{METRIC} max_loss_percent] test_inner.py::test_it[[]{ID}]*",
         ]
@@ -108,8 +108,8 @@ def test_another_seed_is_told_and_pairs_what_it_does_not_change(stored: Project)
         [
             f"*{ID}  recall = *: no_drop_p cannot be judged by the baseline 0001_v1: different facts were used, "
             "with seed 7 instead of seed 0*",
-            "other seed: seed 0 -> seed 7",
-            "other data: different edits",
+            "seed differs: seed 0 -> seed 7",
+            "data differ: edits",
         ]
     )
     assert "perplexity" not in "".join(line for line in result.outlines if "SUBFAILED" in line)
@@ -121,8 +121,8 @@ def test_other_data_cannot_be_compared(stored: Project) -> None:
     result.stdout.fnmatch_lines(
         [
             "*perplexity = *: max_loss_percent cannot be judged by the baseline 0001_v1: different texts were used*",
-            "other data: different texts",
-            "other settings: evaluate.texts: 200 -> 3",
+            "data differ: texts",
+            "settings differ: evaluate.texts: 200 -> 3",
         ]
     )
 
@@ -145,8 +145,8 @@ def test_another_model_is_refused_before_work(stored: Project, tmp_path: Path) -
         (["--lmcompose-compare=v2"], ["no stored run 'v2'", "Nothing is stored there yet"]),
         (["--lmcompose-compare", "."], ["'.' is a folder, not a stored run", "--lmcompose-compare=latest"]),
         (["--lmcompose-compare=none.json"], ["no stored run 'none.json'"]),
-        (["--lmcompose-compare=cut.json"], ["cut.json is broken or cut off", "store it again"]),
-        (["--lmcompose-compare=newer.json"], ["newer.json has the report schema 2", "install the pytest-lmcompose"]),
+        (["--lmcompose-compare=cut.json"], ["cut.json is broken or truncated", "store it again"]),
+        (["--lmcompose-compare=newer.json"], ["newer.json has report schema 2", "install the pytest-lmcompose"]),
         (["--lmcompose-require-baseline"], ["no run that passed is stored", "--lmcompose-save=NAME"]),
         (["--lmcompose-compare-fail=recall"], ["--lmcompose-compare-fail: 'recall'", "[COMPOSITION::]METRIC:LIMIT"]),
         (
@@ -207,8 +207,8 @@ def test_a_failed_run_is_stored_as_such_and_passed_over(stored: Project) -> None
     result.stdout.fnmatch_lines(
         [
             "lmcompose: comparing with */0001_v1.json of *; skipped failed runs: 0002_auto",
-            "against the baseline 0001_v1, on the same samples*",
-            "of 30 metrics 30 have not changed in any sample, and 0 by no more than noise; -v shows them",
+            "changes since the baseline 0001_v1 *",
+            "30 metrics compared: 30 identical, 0 within noise; -v shows them",
         ]
     )
     asked = stored.run("--lmcompose-compare=2", compose=(ID,))
@@ -227,7 +227,7 @@ def test_the_baseline_is_updated_only_from_committed_files(stored: Project) -> N
     fail = f"--lmcompose-compare-fail={METRIC}:5%"
     done = stored.run(update, fail, *WORSE, compose=(ID,))
     assert done.ret == pytest.ExitCode.OK  # the run takes the place of what it is worse than
-    done.stdout.fnmatch_lines([f"{ID}  average_bits!  *changed", "of 30 metrics *"])
+    done.stdout.fnmatch_lines([f"{ID}  average_bits!  *changed", "30 metrics compared: *"])
     assert runs(stored) == ["0001_v1.json", "0002_v1.json"]  # the history stays
     kept = read_report(stored.path / ".lmcompose" / "0002_v1.json")
     assert re.fullmatch(r"[0-9a-f]{40}", kept["stored"].pop("commit"))
@@ -260,7 +260,7 @@ def test_workers_compare_with_the_run_that_the_controller_chose(stored: Project)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines([f"{ID}  {METRIC} = 0 < max_loss 5% below 1 of the baseline 0001_v1 = 0.95 *"])
     result.stdout.fnmatch_lines(
-        ["failed: --lmcompose-compare-fail='rtn[*]::recall:1%': no composition whose test asks for gates matches*"]
+        ["failed: --lmcompose-compare-fail='rtn[*]::recall:1%': matches no composition that a test judges*"]
     )
     assert runs(stored) == ["0001_v1.json", "0002_late.json", "0003_auto.json"]
     assert read_report(stored.path / "report.json")["comparison"]["baseline"] == "0001_v1.json"

@@ -124,7 +124,7 @@ def test_compare_tells_of_other_circumstances(folder: Path) -> None:
     other = json.loads(json.dumps(OLD))
     other["environment"]["packages"]["torch"] = "9.9"
     (folder / "other.json").write_text(json.dumps(other))
-    assert "other versions: torch: 2.13.0 -> 9.9" in call("compare", "v1", "other.json").output
+    assert "versions differ: torch: 2.13.0 -> 9.9" in call("compare", "v1", "other.json").output
     other["model"]["architecture"] = "Other"
     (folder / "other.json").write_text(json.dumps(other))
     result = call("compare", "v1", "other.json")
@@ -137,7 +137,7 @@ def test_compare_tells_of_other_circumstances(folder: Path) -> None:
     ("run", "message"),
     [
         ("v11", "Did you mean"),
-        ("cut.json", "is broken or cut off"),
+        ("cut.json", "is broken or truncated"),
         ("newer.json", "install the pytest-lmcompose that wrote it, or a later one"),
     ],
 )
@@ -167,7 +167,7 @@ def test_report_writes_what_is_asked_for(folder: Path) -> None:
 def test_report_needs_a_target_that_can_be_written(folder: Path) -> None:
     assert call("report", "v1").exit_code == 2
     result = call("report", "v1", "--markdown=none/a.md")
-    assert result.exit_code == 2 and "does not exist; make it first" in result.stderr
+    assert result.exit_code == 2 and "does not exist; create it first" in result.stderr
 
 
 def test_none_of_them_needs_torch(folder: Path) -> None:

@@ -258,7 +258,7 @@ def test_what_no_paired_gate_can_judge_fails(tmp_path: Path) -> None:
         ([answers(80, 90)], base, "90 samples of the base model against 100"),
         ([broken], base, "the samples do not average to the value"),
         ([base], other, "the samples do not average to the value"),
-        ([few], few, "paired t: a single unit cannot be tested"),
+        ([few], few, "paired t: needs at least 2 independent samples"),
     ):
         found = only(judge(rules(tmp_path, NO_DROP), "memit", [after], before))
         assert not found.passed

@@ -13,10 +13,12 @@ import pytest
 import vl_convert  # noqa: F401  here, since it cannot be imported again when pytester has forgotten it
 from lxml import html as lxml_html
 
+from evaluators.registry import BUILT_IN
 from pytest_lmcompose.report import html
 from pytest_lmcompose.report.collect import SCHEMA_PATH
 from pytest_lmcompose.report.options import Outputs
 from pytest_lmcompose.report.write import write_reports
+from tests.plugin import documents
 from tests.plugin.browser import CHROMIUM, Page, browser
 from tests.plugin.conftest import Project
 from tests.plugin.documents import typed
@@ -71,15 +73,15 @@ def words(element: Any) -> str:
 
 def test_every_part_is_there(tree: Any) -> None:
     assert [words(heading) for heading in tree.iter("h2")] == [
-        "What failed",
+        "Failures",
         "Compositions",
-        "Against the baseline",
+        "Changes since the baseline",
         "Composability",
-        "What survived, and what came back",
-        "Against bits and sparsity",
+        "Survival and return",
+        "Effect of bits and sparsity",
         "Time and memory",
-        "Each composition",
-        "The run",
+        "Compositions in detail",
+        "Run",
     ]
     figures = {figure.get("id"): figure for figure in tree.iter("figure")}
     assert set(figures) == {
@@ -125,7 +127,7 @@ def test_what_the_run_itself_said_of_stored_ones() -> None:
     jsonschema.validate(document, json.loads(SCHEMA_PATH.read_text()))
     tree = lxml_html.fromstring(html.render(typed(document)))
     (section,) = tree.xpath("//section[@aria-labelledby='comparison']")
-    assert "Held against 0007_main.json, a run of 2025-12-30" in words(section.find("p"))
+    assert "Compared with 0007_main.json, a run of 2025-12-30" in words(section.find("p"))
     assert "versions: torch: 2.12.0 -> 2.13.0" in words(section.find("ul"))
     rows = [[words(cell) for cell in row] for row in section.xpath(".//tbody/tr")]
     assert rows[0][:6] == ["memit", "recall", "worse", "0.950", "0.900", "-0.050"]
@@ -204,7 +206,7 @@ def test_a_baseline_that_says_nothing_is_refused_in_words() -> None:
     other = rich(("base",))
     other["model"]["parameters"] = 5
     tree = lxml_html.fromstring(html.render(typed(rich(("base",))), typed(other)))
-    assert any("Nothing can be compared: another model" in words(p) for p in tree.iter("p"))
+    assert any("Not comparable: another model" in words(p) for p in tree.iter("p"))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -232,22 +234,65 @@ def test_in_a_browser(page: Page, file: Path, width: int) -> None:
     assert page.complaints() == []
 
 
+def suite_with_twenty_metrics() -> dict[str, Any]:
+    """Return a report of compositions with gates on twenty metrics: one failed, one a known loss."""
+    names = [metric.name for evaluator in BUILT_IN for metric in evaluator.metrics if "*" not in metric.name]
+    metrics = sorted(names, key=len)[-20:]  # the longest names
+    document = rich()
+    for record in document["compositions"]:
+        record["measurements"] = [documents.measurement(m, 0.123, 0.01, [0.1, 0.2], better=True) for m in metrics]
+        record["gates"] = [documents.gate(metric) for metric in metrics]
+    last = document["compositions"][-1]
+    last["gates"][-1] |= {"passed": False, "message": "misses"}
+    last["gates"][-2] |= {"gate": "lost", "message": "is lost, as is known"}
+    return document | {"composability": None}
+
+
+def test_twenty_metrics_fit_on_a_screen(page: Page, tmp_path: Path) -> None:
+    document, file = suite_with_twenty_metrics(), tmp_path / "wide.html"
+    file.write_text(html.render(typed(document)), encoding="utf-8")
+    page.open(file, 1440)
+    table = "document.getElementById('table-compositions').parentElement"
+    edges = page.run(f"[...{table}.tHead.rows[0].cells].map((cell) => cell.getBoundingClientRect().right)")
+    assert len(edges) == 24 and max(edges) <= 1440
+    assert page.run(f"{table}.parentElement.scrollWidth <= {table}.parentElement.clientWidth")
+    overlaps = f"[...{table}.querySelectorAll('th, td')].filter((cell) => cell.scrollWidth > cell.clientWidth).length"
+    assert page.run(overlaps) == 0
+    heads = page.run(f"[...{table}.tHead.rows[0].cells].map((cell) => cell.querySelector('span').textContent)")
+    gates = document["compositions"][-1]["gates"]
+    assert heads[2:4] == [gates[-1]["metric"], gates[-2]["metric"]]  # the failed one, then the known loss
+
+
+def test_known_losses_are_a_state_of_their_own() -> None:
+    document = rich(("base", "memit"))
+    for gate in document["compositions"][1]["gates"]:
+        gate |= {"gate": "lost", "message": "memit  recall is lost, as is known", "passed": True}
+    tree = lxml_html.fromstring(html.render(typed(document)))
+    assert words(tree.find(".//h1")) == "known loss all 2 gates passed, 2 known losses"
+    base, memit = (
+        [words(cell) for cell in row]
+        for row in tree.get_element_by_id("table-compositions").getparent().xpath(".//tbody/tr")
+    )
+    assert base[1] == "passed" and memit[1] == "known loss 2 known losses"
+    assert sum("known loss" in text for text in memit[2:]) == 2 and not any("known loss" in text for text in base)
+
+
 def test_sorting_by_keyboard(page: Page, small: Path) -> None:
     page.open(small, 1440)
     column = "[...document.querySelectorAll('#table-compositions ~ tbody > tr')].map((r) => r.cells[{}].textContent)"
     page.run("document.getElementById('filter').focus()")
-    for _ in range(5):  # the table's box, then headings: composition, gates, edits, recall
+    for _ in range(4):  # the table's box, then headings: composition, gates, recall
         page.press("Tab")
     focused = "document.activeElement"
     assert page.run(f"{focused}.textContent").startswith("recall")
     assert page.run(f"getComputedStyle({focused}).outlineStyle") == "solid"
     page.press("Enter")
     assert page.run(f"{focused}.closest('th').getAttribute('aria-sort')") == "ascending"
-    values = [float(text.split()[0]) for text in page.run(column.format(3))]
+    values = [float(text.split()[0]) for text in page.run(column.format(2))]
     assert values == sorted(values)
     page.press("Enter")
     assert page.run(f"{focused}.closest('th').getAttribute('aria-sort')") == "descending"
-    assert [float(text.split()[0]) for text in page.run(column.format(3))] == sorted(values, reverse=True)
+    assert [float(text.split()[0]) for text in page.run(column.format(2))] == sorted(values, reverse=True)
     assert page.run("document.querySelectorAll('#table-compositions ~ thead [aria-sort=none]').length") == 9
 
 
@@ -259,7 +304,7 @@ def test_finding_a_composition_and_going_to_it(page: Page, small: Path) -> None:
     )
     rows = "[...document.querySelectorAll('#table-compositions ~ tbody > tr')].filter((row) => !row.hidden)"
     assert page.run(f"{rows}.map((row) => row.cells[0].textContent.trim())") == ["rmu+awq", "rmu+relearn"]
-    assert page.run("document.getElementById('told').textContent") == "2 of 5 shown"
+    assert page.run("document.getElementById('filter-status').textContent") == "2 of 5 shown"
     page.run(f"{rows}[1].querySelector('a').click()")
     page.wait("document.getElementById('c5').open")
     assert page.run("document.querySelector('#c5 > summary h3').textContent") == "rmu+relearn"
@@ -337,6 +382,5 @@ def test_without_the_extra_the_page_has_no_figures_and_says_which_extra_brings_t
     assert "vegaEmbed =" not in page and "<figure" not in page
     assert "memit+awq" in page and "pip install &#39;pytest-lmcompose[html]&#39;" in page
     assert told == [
-        f"lmcompose: {tmp_path / 'page.html'}: the page has no figures; they need the extra html: "
-        "pip install 'pytest-lmcompose[html]'"
+        f"lmcompose: {tmp_path / 'page.html'}: no figures; install the extra html: pip install 'pytest-lmcompose[html]'"
     ]

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
+from typing import cast
 from xml.etree import ElementTree
 
 import pytest
 
+from pytest_lmcompose.composition import parse
+from pytest_lmcompose.composition_run import Result
+from pytest_lmcompose.report.collect import Collected
+from pytest_lmcompose.report.junit import properties_of, run_properties
 from tests.plugin.conftest import Project
+from tests.plugin.documents import typed_record
+from tests.plugin.rich_documents import rich
 
 
 def properties(element: ElementTree.Element) -> dict[str, str]:
@@ -57,6 +65,19 @@ def test_metrics_and_verdicts(project: Project) -> None:
     assert (suite["lmcompose.gates"], suite["lmcompose.gates.failed"]) == ("6", "3")
     assert tests["nudge"]["lmcompose.gate.edit_success_f1.max"].startswith("passed: nudge  edit_success_f1 = ")
     assert tests["nudge"]["lmcompose.gate.perplexity.max"].startswith("failed: nudge  perplexity = ")
+
+
+def test_known_losses_are_counted_apart() -> None:
+    document = rich(("base", "memit"))
+    document["compositions"][1]["gates"][0] |= {"gate": "lost", "message": "is lost, as is known"}
+    records = {record["id"]: typed_record(record) for record in document["compositions"]}
+    suite = dict(run_properties(Collected(records=records), 0, "finished"))
+    assert (suite["lmcompose.gates"], suite["lmcompose.gates.failed"], suite["lmcompose.gates.lost"]) == ("4", "0", "1")
+    result = types.SimpleNamespace(
+        composition=parse("memit"), state_hash=None, measurements=(), gates=records["memit"].gates
+    )
+    properties = dict(properties_of(cast(Result, result)))
+    assert properties["lmcompose.gate.recall.lost"] == "lost: is lost, as is known"
 
 
 def test_other_projects_get_no_property(pytester: pytest.Pytester) -> None:

@@ -30,7 +30,7 @@ def test_failed_gates_first_in_words_then_the_table() -> None:
     rows = cells(text, "composition")
     assert rows[0] == ["composition", "gates", "recall", "perplexity"]
     assert ["`awq[bits=3]`", "1 of 2 failed", "0.833", "8.290 ❌ failed"] in rows
-    assert ["`memit`", "passed", "0.992", "4.831"] in rows
+    assert ["`memit`", "2 passed", "0.992", "4.831"] in rows
     orders = cells(text, "steps")
     assert orders[2][:2] == ["awq \\& memit", "recall"]
     assert re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", orders[2][3])
@@ -41,8 +41,8 @@ def test_failed_gates_first_in_words_then_the_table() -> None:
 
 def test_what_changed_since_the_baseline() -> None:
     text = markdown.render(typed(rich(harm=0.25)), typed(rich()))
-    assert "**Against the baseline** of 2026-01-02T03:04:05+00:00: 18 worse, 9 better" in text
-    (_, _, first, *_) = [row for row in cells(text[text.index("**Against") :], "composition")]
+    assert "**Compared with the baseline** of 2026-01-02T03:04:05+00:00: 18 worse, 9 better" in text
+    (_, _, first, *_) = [row for row in cells(text[text.index("**Compared") :], "composition")]
     assert first[:6] == ["`memit`", "recall", "worse", "0.992", "0.742", "-0.250"]
     other = rich(("base",))
     other["model"]["parameters"] = 5
@@ -51,7 +51,7 @@ def test_what_changed_since_the_baseline() -> None:
 
 def test_what_the_run_itself_said_of_stored_ones() -> None:
     text = markdown.render(typed(compared()))
-    assert "**Against 0007\\_main.json** of 2025-12-30T00:00:00+00:00: 1 worse, 0 better" in text
+    assert "**Compared with 0007\\_main.json** of 2025-12-30T00:00:00+00:00: 1 worse, 0 better" in text
     assert "- versions: torch: 2.12.0 -\\> 2.13.0" in text
     assert "| `memit` | recall | worse | 0.950 | 0.900 | -0.050 | 0.001 |" in text
     assert "- `memit` recall got worse over 5 stored runs, by 0.060 in all" in text
@@ -72,6 +72,15 @@ def test_a_run_that_broke_off_and_one_without_gates() -> None:
     assert "| `rmu` | interrupted | - | - |" in text
     empty = {**broken_off(), "model": None, "compositions": []}
     assert markdown.render(typed(empty)).startswith("## ⚠️ lmcompose: no gate judged anything")
+
+
+def test_known_losses_are_a_state_of_their_own() -> None:
+    document = rich(("base", "memit"))
+    document["compositions"][1]["gates"][0] |= {"gate": "lost", "message": "memit  recall is lost, as is known"}
+    text = markdown.render(typed(document))
+    assert text.startswith("## ⚠️ lmcompose: all 3 gates passed, 1 known loss\n")
+    assert ["`memit`", "1 passed, 1 known loss", "0.992 ⚠️ known loss", "4.831"] in cells(text, "composition")
+    assert ["`base`", "2 passed", "0.992", "4.831"] in cells(text, "composition")
 
 
 def test_of_many_compositions_those_that_failed_stay() -> None:

@@ -92,7 +92,7 @@ def test_further_tasks_stand_beside_the_pools(loaded: tuple[Any, Any], tiny_worl
 
 
 def test_the_number_of_options_is_the_recipes(loaded: tuple[Any, Any], tiny_world: Path) -> None:
-    with pytest.raises(EvaluationError, match="4 choices where every question must have 5"):
+    with pytest.raises(EvaluationError, match="4 choices; every question must have 5"):
         metrics(loaded, tiny_world, WORLD, questions=True, options=5)
     assert metrics(loaded, tiny_world, WORLD, questions=True, options=None)
 
@@ -169,4 +169,4 @@ def test_every_metric_that_built_in_evaluators_make_is_described(loaded: tuple[A
         metric = find_metric(found.metric, higher_is_better=found.higher_is_better)
         assert metric.unit and metric.higher_is_better == found.higher_is_better, found.metric
         assert metric.low <= found.value <= metric.high, found.metric
-        assert metric.asks and metric.sampled == ("not sampled" not in found.note), found.metric
+        assert metric.data and metric.sampled == ("not sampled" not in found.note), found.metric

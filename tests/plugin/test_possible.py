@@ -32,7 +32,7 @@ def check(tmp_path: Path, metric: str, bounds: str) -> None:
 def laughs() -> Iterator[Evaluator]:
     """An evaluator of another package that says what it measures."""
     kinds = (
-        Metric("laughs", "count", low=0, high=10, asks="texts", targeted_by=("humour",)),
+        Metric("laughs", "count", low=0, high=10, data="texts", targeted_by=("humour",)),
         Metric("smile/*", "share", higher_is_better=False, low=0, high=1),
     )
     yield registry.register(

@@ -64,7 +64,7 @@ def test_numbers_that_are_not_finite_survive_as_what_they_were(value: float, sam
 def test_a_value_that_contradicts_its_word_is_damage() -> None:
     document = report({"a": {"m": [1.0]}})
     document["compositions"][0]["measurements"][0]["nonfinite"] = "inf"
-    with pytest.raises(ReportError, match="'m' in the composition 'a' without a value, or with two"):
+    with pytest.raises(ReportError, match="'m' in the composition 'a' needs exactly one of value and nonfinite"):
         decode(json.dumps(document))
 
 

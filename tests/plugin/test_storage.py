@@ -87,11 +87,14 @@ def test_runs_stored_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps(report(RUN))[:-40], "is broken or cut off: .*; store it again, or compare with another run"),
-        ("", "is broken or cut off"),
-        ("[]", "is no report of pytest-lmcompose"),
-        ("{}", "is no report of pytest-lmcompose"),
-        (json.dumps(report(RUN, schema_version=2)), "schema 2, and this version reads 1; install the pytest-lmcompose"),
+        (json.dumps(report(RUN))[:-40], "is broken or truncated: .*; store it again, or compare with another run"),
+        ("", "is broken or truncated"),
+        ("[]", "is not a pytest-lmcompose report"),
+        ("{}", "is not a pytest-lmcompose report"),
+        (
+            json.dumps(report(RUN, schema_version=2)),
+            "schema 2, but this version reads schema 1; install",
+        ),
         (json.dumps(report(RUN, schema_version="x")), "schema 'x', .* store it again"),
         (json.dumps({"schema_version": 1}), "is damaged: Object missing required field `status`"),
         (

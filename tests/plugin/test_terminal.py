@@ -42,6 +42,12 @@ def test_composition_by_metric_with_failures_marked() -> None:
     ]
 
 
+def test_known_losses_are_marked() -> None:
+    lost = replace(RECORDS[0], gates=tuple(replace(gate, gate="lost") for gate in RECORDS[0].gates))
+    (block,) = table([lost], 200, lambda metric: False)
+    assert block[1] == [Cell("base"), Cell("1.000", lost=True)] and block[1][1].state == "lost"
+
+
 def test_metrics_that_do_not_fit_go_into_another_block() -> None:
     blocks = table(RECORDS, 30, lambda metric: True)
     heads = [[cell.text for cell in block[0]] for block in blocks]

@@ -113,7 +113,7 @@ def test_what_goes_wrong_is_told_and_costs_nothing(offline: Path, monkeypatch: p
 
 def test_disabled_is_told(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with pytest.raises(RuntimeError, match="it is disabled, by WANDB_MODE or since nobody is logged in"):
+    with pytest.raises(RuntimeError, match="wandb is disabled: check WANDB_MODE, or log in"):
         track(Tracking("demo"), typed(broken_off()), "page")
 
 

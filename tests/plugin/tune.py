@@ -48,6 +48,6 @@ def _linears(model: Any) -> list[Any]:
 
 
 register(Thin)
-THINNED = Metric("thinned", "share", low=0, high=1, targeted_by=("tune",), asks="weights", headline=True)
+THINNED = Metric("thinned", "share", low=0, high=1, targeted_by=("tune",), data="weights", headline=True)
 NAMES = ("evaluators.settings:NoSettings", f"{__name__}:measure")
 register_evaluator(Evaluator("thinness", "layers that are thin", *NAMES, (THINNED,)))

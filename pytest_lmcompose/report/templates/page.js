@@ -5,8 +5,8 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let drawing = Promise.resolve();
 
-  // Drawings take the page's colours, so they are made anew when these change.
-  function look() {
+  // Figures use the page's colours; they are redrawn when the colour scheme changes.
+  function themeConfig() {
     const style = getComputedStyle(document.documentElement);
     const [fg, muted, line] = ["--fg", "--muted", "--line"].map((name) => style.getPropertyValue(name).trim());
     const font = getComputedStyle(document.body).fontFamily;
@@ -25,10 +25,10 @@
 
   async function draw() {
     document.documentElement.dataset.drawn = "no";
-    const config = look();
+    const config = themeConfig();
     for (const [i, canvas] of canvases.entries()) {
       try {
-        // Expressions are interpreted, since nothing may be compiled from text on this page.
+        // The Content-Security-Policy forbids eval, so expressions are interpreted.
         await vegaEmbed(canvas, specs[i], {
           actions: false,
           ast: true,
@@ -38,7 +38,7 @@
           tooltip: { theme: dark.matches ? "dark" : "light" },
         });
       } catch (error) {
-        canvas.textContent = "This could not be drawn; the table below has its numbers.";
+        canvas.textContent = "This figure could not be drawn; its numbers are in the table below.";
         console.error(error);
       }
     }
@@ -56,7 +56,7 @@
     return { missing: text === "-", value: /^[-+]?(\d|\.\d)/.test(text) ? value : NaN, text };
   }
 
-  // What is missing stands last, whichever way the rest is sorted.
+  // Missing values come last in both directions.
   function sort(heading) {
     const table = heading.closest("table");
     const column = heading.cellIndex;
@@ -82,7 +82,7 @@
       row.hidden = !row.cells[0].textContent.toLowerCase().includes(text.trim().toLowerCase());
       shown += row.hidden ? 0 : 1;
     }
-    document.getElementById("told").textContent = text.trim() ? `${shown} of ${rows.length} shown` : "";
+    document.getElementById("filter-status").textContent = text.trim() ? `${shown} of ${rows.length} shown` : "";
   }
 
   function open() {

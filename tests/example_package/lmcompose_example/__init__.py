@@ -7,5 +7,5 @@ REPETITION = Evaluator(
     "how often the model says again what it has just said",
     settings="lmcompose_example.settings:RepetitionSettings",
     function="lmcompose_example.repetition:repetition",
-    metrics=(Metric("repetition", "share", higher_is_better=False, low=0, high=1, asks="texts"),),
+    metrics=(Metric("repetition", "share", higher_is_better=False, low=0, high=1, data="texts"),),
 )
