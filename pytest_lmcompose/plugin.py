@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lmcompose import hookspec
+from pytest_lmcompose import hookspec, session_checks, session_header
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.distribute import threads
 from pytest_lmcompose.options import LOCAL, add_options, read_options
@@ -66,11 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ[variable] = path
             config.add_cleanup(partial(_forget, variable))
     if options.given:
-        session.check()
+        session_checks.check(session)
     if options.plan:  # made in this process alone
         config.option.dist, config.option.tx = "no", []
     if session.writes:
-        session.check_outputs()
+        session_checks.check_outputs(session)
     if session.writes and options.outputs.tracking is not None:
         from pytest_lmcompose.report.wandb import Tracker
 
@@ -137,7 +137,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     own.judged = _judged(session.items)
     own.check_packages()
     if own.writes and not own.options.plan and not session.config.option.collectonly:
-        for problem in own.unmatched():
+        for problem in session_checks.unmatched(own):
             raise pytest.UsageError(f"lmcompose: {problem}")
 
 
@@ -151,11 +151,11 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    return config.stash[SESSION].header()
+    return session_header.header(config.stash[SESSION])
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    return config.stash[SESSION].announced()
+    return session_header.announced(config.stash[SESSION])
 
 
 @pytest.fixture

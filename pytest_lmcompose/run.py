@@ -1,65 +1,39 @@
-"""One run in one process: the recipe, the model's states, and what was found about each composition.
+"""One run in one process: builds the model's states and measures them.
 
-Everything heavy is made when first asked for, so that a run that collects only imports no torch.
+Everything heavy is made when first needed, so that a run that only collects imports no torch.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from evaluators.measurement import EvaluationError, Measurement
-from interventions.registry import methods
-from pytest_lmcompose.baseline.history import choose
-from pytest_lmcompose.baseline.reference import Baseline, architecture, architecture_at
-from pytest_lmcompose.baseline.storage import StorageError
-from pytest_lmcompose.build.checkpoint import check_folder
-from pytest_lmcompose.cache.address import address, data_address, measurements_address
-from pytest_lmcompose.cache.folder import Cache
-from pytest_lmcompose.cache.journal import Journal
-from pytest_lmcompose.cache.remote import RemoteCache
-from pytest_lmcompose.cache.run_cache import RunCache, costs
+from evaluators.measurement import Measurement
+from pytest_lmcompose.baseline.reference import architecture
+from pytest_lmcompose.cache.address import measurements_address
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
-from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.counter import Counter
-from pytest_lmcompose.data.hashes import data_hashes, question_files
-from pytest_lmcompose.gate.possible import check_metrics
 from pytest_lmcompose.gate.repeats import Repeat, pooled
-from pytest_lmcompose.gate.thresholds import (
-    Rule,
-    check_compositions,
-    needs_baseline,
-    own_compositions,
-    read_expression,
-    read_rules,
-    without_losses,
-)
-from pytest_lmcompose.locate import model_location, model_overrides, world_folder
-from pytest_lmcompose.options import SUITE_FOLDER, Options
-from pytest_lmcompose.plan import Plan
-from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
+from pytest_lmcompose.options import Options
 from pytest_lmcompose.results import Model, Tokenisation
+from pytest_lmcompose.run_setup import CONF as CONF
+from pytest_lmcompose.run_setup import RunSetup
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
     from pytest_lmcompose.build.states import ModelState, StateManager
-    from pytest_lmcompose.data.run_data import RunData
     from pytest_lmcompose.steps import StepRecord
-
-CONF = SUITE_FOLDER / "conf"
 
 
 def ignore(*_: object) -> None:
     """Take what nobody wants to see."""
 
 
-class Run:
+class Run(RunSetup):
     """The work of a session, each part done once."""
 
     def __init__(
@@ -70,148 +44,15 @@ class Run:
         applied: Callable[[Composition, StepRecord], None] = ignore,
     ) -> None:
         """`progress` takes lines for the user, `doing` what is being done now, `applied` each step that was applied."""
-        self.options = options
+        super().__init__(options, progress)
         self.results: dict[Composition, Result] = {}
         self.touched: dict[Composition, Result] = {}
         """Results that may have changed since they were last sent on."""
-        self.baseline_chosen: str | None = None
-        """In a worker: the stored run that the controller compares with, empty if there is none."""
-        self.baseline_read = False
-        """Whether the stored run to compare with was looked for."""
         self.counter = Counter(options.repeats)
-        self._progress, self._applied = progress, applied
+        self._applied = applied
         self._doing: Callable[[str], None] = lambda text: doing("  ".join(filter(None, (str(self.counter), text))))
         self._manager: StateManager | None = None
         self._answers: dict[int, UneditedAnswers | None] = {}
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """The composed recipe; raises RecipeError."""
-        options = self.options
-        chosen = model_overrides(options.model, CONF, options.folder) if options.model else ()
-        suite = (f"suite={options.suite}",) if options.suite else ()
-        return load_recipe(CONF, (*chosen, *suite, *options.overrides))
-
-    @cached_property
-    def rules(self) -> tuple[Rule, ...]:
-        """The thresholds, then the expressions of the command line; raises ThresholdError."""
-        rules = read_rules(self.options.thresholds)
-        own_file = self.options.thresholds == SUITE_FOLDER / "thresholds.yaml"
-        if own_file and not Path(self.location).is_relative_to(SUITE_FOLDER):
-            rules = without_losses(rules)  # which the suite accepts for its own model, and nobody for another
-        return (*rules, *map(read_expression, self.options.baselines.fail))
-
-    @cached_property
-    def baseline(self) -> Baseline | None:
-        """The stored run to compare with; raises StorageError."""
-        options, chosen = self.options, self.baseline_chosen
-        if chosen is None:
-            found = choose(options.baselines, options.folder, needed=needs_baseline(self.rules))
-        else:
-            found = Baseline.read(Path(chosen)) if chosen else None
-        self.baseline_read = True
-        return found
-
-    @cached_property
-    def compositions(self) -> tuple[Composition, ...]:
-        """The compositions to test: those given, else the suite's; raises RecipeError."""
-        if self.options.compose:
-            return tuple(dict.fromkeys(self.recipe.read(text) for text in self.options.compose))
-        return self.recipe.suite_compositions()
-
-    @cached_property
-    def location(self) -> str:
-        """Where the model is: a folder or a hub id; raises RecipeError."""
-        return model_location(self.recipe.model.path, self.options.folder)
-
-    def check(self) -> None:
-        """Find everything that is wrong with the options before any work.
-
-        Raises RecipeError, ModelError, ThresholdError or StorageError.
-        """
-        _ = self.compositions, self.rules
-        if Path(self.location).exists():
-            check_folder(Path(self.location))
-        check_compositions(self.rules, self.options.thresholds, methods())
-        world = self.recipe.world
-        check_metrics(
-            self.rules,
-            self.options.thresholds,
-            world,
-            self.recipe.evaluate,
-            world_folder(world.folder, self.options.folder),
-        )
-        for name in own_compositions(self.rules):
-            try:
-                self.recipe.read(name)
-            except RecipeError as error:
-                raise RecipeError(f"{self.options.thresholds}: {error}") from None
-        build = architecture_at(self.location) if self.baseline is not None else None
-        if self.baseline is not None and (problem := self.baseline.unlike(build)) is not None:
-            raise StorageError(f"{self.baseline.path} cannot be compared with {self.location}: {problem}")
-        self._check_tasks(world_folder(self.recipe.world.folder, self.options.folder))
-
-    def _check_tasks(self, folder: Path) -> None:
-        """Raise RecipeError for a world whose task files would run code, unless the recipe trusts them."""
-        world, evaluate = self.recipe.world, self.recipe.evaluate
-        if world.tasks is None or world.trust_code or not evaluate.questions:
-            return
-        from evaluators.task_code import refuse_code
-
-        try:
-            refuse_code(folder / world.tasks)
-        except EvaluationError as error:
-            raise RecipeError(str(error)) from None
-
-    @cached_property
-    def data(self) -> tuple[RunData, ...]:
-        """The edits, facts and texts of each repeat; raises WorldError."""
-        from pytest_lmcompose.data.run_data import load_data
-
-        folder = world_folder(self.recipe.world.folder, self.options.folder)
-        return tuple(load_data(self.recipe.world, self.recipe.evaluate, folder, seed) for seed in self.seeds)
-
-    @property
-    def seeds(self) -> range:
-        """The seed of each repeat."""
-        return range(self.options.seed, self.options.seed + self.options.repeats)
-
-    @cached_property
-    def store(self) -> Cache | None:
-        """Finished work of this and other runs, unless the user wants none."""
-        options = self.options
-        if options.cache_dir is None:
-            return None
-        if options.cache_url is not None:
-            return RemoteCache(options.cache_url, options.cache_dir, options.cache_size, self._progress)
-        return Cache(options.cache_dir, options.cache_size, self._progress)
-
-    @cached_property
-    def run_cache(self) -> RunCache | None:
-        """This run's part of the store."""
-        if self.store is None:
-            return None
-        return RunCache(self.store, self.recipe.model.path)
-
-    @cached_property
-    def journal(self) -> Journal | None:
-        """Notes of what this run has finished, for one that goes on if it is killed."""
-        if self.store is None:
-            return None
-        options = self.options
-        asked = address(
-            recipe=self.recipe.plain(), model=self.location, compose=options.compose, seeds=list(self.seeds)
-        )
-        return Journal(self.store.folder, asked)
-
-    def plan(self, compositions: Iterable[Composition]) -> Iterator[str]:
-        """Yield the plan of `compositions`, a line each."""
-        return Plan.of(compositions).lines(self.costs, repeats=len(self.seeds))
-
-    @cached_property
-    def costs(self) -> Costs:
-        """What earlier runs tell of the cost of steps and evaluations."""
-        return Costs() if self.store is None else costs(self.store, self.recipe.model.path)
 
     def prepare(self, composition: Composition) -> tuple[str, ...]:
         """Build the state of `composition` in every repeat and return its addresses; raises BuildError."""
@@ -292,14 +133,8 @@ class Run:
             result.evaluate_seconds = sum(repeat.evaluate_seconds for repeat in repeats)
         return result.measurements
 
-    @cached_property
-    def data_hashes(self) -> dict[str, str]:
-        """Hashes of the parts of the data; raises WorldError."""
-        world = self.recipe.world
-        return data_hashes(self.data, world, self.recipe.evaluate, world_folder(world.folder, self.options.folder))
-
     def _repeat(self, composition: Composition, number: int) -> Repeat:
-        """Return one repeat of `composition` from the store, or build and measure it."""
+        """Return one repeat of `composition` from the cache, or build and measure it."""
         run_cache = self.run_cache
         if run_cache is None:
             return self._measure(composition, number)
@@ -315,14 +150,7 @@ class Run:
         """Return the content address of the measurements of one repeat."""
         state = self.managers[number].address(composition)
         world, evaluate = self.recipe.world, self.recipe.evaluate
-        return measurements_address(state, self._data_addresses[number], world, evaluate)
-
-    @cached_property
-    def _data_addresses(self) -> tuple[str, ...]:
-        """The hash of all that the evaluators ask, by repeat."""
-        world = self.recipe.world
-        files = question_files(world, self.recipe.evaluate, world_folder(world.folder, self.options.folder))
-        return tuple(data_address(data, files) for data in self.data)
+        return measurements_address(state, self.data_addresses[number], world, evaluate)
 
     def _measure(self, composition: Composition, number: int) -> Repeat:
         """Build and measure one repeat of `composition`; the model's state is left as found."""
@@ -340,7 +168,7 @@ class Run:
                 self.recipe.world,
                 self.recipe.evaluate,
                 unedited,
-                **self._shown_evaluators(measure_state, composition),
+                lambda name, k, n: self._doing(f"{composition}  measuring {name} ({k}/{n})"),
             )
             end = time.perf_counter()
         self._count(composition, end - begun, f"{end - start:.1f} s to measure")
@@ -351,14 +179,6 @@ class Run:
         self.counter.measured(composition, seconds)
         counted = str(self.counter) if composition in self.counter.expected else ""
         self._progress(f"{composition}  {counted}{': ' if counted else ''}{done}")
-
-    def _shown_evaluators(self, measure: Callable[..., Any], composition: Composition) -> dict[str, Any]:
-        """Return the argument that shows which evaluator runs, if `measure` takes it."""
-
-        def show(name: str, k: int, n: int) -> None:
-            self._doing(f"{composition}  measuring {name} ({k}/{n})")
-
-        return {"progress": show} if "progress" in inspect.signature(measure).parameters else {}
 
     def _unedited(self, number: int) -> UneditedAnswers | None:
         """Return the base model's answers about the edits of a repeat, asked once."""

@@ -7,11 +7,9 @@ Until a test or an option asks for a composition, neither torch nor Hydra is imp
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,10 +18,9 @@ from pytest_lmcompose import shadow
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.failures import plain_failures, usage_errors
-from pytest_lmcompose.options import LOCAL, Options, asked_for_distribution
+from pytest_lmcompose.options import Options, asked_for_distribution
 from pytest_lmcompose.plan import Plan, Planned, Remaining
 from pytest_lmcompose.progress import Progress
-from pytest_lmcompose.report.files import check_targets
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
@@ -40,8 +37,6 @@ BASELINE_INPUT = "lmcompose_baseline"
 """Name under which workers are told which stored run the controller compares with."""
 PLAN_OUTPUT = "lmcompose_plan"
 """Name under which workers say what the whole run tests."""
-
-
 PROPERTY = "lmcompose"
 """Name under which results travel in the reports of tests."""
 
@@ -115,64 +110,6 @@ class Session:
 
         return GateEvaluator(self.run)
 
-    def check(self) -> None:
-        """Check all options before collection; raises pytest.UsageError."""
-        baselines = self.options.baselines
-        with usage_errors():
-            self.run.check()
-            if self.writes and self.options.engine == LOCAL:  # others may have devices of their own
-                from pytest_lmcompose.devices import check_device
-
-                check_device(self.options.device)
-            if self.writes and baselines.update:
-                from pytest_lmcompose.baseline.history import check_tree
-
-                check_tree(baselines, self.config.rootpath)
-        if baselines.stores and self.options.shard is not None:
-            raise pytest.UsageError("--lmcompose-shard: store the whole run after `lmcompose merge` has joined it")
-
-    def check_outputs(self) -> None:
-        """Make sure that every report can be written, and overwrites nothing that is read; raises pytest.UsageError."""
-        targets = self.options.targets
-        if not targets:
-            return
-        with usage_errors():
-            check_targets(targets, self._inputs())
-
-    def _inputs(self) -> dict[str, Path]:
-        """Return the files and folders that no report may overwrite, by what they are."""
-        from pytest_lmcompose.baseline.storage import Storage
-        from pytest_lmcompose.locate import world_folder  # with Hydra
-
-        config, options = self.config, self.options
-        found = {"the file of thresholds": options.thresholds, "the model's folder": Path(self.run.location)}
-        found["the world's folder"] = world_folder(self.run.recipe.world.folder, options.folder)
-        if self.run.baseline is not None:
-            found["the stored run to compare with"] = self.run.baseline.path
-        found |= {f"the stored run {run}": run.path for run in Storage(options.baselines.storage).runs()}
-        if config.inipath is not None:
-            found["the file of pytest's settings"] = config.inipath
-        if (junit := getattr(config.option, "xmlpath", None)) is not None:
-            found["the file of --junitxml"] = options.folder / os.path.expanduser(junit)
-        return found
-
-    def unmatched(self) -> list[str]:
-        """Return why expressions of the command line would judge nothing."""
-        if self.planned is None or not self.options.baselines.fail:
-            return []
-        from pytest_lmcompose.report.planned import unmatched
-
-        return list(unmatched(self.run.rules, self.planned.judged))
-
-    def dropped(self) -> list[str]:
-        """Return which expressions of the command line hold for compositions that nobody tests any more."""
-        baselines, baseline = self.options.baselines, self.run.baseline
-        if self.planned is None or not baselines.fail or baseline is None or baselines.update:
-            return []
-        from pytest_lmcompose.report.planned import dropped
-
-        return list(dropped(self.run.rules, self.planned.tested, baseline))
-
     def check_packages(self) -> None:
         """Raise pytest.UsageError if collection has brought packages that ours hide."""
         if self.in_use:
@@ -230,7 +167,7 @@ class Session:
     def _working(self) -> Iterator[None]:
         """Show what is being done, and afterwards failures as tests have them."""
         if self.writes and not self.run.counter.expected:  # workers do not know what others do
-            self.run.counter.expected = frozenset(self._expected)
+            self.run.counter.expected = frozenset(self.expected)
         try:
             with plain_failures(self._stop):
                 yield
@@ -260,7 +197,7 @@ class Session:
 
     def expect(self, compositions: Sequence[Composition]) -> None:
         """Take note of the compositions of all tests of this process."""
-        self._expected = compositions
+        self.expected = compositions
         self._remaining = Remaining(compositions)
 
     def tested(self, composition: Composition, following: Composition | None) -> None:
@@ -290,52 +227,10 @@ class Session:
         self.nothing_here = bool(found) and not any(found)
         return found
 
-    def header(self) -> list[str]:
-        """Return what stands above the tests: the shard, and how far the run had come that is resumed."""
-        shard = [] if self.options.shard is None else [f"lmcompose: shard {self.options.shard}"]
-        return [*shard, *self._resumed(), *self._compared()]
-
-    def announced(self) -> list[str]:
-        """Return what stands above the results, where compositions are tested: the model, and what it is asked."""
-        tested = dict.fromkeys(self._expected)
-        if not tested or self.options.plan or self.config.option.verbose < 0:
-            return []
-        with usage_errors():
-            recipe, location = self.run.recipe, self.run.location
-        count = f"{len(tested)} composition{'s' * (len(tested) != 1)}"
-        where = "" if location == recipe.model.path else f" ({location})"
-        return [f"lmcompose: {count} of the model {recipe.model.path}{where}, on the world {recipe.world.folder}"]
-
-    def _compared(self) -> list[str]:
-        if not self.options.baselines.compares:
-            return []
-        baseline = self.run.baseline
-        if baseline is None:
-            return ["lmcompose: there is no stored run to compare with yet"]
-        failed = f"; skipped failed runs: {', '.join(baseline.passed_over)}" if baseline.passed_over else ""
-        return [f"lmcompose: comparing with {baseline.path} of {baseline.report.started}{failed}"]
-
-    def _resumed(self) -> list[str]:
-        if not self.options.resume:
-            return []
-        with usage_errors():
-            journal = self.run.journal
-        left = journal.interrupted() if journal is not None else None
-        if left is None:
-            return ["lmcompose: no interrupted run with these options; results in the cache are reused"]
-        began = datetime.datetime.fromtimestamp(left.began).isoformat(" ", "seconds")
-        return [f"lmcompose: resuming the run of {began}: {len(left.finished)} compositions had finished"]
-
-    def how_to_resume(self) -> str:
-        """Return what the user of a run that was stopped can do."""
-        if self.options.cache_dir is None:
-            return "lmcompose: stopped; nothing was kept, so it cannot be resumed: run it without --lmcompose-no-cache"
-        return "lmcompose: stopped; add --lmcompose-resume to the same command to go on"
-
     def write_plan(self, reporter: pytest.TerminalReporter) -> None:
         """Print the plan of the tests that were collected."""
         reporter.ensure_newline()
-        for line in self.run.plan(self._expected):
+        for line in self.run.plan(self.expected):
             reporter.write_line(line)
 
     def send(self, item: pytest.Item) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_lmcompose import hookspec as hooks
+from pytest_lmcompose import session_checks
 from pytest_lmcompose.gate.advice import advice
 from pytest_lmcompose.report.collect import make_report, now, write
 from pytest_lmcompose.report.files import TargetError
@@ -17,6 +18,7 @@ from pytest_lmcompose.report.sections import write_composability, write_paired
 from pytest_lmcompose.report.terminal import write_summary
 from pytest_lmcompose.report.write import write_reports
 from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
+from pytest_lmcompose.session_header import how_to_resume
 
 if TYPE_CHECKING:
     from pytest_lmcompose.baseline.history import Outcome
@@ -125,7 +127,7 @@ class SessionReport:
             self._write_compared(reporter)
             self._write_next(reporter)
         if self._stopped and self._session.begun:
-            reporter.write_line(self._session.how_to_resume(), yellow=True)
+            reporter.write_line(how_to_resume(self._session), yellow=True)
         for path in (self._options.json, *self._options.outputs.files.values()):
             if path is not None and path.is_file():
                 reporter.write_line(f"lmcompose report: {path}")
@@ -145,7 +147,7 @@ class SessionReport:
         if not options.baselines.fail:
             return []
         # Those that match nothing are known before any work where there are no workers.
-        if found := [*self._session.unmatched(), *self._session.dropped()]:
+        if found := [*session_checks.unmatched(self._session), *session_checks.dropped(self._session)]:
             return found
         here = self._collected.records
         rules = [rule for rule in run.rules if options.shard is None or any(rule.covers(name) for name in here)]

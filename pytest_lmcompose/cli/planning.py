@@ -23,11 +23,12 @@ class _Plan:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> int:
+        from pytest_lmcompose import session_checks
         from pytest_lmcompose.options import read_options
         from pytest_lmcompose.session import Session
 
         session = Session(config, read_options(config))
-        session.check()
+        session_checks.check(session)
         compositions, shard = session.compositions(), session.options.shard
         mine = frozenset(compositions) if shard is None else shard.of(compositions)
         self.lines += session.run.plan(c for c in compositions if c in mine)

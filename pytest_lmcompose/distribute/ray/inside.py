@@ -47,7 +47,7 @@ class Inside:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> None:
-        store = self._session.run.store
+        store = self._session.run.cache
         for path in sorted((self._folder / "in").iterdir()):
             if store is not None and not store.holds(path.name):
                 store.adopt(path.name, path)
@@ -63,15 +63,15 @@ class Inside:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         run, leaves = self._session.run, self._part["leaves"]
-        if leaves is None or run.store is None or session.shouldstop or session.shouldfail:
+        if leaves is None or run.cache is None or session.shouldstop or session.shouldfail:
             return
         try:
             addresses = run.prepare(parse(leaves))
         except BuildError:  # the tests behind it fail with it, and tell it
             return
         for address in addresses:
-            if run.store.holds(address):  # unless it is too large to be kept
-                run.store.pack(address, self._folder / "out" / address)
+            if run.cache.holds(address):  # unless it is too large to be kept
+                run.cache.pack(address, self._folder / "out" / address)
 
     @property
     def _session(self) -> Session:

@@ -1,0 +1,195 @@
+"""What a run is made of, before a model is loaded: recipe, rules, baseline, data, cache. Each part is made once.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaluators.measurement import EvaluationError
+from interventions.registry import methods
+from pytest_lmcompose.baseline.history import choose
+from pytest_lmcompose.baseline.reference import Baseline, architecture_at
+from pytest_lmcompose.baseline.storage import StorageError
+from pytest_lmcompose.build.checkpoint import check_folder
+from pytest_lmcompose.cache.address import address, data_address
+from pytest_lmcompose.cache.folder import Cache
+from pytest_lmcompose.cache.journal import Journal
+from pytest_lmcompose.cache.remote import RemoteCache
+from pytest_lmcompose.cache.run_cache import RunCache, costs
+from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.costs import Costs
+from pytest_lmcompose.data.hashes import data_hashes, question_files
+from pytest_lmcompose.gate.possible import check_metrics
+from pytest_lmcompose.gate.thresholds import (
+    Rule,
+    check_compositions,
+    needs_baseline,
+    own_compositions,
+    read_expression,
+    read_rules,
+    without_losses,
+)
+from pytest_lmcompose.locate import model_location, model_overrides, world_folder
+from pytest_lmcompose.options import SUITE_FOLDER, Options
+from pytest_lmcompose.plan import Plan
+from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.data.run_data import RunData
+
+CONF = SUITE_FOLDER / "conf"
+
+
+class RunSetup:
+    """What the options ask for."""
+
+    def __init__(self, options: Options, progress: Callable[[str], None]) -> None:
+        """`progress` takes lines for the user."""
+        self.options = options
+        self.baseline_chosen: str | None = None
+        """In a worker: the stored run that the controller compares with, empty if there is none."""
+        self.baseline_read = False
+        """Whether the stored run to compare with was looked for."""
+        self._progress = progress
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The composed recipe; raises RecipeError."""
+        options = self.options
+        chosen = model_overrides(options.model, CONF, options.folder) if options.model else ()
+        suite = (f"suite={options.suite}",) if options.suite else ()
+        return load_recipe(CONF, (*chosen, *suite, *options.overrides))
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The thresholds, then the expressions of the command line; raises ThresholdError."""
+        rules = read_rules(self.options.thresholds)
+        own_file = self.options.thresholds == SUITE_FOLDER / "thresholds.yaml"
+        if own_file and not Path(self.location).is_relative_to(SUITE_FOLDER):
+            rules = without_losses(rules)  # which the suite accepts for its own model, and nobody for another
+        return (*rules, *map(read_expression, self.options.baselines.fail))
+
+    @cached_property
+    def baseline(self) -> Baseline | None:
+        """The stored run to compare with; raises StorageError."""
+        options, chosen = self.options, self.baseline_chosen
+        if chosen is None:
+            found = choose(options.baselines, options.folder, needed=needs_baseline(self.rules))
+        else:
+            found = Baseline.read(Path(chosen)) if chosen else None
+        self.baseline_read = True
+        return found
+
+    @cached_property
+    def compositions(self) -> tuple[Composition, ...]:
+        """The compositions to test: those given, else the suite's; raises RecipeError."""
+        if self.options.compose:
+            return tuple(dict.fromkeys(self.recipe.read(text) for text in self.options.compose))
+        return self.recipe.suite_compositions()
+
+    @cached_property
+    def location(self) -> str:
+        """Where the model is: a folder or a hub id; raises RecipeError."""
+        return model_location(self.recipe.model.path, self.options.folder)
+
+    @property
+    def world_folder(self) -> Path:
+        """The folder of the world's files."""
+        return world_folder(self.recipe.world.folder, self.options.folder)
+
+    @property
+    def seeds(self) -> range:
+        """The seed of each repeat."""
+        return range(self.options.seed, self.options.seed + self.options.repeats)
+
+    def check(self) -> None:
+        """Find everything that is wrong with the options before any work.
+
+        Raises RecipeError, ModelError, ThresholdError or StorageError.
+        """
+        _ = self.compositions
+        if Path(self.location).exists():
+            check_folder(Path(self.location))
+        check_compositions(self.rules, self.options.thresholds, methods())
+        recipe, thresholds = self.recipe, self.options.thresholds
+        check_metrics(self.rules, thresholds, recipe.world, recipe.evaluate, self.world_folder)
+        for name in own_compositions(self.rules):
+            try:
+                self.recipe.read(name)
+            except RecipeError as error:
+                raise RecipeError(f"{thresholds}: {error}") from None
+        baseline = self.baseline
+        if baseline is not None and (problem := baseline.unlike(architecture_at(self.location))) is not None:
+            raise StorageError(f"{baseline.path} cannot be compared with {self.location}: {problem}")
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        """Raise RecipeError for a world whose task files would run code, unless the recipe trusts them."""
+        world, evaluate = self.recipe.world, self.recipe.evaluate
+        if world.tasks is None or world.trust_code or not evaluate.questions:
+            return
+        from evaluators.task_code import refuse_code
+
+        try:
+            refuse_code(self.world_folder / world.tasks)
+        except EvaluationError as error:
+            raise RecipeError(str(error)) from None
+
+    @cached_property
+    def data(self) -> tuple[RunData, ...]:
+        """The edits, facts and texts of each repeat; raises WorldError."""
+        from pytest_lmcompose.data.run_data import load_data
+
+        recipe, folder = self.recipe, self.world_folder
+        return tuple(load_data(recipe.world, recipe.evaluate, folder, seed) for seed in self.seeds)
+
+    @cached_property
+    def cache(self) -> Cache | None:
+        """States and measurements of all runs; None with --lmcompose-no-cache."""
+        options = self.options
+        if options.cache_dir is None:
+            return None
+        if options.cache_url is not None:
+            return RemoteCache(options.cache_url, options.cache_dir, options.cache_size, self._progress)
+        return Cache(options.cache_dir, options.cache_size, self._progress)
+
+    @cached_property
+    def run_cache(self) -> RunCache | None:
+        """The cache, for the model of this run."""
+        if self.cache is None:
+            return None
+        return RunCache(self.cache, self.recipe.model.path)
+
+    @cached_property
+    def journal(self) -> Journal | None:
+        """What this run has finished, for `--lmcompose-resume`."""
+        if self.cache is None:
+            return None
+        options = self.options
+        name = address(recipe=self.recipe.plain(), model=self.location, compose=options.compose, seeds=list(self.seeds))
+        return Journal(self.cache.folder, name)
+
+    def plan(self, compositions: Iterable[Composition]) -> Iterator[str]:
+        """Yield the plan of `compositions`, a line each."""
+        return Plan.of(compositions).lines(self.costs, repeats=len(self.seeds))
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What steps and evaluations took in earlier runs."""
+        return Costs() if self.cache is None else costs(self.cache, self.recipe.model.path)
+
+    @cached_property
+    def data_hashes(self) -> dict[str, str]:
+        """Hashes of the parts of the data; raises WorldError."""
+        return data_hashes(self.data, self.recipe.world, self.recipe.evaluate, self.world_folder)
+
+    @cached_property
+    def data_addresses(self) -> tuple[str, ...]:
+        """The hash of everything that evaluators read, by repeat."""
+        files = question_files(self.recipe.world, self.recipe.evaluate, self.world_folder)
+        return tuple(data_address(data, files) for data in self.data)

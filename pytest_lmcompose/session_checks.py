@@ -1,0 +1,78 @@
+"""Checks of the options before any work: each raises pytest.UsageError or returns lines for the user."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_lmcompose.failures import usage_errors
+from pytest_lmcompose.options import LOCAL
+from pytest_lmcompose.report.files import check_targets
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.session import Session
+
+
+def check(session: Session) -> None:
+    """Check all options before collection; raises pytest.UsageError."""
+    baselines = session.options.baselines
+    with usage_errors():
+        session.run.check()
+        if session.writes and session.options.engine == LOCAL:  # others may have devices of their own
+            from pytest_lmcompose.devices import check_device
+
+            check_device(session.options.device)
+        if session.writes and baselines.update:
+            from pytest_lmcompose.baseline.history import check_tree
+
+            check_tree(baselines, session.config.rootpath)
+    if baselines.stores and session.options.shard is not None:
+        raise pytest.UsageError("--lmcompose-shard: store the whole run after `lmcompose merge` has joined it")
+
+
+def check_outputs(session: Session) -> None:
+    """Make sure that every report can be written, and overwrites nothing that is read; raises pytest.UsageError."""
+    targets = session.options.targets
+    if not targets:
+        return
+    with usage_errors():
+        check_targets(targets, _inputs(session))
+
+
+def _inputs(session: Session) -> dict[str, Path]:
+    """Return the files and folders that no report may overwrite, by what they are."""
+    from pytest_lmcompose.baseline.storage import Storage
+
+    config, options = session.config, session.options
+    found = {"the file of thresholds": options.thresholds, "the model's folder": Path(session.run.location)}
+    found["the world's folder"] = session.run.world_folder
+    if session.run.baseline is not None:
+        found["the stored run to compare with"] = session.run.baseline.path
+    found |= {f"the stored run {run}": run.path for run in Storage(options.baselines.storage).runs()}
+    if config.inipath is not None:
+        found["the file of pytest's settings"] = config.inipath
+    if (junit := getattr(config.option, "xmlpath", None)) is not None:
+        found["the file of --junitxml"] = options.folder / os.path.expanduser(junit)
+    return found
+
+
+def unmatched(session: Session) -> list[str]:
+    """Return why expressions of the command line would judge nothing."""
+    if session.planned is None or not session.options.baselines.fail:
+        return []
+    from pytest_lmcompose.report import planned
+
+    return list(planned.unmatched(session.run.rules, session.planned.judged))
+
+
+def dropped(session: Session) -> list[str]:
+    """Return which expressions of the command line hold for compositions that nobody tests any more."""
+    baselines, baseline = session.options.baselines, session.run.baseline
+    if session.planned is None or not baselines.fail or baseline is None or baselines.update:
+        return []
+    from pytest_lmcompose.report import planned
+
+    return list(planned.dropped(session.run.rules, session.planned.tested, baseline))
