@@ -11,8 +11,8 @@ from pytest_lmcompose.costs import duration
 class Counter:
     """Counts the compositions of a run that were measured.
 
-    The estimate comes from what measured compositions took themselves. Loading the model, states that others are
-    compared with, and what was read from the store do not count as work that was done.
+    The estimate comes from what measured compositions took themselves. Loading the model, reference states and
+    cached results do not count as work that was done.
     """
 
     def __init__(self, repeats: int = 1) -> None:
@@ -25,7 +25,7 @@ class Counter:
         self._seconds = 0.0
 
     def measured(self, composition: Composition, seconds: float | None) -> None:
-        """Count a repeat of `composition` that took `seconds`; None: it was read from the store."""
+        """Count a repeat of `composition` that took `seconds`; None: it was read from the cache."""
         if composition in self.expected:
             self._over[composition] += 1
             if seconds is not None:
@@ -36,6 +36,18 @@ class Counter:
         """Count `composition` as over."""
         if composition in self.expected:
             self._over[composition] = self._each
+
+    @property
+    def bar(self) -> str:
+        """The share of the work that is done, as tqdm draws it; nothing where the number is not known."""
+        if not self.expected:
+            return ""
+        from tqdm import tqdm
+
+        done = self._over.total() / self._each
+        return str(
+            tqdm.format_meter(done, len(self.expected), 0, ascii=True, bar_format="{percentage:3.0f}%|{bar:10}|")
+        )
 
     def __str__(self) -> str:
         """Return `[3/7], about 2 min 5 s left`, without the time where it is not known, or nothing at all."""

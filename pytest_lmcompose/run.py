@@ -50,7 +50,9 @@ class Run(RunSetup):
         """Results that may have changed since they were last sent on."""
         self.counter = Counter(options.repeats)
         self._applied = applied
-        self._doing: Callable[[str], None] = lambda text: doing("  ".join(filter(None, (str(self.counter), text))))
+        self._doing: Callable[[str], None] = lambda text: doing(
+            " ".join(filter(None, (self.counter.bar, str(self.counter), text)))
+        )
         self._manager: StateManager | None = None
         self._answers: dict[int, UneditedAnswers | None] = {}
 

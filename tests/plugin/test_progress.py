@@ -53,10 +53,20 @@ def test_repeats_count_as_parts_of_a_composition() -> None:
     assert str(found) == "[1/3], about 16 s left"
 
 
+def test_the_bar_grows_with_what_is_done() -> None:
+    found = counter()
+    assert found.bar == "  0%|          |"
+    found.measured(A, 1.0)
+    assert found.bar == " 33%|###3      |"
+    for composition in (B, C):
+        found.measured(composition, 1.0)
+    assert found.bar == "100%|##########|"
+
+
 def test_nothing_is_counted_where_the_number_is_not_known() -> None:
     found = Counter()
     found.measured(A, 1.0)
-    assert str(found) == ""
+    assert str(found) == "" == found.bar
 
 
 class Terminal(io.StringIO):
@@ -172,6 +182,6 @@ def test_the_step_and_the_evaluation_are_shown(project: Project, monkeypatch: py
     shown: list[str] = []
     monkeypatch.setattr(Progress, "doing", lambda self, text, **_: shown.append(text))
     assert project.run(compose=("nudge+round",)).ret == pytest.ExitCode.OK
-    assert any(text.startswith("[0/1]  loading ") for text in shown)
-    assert "[0/1]  nudge+round  step 2/2 round" in shown
-    assert any(text.startswith("[0/1]  nudge+round  measuring") for text in shown)
+    assert any(text.startswith("  0%|          | [0/1] loading ") for text in shown)
+    assert "  0%|          | [0/1] nudge+round  step 2/2 round" in shown
+    assert any("[0/1] nudge+round  measuring perplexity (" in text for text in shown)
