@@ -124,7 +124,7 @@ def test_a_model_with_nan_weights_is_one_line(project: Project, tmp_path: Path) 
     result = project.run(f"--lmcompose-model={broken}", "--lmcompose-json=report.json", compose=("base", "nudge"))
     assert result.ret not in (pytest.ExitCode.OK, pytest.ExitCode.INTERNAL_ERROR)
     text = result.stdout.str() + result.stderr.str()
-    assert "broken: 1 weights hold NaN or infinite values, model.layers.1.mlp.down_proj.weight among them" in text
+    assert "broken: 1 weights contain NaN or infinite values, such as model.layers.1.mlp.down_proj.weight" in text
     assert "Traceback" not in text and "INTERNALERROR" not in text
 
 

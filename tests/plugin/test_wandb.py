@@ -16,6 +16,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from pytest_lmcompose.report import wandb as tracking
 from pytest_lmcompose.report.options import Tracking
 from pytest_lmcompose.report.wandb import track
+from pytest_lmcompose.results import decode
 from tests.plugin.conftest import Project
 from tests.plugin.documents import typed
 from tests.plugin.rich_documents import broken_off, rich
@@ -86,7 +87,7 @@ def test_summary_tables_and_page_of_a_run(offline: Path) -> None:
     (artifact,) = [artifact for artifact in artifacts if artifact.type == "lmcompose-report"]
     files = {entry.path: Path(entry.local_path).read_text() for entry in artifact.manifest.contents}
     assert files["report.html"] == "<p>the page</p>"
-    assert json.loads(files["report.json"]) == document
+    assert decode(files["report.json"]) == typed(document)
 
 
 def test_a_run_of_the_plugin_is_tracked(project: Project, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
