@@ -110,7 +110,8 @@ def record(command: Command, folder: Path) -> None:
     )
     if done.returncode != command.code:
         raise RuntimeError(f"{command.line}: exit code {done.returncode}, not {command.code}\n{done.stdout}")
-    lines = shortened(done.stdout.replace(f"{folder}/", "").replace(str(folder), "."), command)
+    output = done.stdout.replace(f"{folder}/", "").replace(str(folder), ".").replace(f"{ROOT}/", "")
+    lines = shortened(output, command)
     (DOCS / "outputs").mkdir(exist_ok=True)
     text = "\n".join(ANSI.sub("", line).rstrip() for line in lines)
     (DOCS / "outputs" / f"{command.name}.txt").write_text(f"{text}\n", encoding="utf-8")
