@@ -17,8 +17,8 @@ from evaluators.significance import compare
 from interventions import Resources, StepReport, apply
 from interventions.zeros import zero_mask
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.data.readers import read_edits
-from pytest_lmcompose.data.records import read_texts, select_edits
+from pytest_lmcompose.data.readers import read_edits, read_texts
+from pytest_lmcompose.data.records import select_edits
 from pytest_lmcompose.measure import edit_cases
 
 EDITORS = {"ft": (0.9, None), "lora": (0.9, None), "memit": (0.9, 0.9), "alphaedit": (0.9, 0.9)}

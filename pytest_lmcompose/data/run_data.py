@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from interventions.types import Resources
-from pytest_lmcompose.data.readers import read_edits
+from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
     EditRecord,
     FactRecord,
     WorldError,
-    read_facts,
-    read_texts,
     sample,
     select_edits,
 )
+from pytest_lmcompose.data.source import parse_source
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 
@@ -44,13 +44,14 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
     """
     edits: tuple[EditRecord, ...] = ()
     if world.edits is not None:
-        path = folder / world.edits
-        records = read_edits(path, world.edits_schema, strip_nq=world.strip_nq, ask_as=world.ask_as)
-        edits = select_edits(records, evaluate.edits, seed, str(path))
+        records = read_edits(
+            world.edits, world.edits_schema, strip_nq=world.strip_nq, ask_as=world.ask_as, folder=folder
+        )
+        edits = select_edits(records, evaluate.edits, seed, f"{folder}: {parse_source(world.edits).name}")
     resources = Resources(
         edits=tuple(record.edit for record in edits),
         calibration=_texts(folder, world.calibration),
-        forget={domain: read_texts(folder / name) for domain, name in world.forget.items()},
+        forget={domain: read_texts(name, folder) for domain, name in world.forget.items()},
         retain=_texts(folder, world.retain),
     )
     facts, neighbours, forgettable = _facts(world, evaluate, folder, seed, edits)
@@ -65,8 +66,8 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
     return RunData(resources, edits, facts, neighbours, forgettable, perplexity, tasks)
 
 
-def _texts(folder: Path, name: str | None) -> tuple[str, ...]:
-    return read_texts(folder / name) if name is not None else ()
+def _texts(folder: Path, name: Any) -> tuple[str, ...]:
+    return read_texts(name, folder) if name is not None else ()
 
 
 def _facts(
@@ -79,7 +80,7 @@ def _facts(
     others: list[FactRecord] = []
     neighbours: list[FactRecord] = []
     forgettable: list[FactRecord] = []
-    for fact in read_facts(folder / world.facts):
+    for fact in read_facts(world.facts, folder):
         record = edited.get(fact.subject)
         if fact.topic in world.forget:
             forgettable.append(fact)
