@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings
@@ -90,12 +90,16 @@ class WorldSettings(Checked):
     """Let task files run code: functions named by `!function`, templates outside a sandbox, and anything else that
     lm-evaluation-harness would run or import for them."""
 
+    def without_data(self) -> WorldSettings:
+        """Return the settings that say how data are asked, without where they are: their content counts."""
+        return replace(self, folder="", forget={}, **dict.fromkeys(SOURCES))
+
     def problems(self) -> Iterator[str]:
-        """Yield an unusable source, an unknown schema or hazardous pool, and a form of questions without the question."""
+        """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""
         sources = {key: getattr(self, key) for key in SOURCES} | {f"forget.{k}": v for k, v in self.forget.items()}
         for key, value in sources.items():
-            if (value is not None or key not in SOURCES) and (problem := source_problem(value)) is not None:
-                yield f"{key}={problem}"
+            if (value is not None or key not in SOURCES) and (problem := source_problem(key, value)) is not None:
+                yield problem
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:

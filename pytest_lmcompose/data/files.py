@@ -126,10 +126,7 @@ def _parquet(path: Path, stream: IO[bytes]) -> Rows:
 
     try:
         batches = ParquetFile(io.BytesIO(stream.read()) if isinstance(stream, gzip.GzipFile) else stream)
-        number = 0
-        for batch in batches.iter_batches(_BATCH):
-            for number, row in enumerate(batch.to_pylist(), start=number + 1):
-                yield number, row
+        yield from enumerate((row for batch in batches.iter_batches(_BATCH) for row in batch.to_pylist()), start=1)
     except ArrowException as error:
         raise WorldError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
 

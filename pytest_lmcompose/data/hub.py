@@ -138,14 +138,15 @@ def _load(source: Source, path: str, configuration: str | None = None, *, stream
 
     local = Path(path).is_absolute()
     wanted = source.split if _is_part(source.split) else None
-    found = datasets.load_dataset(
-        path,
-        configuration if local else source.configuration,
-        split=wanted,
-        revision=None if local else source.revision,
-        streaming=streaming and wanted is None,
-        **more,
-    )
+    with _quiet():
+        found = datasets.load_dataset(
+            path,
+            configuration if local else source.configuration,
+            split=wanted,
+            revision=None if local else source.revision,
+            streaming=streaming and wanted is None,
+            **more,
+        )
     if wanted is not None:
         return found
     splits = list(found)
@@ -174,8 +175,22 @@ def _is_part(split: str | None) -> bool:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Show no progress bars of `datasets`."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
 def _offline() -> Iterator[None]:
-    """Keep `datasets` from asking the hub, which it would do five times."""
+    """Keep `datasets` from asking a hub that does not answer: it would do so for half a minute."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE

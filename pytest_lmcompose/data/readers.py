@@ -1,4 +1,4 @@
-"""Readers of edits, facts and texts. Edits: a function for each schema, in a table that other packages add to. No torch.
+"""Read edits, facts and texts. Edits: by a function for each schema, in a table that other packages add to.
 
 A reader takes one record of a source and yields its edits:
 
@@ -98,7 +98,7 @@ def _recognised(record: Record) -> str:
         return "mquake" if isinstance(rewrite, list) else "counterfact"
     if "src" in data or "alt" in data:
         return "zsre"
-    if "locality_prompt" in data or "rephrase_prompt" in data and "locality" not in data:
+    if "locality_prompt" in data:
         return "counterfact"
     if "prompt" in data and "target_new" in data:
         return "knowedit"

@@ -48,9 +48,7 @@ class Source(Checked):
     """Seed of the sample."""
 
     def problems(self) -> Iterator[str]:
-        """Yield an empty path and a seed without a limit."""
-        if not self.path.strip():
-            yield "path is empty: expected a file, a folder or a hub id"
+        """Yield a seed without a limit."""
         if self.seed is not None and self.limit is None:
             yield f"seed={self.seed}: needs a limit, the number of records to sample"
 
@@ -61,30 +59,34 @@ class Source(Checked):
         return f"{self.path} ({', '.join(parts)})" if parts else self.path
 
 
-def parse_source(value: Any) -> Source:
-    """Return the source that a key of a world describes; raises SettingError, without the key."""
+def parse_source(value: Any, key: str = "source") -> Source:
+    """Return the source that the value of a world's `key` describes; raises SettingError."""
+    given = value
     if isinstance(value, (str, os.PathLike)):
         path, _, query = os.fspath(value).partition("?")
-        options: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+        options: dict[str, Any] = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
         if path.startswith(_SCHEME):
             path, _, revision = path.removeprefix(_SCHEME).partition("@")
             options |= {"revision": revision} if revision else {}
-        for key in _NUMBERS:
-            if options.get(key, "").lstrip("-").isdecimal():
-                options[key] = int(options[key])
+        for name in _NUMBERS:
+            if options.get(name, "").lstrip("-").isdecimal():
+                options[name] = int(options[name])
         value = {"path": path, **options}
-    if not isinstance(value, Mapping) or "path" not in value:
+    if not isinstance(value, Mapping) or not value.get("path"):
         raise SettingError(
-            f"{shown(value)}: expected a file, a folder, a hub id, or a mapping with the key path, or null"
+            f"{key}={shown(given)}: expected a file, a folder, a hub id, or a mapping with the key path, or null"
         )
-    check_value("source", Source, value)
-    return Source(**value)
+    check_value(key, Source, value)
+    try:
+        return Source(**value)
+    except SettingError as error:
+        raise SettingError(f"{key}.{error}") from None
 
 
-def source_problem(value: Any) -> str | None:
+def source_problem(key: str, value: Any) -> str | None:
     """Say what is wrong with the value of a key that takes a source, None for a sound one."""
     try:
-        parse_source(value)
+        parse_source(value, key)
     except SettingError as error:
         return str(error)
     return None

@@ -24,7 +24,7 @@ def read_source(value: Any, folder: Path = Path()) -> Iterator[Record]:
     source = parse_source(value)
     name, rows, shuffled = _rows(source, folder)
     names = source.fields | ({"text": source.field} if source.field else {})
-    records = (_renamed(Record(name, number, data), names) for number, data in rows)
+    records: Iterator[Record] = (_renamed(Record(name, number, data), names) for number, data in rows)
     if source.filter:
         records = _filtered(records, source.filter)
     if source.limit is not None:
