@@ -18,6 +18,8 @@ class Probe:
     answer: str
     rival: str = ""
     """What the answer is held against: what was true before an edit. Empty where nothing is known."""
+    kind: str = ""
+    """Where a data set has several kinds of such prompts: which."""
 
 
 @dataclass(frozen=True)

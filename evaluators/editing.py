@@ -17,7 +17,7 @@ from typing import Any
 
 from evaluators.answers import Answer, Scores, answer_probes
 from evaluators.asked import Asked, EditCase, Probe, UneditedAnswers
-from evaluators.measurement import EvaluationError, Measurement, shown
+from evaluators.measurement import EvaluationError, Measurement, each_alike, shown
 from evaluators.settings import NoSettings
 
 
@@ -59,8 +59,9 @@ def measure_editing(
     another than the new one, as `_margin` (magnitude, -1 to 1) and `_preferred` (score: the share
     with a margin above 0). With `unedited` also `edit_locality_agreement`: the share of locality
     prompts whose generated tokens are the unedited model's. An aspect that no case has a prompt for
-    is left out. Samples stand in the order of the cases; the errors treat the prompts of one case
-    as one cluster.
+    is left out. Samples stand in the order of the cases. The prompts of one case are averaged first, and
+    are one cluster for the errors: a case with ten prompts counts as one with two. Where the data have
+    several kinds of portability or locality, each is also measured alone: `edit_portability_exact/Reasoning`.
 
     Samples are NaN where the logits are. Raises EvaluationError for no cases, a target without
     tokens, or a locality prompt that `unedited` does not know.
@@ -80,13 +81,33 @@ def measure_editing(
         for kind in Scores._fields:
             samples = [getattr(a.scores, kind) for _, a in chosen]
             kept = said if kind == "exact" else []
-            name = f"edit_{aspect}_{kind}"
-            measurements.append(Measurement.mean(name, samples, note=note, clusters=clusters, answers=kept))
+            measurements.append(_mean(f"edit_{aspect}_{kind}", samples, note, clusters, kept))
+        measurements += _by_kind(aspect, chosen)
         measurements += _margins(aspect, chosen)
         if aspect == "locality" and unedited is not None:
             samples = [_agreement(a, _before(unedited, p)) for p, a in chosen]
-            measurements.append(Measurement.mean("edit_locality_agreement", samples, note=note, clusters=clusters))
+            measurements.append(_mean("edit_locality_agreement", samples, note, clusters))
     return measurements
+
+
+def _mean(
+    name: str, samples: Sequence[float], note: str, clusters: Sequence[int], answers: Sequence[str] = ()
+) -> Measurement:
+    """Average over the prompts of each edit, then over edits."""
+    return Measurement.mean(name, samples, note=note, clusters=clusters, answers=answers, weights=each_alike(clusters))
+
+
+def _by_kind(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Measurement]:
+    """Measure each kind of prompts that the data tell apart."""
+    found = []
+    for kind in dict.fromkeys(p.probe.kind for p, _ in chosen if p.probe.kind):
+        of_kind = [(p, a) for p, a in chosen if p.probe.kind == kind]
+        clusters = [p.case for p, _ in of_kind]
+        note = f"{len(of_kind)} prompts of {len(set(clusters))} edits"
+        for score in Scores._fields:
+            samples = [getattr(a.scores, score) for _, a in of_kind]
+            found.append(_mean(f"edit_{aspect}_{score}/{kind}", samples, note, clusters))
+    return found
 
 
 def _margins(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Measurement]:
@@ -99,8 +120,8 @@ def _margins(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Meas
     note = f"{sides}, probabilities by token (geometric mean), {len(pairs)} of {len(chosen)} prompts"
     preferred = [math.nan if math.isnan(margin) else float(margin > 0) for margin in margins]
     return [
-        Measurement.mean(f"edit_{aspect}_margin", margins, note=note, clusters=clusters),
-        Measurement.mean(f"edit_{aspect}_preferred", preferred, note=note, clusters=clusters),
+        _mean(f"edit_{aspect}_margin", margins, note, clusters),
+        _mean(f"edit_{aspect}_preferred", preferred, note, clusters),
     ]
 
 
@@ -125,7 +146,7 @@ def _prompts(cases: Sequence[EditCase]) -> list[_Prompt]:
         for k, probe in enumerate(case.portability):
             prompts.append(_Prompt(i, "portability", probe, f"{name}, portability prompt {k}"))
         for k, probe in enumerate(case.locality):
-            held = Probe(probe.prompt, probe.answer, probe.rival or case.target)
+            held = Probe(probe.prompt, probe.answer, probe.rival or case.target, probe.kind)
             prompts.append(_Prompt(i, "locality", held, f"{name}, locality prompt {k}"))
     return prompts
 

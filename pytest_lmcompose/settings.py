@@ -92,7 +92,8 @@ class WorldSettings(Checked):
 
     def without_data(self) -> WorldSettings:
         """Return the settings that say how data are asked, without where they are: their content counts."""
-        return replace(self, folder="", forget={}, **dict.fromkeys(SOURCES))
+        nothing: dict[str, Any] = dict.fromkeys(SOURCES)
+        return replace(self, folder="", forget={}, **nothing)
 
     def problems(self) -> Iterator[str]:
         """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""

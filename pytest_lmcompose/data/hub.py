@@ -68,14 +68,16 @@ def _unreachable(source: Source) -> str | None:
         RevisionNotFoundError,
     )
 
-    if datasets.config.HF_HUB_OFFLINE:
-        return "the hub is switched off (HF_HUB_OFFLINE)"
+    if source.path.startswith((".", "~", "/")) or source.path.count("/") > 1:
+        raise WorldError(f"no such data file or folder: {source.path}")
     try:
+        if datasets.config.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled
         HfApi().dataset_info(source.path, revision=source.revision, timeout=_TIMEOUT)
     except OfflineModeIsEnabled:
-        return "the hub is switched off (HF_HUB_OFFLINE)"
+        return "no such file or folder, and the hub is switched off (HF_HUB_OFFLINE)"
     except HFValidationError:
-        raise WorldError(f"no such data file or folder, and not a hub id: {source.path}") from None
+        raise WorldError(f"no such data file or folder: {source.path}") from None
     except RevisionNotFoundError:
         raise WorldError(f"{source.path}: no revision {source.revision!r} of this dataset on the hub") from None
     except GatedRepoError:

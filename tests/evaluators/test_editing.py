@@ -43,8 +43,10 @@ def test_hand_computed_values(bigram: Any, word_tokenizer: Any) -> None:
     assert found["edit_success_exact"].samples == (0.0, 1.0)
     # "likes" says "tea", and "tea" is followed by id 0, which is <s> and says nothing
     assert found["edit_paraphrase_f1"].samples == pytest.approx((0.5, 0.0, 1.0))
-    assert found["edit_paraphrase_exact"].value == pytest.approx(1 / 3)
-    assert found["edit_locality_exact"].samples == (0.0, 1.0, 0.0)
+    assert found["edit_paraphrase_exact"].value == pytest.approx(1 / 2)  # of the first edit 0, of the second 1
+    locality = found["edit_locality_exact"]
+    assert locality.samples == (0.0, 1.0, 0.0) and locality.weights == (1, 0.5, 0.5)
+    assert (locality.value, locality.stderr) == pytest.approx((0.25, 0.125))  # edits of 0 and 1/2
     assert found["edit_success_exact"].clusters == ()  # a prompt an edit
     assert found["edit_paraphrase_exact"].clusters == (0, 0, 1)
     assert found["edit_locality_agreement"].clusters == (0, 1, 1)
@@ -148,7 +150,7 @@ def test_agreement_counts_wrong_answers_that_stayed(bigram: Any, word_tokenizer:
     model = bigram(BEFORE | {"likes": "Rome"})
     unedited = capture_unedited(model, word_tokenizer, CASES)
     found = {m.metric: m.value for m in measure_editing(model, word_tokenizer, CASES, unedited=unedited)}
-    assert found["edit_locality_exact"] == pytest.approx(2 / 3)
+    assert found["edit_locality_exact"] == pytest.approx(3 / 4)
     assert found["edit_locality_agreement"] == 1.0
 
 
@@ -161,6 +163,18 @@ def test_prompts_of_one_edit_are_one_cluster(bigram: Any, word_tokenizer: Any) -
     (paraphrase,) = (m for m in measure_editing(model, word_tokenizer, same) if m.metric == "edit_paraphrase_exact")
     assert (paraphrase.n, paraphrase.value) == (20, 0.5)
     assert paraphrase.stderr == pytest.approx(0.5)  # two edits, not twenty: sqrt(0.5 / 2)
+
+
+def test_kinds_of_prompts_are_also_measured_alone(bigram: Any, word_tokenizer: Any) -> None:
+    hops = (Probe("Ada likes", "tea", kind="Reasoning"), Probe("Ada born", "Oslo", kind="Alias"))
+    cases = [EditCase("Ada", "Ada in", "Oslo", portability=hops), EditCase("Bela", "Bela in", "Rome", (), hops[:1])]
+    model = bigram(BEFORE | {"likes": "Rome"})
+    unedited = capture_unedited(model, word_tokenizer, cases)
+    found = {m.metric: m.value for m in measure_editing(model, word_tokenizer, cases, unedited=unedited)}
+    kinds = ("edit_portability_exact", "edit_portability_exact/Reasoning", "edit_portability_exact/Alias")
+    assert [found[name] for name in kinds] == [0.5, 0, 1]
+    assert found["edit_locality_exact/Reasoning"] == 0 and found["edit_locality_agreement"] == 1
+    assert find_metric("edit_portability_exact/Alias").asks == "edits"
 
 
 def test_aspects_without_prompts_are_left_out(bigram: Any, word_tokenizer: Any) -> None:

@@ -287,7 +287,7 @@ def test_a_missing_file_is_never_looked_up_on_the_hub(tmp_path: Path, monkeypatc
     for name in ("a.jsonl", "b/c.csv.gz", "d.TXT"):
         with pytest.raises(WorldError, match="no such data file"):
             read_texts(name, tmp_path)
-    with pytest.raises(WorldError, match="not a hub id"):
+    with pytest.raises(WorldError, match="no such data file or folder: /nowhere/at/all"):
         read_texts("/nowhere/at/all", tmp_path)
 
 
