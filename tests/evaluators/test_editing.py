@@ -23,6 +23,7 @@ from evaluators import (
 from evaluators.answers import Likelihood, _read_off, answer_probes
 from evaluators.continuations import score
 from evaluators.encoding import Pair, encode_pairs
+from evaluators.metrics import find_metric
 
 CASES = [
     EditCase("Ada", "Ada capital", "New York", ("Ada was capital", "Ada likes"), (Probe("Bela born", "Oslo"),)),
@@ -46,7 +47,7 @@ def test_hand_computed_values(bigram: Any, word_tokenizer: Any) -> None:
     assert found["edit_paraphrase_exact"].value == pytest.approx(1 / 2)  # of the first edit 0, of the second 1
     locality = found["edit_locality_exact"]
     assert locality.samples == (0.0, 1.0, 0.0) and locality.weights == (1, 0.5, 0.5)
-    assert (locality.value, locality.stderr) == pytest.approx((0.25, 0.125))  # edits of 0 and 1/2
+    assert (locality.value, locality.stderr) == pytest.approx((0.25, 0.25))  # two edits, 0 and 1/2
     assert found["edit_success_exact"].clusters == ()  # a prompt an edit
     assert found["edit_paraphrase_exact"].clusters == (0, 0, 1)
     assert found["edit_locality_agreement"].clusters == (0, 1, 1)
