@@ -338,6 +338,24 @@ def test_every_key_of_a_world_takes_a_source(tmp_path: Path, layout: Path) -> No
     assert len(data.perplexity) == 6
 
 
+def test_headings_may_stand_in_the_text_of_methods_and_of_perplexity(tmp_path: Path) -> None:
+    """As in the splits of WikiText."""
+    write_texts(tmp_path / "train.jsonl", [" = = Critical reception = = \n", "It was seen by five people .\n"])
+    write_texts(tmp_path / "test.jsonl", [" = = Critical reception = = \n", "It was seen by six people .\n"])
+    world = WorldSettings(retain="train.jsonl", perplexity="test.jsonl")
+    assert len(load_data(world, EvaluateSettings(), tmp_path, 0).perplexity) == 2
+    with pytest.raises(WorldError, match="1 of the retain texts are perplexity texts too"):
+        load_data(WorldSettings(retain="train.jsonl", perplexity="train.jsonl"), EvaluateSettings(), tmp_path, 0)
+
+
+@pytest.mark.parametrize("key", ["edits", "facts", "calibration", "retain", "perplexity"])
+def test_errors_name_the_key_of_the_world(tmp_path: Path, key: str) -> None:
+    with pytest.raises(WorldError, match=rf"^world\.{key}: no such data file: .*none\.jsonl"):
+        load_data(WorldSettings(**{key: "none.jsonl"}), EvaluateSettings(), tmp_path, 0)
+    with pytest.raises(WorldError, match=r"^world\.forget\.a: no such data file"):
+        load_data(WorldSettings(forget={"a": "none.jsonl"}), EvaluateSettings(), tmp_path, 0)
+
+
 def test_edits_of_a_parquet_file_of_the_hub(tmp_path: Path) -> None:
     """Nested columns, as a dataset of the hub has them."""
     record = {
