@@ -59,7 +59,7 @@ class WorldSettings(Checked):
     """
 
     folder: str = ""
-    """Folder of the files; relative to the working folder, then to the suite's."""
+    """Folder of the files; relative to the working folder, then to the suite's. Empty: the working folder."""
     edits: Any = None
     """Edits, in a format of `edits_schema`."""
     edits_schema: str = AUTO

@@ -95,23 +95,38 @@ def _unreachable(source: Source) -> str | None:
 
 def _cached(source: Source, problem: str) -> Rows:
     """Yield the rows of a dataset without the hub: from the cache of `datasets`, or the hub's cache of files."""
-    from huggingface_hub import snapshot_download
+    found = _prepared(source)
+    if found is not None:
+        yield from _numbered(found, source)
+    elif (folder := _snapshot(source)) is not None:
+        yield from _folder(source, folder)
+    else:
+        raise WorldError(f"{source.name}: {problem}; {_WAYS_OUT}")
 
+
+def _prepared(source: Source) -> Any:
+    """Return the dataset of the cache of `datasets`, None if it is not there, or not in this revision."""
     try:
         with _offline():
             found = _load(source, source.path, streaming=False)
-    except Exception:  # not in this cache
-        try:
-            folder = Path(
-                snapshot_download(source.path, repo_type="dataset", revision=source.revision, local_files_only=True)
-            )
-            if not any(path.is_file() and path.suffix != ".md" for path in folder.rglob("*")):
-                raise FileNotFoundError
-        except Exception:  # nor in the other
-            raise WorldError(f"{source.name}: {problem}; {_WAYS_OUT}") from None
-        yield from _folder(source, folder)
-    else:
-        yield from _numbered(found, source)
+    except WorldError:
+        raise
+    except Exception:  # errors of many kinds, by what is missing
+        return None
+    commits = {Path(file["filename"]).parent.name for file in found.cache_files}
+    return found if source.revision in (None, *commits) else None
+
+
+def _snapshot(source: Source) -> Path | None:
+    """Return the folder of the hub's cache of files that holds a dataset."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(source.path, repo_type="dataset", revision=source.revision, local_files_only=True)
+    except Exception:  # not there
+        return None
+    data = any(path.is_file() and path.suffix != ".md" for path in Path(folder).rglob("*"))
+    return Path(folder) if data else None
 
 
 def _folder(source: Source, folder: Path) -> Rows:

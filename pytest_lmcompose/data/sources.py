@@ -45,6 +45,8 @@ def _rows(source: Source, folder: Path) -> tuple[str, Rows, bool]:
         local = hub_file(source.path, source.file, source.revision) if local is None else local / source.file
     elif local is None or local.is_dir():
         return source.name, dataset_rows(source, local), True
+    if source.file is not None and not local.name == Path(source.file).name:
+        raise WorldError(f"{local}: is a file, and has no file {source.file!r}; leave out file")
     for key in ("configuration", "split"):
         if (wanted := getattr(source, key)) is not None:
             raise WorldError(f"{local}: a single file has no {key} {wanted!r}; leave out {key}")

@@ -218,6 +218,7 @@ def test_a_folder_in_the_hubs_layout(layout: Path) -> None:
             "record 1: field 'body' is missing; it has text",
         ),
         ({"file": "small/other.jsonl"}, r"no such data file: .*other\.jsonl"),
+        ({"path": "org/name/large/part.jsonl", "file": "x.jsonl"}, r"is a file, and has no file 'x\.jsonl'"),
         ({"file": "large/part.jsonl", "split": "test"}, "a single file has no split 'test'; leave out split"),
     ],
 )
@@ -304,6 +305,39 @@ def test_without_the_hub_its_caches_are_read(layout: Path, tmp_path: Path, monke
     assert read_texts("far/away?configuration=small&split=test&limit=1", tmp_path) == ("test 0",)
     assert read_texts("far/away?file=large/part.jsonl", tmp_path) == ("one", "two")
     assert not datasets.config.HF_HUB_OFFLINE
+
+
+def prepared(layout: Path, folder: Path, commit: str) -> Path:
+    """Return a cache as `datasets` leaves it after it prepared far/away from the hub."""
+    made = datasets.load_dataset(str(layout), "small", cache_dir=str(folder / "made"))
+    files = Path(made["test"].cache_files[0]["filename"]).parent
+    there = folder / "cache" / "far___away" / "small" / "0.0.0" / commit
+    there.mkdir(parents=True)
+    for file in files.iterdir():
+        (there / file.name.replace("name-", "away-")).write_bytes(file.read_bytes())
+    info = there / "dataset_info.json"
+    info.write_text(info.read_text().replace('"dataset_name": "name"', '"dataset_name": "away"'))
+    return folder / "cache"
+
+
+def test_without_the_hub_the_cache_of_datasets_is_read(
+    layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "b" * 40
+    cache = prepared(layout, tmp_path, commit)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    hub_says(monkeypatch, OSError("no route"))
+    small = {"path": "far/away", "configuration": "small"}
+    assert read_texts({**small, "split": "test", "limit": 2}, tmp_path) == ("test 0", "test 1")
+    assert read_texts({**small, "split": "test[:1]", "revision": commit}, tmp_path) == ("test 0",)
+    for change, message in (
+        ({"split": "valid"}, "no split 'valid'; known: train, test"),
+        ({"split": "test", "revision": "c" * 40}, "cannot be reached"),
+        ({"split": "test", "configuration": "tiny"}, "cannot be reached"),
+    ):
+        with pytest.raises(WorldError, match=message):
+            read_texts({**small, **change}, tmp_path)
 
 
 def test_every_key_of_a_world_takes_a_source(tmp_path: Path, layout: Path) -> None:
