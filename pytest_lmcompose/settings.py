@@ -61,7 +61,7 @@ class WorldSettings(Checked):
     folder: str = ""
     """Folder of the files; relative to the working folder, then to the suite's. Empty: the working folder."""
     edits: Any = None
-    """Edits, in a format of `edits_schema`."""
+    """Source of edits, in a format of `edits_schema`: a file, a folder in the hub's layout, a hub id, or a mapping."""
     edits_schema: str = AUTO
     """Format of the edits: zsre, counterfact, mquake, knowedit, or one of another package (`lmcompose.edit_readers`);
     auto recognises the first four."""
@@ -70,15 +70,16 @@ class WorldSettings(Checked):
     ask_as: str = "{}"
     """Prompt for the questions of an mquake file; {} stands for the question."""
     facts: Any = None
-    """Prompts and answers for recall. Facts with the relation `topic/...` for a topic of `forget` count separately."""
+    """Source of prompts and answers for recall. Facts with the relation `topic/...` for a topic of `forget` count
+    separately."""
     calibration: Any = None
-    """Calibration text of editing and compression methods."""
+    """Source of calibration text for editing and compression methods."""
     retain: Any = None
-    """Text that unlearning must not affect."""
+    """Source of text that unlearning must not affect."""
     forget: dict[str, Any] = field(default_factory=dict)
     """Forget text: a source for each topic to unlearn."""
     perplexity: Any = None
-    """Text for perplexity; must not overlap with the retain or calibration text."""
+    """Source of text for perplexity; must not overlap with the retain or calibration text."""
     tasks: str | None = None
     """Folder of question tasks: YAML files of lm-evaluation-harness."""
     pools: dict[str, Names] = field(default_factory=dict)
