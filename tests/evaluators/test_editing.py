@@ -23,7 +23,9 @@ from evaluators import (
 from evaluators.answers import Likelihood, _read_off, answer_probes
 from evaluators.continuations import score
 from evaluators.encoding import Pair, encode_pairs
+from evaluators.measurement import Measurement
 from evaluators.metrics import find_metric
+from pytest_lmcompose.gate.repeats import pooled
 
 CASES = [
     EditCase("Ada", "Ada capital", "New York", ("Ada was capital", "Ada likes"), (Probe("Bela born", "Oslo"),)),
@@ -274,3 +276,12 @@ def test_measurements_keep_what_the_model_said(bigram: Any, word_tokenizer: Any)
     assert found["edit_success_exact"].answers[0] == "New tea"
     assert len(found["edit_locality_exact"].answers) == found["edit_locality_exact"].n
     assert found["edit_success_f1"].answers == ()
+
+
+def test_repeats_of_edits_with_and_without_weights_are_pooled() -> None:
+    """In one repeat every edit has as many prompts, in the other not."""
+    even = Measurement.mean("m", [0.0, 1.0], clusters=[0, 1])
+    uneven = Measurement.mean("m", [0.0, 1.0, 1.0], clusters=[0, 1, 1], weights=(1, 0.5, 0.5))
+    (found,) = pooled([[even], [uneven]])
+    assert (found.value, found.weights) == (0.5, (1, 1, 1, 0.5, 0.5))
+    assert found.stderr is not None and len(found.clusters) == found.n == 5
