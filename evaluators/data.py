@@ -18,6 +18,8 @@ class Probe:
     answer: str
     rival: str = ""
     """The competing answer, such as the old one before an edit; empty if unknown."""
+    kind: str = ""
+    """Which kind of prompt it is, if the dataset has several."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from evaluators.answers import Answer, Scores, answer_probes
 from evaluators.data import EditCase, EvaluationData, Probe, UneditedAnswers
-from evaluators.measurement import EvaluationError, Measurement, shorten
+from evaluators.measurement import EvaluationError, Measurement, each_alike, shorten
 from evaluators.settings import NoSettings
 
 
@@ -58,7 +58,9 @@ def measure_editing(
     from the new one also give `_margin` (magnitude, -1 to 1) and `_preferred` (score: share of margins
     above 0). `unedited` adds `edit_locality_agreement`, the share of locality prompts with the same
     generated tokens as before. Aspects without prompts are left out. Samples are in the order of the
-    cases; the prompts of a case are one cluster.
+    cases. The prompts of a case are averaged first and are one cluster: a case with ten prompts counts as
+    much as one with two. Several kinds of portability or locality are also measured one by one:
+    `edit_portability_exact/Reasoning`.
 
     Broken logits give NaN samples. Raises EvaluationError for no cases, a target without tokens, or a
     locality prompt missing from `unedited`.
@@ -78,13 +80,33 @@ def measure_editing(
         for kind in Scores._fields:
             samples = [getattr(a.scores, kind) for _, a in chosen]
             kept = said if kind == "exact" else []
-            name = f"edit_{aspect}_{kind}"
-            measurements.append(Measurement.mean(name, samples, note=note, clusters=clusters, answers=kept))
+            measurements.append(_mean(f"edit_{aspect}_{kind}", samples, note, clusters, kept))
+        measurements += _by_kind(aspect, chosen)
         measurements += _margins(aspect, chosen)
         if aspect == "locality" and unedited is not None:
             samples = [_agreement(a, _before(unedited, p)) for p, a in chosen]
-            measurements.append(Measurement.mean("edit_locality_agreement", samples, note=note, clusters=clusters))
+            measurements.append(_mean("edit_locality_agreement", samples, note, clusters))
     return measurements
+
+
+def _mean(
+    name: str, samples: Sequence[float], note: str, clusters: Sequence[int], answers: Sequence[str] = ()
+) -> Measurement:
+    """Average over the prompts of each edit, then over edits."""
+    return Measurement.mean(name, samples, note=note, clusters=clusters, answers=answers, weights=each_alike(clusters))
+
+
+def _by_kind(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Measurement]:
+    """Measure each kind of prompts that the data tell apart."""
+    found = []
+    for kind in dict.fromkeys(p.probe.kind for p, _ in chosen if p.probe.kind):
+        of_kind = [(p, a) for p, a in chosen if p.probe.kind == kind]
+        clusters = [p.case for p, _ in of_kind]
+        note = f"{len(of_kind)} prompts of {len(set(clusters))} edits"
+        for score in Scores._fields:
+            samples = [getattr(a.scores, score) for _, a in of_kind]
+            found.append(_mean(f"edit_{aspect}_{score}/{kind}", samples, note, clusters))
+    return found
 
 
 def _margins(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Measurement]:
@@ -97,8 +119,8 @@ def _margins(aspect: str, chosen: Sequence[tuple[_Prompt, Answer]]) -> list[Meas
     note = f"{sides}, probabilities per token (geometric mean), {len(pairs)} of {len(chosen)} prompts"
     preferred = [math.nan if math.isnan(margin) else float(margin > 0) for margin in margins]
     return [
-        Measurement.mean(f"edit_{aspect}_margin", margins, note=note, clusters=clusters),
-        Measurement.mean(f"edit_{aspect}_preferred", preferred, note=note, clusters=clusters),
+        _mean(f"edit_{aspect}_margin", margins, note, clusters),
+        _mean(f"edit_{aspect}_preferred", preferred, note, clusters),
     ]
 
 

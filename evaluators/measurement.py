@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -46,8 +47,9 @@ class Measurement:
         note: str = "",
         clusters: Sequence[Hashable] | None = None,
         answers: Sequence[str] = (),
+        weights: Sequence[float] = (),
     ) -> Measurement:
-        """Return the mean of `samples` with its standard error.
+        """Return the mean of `samples`, weighted by `weights` if given, with its standard error.
 
         With `clusters`, one label per sample, the error is computed between clusters: several prompts
         of one edit, for example, are not independent. Otherwise it follows from the sample variance
@@ -57,12 +59,25 @@ class Measurement:
         """
         n = len(samples)
         if n == 0:
-            raise EvaluationError(f"{metric}: no samples to average; is the dataset empty?")
-        value = total(samples) / n
-        error = ratio_error(per_unit([sample - value for sample in samples], clusters), n)
-        labels = _numbered(clusters or ())
+            raise EvaluationError(f"{metric}: no samples to average; is the data set empty?")
+        if weights:
+            whole = total(weights)
+            value = total(weight * sample for weight, sample in zip(weights, samples, strict=True)) / whole
+            deviations = [weight * (sample - value) for weight, sample in zip(weights, samples, strict=True)]
+        else:
+            whole, value = n, total(samples) / n
+            deviations = [sample - value for sample in samples]
         return cls(
-            metric, value, error, n, higher_is_better, tuple(samples), note, clusters=labels, answers=tuple(answers)
+            metric,
+            value,
+            ratio_error(per_unit(deviations, clusters), whole),
+            n,
+            higher_is_better,
+            tuple(samples),
+            note,
+            tuple(weights),
+            _numbered(clusters or ()),
+            tuple(answers),
         )
 
     @property
@@ -72,6 +87,12 @@ class Measurement:
             return False
         mean = total(self.samples) / len(self.samples)
         return math.isclose(mean, self.value, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def each_alike(clusters: Sequence[Hashable]) -> tuple[float, ...]:
+    """Return weights by which every cluster counts the same, whatever its size; none if all have the same size."""
+    sizes = Counter(clusters)
+    return tuple(1 / sizes[label] for label in clusters) if len(set(sizes.values())) > 1 else ()
 
 
 def shorten(text: str) -> str:

@@ -129,6 +129,11 @@ BUILT_IN = (
         (
             *(_edit(f"edit_{aspect}_{kind}") for aspect in _ASPECTS for kind in ("f1", "recall", "exact", "preferred")),
             *(_edit(f"edit_{aspect}_margin", "difference of probabilities", -1) for aspect in _ASPECTS),
+            *(
+                _edit(f"edit_{aspect}_{kind}/*")
+                for aspect in ("portability", "locality")
+                for kind in ("f1", "recall", "exact")
+            ),
             _edit("edit_locality_agreement"),
         ),
     ),

@@ -59,10 +59,13 @@ def model_location(path: str, folder: Path) -> str:
 
 
 def world_folder(path: str, folder: Path) -> Path:
-    """Return the folder of a world's data, looked up in `folder`, then in the suite's folder; raises RecipeError."""
+    """Return the folder of a world's data: relative to `folder`, then to the suite's; empty means `folder`.
+
+    Raises RecipeError if there is none.
+    """
     for base in (folder, SUITE_FOLDER):
         candidate = base / os.path.expanduser(path)
-        if path and candidate.is_dir():
+        if candidate.is_dir():
             return candidate
     raise RecipeError(f"world.folder={path!r}: no such folder (looked in {folder} and {SUITE_FOLDER})")
 

@@ -85,8 +85,8 @@ def edit_cases(edits: Sequence[EditRecord]) -> list[EditCase]:
             record.edit.prompt,
             record.edit.target,
             record.paraphrases,
-            tuple(Probe(probe.prompt, probe.answer) for probe in record.locality),
-            tuple(Probe(probe.prompt, probe.answer, probe.before) for probe in record.portability),
+            tuple(Probe(probe.prompt, probe.answer, kind=probe.kind) for probe in record.locality),
+            tuple(Probe(*probe) for probe in record.portability),
             record.truth,
         )
         for record in edits

@@ -74,11 +74,11 @@ class Recipe:
         for key, value in step.settings:
             text = f"{step.method}.{key}={value}"
             override = _parse_override(text)
-            _check_override(text, override)
+            hint = _check_override(text, override)
             if section is self.config[step.method]:
                 section = OmegaConf.create(section)
             with _readable(f"{step}: {text}"):
-                OmegaConf.update(section, key, override.value())
+                _assign(section, key, override.value(), hint)
         return _typed(section, settings_type, step.method)
 
     def plain(self) -> dict[str, Any]:
@@ -117,17 +117,17 @@ class Recipe:
 def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Compose `conf`/recipe.yaml with `overrides` in Hydra's grammar; later ones win.
 
+    A mapping or list replaces that of a preset; one for a section sets the keys that it has.
     Raises RecipeError for an unknown key or preset, or a value of the wrong type or out of its range.
     """
-    texts = []
+    texts, values = [], []
     for text in overrides:
         override = _parse_override(text)
         if override.key_or_group in groups():
             _check_presets(text, conf, override)
             texts.append(text)
         else:
-            may_add = _check_override(text, override)
-            texts.append(f"++{text}" if may_add else text)
+            values.append((text, override, _check_override(text, override)))
     ConfigStore.instance().store(
         group="schema", name="lmcompose", node=_schema(tuple(_kinds().items())), package="_global_"
     )
@@ -136,6 +136,9 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
         initialize_config_dir(str(conf), job_name="lmcompose", version_base="1.3"),
     ):
         config = compose("recipe", overrides=texts)
+    for text, override, hint in values:
+        with _readable(repr(text)):
+            _assign(config, override.key_or_group, override.value(), hint)
     sections = {name: _typed(config[name], kind, name) for name, kind in _SECTIONS.items()}
     also = {name: _of_evaluator(name, values) for name, values in sections["evaluate"].also.items()}
     sections["evaluate"] = dataclasses.replace(sections["evaluate"], also=also)
@@ -234,8 +237,17 @@ def _of_evaluator(name: str, values: dict[str, Any]) -> dict[str, Any]:
     return dataclasses.asdict(_typed(section, kind, where))
 
 
-def _check_override(text: str, override: Override) -> bool:
-    """Check the key and value of an override; return whether it may add a key, because it is inside a mapping.
+def _assign(config: DictConfig, key: str, value: Any, hint: Any) -> None:
+    """Set a key to a value; in place of a mapping that is there, except that a dataclass keeps its other fields."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        for name, item in value.items():
+            _assign(config, f"{key}.{name}", item, field_types(typing.cast(type, hint))[name])
+    else:
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+
+
+def _check_override(text: str, override: Override) -> Any:
+    """Check key and value of an override, and return the type of what the key stands for.
 
     Raises RecipeError for an unknown key or an invalid value.
     """
@@ -248,7 +260,7 @@ def _check_override(text: str, override: Override) -> bool:
         if in_mapping:
             kind = parts_of(hint)[0]
             if kind is Any:
-                return True
+                return Any
             if typing.get_origin(kind) is not dict:
                 raise RecipeError(f"{text!r}: {above} has no keys of its own")
             hint = typing.get_args(kind)[1]
@@ -260,13 +272,13 @@ def _check_override(text: str, override: Override) -> bool:
             what = f"unknown key {part!r} of {above}" if depth else f"unknown section {part!r} of the recipe"
             raise RecipeError(f"{text!r}: {what}.{hint} Known: {', '.join(known)}.")
         hint = known[part]
-        in_mapping = typing.get_origin(parts_of(hint)[0]) is dict
+        in_mapping = parts_of(hint)[0] is Any or typing.get_origin(parts_of(hint)[0]) is dict
         known = field_types(typing.cast(type, hint)) if dataclasses.is_dataclass(hint) else {}
     try:
         check_value(override.key_or_group, hint, override.value())
     except SettingError as error:
         raise RecipeError(str(error)) from None
-    return in_mapping
+    return hint
 
 
 def _check_presets(text: str, conf: Path, override: Override) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings
 from interventions.names import near_names
 from interventions.ranges import Checked, Choice, Count, Items, Positive, shown
-from pytest_lmcompose.data.readers import unknown_schema
+from pytest_lmcompose.data.readers import AUTO, unknown_schema
+from pytest_lmcompose.data.source import source_problem
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
+SOURCES = ("edits", "facts", "calibration", "retain", "perplexity")
+"""Keys of a world that take a source of data, besides those of `forget`."""
 Names = Annotated[list[str], Items()]
 NamesOrNone = Annotated[list[str], Items(least=0)]
 
@@ -50,28 +53,33 @@ class ModelSettings(Checked):
 
 @dataclass(frozen=True)
 class WorldSettings(Checked):
-    """The datasets of all methods and evaluators; null means that there is no such file."""
+    """The datasets of all methods and evaluators; null means that there is no such data.
+
+    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`.
+    """
 
     folder: str = ""
-    """Folder of the files; relative to the working folder, then to the suite's."""
-    edits: str | None = None
-    """File of edits."""
-    edits_schema: str = "zsre"
-    """Format of the edit file: zsre, counterfact, mquake, or one of another package (`lmcompose.edit_readers`)."""
+    """Folder of the files; relative to the working folder, then to the suite's. Empty: the working folder."""
+    edits: Any = None
+    """Source of edits, in a format of `edits_schema`: a file, a folder in the hub's layout, a hub id, or a mapping."""
+    edits_schema: str = AUTO
+    """Format of the edits: zsre, counterfact, mquake, knowedit, or one of another package (`lmcompose.edit_readers`);
+    auto recognises the first four."""
     strip_nq: bool = True
     """Remove zsRE's "nq question: " from the start of locality prompts."""
     ask_as: str = "{}"
     """Prompt for the questions of an mquake file; {} stands for the question."""
-    facts: str | None = None
-    """Prompts and answers for recall. Facts with the relation `topic/...` for a topic of `forget` count separately."""
-    calibration: str | None = None
-    """Calibration text of editing and compression methods."""
-    retain: str | None = None
-    """Text that unlearning must not affect."""
-    forget: dict[str, str] = field(default_factory=dict)
-    """Forget text: a file for each topic to unlearn."""
-    perplexity: str | None = None
-    """Text for perplexity; must not overlap with the retain or calibration text."""
+    facts: Any = None
+    """Source of prompts and answers for recall. Facts with the relation `topic/...` for a topic of `forget` count
+    separately."""
+    calibration: Any = None
+    """Source of calibration text for editing and compression methods."""
+    retain: Any = None
+    """Source of text that unlearning must not affect."""
+    forget: dict[str, Any] = field(default_factory=dict)
+    """Forget text: a source for each topic to unlearn."""
+    perplexity: Any = None
+    """Source of text for perplexity; must not overlap with the retain or calibration text."""
     tasks: str | None = None
     """Folder of question tasks: YAML files of lm-evaluation-harness."""
     pools: dict[str, Names] = field(default_factory=dict)
@@ -83,8 +91,17 @@ class WorldSettings(Checked):
     """Let task files run code: functions named by `!function`, templates outside a sandbox, and anything else that
     lm-evaluation-harness would run or import for them."""
 
+    def without_data(self) -> WorldSettings:
+        """Return the settings that say how data are asked, without where they are: their content counts."""
+        nothing: dict[str, Any] = dict.fromkeys(SOURCES)
+        return replace(self, folder="", forget={}, **nothing)
+
     def problems(self) -> Iterator[str]:
-        """Yield an unknown schema, an unknown hazardous pool, and an `ask_as` without {}."""
+        """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""
+        sources = {key: getattr(self, key) for key in SOURCES} | {f"forget.{k}": v for k, v in self.forget.items()}
+        for key, value in sources.items():
+            if (value is not None or key not in SOURCES) and (problem := source_problem(key, value)) is not None:
+                yield problem
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:

@@ -24,8 +24,8 @@ from evaluators import (
 from interventions import Resources, StepReport, apply
 from pytest_lmcompose.build.load import choose_device, load_model
 from pytest_lmcompose.composition import parse
-from pytest_lmcompose.data.readers import read_edits
-from pytest_lmcompose.data.records import EditRecord, FactRecord, read_facts, read_texts, select_edits
+from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
+from pytest_lmcompose.data.records import EditRecord, FactRecord, select_edits
 from pytest_lmcompose.measure import edit_cases, recall_facts
 from pytest_lmcompose.recipe import load_recipe
 

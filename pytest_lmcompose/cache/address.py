@@ -123,7 +123,7 @@ def measurements_address(state: str, data: str, world: WorldSettings, evaluate: 
     return address(
         state=state,
         data=data,
-        world=dataclasses.replace(world, folder=""),  # where the files are does not matter
+        world=world.without_data(),
         evaluate=evaluate,
         code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
         libraries=versions(EVALUATOR_LIBRARIES),

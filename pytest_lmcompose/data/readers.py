@@ -1,6 +1,6 @@
-"""Read edit files: a table of readers by schema, which other packages can extend. Imports no torch.
+"""Read edits, facts and texts. Edits: with a table of readers by schema, which other packages can extend.
 
-An edit file is a JSON list. A reader takes one record of it and yields its edits:
+A reader takes one record of a source and yields its edits:
 
     def mine(record: Record, options: ReadOptions) -> Iterator[EditRecord]: ...
 
@@ -10,18 +10,22 @@ A package adds a reader by an entry point of the group `lmcompose.edit_readers`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from interventions.names import near_names
 from interventions.types import Edit
-from pytest_lmcompose.data.records import EditRecord, Probe, Record, WorldError, read_json
+from pytest_lmcompose.data.records import EditRecord, FactRecord, Probe, Record, WorldError
+from pytest_lmcompose.data.sources import read_source
 
 ENTRY_POINT_GROUP = "lmcompose.edit_readers"
 NQ_PREFIX = "nq question: "
+AUTO = "auto"
+"""The schema of a source whose first record shows which one it is."""
 
 
 class ReadOptions(NamedTuple):
@@ -36,33 +40,79 @@ class ReadOptions(NamedTuple):
 Reader: TypeAlias = Callable[[Record, ReadOptions], Iterator[EditRecord]]
 
 
-def read_edits(path: Path, schema: str, *, strip_nq: bool = True, ask_as: str = "{}") -> list[EditRecord]:
-    """Read an edit file in a schema such as `zsre`, `counterfact` or `mquake`.
+def read_edits(
+    source: Any, schema: str = AUTO, *, strip_nq: bool = True, ask_as: str = "{}", folder: Path = Path()
+) -> list[EditRecord]:
+    """Read edits in a schema, such as `zsre`, `counterfact` or `mquake`. Record numbers start at 1.
 
     Raises WorldError for an unknown schema, a missing or empty field, and a subject that is not in its prompt. Record
     numbers in errors start at 1.
     """
     if (problem := unknown_schema(schema)) is not None:
-        raise WorldError(f"{path}: the schema is {schema!r}, {problem}")
-    read, options = edit_readers()[schema], ReadOptions(strip_nq, ask_as)
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise WorldError(f"{path}: expected a list with at least one record")
-    return [e for number, data in enumerate(records, start=1) for e in read(Record(path, number, data), options)]
+        raise WorldError(f"{source}: the schema is {schema!r}, {problem}")
+    records = read_source(source, folder)
+    first = next(records)
+    read, options = edit_readers()[_recognised(first) if schema == AUTO else schema], ReadOptions(strip_nq, ask_as)
+    return [edit for record in itertools.chain([first], records) for edit in read(record, options)]
+
+
+def read_texts(source: Any, folder: Path = Path()) -> tuple[str, ...]:
+    """Read the field `text` of every record as it stands; blank texts are left out. Raises WorldError."""
+    first: Record | None = None
+    texts = []
+    for record in read_source(source, folder):
+        first = first or record
+        if (text := record.raw_text("text")).strip():
+            texts.append(text)
+    if not texts and first is not None:
+        raise WorldError(f"{first.path}: every text is blank")
+    return tuple(texts)
+
+
+def read_facts(source: Any, folder: Path = Path()) -> list[FactRecord]:
+    """Read facts: subject, prompt, answer, relation and, where given, split. Raises WorldError."""
+    return [
+        FactRecord(
+            record.text("subject"),
+            record.text("prompt"),
+            record.text("answer"),
+            record.text("relation"),
+            record.text("split", empty=True) if "split" in record.data else "",
+        )
+        for record in read_source(source, folder)
+    ]
 
 
 def unknown_schema(schema: str) -> str | None:
     """Return the problem with an unknown schema, with similar names; None if it is known."""
-    known = edit_readers()
+    known = [*edit_readers(), AUTO]
     if schema in known:
         return None
     return f"expected one of {', '.join(known)}.{near_names(schema, known)}".removesuffix(".")
 
 
+def _recognised(record: Record) -> str:
+    """Return the schema of a record by the fields that only its data set has."""
+    data = record.data
+    rewrite = data.get("requested_rewrite")
+    if rewrite is not None:
+        return "mquake" if isinstance(rewrite, list) else "counterfact"
+    if "src" in data or "alt" in data:
+        return "zsre"
+    if "locality_prompt" in data:
+        return "counterfact"
+    if "prompt" in data and "target_new" in data:
+        return "knowedit"
+    raise record.error(
+        f"not recognised as edits of zsRE, CounterFact, MQuAKE or KnowEdit: it has {', '.join(map(str, data))}; "
+        f"set world.edits_schema to one of {', '.join(edit_readers())}"
+    )
+
+
 @cache
 def edit_readers() -> dict[str, Reader]:
-    """Return all readers by schema, built-in ones first."""
-    table: dict[str, Reader] = {"zsre": zsre, "counterfact": counterfact, "mquake": mquake}
+    """Return every reader by its schema, built-in ones first."""
+    table: dict[str, Reader] = {"zsre": zsre, "counterfact": counterfact, "mquake": mquake, "knowedit": knowedit}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
         _add(table, entry.name, entry.load())
     return table
@@ -86,17 +136,62 @@ def zsre(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
     if options.strip_nq:
         question = question.removeprefix(NQ_PREFIX)
     probe = Probe(question, record.text("loc_ans"))
-    paraphrases = (record.text("rephrase"),)
+    paraphrases = record.texts("rephrase")
+    hops: tuple[Probe, ...] = ()
+    if record.data.get("portability"):  # EasyEdit's files with one question more
+        hop = record.child("portability")
+        hops = (Probe(hop.text("New Question"), hop.text("New Answer")),)
     if target:
-        answers = record.items("answers") if "answers" in record.data else []
-        yield EditRecord(edit, paraphrases, (probe,), str(answers[0]) if answers else "")
+        yield EditRecord(edit, paraphrases, (probe,), _answer(record.data.get("answers")), hops)
 
 
 def counterfact(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
-    """Yield the edit of a CounterFact record."""
+    """Yield the edit of a CounterFact record: as published, with several prompts of each kind, or EasyEdit's."""
+    if "requested_rewrite" in record.data:
+        rewrite = record.child("requested_rewrite")
+        truth = rewrite.child("target_true").text("str")
+        neighbours = tuple(Probe(prompt, truth) for prompt in record.texts("neighborhood_prompts"))
+        yield EditRecord(_rewritten(record, rewrite), record.texts("paraphrase_prompts"), neighbours, truth)
+        return
     edit = _edit(record, record.text("prompt"), record.text("subject"), record.text("target_new"))
     probe = Probe(record.text("locality_prompt"), record.text("locality_ground_truth"))
-    yield EditRecord(edit, (record.text("rephrase_prompt"),), (probe,), record.text("ground_truth"))
+    hops: tuple[Probe, ...] = ()
+    if record.data.get("portability_prompt"):
+        hops = (Probe(record.text("portability_prompt"), record.text("portability_ground_truth")),)
+    yield EditRecord(edit, record.texts("rephrase_prompt"), (probe,), record.text("ground_truth"), hops)
+
+
+def knowedit(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
+    """Yield the edit of a KnowEdit record, with the prompts of each kind of portability and locality that it has.
+
+    Of several answers, and of several names of one, the first counts; prompts without an answer are left out.
+    """
+    edit = _edit(record, record.text("prompt"), record.text("subject"), record.text("target_new"))
+    paraphrases = next((record.texts(key) for key in ("rephrase", "rephrase_prompt") if record.data.get(key)), ())
+    truth = _answer(record.data.get("ground_truth"))
+    yield EditRecord(edit, paraphrases, _by_kind(record, "locality"), truth, _by_kind(record, "portability"))
+
+
+def _by_kind(record: Record, key: str) -> tuple[Probe, ...]:
+    """Return the prompts of all kinds: {kind: [{prompt, ground_truth}]}."""
+    if not record.data.get(key):
+        return ()
+    group = record.child(key)
+    found = [
+        Probe(probe.text("prompt"), answer, kind=kind)
+        for kind, probes in group.data.items()
+        if probes
+        for probe in group.children(kind)
+        if (answer := _answer(probe.data.get("ground_truth")))
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _answer(value: Any) -> str:
+    """Return the first text of an answer: a text, a list of them, or a list of lists; empty where there is none."""
+    while isinstance(value, (list, tuple)):
+        value = next(iter(value), None)
+    return "" if value is None or isinstance(value, Mapping) else str(value).strip()
 
 
 def mquake(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
@@ -107,7 +202,7 @@ def mquake(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
     """
     rewrites = record.children("requested_rewrite")
     hops = [*record.children("single_hops"), *record.children("new_single_hops")]
-    edits = [(_mquake_edit(record, rewrite), rewrite.text("question")) for rewrite in rewrites]
+    edits = [(_rewritten(record, rewrite), rewrite.text("question")) for rewrite in rewrites]
     rewritten = {text for edit, question in edits for text in (edit.prompt, question)}
     kept = (hop for hop in hops if not rewritten & {hop.text("cloze"), hop.text("question")})
     locality = tuple(dict.fromkeys(Probe(hop.text("cloze"), hop.text("answer")) for hop in kept))
@@ -127,7 +222,7 @@ def _prompt(text: str, ask_as: str) -> str:
     return ask_as.replace("{}", text) if text.endswith("?") else text
 
 
-def _mquake_edit(record: Record, rewrite: Record) -> Edit:
+def _rewritten(record: Record, rewrite: Record) -> Edit:
     template, subject = rewrite.text("prompt"), rewrite.text("subject")
     if "{}" not in template:
         raise record.error(f"field {rewrite.at + '.prompt'!r} has no {{}} for the subject")
@@ -135,6 +230,10 @@ def _mquake_edit(record: Record, rewrite: Record) -> Edit:
 
 
 def _edit(record: Record, prompt: str, subject: str, target: str) -> Edit:
-    if subject not in prompt:
+    """Return an edit whose subject is spelt as in the prompt."""
+    if subject in prompt:
+        return Edit(prompt, subject, target)
+    at = prompt.lower().find(subject.lower())
+    if at < 0 or len(prompt.lower()) != len(prompt):
         raise record.error(f"the subject {subject!r} is not in the prompt {prompt!r}")
-    return Edit(prompt, subject, target)
+    return Edit(prompt, prompt[at : at + len(subject)], target)

@@ -5,9 +5,8 @@ Errors name the file, the record and the field.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +27,8 @@ class Probe(NamedTuple):
     answer: str
     before: str = ""
     """The answer before an edit that changes it."""
+    kind: str = ""
+    """Which kind of prompt it is, if the dataset has several."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,33 @@ class FactRecord:
 class Record:
     """A JSON object with its position in a file, for errors."""
 
-    def __init__(self, path: Path, number: int, data: Any, at: str = "") -> None:
+    def __init__(self, path: Path | str, number: int, data: Any, at: str = "") -> None:
         self.path, self.number, self.data, self.at = path, number, data, at
         if not isinstance(data, dict):
             raise self.error(f"expected an object{f' in {at!r}' if at else ''}, found {type(data).__name__}")
 
     def text(self, key: str, *, empty: bool = False) -> str:
         """Return a stripped text; it must not be empty unless `empty`."""
-        value = self._get(key)
-        if not isinstance(value, str):
-            raise self.error(f"field {self._name(key)!r} is {type(value).__name__}, expected text")
+        value = self.raw_text(key)
         if not empty and not value.strip():
             raise self.error(f"field {self._name(key)!r} is empty")
         return value.strip()
+
+    def raw_text(self, key: str) -> str:
+        """Return a text as it stands, empty or not."""
+        value = self._get(key)
+        if not isinstance(value, str):
+            raise self.error(f"field {self._name(key)!r} is {type(value).__name__}, expected text")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return one or several texts, each once, without the spaces around them; none of them is empty."""
+        value = self._get(key)
+        if not isinstance(value, list):
+            return (self.text(key),)
+        if not all(isinstance(item, str) for item in value):
+            raise self.error(f"field {self._name(key)!r} is not a list of texts")
+        return tuple(dict.fromkeys(text for item in value if (text := item.strip())))
 
     def items(self, key: str) -> list[Any]:
         """Return a list."""
@@ -99,7 +114,7 @@ class Record:
 
     def _get(self, key: str) -> Any:
         if key not in self.data:
-            raise self.error(f"field {self._name(key)!r} is missing")
+            raise self.error(f"field {self._name(key)!r} is missing; it has {', '.join(map(str, self.data))}")
         return self.data[key]
 
     def _name(self, key: str) -> str:
@@ -129,25 +144,6 @@ def select_edits(records: Sequence[EditRecord], n: int, seed: int, source: str =
     return tuple(chosen)
 
 
-def read_texts(path: Path) -> tuple[str, ...]:
-    """Read the field `text` of every line of a JSON-lines file."""
-    return tuple(record.text("text") for record in _json_lines(path))
-
-
-def read_facts(path: Path) -> list[FactRecord]:
-    """Read facts: subject, prompt, answer, relation and, where given, split."""
-    return [
-        FactRecord(
-            record.text("subject"),
-            record.text("prompt"),
-            record.text("answer"),
-            record.text("relation"),
-            record.text("split", empty=True) if "split" in record.data else "",
-        )
-        for record in _json_lines(path)
-    ]
-
-
 def sample(items: Sequence[T], n: int | None, seed: int, purpose: str) -> list[T]:
     """Return `n` random items in their original order, or all of them."""
     if n is None or n >= len(items):
@@ -164,32 +160,3 @@ def _clash(one: EditRecord, other: EditRecord) -> bool:
     if one.edit.subject.casefold() == other.edit.subject.casefold():
         return True
     return any(mentions(probe.prompt, b.edit.subject) for a, b in ((one, other), (other, one)) for probe in a.locality)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises WorldError."""
-    try:
-        return json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise WorldError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-
-
-def _json_lines(path: Path) -> Iterator[Record]:
-    text = _read(path).rstrip("\n")
-    if not text.strip():
-        raise WorldError(f"{path}: no records")
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise WorldError(f"{path}, record {number}: not JSON: {error.msg}") from None
-        yield Record(path, number, data)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise WorldError(f"no such data file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise WorldError(f"{path}: cannot be read: {error}") from None

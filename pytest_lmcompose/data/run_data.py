@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from interventions.types import Resources
-from pytest_lmcompose.data.readers import read_edits
+from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
     EditRecord,
     FactRecord,
     WorldError,
-    read_facts,
-    read_texts,
     sample,
     select_edits,
 )
+from pytest_lmcompose.data.source import parse_source
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+
+HEADING = 4
+"""Words of a heading, such as "Critical reception", which texts of different articles share."""
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -39,23 +46,25 @@ class RunData:
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
     """Read a world's files from `folder` and sample the run's data.
 
-    Raises WorldError for a missing or broken file, and for a perplexity text that methods read too.
+    Raises WorldError for missing or broken data, and for a perplexity text (other than a heading) that methods read.
     """
     edits: tuple[EditRecord, ...] = ()
     if world.edits is not None:
-        path = folder / world.edits
-        records = read_edits(path, world.edits_schema, strip_nq=world.strip_nq, ask_as=world.ask_as)
-        edits = select_edits(records, evaluate.edits, seed, str(path))
+        with _named("edits"):
+            records = read_edits(
+                world.edits, world.edits_schema, strip_nq=world.strip_nq, ask_as=world.ask_as, folder=folder
+            )
+        edits = select_edits(records, evaluate.edits, seed, f"{folder}: {parse_source(world.edits).name}")
     resources = Resources(
         edits=tuple(record.edit for record in edits),
-        calibration=_texts(folder, world.calibration),
-        forget={domain: read_texts(folder / name) for domain, name in world.forget.items()},
-        retain=_texts(folder, world.retain),
+        calibration=_texts(world, folder, "calibration"),
+        forget={topic: _read_texts(f"forget.{topic}", source, folder) for topic, source in world.forget.items()},
+        retain=_texts(world, folder, "retain"),
     )
     facts, neighbours, forgettable = _facts(world, evaluate, folder, seed, edits)
-    perplexity = _texts(folder, world.perplexity)[: evaluate.texts]
+    perplexity = _texts(world, folder, "perplexity")[: evaluate.texts]
     for name, texts in (("retain", resources.retain), ("calibration", resources.calibration)):
-        if shared := set(texts) & set(perplexity):
+        if shared := {text for text in set(texts) & set(perplexity) if len(_WORD.findall(text)) > HEADING}:
             raise WorldError(
                 f"{folder}: {len(shared)} of the {name} texts are perplexity texts too, for instance "
                 f"{min(shared)[:60]!r}; a method must not be tested on its own training data"
@@ -64,8 +73,23 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
     return RunData(resources, edits, facts, neighbours, forgettable, perplexity, tasks)
 
 
-def _texts(folder: Path, name: str | None) -> tuple[str, ...]:
-    return read_texts(folder / name) if name is not None else ()
+def _texts(world: WorldSettings, folder: Path, key: str) -> tuple[str, ...]:
+    source = getattr(world, key)
+    return _read_texts(key, source, folder) if source is not None else ()
+
+
+def _read_texts(key: str, source: Any, folder: Path) -> tuple[str, ...]:
+    with _named(key):
+        return read_texts(source, folder)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Name the key of the world in errors of its data."""
+    try:
+        yield
+    except WorldError as error:
+        raise WorldError(f"world.{key}: {error}") from None
 
 
 def _facts(
@@ -76,7 +100,9 @@ def _facts(
         return (), (), ()
     edited = {record.edit.subject: record for record in edits}
     pools: dict[str, list[FactRecord]] = {"facts": [], "neighbours": [], "forgettable": []}
-    for fact in read_facts(folder / world.facts):
+    with _named("facts"):
+        known = read_facts(world.facts, folder)
+    for fact in known:
         record = edited.get(fact.subject)
         if fact.topic in world.forget:
             pools["forgettable"].append(fact)

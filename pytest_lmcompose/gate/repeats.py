@@ -120,7 +120,9 @@ def _pooled(found: Sequence[Measurement], repeats: int) -> Measurement:
         stderr=error,
         n=sum(m.n for m in found),
         samples=tuple(sample for m in found for sample in m.samples),
-        weights=tuple(weight for m in found for weight in m.weights),
+        weights=tuple(weight for m in found for weight in m.weights or (1.0,) * len(m.samples))
+        if any(m.weights for m in found)
+        else (),
         answers=tuple(answer for m in found for answer in m.answers) if all(m.answers for m in found) else (),
         clusters=side_by_side([(len(m.samples), m.clusters) for m in found]),
         note="; ".join(filter(None, (found[0].note, note))),

@@ -67,9 +67,11 @@ def _prompts(metric: str, data: RunData) -> Iterator[str]:
         elif head.startswith("edit_paraphrase"):
             yield from (_pair(text, edit.target) for text in record.paraphrases)
         elif head.startswith("edit_portability"):
-            yield from (_pair(probe.prompt, probe.answer) for probe in record.portability)
+            yield from (
+                _pair(probe.prompt, probe.answer) for probe in record.portability if relation in ("", probe.kind)
+            )
         elif head.startswith("edit_locality"):
-            yield from (_pair(probe.prompt, probe.answer) for probe in record.locality)
+            yield from (_pair(probe.prompt, probe.answer) for probe in record.locality if relation in ("", probe.kind))
     facts: dict[str, Sequence[FactRecord]] = {
         "recall": data.facts,
         "perplexity_qa": data.facts,

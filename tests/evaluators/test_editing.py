@@ -23,6 +23,9 @@ from evaluators import (
 from evaluators.answers import Likelihood, _read_off, answer_probes
 from evaluators.continuations import score
 from evaluators.encoding import Pair, encode_pairs
+from evaluators.measurement import Measurement
+from evaluators.metrics import find_metric
+from pytest_lmcompose.gate.repeats import pooled
 
 CASES = [
     EditCase("Ada", "Ada capital", "New York", ("Ada was capital", "Ada likes"), (Probe("Bela born", "Oslo"),)),
@@ -43,8 +46,10 @@ def test_hand_computed_values(bigram: Any, word_tokenizer: Any) -> None:
     assert found["edit_success_exact"].samples == (0.0, 1.0)
     # "likes" says "tea", and "tea" is followed by id 0, which is <s> and says nothing
     assert found["edit_paraphrase_f1"].samples == pytest.approx((0.5, 0.0, 1.0))
-    assert found["edit_paraphrase_exact"].value == pytest.approx(1 / 3)
-    assert found["edit_locality_exact"].samples == (0.0, 1.0, 0.0)
+    assert found["edit_paraphrase_exact"].value == pytest.approx(1 / 2)  # of the first edit 0, of the second 1
+    locality = found["edit_locality_exact"]
+    assert locality.samples == (0.0, 1.0, 0.0) and locality.weights == (1, 0.5, 0.5)
+    assert (locality.value, locality.stderr) == pytest.approx((0.25, 0.25))  # two edits, 0 and 1/2
     assert found["edit_success_exact"].clusters == ()  # a prompt an edit
     assert found["edit_paraphrase_exact"].clusters == (0, 0, 1)
     assert found["edit_locality_agreement"].clusters == (0, 1, 1)
@@ -148,7 +153,7 @@ def test_agreement_counts_wrong_answers_that_stayed(bigram: Any, word_tokenizer:
     model = bigram(BEFORE | {"likes": "Rome"})
     unedited = capture_unedited(model, word_tokenizer, CASES)
     found = {m.metric: m.value for m in measure_editing(model, word_tokenizer, CASES, unedited=unedited)}
-    assert found["edit_locality_exact"] == pytest.approx(2 / 3)
+    assert found["edit_locality_exact"] == pytest.approx(3 / 4)
     assert found["edit_locality_agreement"] == 1.0
 
 
@@ -161,6 +166,18 @@ def test_prompts_of_one_edit_are_one_cluster(bigram: Any, word_tokenizer: Any) -
     (paraphrase,) = (m for m in measure_editing(model, word_tokenizer, same) if m.metric == "edit_paraphrase_exact")
     assert (paraphrase.n, paraphrase.value) == (20, 0.5)
     assert paraphrase.stderr == pytest.approx(0.5)  # two edits, not twenty: sqrt(0.5 / 2)
+
+
+def test_kinds_of_prompts_are_also_measured_alone(bigram: Any, word_tokenizer: Any) -> None:
+    hops = (Probe("Ada likes", "tea", kind="Reasoning"), Probe("Ada born", "Oslo", kind="Alias"))
+    cases = [EditCase("Ada", "Ada in", "Oslo", portability=hops), EditCase("Bela", "Bela in", "Rome", (), hops[:1])]
+    model = bigram(BEFORE | {"likes": "Rome"})
+    unedited = capture_unedited(model, word_tokenizer, cases)
+    found = {m.metric: m.value for m in measure_editing(model, word_tokenizer, cases, unedited=unedited)}
+    kinds = ("edit_portability_exact", "edit_portability_exact/Reasoning", "edit_portability_exact/Alias")
+    assert [found[name] for name in kinds] == [0.5, 0, 1]
+    assert found["edit_locality_exact/Reasoning"] == 0 and found["edit_locality_agreement"] == 1
+    assert find_metric("edit_portability_exact/Alias").data == "edits"
 
 
 def test_aspects_without_prompts_are_left_out(bigram: Any, word_tokenizer: Any) -> None:
@@ -259,3 +276,12 @@ def test_measurements_keep_what_the_model_said(bigram: Any, word_tokenizer: Any)
     assert found["edit_success_exact"].answers[0] == "New tea"
     assert len(found["edit_locality_exact"].answers) == found["edit_locality_exact"].n
     assert found["edit_success_f1"].answers == ()
+
+
+def test_repeats_of_edits_with_and_without_weights_are_pooled() -> None:
+    """In one repeat every edit has as many prompts, in the other not."""
+    even = Measurement.mean("m", [0.0, 1.0], clusters=[0, 1])
+    uneven = Measurement.mean("m", [0.0, 1.0, 1.0], clusters=[0, 1, 1], weights=(1, 0.5, 0.5))
+    (found,) = pooled([[even], [uneven]])
+    assert (found.value, found.weights) == (0.5, (1, 1, 1, 0.5, 0.5))
+    assert found.stderr is not None and len(found.clusters) == found.n == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
@@ -160,6 +161,23 @@ def with_engine(bench: Bench) -> None:
     bench.patch.setattr(identity, "_packages", lambda python, path: [python, "llmcompressor==1"])
 
 
+FORGET = "layout/data/train.jsonl"
+
+
+def with_layout(bench: Bench) -> None:
+    path = bench.world_folder / FORGET
+    path.parent.mkdir(parents=True)
+    path.write_text('{"text": "one"}\n')
+    bench.world = dataclasses.replace(bench.world, forget={"few": {"path": "layout", "split": "train"}})
+
+
+def zip_retain(bench: Bench) -> None:
+    """Put the same text in another file."""
+    name = bench.world.retain + ".gz"
+    (bench.world_folder / name).write_bytes(gzip.compress((bench.world_folder / bench.world.retain).read_bytes()))
+    bench.world = dataclasses.replace(bench.world, retain=name)
+
+
 PREPARED: dict[str, Callable[[Bench], None]] = {
     "a data file with an absolute path": lambda b: with_outside_data(b, True),
     "a data file above": lambda b: with_outside_data(b, False),
@@ -168,6 +186,7 @@ PREPARED: dict[str, Callable[[Bench], None]] = {
     "an included file elsewhere": with_outside_yaml,
     "what tasks share": with_shared_yaml,
     "the code of a task": with_code,
+    "a file in a folder of the hub's layout": with_layout,
     "an engine's version": with_engine,
     "an engine's interpreter": with_engine,
     "the code that drives an engine": with_engine,
@@ -203,6 +222,8 @@ CHANGES: dict[str, tuple[What, Callable[[Bench], object]]] = {
     "forget text": ("both", lambda b: b.data("forget-venomcraft.jsonl")),
     "forget text that is not read": ("neither", lambda b: b.data("forget-wardbreaking.jsonl")),
     "an edit that a method is given": ("both", lambda b: b.read(edits=(Edit("Ada lives in", "Ada", "Lome"),))),
+    "a file in a folder of the hub's layout": ("both", lambda b: replace_text(b.world_folder / FORGET, "one", "two")),
+    "the file that holds a text": ("neither", zip_retain),
     "the order of calibration": ("both", lambda b: b.read(calibration=("two", "one"))),
     "a fact": ("measurements", lambda b: b.data("facts.jsonl", "Karth", "Kerth")),
     "perplexity text": ("measurements", lambda b: b.data("perplexity-heldout.jsonl")),

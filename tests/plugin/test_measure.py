@@ -139,7 +139,7 @@ def test_edits_with_consequences_measure_portability(loaded: tuple[Any, Any], tm
     assert {fact.relation for fact in data.neighbours} == {"pet"}, "where they come from follows from the edit"
     record = data.edits[0]
     assert record.portability[0].prompt == f"Question: In which land was {record.edit.subject} born? Answer:"
-    assert record.portability[1] == (f"{record.edit.subject} is a native of", "Veld", "Ostria")
+    assert record.portability[1] == (f"{record.edit.subject} is a native of", "Veld", "Ostria", "")
 
 
 def test_progress_names_each_evaluator_before_it_runs(loaded: tuple[Any, Any], tiny_world: Path) -> None:

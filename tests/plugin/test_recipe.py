@@ -59,9 +59,30 @@ def test_an_override_wins_over_the_preset_of_the_model() -> None:
 
 
 def test_mappings_take_new_keys() -> None:
-    world = load_recipe(CONF, ["world.forget.smithing=forget.jsonl", "world.pools={odd: [a, b]}"]).world
+    world = load_recipe(CONF, ["world.forget.smithing=forget.jsonl", "world.pools.odd=[a, b]"]).world
     assert world.forget["smithing"] == "forget.jsonl"
     assert world.pools["odd"] == ["a", "b"]
+
+
+def test_a_mapping_or_list_replaces_that_of_a_preset() -> None:
+    world = load_recipe(
+        CONF, ["world.forget={astronomy: a.jsonl}", "world.pools={x: [a]}", "world.hazardous=[x]"]
+    ).world
+    assert (world.forget, world.pools, world.hazardous) == ({"astronomy": "a.jsonl"}, {"x": ["a"]}, ["x"])
+    assert load_recipe(CONF, ["world.forget={a: a.txt}", "world.forget.b=b.txt"]).world.forget == {
+        "a": "a.txt",
+        "b": "b.txt",
+    }
+    assert load_recipe(CONF, ["world.forget={}"]).world.forget == {}
+    source = ["world.retain={path: a, split: x, limit: 3}", "world.retain={path: b}", "world.retain.split=test"]
+    assert load_recipe(CONF, source).world.retain == {"path": "b", "split": "test"}
+    with pytest.raises(RecipeError, match=r"world\.forget\.a=.*with the key path"):
+        load_recipe(CONF, ["world.forget={a: {split: x}}"])
+
+
+def test_a_mapping_for_a_section_keeps_its_other_keys() -> None:
+    changed = load_recipe(CONF, ["awq.samples=24", "awq={bits: 3}"]).config.awq
+    assert (changed.samples, changed.bits) == (24, 3)
 
 
 def test_permuted_suites_add_to_the_named_ones() -> None:

@@ -13,14 +13,12 @@ import pytest
 from interventions.ranges import SettingError
 from interventions.types import Edit
 from pytest_lmcompose.data import readers
-from pytest_lmcompose.data.readers import read_edits
+from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
     EditRecord,
     Probe,
     WorldError,
     mentions,
-    read_facts,
-    read_texts,
     select_edits,
 )
 from pytest_lmcompose.data.run_data import load_data

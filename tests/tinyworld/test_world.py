@@ -12,8 +12,7 @@ from compositions.tinyworld.datasets import write_data
 from compositions.tinyworld.relations import DOMAINS, HOMELAND, LAND, PERSON
 from compositions.tinyworld.text import heldout, prompt, state, templates, trained, training_stream
 from compositions.tinyworld.truth import World, make_world
-from pytest_lmcompose.data.readers import read_edits
-from pytest_lmcompose.data.records import read_facts, read_texts
+from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 
 SHIPPED = Path(__file__).parents[2] / "compositions" / "tinyworld" / "data"
 RELATIONS = [*PERSON, HOMELAND, LAND, *(r for relations in DOMAINS.values() for r in relations)]
