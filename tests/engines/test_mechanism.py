@@ -14,7 +14,7 @@ from torch import Tensor
 
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress.engines.exchange import readable_by_older
+from interventions.compress.engines.run import readable_by_older
 from interventions.compress.engines.table import ENGINES
 from interventions.statistics import window_batches
 from tests.engines.fakes import install_driver, interpreter_that, interpreter_that_answers, register_fake

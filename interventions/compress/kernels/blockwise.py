@@ -96,22 +96,12 @@ def float_blocks(
     block does not fit in.
     """
     method = settings.name
-    if not resources.calibration:
-        raise InterventionError(f"{method} needs calibration texts: give `calibration`")
     blocks = find_anatomy(model).blocks
-    for block in blocks:
-        check_weights(block, method)
     where = placement(model)
     memory = working_memory(blocks, where, method)
     affordable = affordable_tokens(blocks[0], memory)
-    batches = window_batches(
-        tokenizer,
-        resources.calibration,
-        samples=settings.samples,
-        max_tokens=within_context(model, settings.max_tokens),
-        batch_tokens=affordable if batch_tokens is None else min(batch_tokens, affordable),
-    )
-    check_enough(blocks, batches, method, settings.samples, context)
+    most = affordable if batch_tokens is None else min(batch_tokens, affordable)
+    batches = calibration_batches(model, tokenizer, settings, resources, context, blocks, batch_tokens=most)
     if scaled:
         warn_of_unscaled(unscaled(blocks, method, context), method, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)
@@ -309,6 +299,36 @@ def affordable_tokens(block: Block, memory: WorkingMemory) -> int:
     return max(
         memory.least_tokens, memory.batch // (2 * 4 * width)
     )  # float32, and as much again for what lies between the linears
+
+
+def calibration_batches(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: Calibrated,
+    resources: Resources,
+    context: Context,
+    blocks: Sequence[Block],
+    *,
+    batch_tokens: int | None = None,
+) -> list[Batch]:
+    """Return the calibration tokens of a method, after checking the texts, their number and the model's weights.
+
+    Without `batch_tokens`, all windows are in one batch.
+    """
+    method = settings.name
+    if not resources.calibration:
+        raise InterventionError(f"{method} needs calibration texts: give `calibration`")
+    for block in blocks:
+        check_weights(block, method)
+    batches = window_batches(
+        tokenizer,
+        resources.calibration,
+        samples=settings.samples,
+        max_tokens=within_context(model, settings.max_tokens),
+        batch_tokens=batch_tokens,
+    )
+    check_enough(blocks, batches, method, settings.samples, context)
+    return batches
 
 
 def check_weights(block: Block, method: str) -> None:
