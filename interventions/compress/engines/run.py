@@ -77,15 +77,15 @@ def run_engine(
     (tokens,) = calibration_batches(model, tokenizer, settings, resources, context, blocks)
     if method == "awq" and (names := unscaled(blocks, method, context)):
         raise InterventionError(
-            f"{who} may fold scales into the operation before {names[0]}, which changes what this model computes: "
-            f"use engine={OWN}, which leaves them out there"
+            f"{who} may fold scales into the operation before {names[0]}, which changes this model's output: "
+            f"use engine={OWN}, which quantises these layers without scales"
         )
     linears = tuple(linear.name for block in blocks for linear in block.linears)
     parameter_names = [linear.parameter_name for block in blocks for linear in block.linears]
     with tempfile.TemporaryDirectory(prefix=f"lmcompose-{engine.name}-") as path:
         folder = Path(path)
         probe = write_job(folder, model, tokens, method=method, settings=settings, linears=linears, seed=context.seed)
-        context.progress(f"{method}: {engine.name} runs in a process of its own")
+        context.progress(f"{method}: {engine.name} runs in a separate process")
         run_worker(engine, python, folder, who)
         answer = read_answer(folder, model, who)
     missing = [name for name in parameter_names if name not in answer.weights]
@@ -245,8 +245,8 @@ def check_difference(model: nn.Module, probe: Tensor, answer: Answer, who: str) 
     allowed = TOLERANCE.get(dtype, ROUNDED_TOLERANCE)
     if not difference <= allowed:
         raise InterventionError(
-            f"{who} gave weights that do not compute what its own model computes: relative difference of the "
-            f"logits {difference:.3g}, allowed {allowed}"
+            f"{who} returned weights that do not reproduce its own logits: relative difference "
+            f"{difference:.3g}, allowed {allowed}"
         )
     return difference
 

@@ -95,7 +95,7 @@ class Job:
             if hasattr(module, "qweight"):
                 weights[f"{name}.weight"] = unpack(module)
                 if f"{name}.bias" in original:  # some engines add a bias to every packed layer
-                    weights[f"{name}.bias"] = module.bias.detach().float().clone()  # type: ignore[operator, union-attr]
+                    weights[f"{name}.bias"] = module.bias.detach().float().clone()
         return weights
 
 
