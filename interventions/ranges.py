@@ -1,12 +1,12 @@
-"""What settings may be, said beside the fields of their dataclass and checked when one is made. No torch.
+"""Ranges of settings, annotated on the fields of their dataclass and checked when it is created. Imports no torch.
 
     @dataclass(frozen=True)
     class PruneSettings(Checked):
         sparsity: Annotated[float, Range(0, below=1)] = 0.5
         layers: Annotated[list[Annotated[int, Range(0)]], Items(rising=True)] | None = None
 
-Types are checked without any conversion, but that a whole number is a number too: a bool is no number, and
-NaN and infinity are none. A text may be empty only where neither null nor leaving it out could say so.
+Types are checked without conversion, except that a whole number is a valid float. Bools, NaN and infinity are not
+numbers. A text may be empty only if it is neither optional nor an item of a list.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from interventions.names import near_names
 from interventions.types import InterventionError
 
 _LARGEST = 1e30
-"""Beyond it, what methods compute in float32 from a number is infinite."""
+"""Largest number; beyond it, float32 computations overflow."""
 _LONGEST = 100
-"""Characters of a value in a message."""
+"""Maximum characters of a value in a message."""
 
 
 class SettingError(InterventionError, ValueError):
-    """A setting that cannot be; the message begins with its key, value and range: `bits=33: expected ...`."""
+    """An invalid setting; the message starts with key and value: `bits=33: expected ...`."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """A range of numbers: from `low`, or `above` a number, to `high`, or `below` one; and single numbers beside it."""
+    """Numbers >= `low`, > `above`, <= `high` and < `below`, or one of `also`."""
 
     low: float | None = None
     high: float | None = None
@@ -45,7 +45,7 @@ class Range:
     also: tuple[float, ...] = ()
 
     def holds(self, value: float) -> bool:
-        """Say whether a number lies in the range."""
+        """Return whether a number is in the range."""
         return value in self.also or not (
             (self.low is not None and value < self.low)
             or (self.high is not None and value > self.high)
@@ -70,7 +70,7 @@ class Range:
 
 @dataclass(frozen=True, init=False)
 class Choice:
-    """One of some texts."""
+    """A fixed set of texts."""
 
     known: tuple[str, ...]
 
@@ -78,7 +78,7 @@ class Choice:
         object.__setattr__(self, "known", known)
 
     def holds(self, value: str) -> bool:
-        """Say whether a text is one of them."""
+        """Return whether a text is one of them."""
         return value in self.known
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Items:
-    """How many items a list has, and in which order; none stands twice unless it is `sorted`."""
+    """The length and order of a list; no item occurs twice unless it is `sorted`."""
 
     least: int = 1
     most: int | None = None
@@ -97,7 +97,7 @@ class Items:
     """No item is smaller than the one before."""
 
     def holds(self, value: typing.Sequence[Any]) -> bool:
-        """Say whether a list, whose items are fine, is fine too."""
+        """Return whether a list of valid items is valid."""
         if len(value) < self.least or (self.most is not None and len(value) > self.most):
             return False
         pairs = list(itertools.pairwise(value))
@@ -122,27 +122,27 @@ Weight = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(above=0)]
 """A number above 0."""
 Layer = Annotated[int, Range(0)]
-"""The number of a decoder block."""
+"""The index of a decoder block."""
 Layers = Annotated[list[Layer], Items(rising=True)]
-"""Numbers of decoder blocks."""
+"""Indices of decoder blocks."""
 Fractions = Annotated[list[Share], Items(least=2, most=2, sorted=True)]
-"""A first and a last place, as fractions of depth."""
+"""First and last block, as fractions of depth."""
 
 
 class Checked:
-    """A settings dataclass whose fields are checked when it is made; raises SettingError."""
+    """A settings dataclass that checks its fields when it is created; raises SettingError."""
 
     def __post_init__(self) -> None:
-        """Check each field, then what they say together."""
+        """Check each field, then their combination."""
         check_settings(self)
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong between fields that are fine by themselves, each as `key=value: what is expected`."""
+        """Yield errors in the combination of valid fields, each as `key=value: what is expected`."""
         yield from ()
 
 
 def check_settings(settings: Any) -> None:
-    """Check the fields of a settings dataclass, whether it is `Checked` or not; raises SettingError."""
+    """Check the fields of any settings dataclass; raises SettingError."""
     kind: type = type(settings)
     for key, hint in field_types(kind).items():
         value = getattr(settings, key)
@@ -162,15 +162,15 @@ def check_settings(settings: Any) -> None:
 
 @cache
 def field_types(kind: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields, with what is said beside them."""
+    """Return the types of a dataclass's fields, with their annotations."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def check_value(key: str, hint: Any, value: Any) -> None:
-    """Check a value for a field of type `hint`; raises SettingError that begins with `key`.
+    """Check a value for a field of type `hint`; raises SettingError that starts with `key`.
 
-    A dataclass may be given as a mapping with some of its keys.
+    A dataclass can be given as a mapping of some of its keys.
     """
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         known = field_types(typing.cast(type, hint))
@@ -186,7 +186,7 @@ def check_value(key: str, hint: Any, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a recipe has it, on one line."""
+    """Return a value as written in a recipe, on one line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     text = str(value)
@@ -195,7 +195,7 @@ def shown(value: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """Return what a value of type `hint` may be, in words."""
+    """Describe the valid values of type `hint`."""
     kind, rules, optional = parts_of(hint)
     said = [str(rule) for rule in rules]
     end = ", or null" if optional else ""
@@ -210,7 +210,7 @@ def describe(hint: Any) -> str:
 
 
 def parts_of(hint: Any) -> tuple[Any, tuple[Rule, ...], bool]:
-    """Return a type, the rules beside it, and whether it may be None."""
+    """Return a type, its rules, and whether it is optional."""
     rules: list[Rule] = []
     optional = False
     while True:

@@ -1,8 +1,7 @@
-"""Statistics that siblings share: collected once for a state of a model, read by every step from there.
+"""A cache of input statistics, shared by all steps that start from the same state of a model.
 
-An entry is known by the hash of the state's weights, by the tokens that were read, batch by batch,
-and by what was collected. Only what steps would collect in the very same way is shared, so that
-they give the same weights to the last bit.
+Entries are keyed by the hash of the weights, the hash of the token batches, the kind of pass and the linear, so
+steps produce bit-identical weights with and without the cache.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ Entry = InputStatistics | InputNorms
 
 
 class Key(NamedTuple):
-    """What an entry was collected from, and how."""
+    """Identifies an entry."""
 
     state: str
     """Hash of the weights."""
     tokens: str
-    """Hash of the batches of tokens."""
+    """Hash of the token batches."""
     pass_: str
-    """How the model was run: in the dtype of its weights, or block by block in float32."""
+    """Kind of pass: in the dtype of the weights, or block by block in float32."""
     name: str
-    """The first linear that reads the input."""
+    """The first linear with this input."""
 
 
 class StatisticsCache:
     """Entries of several states in host memory, up to `limit` bytes.
 
-    What is full takes no more of the state at hand, and lets go of the states that were not asked for longest.
+    A full cache drops the least recently written states, then stops storing entries of the current one.
     """
 
     def __init__(self, limit: int = 1 << 30) -> None:
@@ -52,11 +51,11 @@ class StatisticsCache:
         return SharedStatistics(self, state)
 
     def get(self, key: Key) -> Entry | None:
-        """Return an entry; it must not be changed."""
+        """Return an entry or None; do not change it."""
         return self._states.get(key.state, {}).get(key)
 
     def put(self, key: Key, entry: Entry) -> None:
-        """Keep an entry, if there is room."""
+        """Store an entry if there is room."""
         entry = entry.to(torch.device("cpu"))
         size = bytes_of(entry)
         self._states.setdefault(key.state, {})
@@ -82,7 +81,7 @@ class SharedStatistics:
 def collect_shared(
     shared: SharedStatistics | None, model: nn.Module, batches: Sequence[Batch], linears: Sequence[Linear]
 ) -> dict[str, InputStatistics]:
-    """Return what `collect_statistics` does, what is known already included; it must not be changed."""
+    """Return what `collect_statistics` returns, from the cache where possible; do not change it."""
     if shared is None:
         with streaming(model, on=True):
             fresh = collect_statistics(model, batches, linears)
@@ -101,10 +100,10 @@ def collect_shared(
 
 
 class BlockStatistics:
-    """What is known of the inputs of a state's blocks, run one by one in float32 on some batches of tokens.
+    """Cached input statistics of a state's blocks, run one by one in float32 on some token batches.
 
-    Only what does not depend on the step itself is read and kept: the first block's, and with
-    `sequential` off that of the others, too.
+    Only statistics that do not depend on the step are cached: those of the first block, and of all blocks if
+    `sequential` is off.
     """
 
     def __init__(self, shared: SharedStatistics | None, batches: Sequence[Batch], *, sequential: bool) -> None:
@@ -113,7 +112,7 @@ class BlockStatistics:
         self._tokens = "" if shared is None else hash_batches(batches)
 
     def cover(self, blocks: Sequence[Block], kind: type) -> bool:
-        """Tell whether everything is known, for every group of every block."""
+        """Return whether the statistics of every group of every block are cached."""
         return self._shared is not None and all(
             self._get(group, kind) is not None for block in blocks for group in block.linear_groups
         )
@@ -121,27 +120,27 @@ class BlockStatistics:
     def find(
         self, block: Block, groups: Sequence[LinearGroup], kind: type[Sums], device: torch.device
     ) -> dict[str, Sums]:
-        """Return what is known of a block's groups, by role; it must not be changed."""
-        if not self._open(block):
+        """Return the cached statistics of a block's groups, by role; do not change them."""
+        if not self._cacheable(block):
             return {}
         found: dict[str, Any] = {group.role: self._get(group, kind) for group in groups}
         return {role: entry.to(device) for role, entry in found.items() if entry is not None}
 
     def keep(self, block: Block, entries: dict[str, Sums]) -> None:
-        """Keep what was collected, by role, on a block as it was before the step."""
-        if self._shared is not None and self._open(block):
+        """Store statistics of an unchanged block, by role."""
+        if self._shared is not None and self._cacheable(block):
             for role, entry in entries.items():
                 group = next(group for group in block.linear_groups if group.role == role)
                 self._shared.cache.put(self._key(self._shared, group, type(entry)), entry)
 
-    def _open(self, block: Block) -> bool:
+    def _cacheable(self, block: Block) -> bool:
         return self._shared is not None and (block.index == 0 or not self._sequential)
 
     def _get(self, group: LinearGroup, kind: type) -> Entry | None:
         if self._shared is None:
             return None
         entry = self._shared.cache.get(self._key(self._shared, group, kind))
-        if entry is None and kind is InputNorms:  # the larger kind has them as well
+        if entry is None and kind is InputNorms:  # InputStatistics include the norms
             larger = self._shared.cache.get(self._key(self._shared, group, InputStatistics))
             return None if larger is None else InputNorms(larger.square_sum, larger.count)
         return entry
@@ -151,7 +150,7 @@ class BlockStatistics:
 
 
 def hash_batches(batches: Sequence[Batch]) -> str:
-    """Return the SHA-256 of batches of tokens, padding and cuts between them included."""
+    """Return the SHA-256 of token batches, including padding and batch boundaries."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
@@ -162,5 +161,5 @@ def hash_batches(batches: Sequence[Batch]) -> str:
 
 
 def bytes_of(entry: Entry) -> int:
-    """Return the memory of an entry."""
+    """Return the size of an entry in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in entry.tensors)

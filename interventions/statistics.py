@@ -1,7 +1,7 @@
-"""What the inputs of linear layers look like on some text: one pass, shared by all methods.
+"""Statistics of the inputs of linear layers on text, collected in one pass for all methods.
 
-GPTQ and SparseGPT read the Gram matrix as Hessian, Wanda the norms of the channels, AWQ the Gram
-matrix and the mean absolute value, MEMIT the second moment at the MLP output projection.
+GPTQ and SparseGPT use the Gram matrix as Hessian, Wanda the channel norms, AWQ the Gram matrix and the mean absolute
+value, MEMIT the second moment at the MLP output projection.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from interventions.types import InterventionError
 Batch = dict[str, Tensor]
 
 TOKENS_PER_COLUMN = 4
-"""Fewer leave sums over the inputs of a linear mostly noise."""
+"""Minimum number of tokens per column of a linear; with fewer, its statistics are mostly noise."""
 
 
 @dataclass
 class InputNorms:
-    """What Wanda reads of the tokens that reached a linear layer of input width d: no Gram matrix is made."""
+    """Sums for Wanda over the inputs of a linear layer of width d, without a Gram matrix."""
 
     square_sum: Tensor
     """(d,) float32: the sum of x^2."""
@@ -55,14 +55,14 @@ class InputNorms:
 
 @dataclass
 class InputStatistics:
-    """Sums over the tokens that reached a linear layer of input width d."""
+    """Sums over the inputs of a linear layer of width d."""
 
     gram: Tensor
     """(d, d) float32: the sum of x x^T."""
     abs_sum: Tensor
     """(d,) float32: the sum of |x|."""
     square_sum: Tensor
-    """(d,) float32: the sum of x^2, to the last bit that of InputNorms; the diagonal of `gram` to rounding."""
+    """(d,) float32: the sum of x^2, bit-identical to InputNorms; equals the diagonal of `gram` up to rounding."""
     count: int
     """Tokens, padding left out."""
 
@@ -102,9 +102,9 @@ STRIP = 256
 
 
 def add_gram_(gram: Tensor, x: Tensor) -> None:
-    """Add x^T x, of x (n, d), to the symmetric `gram` (d, d): the half above the diagonal, mirrored.
+    """Add x^T x, for x (n, d), to the symmetric `gram` (d, d).
 
-    Strip by strip, so that little beyond that half is computed: 5/8 of the whole for d = 1024.
+    Computes the upper half in strips and mirrors it: 5/8 of the full product for d = 1024.
     """
     width = gram.shape[0]
     for low in range(0, width, STRIP):
@@ -124,12 +124,12 @@ def token_batches(
 ) -> list[Batch]:
     """Tokenise the first `max_texts` texts, cut each to `max_tokens`, batch them by length.
 
-    A batch has `batch_size` rows at most, and at most `batch_tokens` tokens, padding counted,
-    unless one row alone has more; None: no such bound.
+    A batch has at most `batch_size` rows and `batch_tokens` tokens including padding, but always one row; None: no
+    limit.
 
-    Each batch has `input_ids` and `attention_mask`, both (batch, longest) int64, padded on the
-    right; longest batches come first, so that a lack of memory shows at once. The tokenizer's own
-    padding and truncation settings are neither used nor changed.
+    Each batch has `input_ids` and `attention_mask`, both (batch, longest) int64, padded on the right. The longest
+    batches come first, so that running out of memory shows early. The tokenizer's padding and truncation settings
+    are neither used nor changed.
     """
     chosen = texts if max_texts is None else texts[:max_texts]
     _check_texts(chosen)
@@ -140,10 +140,10 @@ def token_batches(
 def window_batches(
     tokenizer: Any, texts: Sequence[str], *, samples: int, max_tokens: int, batch_tokens: int | None = None
 ) -> list[Batch]:
-    """Let the texts run on, a blank line between them, and batch the first `samples` windows of `max_tokens`.
+    """Join the texts with blank lines and batch the first `samples` windows of `max_tokens` tokens.
 
-    Each window starts as the tokenizer starts a text. What is left of the text at the end makes a
-    shorter one. Batches are as those of `token_batches`.
+    Each window starts with the tokenizer's special tokens. The last window may be shorter. Batches are like those of
+    `token_batches`.
     """
     _check_texts(texts)
     size = max_tokens - len(frame(tokenizer).start)
@@ -156,7 +156,7 @@ def window_batches(
 
 
 def scarce(method: str, tokens: int, columns: Mapping[str, int], remedy: str) -> str | None:
-    """Return a warning where `tokens` are fewer than 4 for each column that a linear has, by what it is called."""
+    """Return a warning if there are fewer than 4 `tokens` per column of a linear; `columns` is by name."""
     few = {name: width for name, width in columns.items() if tokens < TOKENS_PER_COLUMN * width}
     if not few:
         return None
@@ -191,7 +191,7 @@ def _batches(rows: list[list[int]], pad: int, batch_size: int | None, batch_toke
 
 
 class _Collector:
-    """Hooks that add what reaches the linears to their sums."""
+    """Hooks that add the inputs of linears to their sums."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self.linears = linears
@@ -232,8 +232,8 @@ def collect_statistics(
 ) -> dict[str, InputStatistics]:
     """Run `model` over `batches` and return the input statistics of `linears` by name.
 
-    Linears that read the very same tensor share one InputStatistics object. The forward pass ends
-    at the last wanted layer; padding does not count. The model is left as it was.
+    Linears with the same input tensor share one InputStatistics object. The forward pass ends at the last of the
+    linears; padding does not count. The model is unchanged.
     """
     if not linears:
         return {}

@@ -1,4 +1,4 @@
-"""Apply one intervention to a model, in place, and hold it to its promises."""
+"""Apply one intervention to a model in place, and check that it changed only weights."""
 
 from __future__ import annotations
 
@@ -44,22 +44,21 @@ def apply(
     statistics: SharedStatistics | None = None,
     **overrides: Any,
 ) -> StepReport:
-    """Apply the intervention named `method` to `model`, in place, and report what it did.
+    """Apply the intervention named `method` to `model` in place, and return a report.
 
-    `settings` is an instance of the method's settings dataclass (None: its defaults), of which
-    `overrides` replace single values. `edits`, `calibration`, `forget` and `retain` take the place of
-    those in `resources`; forget texts are by topic, or those of a single one. Steps that are given the
-    `statistics` of one state, which the model must be in, collect what they have in common once.
+    `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
+    values. `edits`, `calibration`, `forget` and `retain` replace those in `resources`; `forget` is a mapping by topic
+    or the texts of a single topic. `statistics` is the cache for the model's current state.
 
-    Only weights change: dtypes, shapes and names of the parameters, train mode, KV cache flag,
-    requires_grad flags and the tokenizer are as before; gradients are dropped. If anything goes
-    wrong, an interrupt included, the weights are exactly what they were and the exception passes on.
+    Only weights change: parameter names, shapes, dtypes and requires_grad flags, train mode, the KV cache flag and the
+    tokenizer stay the same; gradients are dropped. On any exception, including an interrupt, the original weights are
+    restored and the exception is raised again.
 
-    Raises InterventionError if the step changed no weight, left a NaN or infinity in one, or
-    broke another of these promises; UnknownMethod for a name that no intervention has. (A method may
-    say that there was nothing left to do: then a step without a change passes, with a warning.)
+    Raises InterventionError if the step changes no weight, leaves NaN or infinity in one, or changes anything else;
+    UnknownMethod for an unknown name. If the method reports that nothing was left to do, an unchanged model is only a
+    warning.
 
-    A method whose settings have `preserve_mask`, and have it on, keeps pruned weights at zero.
+    With the setting `preserve_mask`, pruned weights stay zero.
     """
     chosen = find_method(method)
     complete = _complete_settings(chosen, settings, overrides)
@@ -112,7 +111,7 @@ def _complete_settings(method: Method, settings: Any, overrides: dict[str, Any])
     elif not isinstance(settings, kind):
         raise InterventionError(
             f"{method.name}: settings must be {kind.__name__}, not {type(settings).__name__}; "
-            "single settings may be given by name"
+            "pass single settings by name"
         )
     known = [field.name for field in dataclasses.fields(kind)]
     for name in overrides:
@@ -154,7 +153,7 @@ def _texts(name: str, texts: Sequence[str]) -> tuple[str, ...]:
 
 
 class _Weights:
-    """A host copy of a model's parameters, and of where they stand."""
+    """A host copy of a model's parameters and module structure."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
@@ -162,17 +161,17 @@ class _Weights:
         if absent:
             raise InterventionError(
                 f"{absent[0]} has no values: load the model without offloading to the host or to disk; "
-                "interventions.offload computes part by part one that is on the CPU"
+                "interventions.offload streams a model from the CPU"
             )
         self.copies = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
-        # A method that swaps modules or parameters must be undone too.
+        # To undo methods that replace modules or parameters.
         self.places = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
 
     @torch.no_grad()
     def keep_zeros(self, model: nn.Module) -> dict[str, int]:
-        """Set linear weights that were exactly zero back to zero, in linears that had been pruned.
+        """Reset the weights of pruned linears that were exactly zero to zero.
 
-        Returns, as a detail of the step, how many had been filled; nothing if no linear had a mask.
+        Returns the number of refilled zeros as a detail of the step, or nothing if no linear was pruned.
         """
         now = dict(model.named_parameters())
         filled: list[int] = []
@@ -189,8 +188,8 @@ class _Weights:
     def changed(self, model: nn.Module, method: str, *, may_be_none: bool = False) -> tuple[str, ...]:
         """Return the names of the parameters whose values differ from the copy, sorted.
 
-        Raises InterventionError if there are none, unless there `may_be_none`, or if a parameter's
-        name, shape, dtype or finiteness changed.
+        Raises InterventionError if nothing changed (unless `may_be_none`), if names, shapes or dtypes changed, or if
+        values are NaN or infinite.
         """
         now = dict(model.named_parameters())
         if now.keys() != self.copies.keys():
@@ -204,7 +203,7 @@ class _Weights:
                 )
         changed = sorted(name for name, copy in self.copies.items() if not _equal(now[name], copy))
         if not changed and not may_be_none:
-            raise InterventionError(f"{method} changed no weight; are its settings and its texts or edits as meant?")
+            raise InterventionError(f"{method} changed no weight; check its settings and its texts or edits")
         broken = [name for name in changed if not bool(torch.isfinite(now[name]).all())]
         if broken:
             raise InterventionError(f"{method} left NaN or infinity in {', '.join(broken[:5])}")
@@ -212,7 +211,7 @@ class _Weights:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the parameters back where they stood, with the very values they had."""
+        """Restore the modules, the parameters and their values."""
         for module, modules, parameters in self.places:
             module._modules.clear()
             module._modules.update(modules)

@@ -1,7 +1,7 @@
-"""AlphaEdit: editing in the null space of what is stored (Fang et al., ICLR 2025, arXiv 2410.02355).
+"""AlphaEdit: editing in the null space of the preserved keys (Fang et al., ICLR 2025, arXiv 2410.02355).
 
-As MEMIT, but instead of weighing edits against the keys of other text, an update is confined to the
-directions in which those keys hardly reach. Keys of earlier batches keep what they were made to yield.
+Like MEMIT, but updates are restricted to directions in which the keys of other text are close to zero. The outputs of
+keys from earlier batches are preserved.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class AlphaEditSettings(LayersRewriter):
     name = "alphaedit"
 
     nullspace_threshold: Positive = 0.02
-    """Directions in which the second moment of the keys is below this are free for edits."""
+    """Edits use directions in which the second moment of the keys is below this."""
     nullspace_relative: bool = False
-    """Take the threshold as a multiple of the mean eigenvalue: for models whose keys are of another scale."""
+    """Threshold as a multiple of the mean eigenvalue, for models whose keys have another scale."""
     ridge: Positive = 10.0
-    """Weight of the update's own size (called L2 by the authors)."""
+    """Weight of the penalty on the update's norm (called L2 by the authors)."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
-        """Make `resources.edits` in place; `resources.calibration` gives the keys whose outputs stay.
+        """Make `resources.edits` in place, preserving the outputs of the keys of `resources.calibration`.
 
-        The details have, besides MEMIT's, the share of each layer's directions that were free.
+        The details also have the share of directions used for edits, by layer.
         """
         from interventions.edit.kernels.closed_form import NullSpaceSolve, null_space
         from interventions.edit.kernels.rewriting import rewrite
@@ -53,7 +53,7 @@ class AlphaEditSettings(LayersRewriter):
             if basis.shape[1] == basis.shape[0]:
                 context.warn(
                     f"{output.parameter_name}: every direction is below nullspace_threshold="
-                    f"{self.nullspace_threshold}, so nothing is kept; lower it"
+                    f"{self.nullspace_threshold}, so no key is preserved; lower it"
                 )
             return NullSpaceSolve(basis, self.ridge)
 

@@ -11,16 +11,16 @@ from interventions.ranges import Checked, Count, Fractions, Items, Layers, Posit
 
 @dataclass(frozen=True)
 class ValueSettings(Checked):
-    """How the target values z of MEMIT, ROME and AlphaEdit are optimised; defaults as published."""
+    """Optimisation of the target values z of MEMIT, ROME and AlphaEdit; defaults as published."""
 
     steps: Annotated[int, Range(2)] = 25
-    """Forward passes; the last one only measures."""
+    """Forward passes; the last one only computes the loss."""
     lr: Positive = 0.5
     weight_decay: Weight = 1e-3
     stop_loss: Weight = 0.05
-    """An edit whose loss (nats) is below this is done."""
+    """An edit stops when its loss (nats) falls below this."""
     clamp_norm_factor: Positive = 4.0
-    """Largest norm of the change of a hidden state, as a multiple of the state's own."""
+    """Maximum norm of the change of a hidden state, relative to the norm of the state."""
     kl_factor: Weight = 0.0625
 
 
@@ -31,15 +31,15 @@ class Rewriter(Intervention):
     category = "edit"
 
     batch_size: Count | None = None
-    """Edits made at once; each batch starts from the model that the one before left. None: all in one batch."""
+    """Edits made at once; each batch edits the model that the previous one produced. None: all edits in one batch."""
     chat_template: bool = False
-    """Put prompts as a user's words into the tokenizer's chat template; the targets open the answers."""
+    """Apply the tokenizer's chat template: prompts become user messages, targets the start of the answers."""
     covariance_tokens: Count | None = None
-    """Tokens of calibration text behind the second moment of the keys; None: 10 per key dimension."""
+    """Calibration tokens for the second moment of the keys; None: 10 per key dimension."""
     covariance_window: Count = 512
-    """Tokens read of a text, as published each in a row of its own; as many as the model reads at most."""
+    """Maximum tokens read per text, limited by the model's context; as published, each text is a separate row."""
     context_lengths: Annotated[list[Count], Items()] = field(default_factory=lambda: [10])
-    """Lengths, in tokens, of the contexts that the model writes before the prompts."""
+    """Lengths, in tokens, of the contexts that the model generates before the prompts."""
     contexts_per_length: Annotated[int, Range(0)] = 5
     z: ValueSettings = field(default_factory=ValueSettings)
     preserve_mask: bool = False
@@ -55,7 +55,7 @@ class LayersRewriter(Rewriter):
     """What MEMIT and AlphaEdit share."""
 
     layers: Layers | None = None
-    """Decoder blocks whose MLP output projection is rewritten; None: those of `layer_fractions`."""
+    """Decoder blocks whose MLP output projection is edited; None: those of `layer_fractions`."""
     layer_fractions: Fractions = field(default_factory=lambda: [0.125, 0.25])
     """First and last edited block as fractions of depth (4 to 8 of 32 blocks as published)."""
 

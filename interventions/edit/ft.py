@@ -1,7 +1,7 @@
 """FT: fine-tuning of some MLP output projections on the targets of edits.
 
-As the baseline of Meng et al. (2022), with the bound on single weights of Zhu et al. (2020, arXiv
-2012.00363): Adam on the mean loss of the target tokens, and none on the prompts.
+The baseline of Meng et al. (2022), with the bound on single weights of Zhu et al. (2020, arXiv 2012.00363): Adam on the
+mean loss of the target tokens only.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class FtSettings(Intervention):
     """First and last trained block as fractions of depth."""
     lr: Positive = 5e-5
     steps: Count = 25
-    """Passes over the edits, at most."""
+    """Maximum number of passes over the edits."""
     batch_size: Count = 50
-    """Edits of an update."""
+    """Edits per update."""
     stop_loss: Weight = 0.01
-    """A batch whose loss (nats) is below this is not trained on; training ends when all are."""
+    """Batches with a loss (nats) below this are skipped; training ends when all are."""
     weight_decay: Weight = 0.0
     norm_constraint: Positive | None = None
-    """Largest change of a single weight, the L-infinity norm of Zhu et al. (2020); None: no bound."""
+    """Maximum change of a single weight, the L-infinity norm of Zhu et al. (2020); None: no bound."""
     chat_template: bool = False
-    """Put prompts as a user's words into the tokenizer's chat template; the targets open the answers."""
+    """Apply the tokenizer's chat template: prompts become user messages, targets the start of the answers."""
     preserve_mask: bool = False
-    """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
+    """Keep pruned weights at zero in linears with at least 5 % exact zeros."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train the chosen projections, in place, until the targets of `resources.edits` are likely.

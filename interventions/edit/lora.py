@@ -1,8 +1,7 @@
 """LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) and AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512) for edits.
 
-Adapters are put on by peft, trained on the targets of the edits, and merged. AdaLoRA starts with a
-higher rank everywhere and cuts singular values down to a budget over all layers, by how much they
-matter to the loss.
+Adapters of peft are trained on the targets of the edits and merged. AdaLoRA starts with a higher rank in every layer
+and prunes the least important singular values to a budget over all layers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True)
 class LoraSettings(Intervention):
-    """LoRA (Hu et al., 2022) or AdaLoRA (Zhang et al., 2023) on the targets, merged into the weights at the end.
+    """LoRA (Hu et al., 2022) or AdaLoRA (Zhang et al., 2023), trained on the targets and merged into the weights.
 
     Defaults as in Kolbeinsson et al. (2025), who used AdaLoRA.
     """
@@ -39,47 +38,47 @@ class LoraSettings(Intervention):
     category = "edit"
 
     adaptive: bool = True
-    """AdaLoRA: ranks of `initial_rank`, cut down to `rank` on average by what matters; else LoRA."""
+    """Use AdaLoRA, which reduces ranks from `initial_rank` to `rank` on average; false: LoRA."""
     rank: Count = 8
     initial_rank: Count = 12
-    """Of AdaLoRA: the rank of every layer until the warm-up ends."""
+    """AdaLoRA only: rank of every layer during the warm-up."""
     alpha: Positive = 32.0
     """The update is scaled by alpha / rank."""
     targets: Annotated[list[Target], Items()] = field(default_factory=lambda: ["query", "value"])
-    """Linear layers adapted: query, key, value (all three where they are fused), attention_in, attention_out,
+    """Linear layers with adapters: query, key, value (all three if fused), attention_in, attention_out,
     mlp_in, mlp_out."""
     layers: Layers | None = None
-    """Decoder blocks adapted; None: all."""
+    """Decoder blocks with adapters; None: all."""
     lr: Positive = 5e-3
     steps: Count = 70
-    """Passes over the edits, at most."""
+    """Maximum number of passes over the edits."""
     batch_size: Count = 50
-    """Edits of an update."""
+    """Edits per update."""
     stop_loss: Weight = 0.0
-    """Training ends when the loss (nats) of every batch is below this, with AdaLoRA once the ranks are cut down."""
+    """Training ends when the loss (nats) of every batch is below this; with AdaLoRA, not before ranks are final."""
     warmup: Share = 0.1
-    """Of AdaLoRA: share of the steps before ranks are cut."""
+    """AdaLoRA only: share of the steps before ranks are reduced."""
     final: Share = 0.3
-    """Of AdaLoRA: share of the steps after the last cut."""
+    """AdaLoRA only: share of the steps after the last reduction of ranks."""
     orthogonality: Weight = 0.5
-    """Of AdaLoRA: weight of the penalty that keeps singular vectors orthonormal."""
+    """AdaLoRA only: weight of the penalty that keeps singular vectors orthonormal."""
     chat_template: bool = False
-    """Put prompts as a user's words into the tokenizer's chat template; the targets open the answers."""
+    """Apply the tokenizer's chat template: prompts become user messages, targets the start of the answers."""
     preserve_mask: bool = False
-    """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
+    """Keep pruned weights at zero in linears with at least 5 % exact zeros."""
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of AdaLoRA before ranks are cut."""
+        """AdaLoRA's steps before ranks are reduced."""
         return round(self.warmup * self.steps)
 
     @property
     def final_steps(self) -> int:
-        """Steps of AdaLoRA after the last cut."""
+        """AdaLoRA's steps after the last reduction of ranks."""
         return max(1, round(self.final * self.steps))
 
     def problems(self) -> Iterator[str]:
-        """Yield what leaves AdaLoRA nothing to cut, or no step for it."""
+        """Yield settings with which AdaLoRA cannot reduce ranks."""
         if not self.adaptive:
             return
         if self.initial_rank <= self.rank:
@@ -96,8 +95,8 @@ class LoraSettings(Intervention):
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train adapters on `resources.edits` and add them to the weights, in place.
 
-        The adapters are float32 whatever the model's dtype, and their product is rounded once, in the sum.
-        The details give the rank that each layer ended with.
+        The adapters are float32 whatever the model's dtype, and the sum is rounded once.
+        The details have the final rank of each layer.
         """
         import torch
 
@@ -191,12 +190,12 @@ class _Adapters:
         return self._settings.orthogonality * torch.stack(norms).mean()
 
     def allocate(self, step: int) -> None:
-        """Cut ranks by AdaLoRA's schedule: after an update, with its gradients still there; steps count from 1."""
+        """Reduce ranks by AdaLoRA's schedule; call after an update, before zero_grad; steps count from 1."""
         if self._settings.adaptive:
             self.tuner.update_and_allocate(step)
 
     def allocated(self, step: int) -> bool:
-        """Tell whether the ranks are cut down to the budget."""
+        """Return whether the ranks are within the budget."""
         return not self._settings.adaptive or step >= self._last_cut
 
     @without_gradients
@@ -218,13 +217,13 @@ class _Adapters:
 
 @contextmanager
 def _adapters(model: nn.Module, linears: Sequence[Linear], settings: LoraSettings, seed: int) -> Iterator[_Adapters]:
-    """Put adapters on `linears`, and take them off at the end."""
+    """Add adapters to `linears`, and remove them at the end."""
     import torch
     from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, LoraModel
     from transformers.pytorch_utils import Conv1D
 
     names = {linear.name for linear in linears}
-    # A pattern, as peft takes a name in a list for the end of other names too.
+    # A pattern, because peft also matches the names in a list as suffixes.
     pattern = "|".join(name.replace(".", r"\.") for name in sorted(names))
     shared: dict[str, Any] = {
         "target_modules": f"({pattern})",

@@ -23,10 +23,10 @@ class MemitSettings(LayersRewriter):
     name = "memit"
 
     covariance_weight: Positive = 15000.0
-    """How much what is stored weighs against the edits."""
+    """Weight of preserving other keys, relative to the edits."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
-        """Make `resources.edits` in place, weighing them against the keys of `resources.calibration`."""
+        """Make `resources.edits` in place, preserving the keys of `resources.calibration`."""
         from functools import partial
 
         from interventions.edit.kernels.closed_form import memit_update

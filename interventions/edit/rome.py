@@ -1,9 +1,8 @@
 """ROME: rank-one model editing (Meng et al., NeurIPS 2022, arXiv 2202.05262).
 
-One projection is changed by one rank-one update for each edit, the least one that makes the
-subject's key yield the target value exactly. Target values and keys are found as for MEMIT: z is
-the output of the block, where the authors' first code took that of the MLP, and the bare prompt
-counts as much in the key as all other contexts together.
+Each edit adds one rank-one update to one projection: the smallest one that maps the subject's key exactly to the
+target value. Target values and keys are computed as for MEMIT: z is the output of the block (of the MLP in the
+authors' first code), and keys are the mean of the bare prompt's key and the mean key of the other contexts.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ class RomeSettings(Rewriter):
     name = "rome"
 
     batch_size: Count | None = 1
-    """Edits whose target values are found together; the rank-one updates follow one another in any case."""
+    """Edits whose target values are optimised together; the rank-one updates are always sequential."""
     layer: Layer | None = None
-    """Decoder block whose MLP output projection is rewritten; None: that of `layer_fraction`."""
+    """Decoder block whose MLP output projection is edited; None: that of `layer_fraction`."""
     layer_fraction: Share = 0.16
     """The edited block as a fraction of depth (5 of 32 blocks as published)."""
     context_lengths: Annotated[list[Count], Items()] = field(default_factory=lambda: [5, 10])
-    """Lengths, in tokens, of the contexts that the model writes before the prompts."""
+    """Lengths, in tokens, of the contexts that the model generates before the prompts."""
     contexts_per_length: Annotated[int, Range(0)] = 10
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
@@ -49,7 +48,7 @@ class RomeSettings(Rewriter):
         def make_solve(output: Linear, second_moment: Tensor) -> Solve:
             return partial(rome_update, stored=factorised(output, second_moment, context))
 
-        remedy = "make fewer edits, or set rome.contexts_per_length lower"
+        remedy = "make fewer edits, or lower rome.contexts_per_length"
         return rewrite(model, tokenizer, self, resources, context, make_solve, remedy=remedy)
 
     def choose_layers(self, depth: int) -> list[int]:

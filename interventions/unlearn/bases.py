@@ -23,34 +23,34 @@ class Trained(Intervention):
     topics: Names | None = None
     """Topics of the forget text; None: all."""
     samples: Count | None = None
-    """Texts of each topic, from the first on; None: all."""
+    """Number of texts per topic, from the start; None: all."""
     layers: Layers | None = None
-    """Blocks that are trained; None: the last `layer_fraction` of them."""
+    """Blocks to train; None: the last `layer_fraction` of them."""
     layer_fraction: PartOfDepth = 0.5
     parameters: Names | None = None
-    """What is trained in those blocks: attention_in, attention_out, mlp_in or mlp_out for the weights of such linear
-    layers, or names of parameters as they are inside a block; None: all."""
+    """Parameters to train in those blocks: attention_in, attention_out, mlp_in or mlp_out for the weights of these
+    linear layers, or parameter names relative to a block; None: all."""
     train_head: bool = True
-    """Train the final norm and the output head too; a head that shares its weights with the embeddings is not."""
+    """Also train the final norm and the output head, unless the head is tied to the embeddings."""
     lr: Positive = 5e-5
     decay: bool = False
-    """Let the rate fall in a line, to nothing after the last update."""
+    """Decay the learning rate linearly to zero."""
     epochs: Count = 1
     """Passes over the forget text."""
     batch_size: Count = 4
-    """Texts that run through the model together."""
+    """Texts per forward pass."""
     retain_batch_size: Count | None = None
-    """Retain texts beside each batch of forget text; None: as many."""
+    """Retain texts per batch of forget text; None: `batch_size`."""
     accumulation: Count = 1
-    """Batches of an update; the last update takes what is left."""
+    """Batches per update; the last update takes the remaining ones."""
     max_updates: Count | None = None
     max_grad_norm: Positive | None = None
-    """Gradients of a larger norm are scaled down to it; None: left as they are."""
+    """Clip gradients to this norm; None: no clipping."""
     weight_decay: Weight = 0.0
     max_tokens: Tokens = 512
-    """Longest text, in tokens; the rest is cut off."""
+    """Maximum tokens per text; longer texts are truncated."""
     preserve_mask: bool = False
-    """Keep pruned weights at zero: matrices with at least 5 % exact zeros are trained without them."""
+    """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TwoTerms(Trained):
 
     forget_weight: Weight = 1.0
     retain_weight: Weight = 1.0
-    """Weight of the loss on retain text; 0: the one on forget text alone."""
+    """Weight of the loss on retain text; 0: train on forget text only."""
 
     def problems(self) -> Iterator[str]:
         """Yield weights that leave nothing to train on."""

@@ -20,7 +20,7 @@ class GaSettings(Trained):
     accumulation: Count = 2
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
-        """Maximise the mean negative log-likelihood a token of `resources.forget`, in place."""
+        """Maximise the mean negative log-likelihood per token of `resources.forget`, in place."""
         from interventions.unlearn.kernels.likelihood import Terms, ascend, train_on_likelihood
 
         return train_on_likelihood(model, tokenizer, self, resources, context, Terms(ascend, by_token=True))

@@ -14,16 +14,16 @@ from interventions.unlearn.bases import TwoTerms
 class GdSettings(TwoTerms):
     """Gradient difference: ascent on forget text, descent on retain text (Liu et al., 2022).
 
-    Defaults with the retain weight of Kolbeinsson et al. (2025).
+    The default retain weight is from Kolbeinsson et al. (2025).
     """
 
     name = "gd"
 
     retain_weight: Weight = 40.0
-    """Weight of the loss on retain text; 0: gradient ascent alone."""
+    """Weight of the loss on retain text; 0: gradient ascent only."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
-        """Maximise it for `resources.forget` and minimise it for `resources.retain`, in place."""
+        """Maximise the loss on `resources.forget` and minimise it on `resources.retain`, in place."""
         from interventions.unlearn.kernels.likelihood import Terms, ascend, train_on_likelihood
 
         terms = Terms(ascend, True, self.forget_weight, self.retain_weight)

@@ -1,8 +1,7 @@
 """NPO (Zhang et al., COLM 2024, arXiv 2404.05868) and SimNPO (Fan et al., 2024, arXiv 2410.07163).
 
-Both push the likelihood of forget text down as preference optimisation does with a rejected answer: a text
-whose likelihood is low already, against the model before (NPO) or outright (SimNPO), is pushed
-less, where gradient ascent goes on.
+Both treat forget text as the rejected answer of preference optimisation. The loss flattens for texts that are already
+unlikely, relative to the original model (NPO) or absolutely (SimNPO), where gradient ascent would continue.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ class NpoSettings(TwoTerms):
     accumulation: Count = 8
     weight_decay: Weight = 0.01
     beta: Positive = 0.1
-    """Inverse temperature: the smaller, the nearer to gradient ascent."""
+    """Inverse temperature: smaller is closer to gradient ascent."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
-        """Make `resources.forget` less likely than the model finds it now, in place; hold `resources.retain`."""
+        """Make `resources.forget` less likely than for the original model, in place; preserve `resources.retain`."""
         from interventions.unlearn.kernels.likelihood import Terms, train_on_likelihood
         from interventions.unlearn.kernels.preference import npo_losses, reference_nll
 
         def prepare(model: nn.Module, batches: Sequence[TextBatch]) -> TextLosses:
             reference = reference_nll(model, batches)
-            context.progress(f"npo: likelihood of {len(reference)} texts before the first update kept")
+            context.progress(f"npo: recorded the likelihood of {len(reference)} texts before the first update")
 
             def losses(nll: Tensor, batch: TextBatch) -> Tensor:
                 return npo_losses(nll, reference[batch.which], self.beta)

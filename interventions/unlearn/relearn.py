@@ -1,7 +1,7 @@
-"""Relearning: the attack that shows what unlearning left in the weights (Łucki et al., 2024, arXiv 2409.18025).
+"""Relearning: an attack that recovers unlearned knowledge from the weights (Łucki et al., 2024, arXiv 2409.18025).
 
-A short fine-tuning on a few of the texts that were to be forgotten. Where knowledge comes back that
-those texts do not hold, it had been hidden, not removed.
+Fine-tunes briefly on a few of the forget texts. If knowledge returns that these texts do not contain, it was hidden,
+not removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from interventions.unlearn.bases import PartOfDepth, Trained
 
 @dataclass(frozen=True)
 class RelearnSettings(Trained):
-    """The attack on unlearning: a short fine-tuning on a few of the texts that were to be forgotten."""
+    """Relearning attack on unlearning (Łucki et al., 2024): brief fine-tuning on a few of the forget texts."""
 
     name = "relearn"
     undoes = ("unlearn",)

@@ -1,7 +1,7 @@
 """RMU: representation misdirection for unlearning (Li et al., ICML 2024, arXiv 2403.03218).
 
-Some MLP output projections below one block learn to send that block's output on forget text towards
-a random vector, one control vector per topic, and to keep it unchanged on retain text.
+Trains some MLP output projections at and below one block to steer that block's output on forget text to a random
+control vector per topic, and to keep it unchanged on retain text.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ class RmuSettings(Intervention):
     category = "unlearn"
 
     topics: Names | None = None
-    """Topics to forget; None: all that there is forget text of."""
+    """Topics of the forget text; None: all."""
     layer: Layer | None = None
     """Block whose output is steered; None: that of `layer_fraction`."""
     layer_fraction: Share = 0.22
     """The steered block as a fraction of depth (7 of 32 blocks as published)."""
     train_layers: Layers | None = None
-    """Blocks whose weights are trained; None: three, the last of them the steered one."""
+    """Blocks to train; None: the steered block and the two below it."""
     parameters: Names = field(default_factory=lambda: ["mlp_out"])
-    """What is trained in those blocks: attention_in, attention_out, mlp_in or mlp_out for the weights of such linear
-    layers, or names of parameters as they are inside a block, such as `mlp.down_proj.weight`."""
+    """Parameters to train in those blocks: attention_in, attention_out, mlp_in or mlp_out for the weights of these
+    linear layers, or parameter names relative to a block, such as `mlp.down_proj.weight`."""
     steering_coefficient: Positive = 6.5
     """Norm of the control vectors."""
     alpha: Weight = 1200.0
     """Weight of the loss on retain text."""
     lr: Positive = 5e-5
     max_num_batches: Count = 150
-    """Updates over all topics; texts are gone through again where they are fewer."""
+    """Updates over all topics; texts repeat if there are fewer."""
     batch_size: Count = 4
-    """Texts of a batch; each update takes one of forget and one of retain text."""
+    """Texts per batch; each update uses one batch of forget text and one of retain text."""
     max_tokens: Tokens = 512
-    """Longest text, in tokens; the rest is cut off."""
+    """Maximum tokens per text; longer texts are truncated."""
     preserve_mask: bool = False
-    """Keep pruned weights at zero: matrices with at least 5 % exact zeros are trained without them."""
+    """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
 
     def problems(self) -> Iterator[str]:
-        """Yield a trained block that the loss does not reach."""
+        """Yield `train_layers` above the steered block."""
         if self.layer is not None and self.train_layers is not None and self.train_layers[-1] > self.layer:
             yield f"train_layers={self.train_layers}: expected none above layer={self.layer}, whose output is steered"
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
-        """Steer the model's states on `resources.forget` away, in place; `resources.retain` holds all others.
+        """Steer the hidden states on `resources.forget`, in place; preserve those on `resources.retain`.
 
-        Each update takes a batch of one topic, the topics in turn, and a batch of retain text.
+        Each update uses a batch of one topic, in turn, and a batch of retain text.
         """
         import torch
 
@@ -98,7 +98,7 @@ class RmuSettings(Intervention):
             trainer = Trainer("rmu", model, parameters, lr=self.lr, preserve_mask=self.preserve_mask)
             with torch.no_grad():
                 frozen = [states(model, block, batch).cpu() for batch in retain]
-            context.progress(f"what {block.name} makes of {len(frozen)} batches of retain text is kept")
+            context.progress(f"rmu: recorded the outputs of {block.name} on {len(frozen)} batches of retain text")
             for update in range(self.max_num_batches):
                 topic = update % len(topics)
                 seen = states(model, block, next(forget[topic]))
@@ -123,9 +123,9 @@ class RmuSettings(Intervention):
 
 
 def chosen_layers(settings: RmuSettings, depth: int) -> tuple[int, list[int]]:
-    """Return the block that is steered and those that are trained.
+    """Return the steered block and the blocks to train.
 
-    Raises InterventionError for a block that the model does not have, or that the loss does not reach.
+    Raises InterventionError for missing blocks and for trained blocks above the steered one.
     """
     from interventions.structure import check_layers
 
@@ -138,7 +138,7 @@ def chosen_layers(settings: RmuSettings, depth: int) -> tuple[int, list[int]]:
     trained = check_layers("rmu.train_layers", settings.train_layers, depth)
     if trained[-1] > layer:
         raise InterventionError(
-            f"rmu.train_layers={settings.train_layers}: the loss stands at block {layer}, so block {trained[-1]} above "
-            "it would not be trained; leave it out or raise rmu.layer"
+            f"rmu.train_layers={settings.train_layers}: the loss is on the output of block {layer}, so block "
+            f"{trained[-1]} above it would not be trained; remove it or raise rmu.layer"
         )
     return layer, trained

@@ -1,4 +1,4 @@
-"""SimNPO: NPO without the model before as a reference (Fan et al., 2024, arXiv 2410.07163); see `npo`."""
+"""SimNPO: NPO without the original model as a reference (Fan et al., 2024, arXiv 2410.07163); see `npo`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class SimNpoSettings(TwoTerms):
     weight_decay: Weight = 0.01
     beta: Positive = 2.5
     gamma: Weight = 0.0
-    """Margin: the larger, the less likely a text has to be until it is left alone."""
+    """Margin: larger values make texts less likely before the loss flattens."""
     forget_weight: Weight = 0.1375
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
-        """Make `resources.forget` unlikely by token, in place; hold `resources.retain`."""
+        """Make `resources.forget` less likely per token, in place; preserve `resources.retain`."""
         from interventions.unlearn.kernels.likelihood import Terms, train_on_likelihood
         from interventions.unlearn.kernels.preference import simnpo_losses
 

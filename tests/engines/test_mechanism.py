@@ -14,7 +14,7 @@ from torch import Tensor
 
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress.engines.exchange import readable_by_older
+from interventions.compress.engines.run import readable_by_older
 from interventions.compress.engines.table import ENGINES
 from interventions.statistics import window_batches
 from tests.engines.fakes import install_driver, interpreter_that, interpreter_that_answers, register_fake
@@ -92,9 +92,9 @@ def test_weights_are_rounded_to_the_models_dtype(tokenizer: Any, tmp_path: Path)
         ("name", r"answered with model\.layers\.7\.weight, which the model does not have"),
         ("nan", r"left NaN or infinite values in model\.layers\.1\.mlp\.down_proj\.weight"),
         ("lacking", r"left out model\.layers\.1\.mlp\.down_proj\.weight; does it know LlamaForCausalLM"),
-        ("values", r"do not compute what its own model computes: relative difference of the logits"),
+        ("values", r"do not reproduce its own logits: relative difference"),
         ("logits", r"answered the probe with logits of shape \(1, 3, 320\)"),
-        ("nan logits", r"do not compute what its own model computes"),
+        ("nan logits", r"do not reproduce its own logits"),
     ],
 )
 def test_a_wrong_answer_is_no_answer(spoil: str, message: str, tokenizer: Any, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_model_whose_logits_cannot_be_had_is_refused(method: str, tokenizer: A
     model = tiny_model()
     # The logits of one text depend on all texts of the batch, padding included.
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] - args[0].mean(dim=(0, 1)),))
-    with pytest.raises(InterventionError, match=r"LlamaForCausalLM: run again from layer 0.*relative error"):
+    with pytest.raises(InterventionError, match=r"LlamaForCausalLM: rerun from layer 0.*relative error"):
         apply(model, tokenizer, method, edits=EDITS, calibration=SENTENCES, contexts_per_length=0)
 
 

@@ -203,7 +203,7 @@ def test_broken_weights_and_inputs_are_named(value: float, tokenizer: Any) -> No
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[2] = value
-    with pytest.raises(InterventionError, match=r"what reaches model.layers.1.self_attn.q_proj .* is NaN or infinite"):
+    with pytest.raises(InterventionError, match=r"inputs of model.layers.1.self_attn.q_proj .* are NaN or infinite"):
         walk(model, tokenizer, halve({}))
 
 

@@ -1,5 +1,5 @@
-"""Upstream implementations of the compression methods, as a choice: `awq[engine=autoawq]`.
+"""Upstream implementations of the compression methods: `awq[engine=autoawq]`.
 
-Each engine runs in a process, and if need be with an interpreter, of its own; the state and the
-calibration tokens travel as safetensors. What comes back is ordinary, de-quantised weights.
+Each engine runs in its own process, optionally with its own interpreter. The weights and the calibration
+tokens are passed as safetensors files. The engine returns de-quantised weights.
 """

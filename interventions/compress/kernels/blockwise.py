@@ -1,9 +1,9 @@
-"""Walk through a model's decoder blocks on calibration text, and change their linears on the way.
+"""Compress a model block by block, from statistics of the inputs of its linears on calibration text.
 
-GPTQ, SparseGPT, Wanda and AWQ do the same round: catch what reaches the first block, then block by
-block look at the inputs of the linears, change them, and hand on what the block puts out. Beside
-the model's weights there is one block in float32, its Gram matrices and one hidden state a token;
-with a memory budget (see `interventions.offload`) hidden states wait on the host.
+GPTQ, SparseGPT, Wanda and AWQ share this loop: run a block on the calibration text, collect statistics, change the
+linears, and pass the block's outputs to the next one. Beyond the model's weights, memory holds one block in
+float32, its Gram matrices and one hidden state per token; with a memory budget (see `interventions.offload`)
+hidden states stay on the host.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
 from interventions.compress.bases import Calibrated, Sequential
-from interventions.compress.kernels.capture import Call, catch_block_calls, keep_calls
+from interventions.compress.kernels.capture import (
+    Call,
+    ReplayedModule,
+    Shapes,
+    catch_block_calls,
+    find_replayable,
+    keep_calls,
+)
 from interventions.compress.kernels.precision import pass_precision
-from interventions.compress.kernels.replay import Shapes, Tail, find_tails
 from interventions.compress.kernels.working_memory import WorkingMemory, working_memory
 from interventions.context import Context
 from interventions.early_exit import StopForward
@@ -42,16 +48,14 @@ def walk_blocks(
     work: Callable[[LinearGroup, Sums], list[dict[str, Any]]],
     sums: type[Sums],
 ) -> list[dict[str, Any]]:
-    """Call `work` for every group of linears that share an input, in order; return all it returned.
+    """Call `work` for every group of linears that share an input, in order; return its results in one list.
 
-    `work(group, statistics)` changes the weights of the group's linears in place, which are
-    float32 copies that are written back, rounded once, when the block is done; it leaves the
-    statistics, which are of the kind `sums`, as they are and returns plain data, as a rule one dict
-    for each linear.
+    `work(group, statistics)` changes the group's weights in place and returns plain data, usually one dict per
+    linear. The weights are float32 copies, rounded once into the model when the block is done. `work` must not
+    change the statistics, which are of type `sums`.
 
-    With `settings.sequential` a block is calibrated on what the changed blocks before it put out, otherwise
-    on what they put out before they were changed. With `true_sequential` the same holds between
-    the groups of a block: a group sees the changed ones before it. For the errors see
+    With `settings.sequential`, blocks are calibrated on the outputs of the compressed blocks before them, otherwise
+    on those of the original blocks. `true_sequential` does the same for the groups inside a block. For errors see
     `float_blocks`.
     """
     details: list[dict[str, Any]] = []
@@ -83,35 +87,23 @@ def float_blocks(
     batch_tokens: int | None = None,
     scaled: bool = False,
 ) -> Iterator[FloatBlock]:
-    """Give each block of the model as a float32 copy, with the calls that reach it on the text.
+    """Yield each block of the model as a float32 copy, with its calls on the calibration text.
 
-    What the caller changes in the copy is written back when it asks for the next one. The first
-    `samples` windows of `max_tokens` of the text are read (both of the settings), in batches of as many tokens as the
-    memory set aside for activations allows, and of `batch_tokens` at most. A caller that `reads` statistics of
-    all groups of a block, of that kind, and nothing else, need not wait for what is known already. With `scaled` it is
-    proved first which groups can take up a scaling of their input, with a warning about those that cannot.
+    Changes of the copy are written back when the caller takes the next block. The text is read in
+    `settings.samples` windows of `settings.max_tokens`, in batches that fit the memory for activations and have
+    `batch_tokens` at most. If the caller reads nothing but statistics of type `reads`, blocks whose statistics are
+    cached do not run. With `scaled`, a warning lists the groups whose input cannot be scaled.
 
-    Raises InterventionError, naming layer and setting, for no or empty text, for fewer tokens than
-    a linear has columns, for NaN or infinite weights or inputs, and for a memory budget that a
-    block does not fit in.
+    Raises InterventionError, naming layer and setting, for missing or empty text, fewer tokens than a linear has
+    columns, NaN or infinite weights or inputs, and a memory budget smaller than a block.
     """
     method = settings.name
-    if not resources.calibration:
-        raise InterventionError(f"{method} needs calibration texts: give `calibration`")
     blocks = find_anatomy(model).blocks
-    for block in blocks:
-        check_weights(block, method)
     where = placement(model)
     memory = working_memory(blocks, where, method)
     affordable = affordable_tokens(blocks[0], memory)
-    batches = window_batches(
-        tokenizer,
-        resources.calibration,
-        samples=settings.samples,
-        max_tokens=within_context(model, settings.max_tokens),
-        batch_tokens=affordable if batch_tokens is None else min(batch_tokens, affordable),
-    )
-    check_enough(blocks, batches, method, settings.samples, context)
+    most = affordable if batch_tokens is None else min(batch_tokens, affordable)
+    batches = calibration_batches(model, tokenizer, settings, resources, context, blocks, batch_tokens=most)
     if scaled:
         warn_of_unscaled(unscaled(blocks, method, context), method, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)
@@ -144,7 +136,7 @@ def float_blocks(
 
 
 class FloatBlock:
-    """A float32 copy of one decoder block, and the calls that reach it on the calibration text."""
+    """A float32 copy of one decoder block, and its calls on the calibration text."""
 
     def __init__(
         self,
@@ -165,35 +157,35 @@ class FloatBlock:
         self.memory = memory
         tokens = sum(call.hidden.shape[0] * call.hidden.shape[1] for call in calls)
         self.resting = memory.where_to_rest(tokens * calls[0].hidden.shape[-1] * 4, device)
-        """Where hidden states are while they are not computed with."""
+        """Device that stores hidden states between passes."""
         self.tokens = tokens
         self.calls = [call.to(self.resting) for call in calls]
         self.masks = [mask.to(device) for mask in masks]
-        """(batch, tokens) bool each: true where there is no padding."""
+        """(batch, tokens) bool each: false for padding."""
         self.rows = [None if bool(mask.all()) else mask.reshape(-1) for mask in self.masks]
         self.method = method
         self.known = known
         self.keep_outputs = keep_outputs
         self.outputs: list[Tensor] = []
-        """What the block put out before it was changed, if that is to be handed on."""
+        """Outputs of the unchanged block, if the next block needs them."""
         self.changed = False
-        self.tails: dict[str, Tail] = {}
+        self.replayed: dict[str, ReplayedModule] = {}
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
         return self.block.linear_groups
 
     def replay(self, shapes: Shapes) -> None:
-        """Keep what reaches the last linears of attention and MLP, so that later passes may start there."""
-        for role, tail in find_tails(self.groups, shapes).items():
-            if 4 * self.tokens * tail.last.in_features <= self.memory.kept:
-                self.tails[role] = tail
+        """Record inputs of the last linears of attention and MLP, so that later passes can start there."""
+        for role, module in find_replayable(self.groups, shapes).items():
+            if 4 * self.tokens * module.last.in_features <= self.memory.kept:
+                self.replayed[role] = module
 
     def finish(self, group: LinearGroup) -> None:
-        """Record that the weights of this group, and of the groups before it, are final."""
+        """Mark the weights of this group, and of the groups before it, as final."""
         self.changed = True
-        if group.role in self.tails:
-            self.tails[group.role].final = True
+        if group.role in self.replayed:
+            self.replayed[group.role].final = True
 
     def collect(
         self,
@@ -202,28 +194,27 @@ class FloatBlock:
         *,
         sums: type[Sums],
     ) -> dict[str, Sums]:
-        """Run the block, as it is now, on all the text and return the groups' statistics by role.
+        """Run the block in its current state and return the groups' statistics by role, without padding.
 
-        Padding does not count. `scopes` is filled, by role, with the calls of the modules that the
-        groups stand in. The pass ends at the last of the groups, unless the block's outputs are
-        still to be kept. What is known of this state of the model already is not summed again, and
-        must not be changed. Raises InterventionError for inputs that are NaN or infinite.
+        `scopes` receives the calls of the modules that contain the groups, by role. The pass ends at the last group,
+        unless the block's outputs are still needed. Statistics may come from the cache: do not change them. Raises
+        InterventionError for inputs that are NaN or infinite.
         """
         to_end = self.keep_outputs and not self.outputs
         statistics = {} if self.changed else self.known.find(self.block, groups, sums, self.device)
         wanted = [group for group in groups if group.role not in statistics]
         fresh: dict[str, Sums] = {group.role: sums.zeros(group.in_features, self.device) for group in wanted}
         statistics |= fresh
-        to_see = groups if scopes is not None else wanted
-        if to_see or to_end:
-            self._look(to_see, fresh, scopes, to_end=to_end)
+        observed = groups if scopes is not None else wanted
+        if observed or to_end:
+            self._observe(observed, fresh, scopes, to_end=to_end)
         for group in wanted:
             self._check_inputs(group, statistics[group.role])
         if not self.changed:
             self.known.keep(self.block, fresh)
         return {group.role: statistics[group.role] for group in groups}
 
-    def _look(
+    def _observe(
         self,
         groups: Sequence[LinearGroup],
         statistics: dict[str, Sums],
@@ -231,25 +222,25 @@ class FloatBlock:
         *,
         to_end: bool,
     ) -> None:
-        """Run the block until all of the groups were reached, and add up their statistics."""
+        """Run the block until every group was reached, and add to their statistics."""
         waiting: set[str] = set()
         rows: Tensor | None = None
 
-        def see(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def observe(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
                 x: Tensor = arguments[0]
                 if role in statistics:
                     flat = x.reshape(-1, x.shape[-1])
                     statistics[role].add_(flat if rows is None else flat[rows])
-                if role in self.tails:
-                    self.tails[role].keep(x)
+                if role in self.replayed:
+                    self.replayed[role].keep(x)
                 waiting.discard(role)
                 if not waiting and not to_end:
                     raise StopForward
 
             return add
 
-        handles = [group.linears[0].module.register_forward_pre_hook(see(group.role)) for group in groups]
+        handles = [group.linears[0].module.register_forward_pre_hook(observe(group.role)) for group in groups]
         if scopes is not None:
             handles += [
                 keep_calls(group.scope, scopes.setdefault(group.role, []), self.resting)
@@ -269,46 +260,75 @@ class FloatBlock:
                 handle.remove()
 
     def _run(self, batch: int, call: Call) -> Tensor:
-        """Return the block's output on one batch; hooks add up what they see in the same precision."""
+        """Return the block's output on one batch; hooks run in the same matmul precision."""
         with ExitStack() as stack:
             stack.enter_context(pass_precision(self.device, self.stored.linears[0].weight.dtype))
-            for tail in self.tails.values():
-                if tail.usable:
-                    stack.enter_context(tail.standing_in(batch))
+            for module in self.replayed.values():
+                if module.usable:
+                    stack.enter_context(module.replaying(batch))
             return call.to(self.device)(self.block.module).to(self.resting)
 
     def _check_inputs(self, group: LinearGroup, statistics: InputStatistics | InputNorms) -> None:
         if not bool(torch.isfinite(statistics.square_sum).all()):
             raise InterventionError(
-                f"{self.method}: what reaches {group.linears[0].name} on the calibration text is NaN or infinite "
-                "in float32: does the model still work after the steps before?"
+                f"{self.method}: the inputs of {group.linears[0].name} on the calibration text are NaN or infinite "
+                "in float32: check that the model still works after the earlier steps"
             )
 
     def write_back(self) -> None:
-        """Round the copy's values once into the model's own block, and keep those in the copy."""
+        """Round the copy's values once into the model's block, and keep the rounded values in the copy."""
         for stored, new in zip(self.stored.module.parameters(), self.block.module.parameters(), strict=True):
             stored.copy_(new)
             if stored.dtype != new.dtype:
                 new.copy_(stored)
 
     def hand_on(self) -> list[Tensor]:
-        """Return the hidden states for the next block; the calls are used up."""
+        """Return the hidden states for the next block, and free the calls."""
         if not self.keep_outputs:
             self.calls.reverse()
-            while self.calls:  # one by one, so that each input is freed before the next output is made
+            while self.calls:  # one by one, to free each input before computing the next output
                 self.outputs.append(self._run(len(self.outputs), self.calls.pop()))
         self.calls.clear()
         return self.outputs
 
 
 def affordable_tokens(block: Block, memory: WorkingMemory) -> int:
-    """Return how many tokens fit in the memory set aside for a batch's activations, a few in any case."""
+    """Return how many tokens fit in the memory for a batch's activations, at least `memory.least_tokens`."""
     width = sum(
         group.in_features + sum(linear.out_features for linear in group.linears) for group in block.linear_groups
     )
-    return max(
-        memory.least_tokens, memory.batch // (2 * 4 * width)
-    )  # float32, and as much again for what lies between the linears
+    bytes_per_token = 2 * 4 * width  # float32, doubled for activations between the linears
+    return max(memory.least_tokens, memory.batch // bytes_per_token)
+
+
+def calibration_batches(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: Calibrated,
+    resources: Resources,
+    context: Context,
+    blocks: Sequence[Block],
+    *,
+    batch_tokens: int | None = None,
+) -> list[Batch]:
+    """Return the calibration tokens of a method, after checking the texts, their number and the model's weights.
+
+    Without `batch_tokens`, all windows are in one batch.
+    """
+    method = settings.name
+    if not resources.calibration:
+        raise InterventionError(f"{method} needs calibration texts: give `calibration`")
+    for block in blocks:
+        check_weights(block, method)
+    batches = window_batches(
+        tokenizer,
+        resources.calibration,
+        samples=settings.samples,
+        max_tokens=within_context(model, settings.max_tokens),
+        batch_tokens=batch_tokens,
+    )
+    check_enough(blocks, batches, method, settings.samples, context)
+    return batches
 
 
 def check_weights(block: Block, method: str) -> None:
@@ -317,7 +337,7 @@ def check_weights(block: Block, method: str) -> None:
         if not bool(torch.isfinite(linear.weight).all()):
             raise InterventionError(
                 f"{method}: {linear.parameter_name} has NaN or infinite values: load the model again, "
-                "or see which step before left them"
+                "or find the earlier step that left them"
             )
 
 
@@ -326,7 +346,7 @@ def check_enough(
 ) -> None:
     """Raise InterventionError, naming the layer, if there are fewer tokens than a linear has columns.
 
-    Warns where there are too few for sums that are more than noise, and says whether text or `samples` are wanting.
+    Warns if there are too few for reliable statistics, and whether to add text or raise `samples`.
     """
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     for group in (group for block in blocks for group in block.linear_groups):
@@ -344,10 +364,10 @@ def check_enough(
 
 
 def unscaled(blocks: Sequence[Block], method: str, context: Context) -> list[str]:
-    """Return, by their first linear, the groups whose input the operation declared before them cannot scale."""
+    """Return the first linears of the groups whose input scales cannot be folded into the operation before them."""
     names = []
     for block in blocks:
-        context.progress(f"{method}: trial of scales in block {block.index + 1} of {len(blocks)}")
+        context.progress(f"{method}: testing scales in block {block.index + 1} of {len(blocks)}")
         names += [g.linears[0].name for g in block.linear_groups if g.declared is not None and g.previous is None]
     return names
 
@@ -357,13 +377,13 @@ def warn_of_unscaled(names: Sequence[str], method: str, context: Context) -> Non
     if names:
         others = f" and {len(names) - 1} more groups of layers" if len(names) > 1 else ""
         context.warn(
-            f"{method}: no scales for {names[0]}{others}, which are rounded as they are: in a trial run, folding "
-            "scales into the operation before changed what the block computes"
+            f"{method}: no scales for {names[0]}{others}, which are quantised without: in a trial run, folding "
+            "scales into the operation before them changed the block's output"
         )
 
 
 def each_linear(model: nn.Module, context: Context, method: str) -> Iterator[Linear]:
-    """Give every linear of the decoder blocks, in order, once all their weights are known to be finite.
+    """Yield every linear of the decoder blocks, in order, after checking that all weights are finite.
 
     Raises InterventionError like `check_weights`.
     """

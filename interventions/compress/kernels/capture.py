@@ -1,4 +1,9 @@
-"""What a model calls its decoder blocks with: caught without running them, in float32."""
+"""Record the calls of a model's modules in float32, and replay the outputs of finished modules.
+
+`catch_block_calls` records how the model calls its decoder blocks without running them. A `ReplayedModule` is
+an attention or MLP whose weights are final: later passes only run its last linear, on inputs already recorded.
+The first batch checks that this gives the module's output; if not, the whole module runs.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from interventions.early_exit import replaced_forward
 from interventions.statistics import Batch
-from interventions.structure import Block, first_output, module_device
+from interventions.structure import Block, Linear, LinearGroup, first_output, module_device
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a module, the hidden states apart."""
+    """The arguments of one call of a module, with the hidden states apart."""
 
     hidden: Tensor
     """(batch, tokens, width) float32."""
@@ -30,7 +36,7 @@ class Call:
     def of(
         cls, arguments: tuple[Any, ...], keywords: dict[str, Any], as_float: Callable[[Any], Any] | None = None
     ) -> Call:
-        """Make a call of what a module got, floating tensors as float32."""
+        """Return the call with these arguments, floating-point tensors as float32."""
         as_float = as_float or to_float
         in_keywords = not arguments
         keywords = dict(keywords)
@@ -67,12 +73,12 @@ class Call:
 
 
 def to_float(value: Any) -> Any:
-    """Return floating tensors as float32, inside tuples too; anything else as it is."""
+    """Return floating-point tensors as float32, also inside tuples; return anything else unchanged."""
     return _each(value, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change every tensor in a value."""
+    """Apply `change` to every tensor in a value."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
@@ -82,47 +88,45 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @torch.no_grad()
 def catch_block_calls(model: nn.Module, batches: Sequence[Batch], blocks: Sequence[Block]) -> list[list[Call]]:
-    """Return, for each block and each batch, the call that the model makes of the block.
+    """Return, for each block and each batch, how the model calls the block.
 
-    Blocks of one model differ in their masks and position codes, so each keeps its own; only
-    those of the first block carry hidden states, the others' are empty. The blocks themselves
-    stand still meanwhile: each hands on what it gets, so that only the embeddings and what the
-    model does around its blocks are computed.
+    Masks and position embeddings can differ between blocks, so each block has its own calls. Only the first block's
+    calls have hidden states. The blocks are not run: each returns its input.
     """
     calls: list[list[Call]] = [[] for _ in blocks]
-    passer = _Passer()
+    recorder = _CallRecorder()
     device = module_device(model)
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
-            stack.enter_context(passer.standing_in(block.module, calls[number], with_hidden=number == 0))
+            stack.enter_context(recorder.recording(block.module, calls[number], with_hidden=number == 0))
         for batch in batches:
-            passer.converted.clear()
+            recorder.converted.clear()
             model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
     return calls
 
 
-class _Passer:
-    """Stands in for the forward functions of decoder blocks."""
+class _CallRecorder:
+    """Replaces the forward functions of decoder blocks by functions that record the call and return the input."""
 
     def __init__(self) -> None:
         self.converted: dict[int, tuple[Any, Any]] = {}
-        """Blocks of one model get the very same masks: they are kept once. (The original keeps its id taken.)"""
-        self.shape_of: Callable[[Tensor], Any] | None = None
+        """Float32 copies by id of the original, which is kept so that its id stays unique; blocks share masks."""
+        self.as_output: Callable[[Tensor], Any] | None = None
 
     @contextmanager
-    def standing_in(self, module: nn.Module, calls: list[Call], *, with_hidden: bool) -> Iterator[None]:
+    def recording(self, module: nn.Module, calls: list[Call], *, with_hidden: bool) -> Iterator[None]:
         forward = module.forward
 
-        def hand_on(*arguments: Any, **keywords: Any) -> Any:
+        def record(*arguments: Any, **keywords: Any) -> Any:
             call = Call.of(arguments, keywords, self._as_float)
             calls.append(call if with_hidden else call.on(call.hidden.new_empty(0)))
-            if self.shape_of is None:  # some blocks return a tuple: ask the first one
+            if self.as_output is None:  # some blocks return a tuple: run the first one to find out
                 output = forward(*arguments, **keywords)
                 rest = output[1:] if isinstance(output, tuple) else None
-                self.shape_of = (lambda hidden: hidden) if rest is None else (lambda hidden: (hidden, *rest))
-            return self.shape_of(arguments[0] if arguments else keywords["hidden_states"])
+                self.as_output = (lambda hidden: hidden) if rest is None else (lambda hidden: (hidden, *rest))
+            return self.as_output(arguments[0] if arguments else keywords["hidden_states"])
 
-        with replaced_forward(module, hand_on):
+        with replaced_forward(module, record):
             yield
 
     def _as_float(self, value: Any) -> Any:
@@ -131,23 +135,76 @@ class _Passer:
         return self.converted[id(value)][1]
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run `forward` instead of its own; its hooks stay."""
-    own = module.__dict__.get("forward")  # set where a model is spread over devices
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
-
-
 def keep_calls(module: nn.Module, found: list[Call], device: torch.device) -> RemovableHandle:
-    """Add every call of the module to `found`, on a device, until the hook is removed."""
+    """Append every call of the module to `found`, on a device, until the hook is removed."""
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         found.append(Call.of(arguments, keywords).to(device))
 
     return module.register_forward_pre_hook(keep, with_kwargs=True)
+
+
+Shapes = dict[type, int | None]
+"""By module class: the number of values it returns, 0 for a tensor; None if its output is not its last linear's."""
+
+
+class ReplayedModule:
+    """An attention or MLP, its last linear, and the recorded inputs of that linear by batch."""
+
+    def __init__(self, scope: nn.Module, last: Linear, shapes: Shapes) -> None:
+        self.scope = scope
+        self.last = last
+        self.final = False
+        """Whether the weights of all its linears are final."""
+        self._shapes = shapes
+        self._inputs: list[Tensor | None] = []
+        self._outputs: list[Tensor | None] = []
+
+    def keep(self, x: Tensor) -> None:
+        """Record the input of the last linear for the next batch."""
+        self._inputs.append(x)
+        self._outputs.append(None)
+
+    @property
+    def usable(self) -> bool:
+        return self.final and bool(self._inputs) and self._shapes.get(type(self.scope), 0) is not None
+
+    @contextmanager
+    def replaying(self, batch: int) -> Iterator[None]:
+        """Make the module compute its output on a batch from its last linear alone."""
+        forward = self.scope.forward
+
+        def replay(*arguments: Any, **keywords: Any) -> Any:
+            output = self._outputs[batch]
+            if output is None:
+                output = self._outputs[batch] = self.last.module(self._inputs[batch])
+                self._inputs[batch] = None
+            kind = type(self.scope)
+            if kind not in self._shapes:
+                found = forward(*arguments, **keywords)
+                self._shapes[kind] = _shape(found, output)
+                return found
+            size = self._shapes[kind]
+            return (output, *[None] * (size - 1)) if size else output
+
+        with replaced_forward(self.scope, replay):
+            yield
+
+
+def _shape(found: Any, output: Tensor) -> int | None:
+    """Return the number of values in `found`, 0 for a tensor; None if it holds more than `output`."""
+    values = found[1:] if isinstance(found, tuple) else ()
+    if any(value is not None for value in values) or not torch.equal(first_output(found), output):
+        return None
+    return len(found) if isinstance(found, tuple) else 0
+
+
+def find_replayable(groups: Sequence[LinearGroup], shapes: Shapes) -> dict[str, ReplayedModule]:
+    """Return the modules whose last linear is a group by itself, by the role of that group."""
+    replayable: dict[str, ReplayedModule] = {}
+    for scope in dict.fromkeys(group.scope for group in groups if group.scope is not None):
+        inside = set(scope.modules())
+        within = [group for group in groups if group.linears[0].module in inside]
+        if within and len(within[-1].linears) == 1:
+            replayable[within[-1].role] = ReplayedModule(scope, within[-1].linears[0], shapes)
+    return replayable

@@ -1,10 +1,10 @@
-"""Prove, by running a block, which of its groups of linears can take up a scaling of their input.
+"""Test, by running a block, into which operations the input scales of its linears can be folded.
 
-Whether it is safe to divide the output of one operation and to multiply the columns that read it depends on everything
-between the two (a clip, a norm, an activation, rounding) and on what else reads that output. Names do not tell: blocks
-of different families share them. It is a matter of structure, so a float32 copy of the block runs on random hidden
-states with random weights in its linear layers, where no dead channel or tiny weight can hide a wrong fold. The scales
-span six orders of magnitude, so that they also reach bounds that lie far from usual activations.
+Folding divides the output of one operation and multiplies the weight columns that read it. This is exact only if
+everything between the two commutes with the scaling (a clip, a norm or an activation may not) and nothing else reads
+that output. Module names do not tell, so a float32 copy of the block runs on random hidden states with random
+weights: no dead channel or tiny weight can hide a wrong fold. The scales span six orders of magnitude to also
+reach clipping bounds far from usual activations.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from interventions.types import InterventionError
 
 TOKENS = 16
 MAGNITUDES = 3.0
-"""Scales are 10 to the power of minus this up to plus this."""
+"""Scales range from 10 ** -MAGNITUDES to 10 ** MAGNITUDES."""
 TOLERANCE = 1e-3
-"""Largest change of the block's output, relative to what other weights in the group change: right folds stay below
-1e-5, wrong ones above 0.1."""
+"""Maximum change of the block's output, relative to the change from other weights in the group. Correct folds are
+below 1e-5, wrong ones above 0.1."""
 
 
 class FoldProof:
-    """Which groups of a model's blocks can take up a scaling; a block runs when one of its groups is first asked."""
+    """Tells which groups of linears can be scaled; tests a block at the first question about one of its groups."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._model = model
         self._all = blocks
         self._blocks: dict[str, tuple[Block, Call]] = {}
-        """By the first linear of a group: its block, and how the model calls that block."""
+        """By the first linear of a group: its block and the model's call of that block."""
         self._proven: dict[str, bool] = {}
 
     def __deepcopy__(self, memo: object) -> FoldProof:
-        return self  # a copy of a block has its structure
+        return self  # copies of a block have the same structure
 
     def __call__(self, group: LinearGroup) -> bool:
-        """Tell whether the group can take up a scaling; a copy of the group gets the answer of its original."""
+        """Return whether the group's input can be scaled; copies of a group share its result."""
         name = group.linears[0].name
         if name not in self._proven:
             block, call = (self._blocks or self._find_blocks())[name]
@@ -68,9 +68,9 @@ class FoldProof:
 
 @torch.no_grad()
 def prove_block(block: Block, call: Call, device: torch.device) -> dict[str, bool]:
-    """Return, by the first linear of each group with a declared operation before it, whether scales can be folded in.
+    """Return, for each group with a declared operation before it, whether scales can be folded into that operation.
 
-    `call` is what the block runs on. Memory: a float32 copy of the block on `device`.
+    Groups are named by their first linear. The block runs on `call`, as a float32 copy on `device`.
     """
     block = copy.deepcopy(block)
     block.module.to(device).float().eval()
@@ -97,7 +97,7 @@ def prove_block(block: Block, call: Call, device: torch.device) -> dict[str, boo
 
 
 def fold_random_(operation: nn.Module, linears: Sequence[Linear], generator: torch.Generator) -> bool:
-    """Move random scales from the operation into the linears; false where it is of an unknown kind."""
+    """Move random scales from the operation into the linears; return false for an unknown kind of operation."""
     exponents = torch.empty(linears[0].in_features, device=generator.device)
     exponents.uniform_(-MAGNITUDES, MAGNITUDES, generator=generator)
     try:
@@ -108,7 +108,7 @@ def fold_random_(operation: nn.Module, linears: Sequence[Linear], generator: tor
 
 
 def randomise_(module: nn.Module, generator: torch.Generator) -> None:
-    """Give a linear layer random weights that keep the size of what passes through, a norm gains around 1."""
+    """Give a linear layer random weights that preserve the scale of its input, and a norm gains around 1."""
     if is_linear(module):
         linear = Linear("", module)
         bound = (3 / linear.in_features) ** 0.5
@@ -122,7 +122,7 @@ def randomise_(module: nn.Module, generator: torch.Generator) -> None:
 
 @contextmanager
 def restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back, at the end, the modules' own weights."""
+    """Restore the modules' own weights at the end."""
     kept = [(p, p.clone()) for module in modules for p in module.parameters(recurse=False)]
     try:
         yield

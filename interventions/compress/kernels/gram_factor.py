@@ -1,4 +1,4 @@
-"""The triangular factor of a damped Gram matrix: a pure function on tensors."""
+"""Factor a damped Gram matrix into triangular matrices."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from torch import Tensor
 
 MOST_DAMPING = 1.0
 FEWEST_ULPS = 4
-"""Units of rounding of its diagonal element that a pivot must be worth: a smaller one is rounding alone."""
+"""Smallest valid pivot, in units of rounding of its diagonal element."""
 
 
 class GramFactor(NamedTuple):
-    """An H (cols, cols), damped and factored."""
+    """The factor of a damped Gram matrix H (cols, cols)."""
 
     R: Tensor
     """(cols, cols) upper triangular, H = R R^T; its inverse is the U of H^-1 = U^T U."""
     dead: Tensor
-    """(cols,) bool: columns whose input is always zero; they stand apart from all others."""
+    """(cols,) bool: columns whose input is always zero."""
     damping: float
-    """What was added to the diagonal, as a share of its mean; more than asked for if that was too little."""
+    """Damping used, as a share of the mean diagonal; larger than requested if that was too small."""
 
 
 def gram_factor(H: Tensor, damping: float) -> GramFactor | None:
-    """Factor H (cols, cols) + damping * mean(diag H); H stays as it is.
+    """Factor H (cols, cols) + damping * mean(diag H) without changing H.
 
-    A dead column has 1 on the diagonal, and counts in the mean: as in the reference implementations,
-    so that nothing differs from them, though it would be better left out where H is small.
+    Dead columns have 1 on the diagonal and count in the mean, as in the reference implementations.
 
-    The damping grows tenfold until the sum is positive definite, by more than rounding. Returns None where even
-    MOST_DAMPING is not enough: H is then no Gram matrix, or has NaN in it.
+    The damping grows tenfold until the sum is positive definite by more than rounding. Returns None if even
+    MOST_DAMPING is not enough: H is not a Gram matrix or has NaN.
     """
     dead = H.diagonal() == 0
     work = H.flip(0, 1)  # its lower factor, reversed, is the upper one

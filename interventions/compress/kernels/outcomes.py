@@ -1,4 +1,4 @@
-"""Write new weights into linear layers and report the change; check that a pattern of zeros fits the model."""
+"""Write new weights into linear layers, report the change, and check n:m patterns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from interventions.structure import Block, Linear
 
 
 def chosen_pattern(settings: Pruner, method: str, blocks: Sequence[Block]) -> Pattern | None:
-    """Return the pattern that the settings ask for, None for none.
+    """Return the n:m pattern of the settings, or None.
 
-    Raises InterventionError for one that does not divide a linear's width.
+    Raises InterventionError if it does not divide the width of a linear.
     """
     if settings.n_of_m is None:
         return None
@@ -28,7 +28,7 @@ def chosen_pattern(settings: Pruner, method: str, blocks: Sequence[Block]) -> Pa
 
 
 def replace_(linear: Linear, weight: Tensor) -> float:
-    """Write new weights (out, in) into a linear; return how far they moved, as a share of their norm."""
+    """Write new weights (out, in) into a linear; return the norm of the change relative to the old weights."""
     before = linear.weight.float()
     moved = float((weight - before).norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny))
     linear.set_weight_(weight)
@@ -36,14 +36,14 @@ def replace_(linear: Linear, weight: Tensor) -> float:
 
 
 def prune_(linear: Linear, mask: Tensor) -> dict[str, Any]:
-    """Set the weights (out, in) of `mask` to zero in place, and report the change."""
+    """Set the weights where `mask` (out, in) is true to zero; return the outcome."""
     before = linear.weight.clone()
     linear.set_weight_(before.masked_fill(mask, 0))
     return outcome(linear, before, linear.weight)
 
 
 def outcome(linear: Linear, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """Tell what pruning did to one weight."""
+    """Return the sparsity of a pruned weight and the number of new zeros."""
     was, zero = before == 0, after == 0
     return {
         "linear": linear.name,
@@ -53,7 +53,7 @@ def outcome(linear: Linear, before: Tensor, after: Tensor) -> dict[str, Any]:
 
 
 def conclude(outcomes: Sequence[dict[str, Any]], settings: Pruner, context: Context) -> dict[str, Any]:
-    """Return a method's details; report if everything was already pruned enough."""
+    """Return a pruning method's details; note in the context if nothing was left to prune."""
     if settings.sparsity > 0 and not any(linear["pruned"] for linear in outcomes):
         context.already(f"every linear layer had at least {settings.sparsity:.0%} zeros before")
     return {"linears": list(outcomes)}

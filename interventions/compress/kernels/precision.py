@@ -1,4 +1,4 @@
-"""In which precision forward passes of float32 copies run on a GPU."""
+"""Matmul precision of forward passes in float32 on a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @contextmanager
 def pass_precision(device: torch.device, stored: torch.dtype) -> Iterator[None]:
-    """Let a CUDA device multiply float32 matrices in TF32 meanwhile, where the model's weights are `stored` in 16 bits.
+    """Use TF32 for float32 matmuls on a CUDA device if the model's weights are `stored` in 16 bits.
 
-    TF32 rounds factors to 10 bits of mantissa and adds up in float32: weights in float16 or bfloat16 are factors
-    as they are, and activations are rounded no more than the model itself rounds them. Passes and Gram matrices,
-    most of a compress step's work, are several times faster; factorisations and updates of weights stay outside.
+    TF32 has 10 bits of mantissa and accumulates in float32. Float16 and bfloat16 weights are exact in it, and
+    activations are rounded no more than in the model itself. Passes and Gram matrices, most of the work of a compress
+    step, become several times faster. Factorisations and weight updates stay in float32.
     """
     if device.type != "cuda" or stored.itemsize > 2:
         yield
@@ -25,7 +25,7 @@ def pass_precision(device: torch.device, stored: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Let torch multiply float32 matrices in this precision meanwhile, see `torch.set_float32_matmul_precision`."""
+    """Set the float32 matmul precision temporarily, see `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -1,8 +1,7 @@
-"""Measure how a change of an MLP's output arrives at the output of its block.
+"""Measure how a change of an MLP's output changes the output of its block.
 
-Most blocks add the MLP's output to the hidden state as it is. Some multiply it by a constant first, and
-some normalise it, or the sum: there a change arrives as a multiple, or bent onto an ellipsoid. Which of
-these a block does is measured, by running it.
+Most blocks add the MLP's output to the hidden state. Some multiply it by a constant first; some normalise it or the
+sum, so that the change is no longer linear. Running the block shows which case applies.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ _EXACT = 0.01
 
 
 class Gain(NamedTuple):
-    """The gain of a block for a change of its MLP's output."""
+    """How a change of the MLP's output changes the block's output."""
 
     factor: float
-    """The norm of what arrives over that of a small change."""
+    """Norm of the change of the block's output, relative to that of a small change of the MLP's output."""
     linear: bool
-    """Whether any change arrives as `factor` times itself."""
+    """Whether any change is multiplied by `factor`."""
 
 
 ADDED = Gain(1.0, linear=True)
-"""The MLP's output is added to the hidden state as it is."""
+"""The gain of a block that adds the MLP's output to the hidden state."""
 
 
 class Arrival:
-    """One block of a model at the subjects of some prompts; the model may change afterwards only above it."""
+    """One block of a model with its calls on some prompts; later changes of the model below it have no effect."""
 
     def __init__(self, model: nn.Module, block: Block, prompts: Sequence[TokenisedPrompt], pad: int) -> None:
         self._block = block
@@ -65,7 +64,7 @@ class Arrival:
 
     @torch.no_grad()
     def outputs(self, changes: Tensor) -> Tensor:
-        """Return the block's outputs at the subjects, (prompts, hidden) float32, with `changes` made to the MLP's."""
+        """Return the block's outputs at the subjects, (prompts, hidden) float32, with `changes` added to the MLP's."""
         parts = torch.split(changes, _BATCH)
         return torch.cat([self._run(chunk, part) for chunk, part in zip(self._chunks, parts, strict=True)])
 
@@ -73,8 +72,8 @@ class Arrival:
     def gain(self, width: int) -> Gain:
         """Measure the block's gain with random changes of its MLP's output, of `width` features.
 
-        Large changes, of the norm of the block's output, tell whether it is linear; small ones, next to the
-        MLP's output, how it begins. Raises InterventionError for a block that passes nothing on.
+        Changes with the norm of the block's output show whether it is linear; if not, small changes give the factor.
+        Raises InterventionError if no change reaches the block's output.
         """
         chunk = self._chunks[0]
         generator = torch.Generator().manual_seed(0)
@@ -85,7 +84,7 @@ class Arrival:
         arrives = self._run(chunk, large) - before
         if not bool(arrives.any()):
             raise InterventionError(
-                f"{self._block.name}: no change of the MLP's output arrives behind the block; edit other layers"
+                f"{self._block.name}: changing the MLP's output does not change the block's output; edit other layers"
             )
         factor = float((arrives * large).sum() / (large * large).sum())
         eps = torch.finfo(next(self._block.module.parameters()).dtype).eps
@@ -116,7 +115,7 @@ class Arrival:
 
 
 class _Chunk(NamedTuple):
-    """Some prompts, as the block is called on them, and the place of each subject."""
+    """The call of the block on some prompts, and the position of each subject."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

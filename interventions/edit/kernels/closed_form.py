@@ -1,8 +1,7 @@
 """Closed forms of ROME, MEMIT and AlphaEdit: least-squares updates of a linear associative memory.
 
-A projection W stores values under keys, W K = V. `second_moment` C (d_k, d_k) tells which keys
-matter to what is stored; new keys K are (d_k, n), and R (d_out, n) is what W is to put out at
-them besides what it does now. All is float64.
+A projection W stores values under keys, W K = V. C (d_k, d_k), `second_moment`, is the second moment of the keys to
+preserve. New keys K are (d_k, n); R (d_out, n) is the wanted change of W K. All computations are in float64.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ _RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 
 
 class Factor(NamedTuple):
-    """Cholesky factor L of a second moment, C + ridge = L L^T: the costly part of a solve, done once."""
+    """Cholesky factor L of a second moment, C + ridge = L L^T, reused by all solves."""
 
     lower: Tensor
     """(d_k, d_k) float64."""
     ridge: float
-    """Added to the diagonal as a multiple of its mean; 0.0 where none was needed."""
+    """Added to the diagonal, as a multiple of its mean; 0.0 if not needed."""
 
 
 def factorise(second_moment: Tensor) -> Factor:
-    """Factorise C, with a ridge where it is singular (a key that is always zero, too few tokens)."""
+    """Factorise C, with a ridge if it is singular (a key that is always zero, too few tokens)."""
     C, scale = _symmetric(second_moment)
     for ridge in _RIDGES:
         damped = C.clone()
@@ -55,13 +54,12 @@ def memit_update(keys: Tensor, residuals: Tensor, stored: Factor, weight: float)
 
 
 def rome_update(keys: Tensor, residuals: Tensor, stored: Factor) -> Tensor:
-    """Return the sum of n rank-one updates, (d_out, d_k), each on top of those before.
+    """Return the sum of n sequential rank-one updates, (d_out, d_k).
 
-    Equation 2 of Meng et al. (2022): the update L (C^-1 k)^T is the least one, in the norm of C, with
-    which W puts out exactly r more than at first at the key k; L is what is still wanting of r over
-    k^T C^-1 k. One key stands in all places, as in the paper: with the bare prompt's key in some of
-    them, as in the authors' code, a single edit can break the model (Gupta et al., 2024, arXiv
-    2403.07175).
+    Equation 2 of Meng et al. (2022): the update L (C^-1 k)^T is the smallest one in the norm of C that changes W k by
+    exactly r; L is the remaining part of r divided by k^T C^-1 k. All terms use the same key, as in the paper. The
+    authors' code uses the bare prompt's key in some terms, with which a single edit can break the model (Gupta et
+    al., 2024, arXiv 2403.07175).
     """
     K, R = keys.double(), residuals.double()
     C_inv_K = torch.cholesky_solve(K, stored.lower)  # (d_k, n)
@@ -72,10 +70,9 @@ def rome_update(keys: Tensor, residuals: Tensor, stored: Factor) -> Tensor:
 
 
 def null_space(second_moment: Tensor, threshold: float, *, relative: bool = False) -> Tensor:
-    """Return orthonormal columns (d_k, r) that span the directions in which C is below `threshold`.
+    """Return the eigenvectors of C with eigenvalues below `threshold`, as orthonormal columns (d_k, r).
 
-    They are the eigenvectors of C with such eigenvalues; `relative` counts in mean eigenvalues. Raises
-    InterventionError where there are none.
+    With `relative`, the threshold is a multiple of the mean eigenvalue. Raises InterventionError if there are none.
     """
     C, mean = _symmetric(second_moment)
     eigenvalues, vectors = torch.linalg.eigh(C)
@@ -92,11 +89,11 @@ def null_space(second_moment: Tensor, threshold: float, *, relative: bool = Fals
 
 
 def alphaedit_update(keys: Tensor, residuals: Tensor, earlier: Tensor, basis: Tensor, ridge: float) -> Tensor:
-    """Return the update (d_out, d_k) that acts in the null space alone (Fang et al., 2025).
+    """Return the update (d_out, d_k) restricted to the null space (Fang et al., 2025).
 
-    With P = basis basis^T, and `earlier` (d_k, m) the keys of earlier batches, whose outputs must stay:
-    R K^T P (K K^T P + earlier earlier^T P + ridge I)^-1. As P is a projection, all keys Q enter by P Q
-    alone, and (P Q Q^T P + ridge I)^-1 P Q = P Q (Q^T P Q + ridge I)^-1: a solve of the size of the edits.
+    P = basis basis^T; `earlier` (d_k, m) are the keys of earlier batches, whose outputs must not change. The update is
+    R K^T P (K K^T P + earlier earlier^T P + ridge I)^-1. As P is a projection, only P Q matters of all keys Q, and
+    (P Q Q^T P + ridge I)^-1 P Q = P Q (Q^T P Q + ridge I)^-1, a solve of the size of the edits.
     """
     K, R = keys.double(), residuals.double()
     U = basis.double()
@@ -109,7 +106,7 @@ def alphaedit_update(keys: Tensor, residuals: Tensor, earlier: Tensor, basis: Te
 
 
 def _symmetric(second_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return C in float64 and its mean diagonal; InterventionError where that is not above zero."""
+    """Return C in float64 and its mean diagonal; raises InterventionError if that is not above zero."""
     C = second_moment.double()
     C = (C + C.t()) / 2  # float32 sums are symmetric only up to rounding, and the solvers read one half
     scale = C.diagonal().mean()
@@ -119,10 +116,9 @@ def _symmetric(second_moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class NullSpaceSolve:
-    """AlphaEdit's solve of one layer, which remembers the keys of its batches.
+    """AlphaEdit's solve for one layer; keeps the keys of earlier batches.
 
-    A layer's keys depend on the weights below it alone, and those are changed before: the keys
-    that a batch was solved with are still its keys when the batch is done.
+    A layer's keys depend only on the weights below it, which are edited first, so the keys stay valid in a batch.
     """
 
     def __init__(self, basis: Tensor, ridge: float) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 def logits_at(model: nn.Module, head: nn.Module, arguments: Mapping[str, Any], rows: Tensor, places: Tensor) -> Tensor:
-    """Run `model` on `arguments`; return its logits (n, vocabulary) float32 at n pairs of a row and a place.
+    """Run `model` on `arguments`; return its logits (n, vocabulary) float32 at n pairs of a row and a position.
 
-    The output head, and what the model does to its output, runs at those tokens alone, as if they were one text.
+    The output head runs only at those tokens.
     """
     count = len(arguments["input_ids"])
     picked = False
@@ -26,5 +26,5 @@ def logits_at(model: nn.Module, head: nn.Module, arguments: Mapping[str, Any], r
         logits: Tensor = model(**arguments).logits
     finally:
         handle.remove()
-    # Some models have a head that they use without calling it.
+    # Some models use the head's weights without calling it.
     return (logits[0] if picked else logits[rows, places]).float()

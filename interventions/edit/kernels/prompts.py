@@ -1,4 +1,4 @@
-"""Edits as tokens: where the subject ends, where the target begins, and the contexts put before a prompt."""
+"""Tokenise edits: find the subject's last token and the target's tokens, and sample contexts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from interventions.tokens import border, continued, read, special_texts
 from interventions.types import Edit, InterventionError
 
 CONTEXT_OPENINGS = ("The", "Therefore", "Because", "I", "You")
-"""Words that the model continues by itself to make contexts (Meng et al., 2023)."""
+"""First words of the contexts that the model generates (Meng et al., 2023)."""
 _TOP_K = 5
 
 
 @dataclass(frozen=True)
 class TokenisedPrompt:
-    """One text: its tokens, the subject's last token, and how many tokens at the end are the target."""
+    """The tokens of a text, the index of the subject's last token, and the number of target tokens at the end."""
 
     ids: tuple[int, ...]
     subject_end: int
@@ -28,12 +28,12 @@ class TokenisedPrompt:
 
     @property
     def target_places(self) -> range:
-        """Places of the target's tokens."""
+        """Positions of the target's tokens."""
         return range(len(self.ids) - self.target_length, len(self.ids))
 
 
 def check_edits(edits: Sequence[Edit]) -> None:
-    """Raise InterventionError, naming the record, for edits that cannot be made."""
+    """Raise InterventionError, naming the edit, for invalid edits."""
     if not edits:
         raise InterventionError("no edits given: an editing method needs at least one")
     for number, edit in enumerate(edits):
@@ -48,28 +48,27 @@ def check_edits(edits: Sequence[Edit]) -> None:
 def tokenise(
     tokenizer: Any, edit: Edit, context: str = "", *, with_target: bool = False, chat_template: bool = False
 ) -> TokenisedPrompt:
-    """Tokenise `context` + the edit's prompt, and its target if asked for.
+    """Tokenise `context` and the edit's prompt, with its target if `with_target`.
 
-    Both are joined and split as in `interventions.tokens.join`. With `chat_template` the prompt is what
-    a user says, and the target opens the answer. The subject's first occurrence in the prompt counts.
-    Raises InterventionError if the tokenizer cannot tell which characters a token covers, gives prompt
-    or target no token of its own, or has no chat template.
+    Prompt and target are joined as in `interventions.tokens.join`. With `chat_template`, the prompt is the user's
+    message and the target starts the answer. The first occurrence of the subject counts. Raises InterventionError if
+    the tokenizer has no character offsets or no chat template, or if prompt or target has no token of its own.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InterventionError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
     text, begin = _framed(tokenizer, context + edit.prompt, chat_template)
     begin += len(context) + edit.prompt.index(edit.subject)
     end = begin + len(edit.subject)
-    asked = border(text)
+    target_begin = border(text)
     if with_target:
         text = continued(text, edit.target, special_texts(tokenizer))
     (row,) = read(tokenizer, [text], begin=not chat_template)
     assert row.spans is not None
-    # A byte-level token may carry the space before its word: overlap decides, not equality.
+    # A byte-level token may include the space before its word, so tokens only need to overlap the subject.
     within = [place for place, (start, stop) in enumerate(row.spans) if start < end and stop > begin and stop > start]
     if not within:
         raise InterventionError(f"no token of {text!r} covers the subject {edit.subject!r}")
-    target_length = len(row.ids) - row.before(asked) if with_target else 0
+    target_length = len(row.ids) - row.before(target_begin) if with_target else 0
     if with_target and not 0 < target_length < len(row.ids):
         what = f"the target {edit.target!r}" if target_length == 0 else "the prompt"
         raise InterventionError(f"{what} has no token of its own in {text!r}")
@@ -77,14 +76,14 @@ def tokenise(
 
 
 def _framed(tokenizer: Any, prompt: str, chat_template: bool) -> tuple[str, int]:
-    """Return the text that asks `prompt`, and where in it the prompt begins."""
+    """Return the text with the chat template applied, and the prompt's offset in it."""
     if not chat_template:
         return prompt, 0
     if not getattr(tokenizer, "chat_template", None):
         raise InterventionError("chat_template=true, but the tokenizer has no chat template; set chat_template=false")
     messages = [{"role": "user", "content": prompt}]
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    begin = text.rfind(prompt.strip())  # many templates strip what a user says
+    begin = text.rfind(prompt.strip())  # many templates strip the message
     if begin < 0:
         raise InterventionError(f"the tokenizer's chat template changes the prompt {prompt!r}; set chat_template=false")
     return text, begin - (len(prompt) - len(prompt.lstrip()))
@@ -94,9 +93,9 @@ def _framed(tokenizer: Any, prompt: str, chat_template: bool) -> tuple[str, int]
 def sample_contexts(
     model: nn.Module, tokenizer: Any, lengths: Sequence[int], per_length: int, generator: torch.Generator
 ) -> list[str]:
-    """Let the model continue the opening words, `per_length` times for each length, in tokens.
+    """Generate `per_length` contexts of each length (in tokens) from the opening words, with top-5 sampling.
 
-    Each text ends in ". ", ready to stand before a prompt. Sampled from the five likeliest tokens.
+    Each context ends in ". " so that a prompt can follow.
     """
     device = module_device(model)
     contexts = []

@@ -1,9 +1,8 @@
-"""What ROME, MEMIT and AlphaEdit have in common: rewriting MLP output projections as associative memories.
+"""The shared part of ROME, MEMIT and AlphaEdit: rewrite MLP output projections as associative memories.
 
-Facts are read out of the MLPs of some early blocks at the subject's last token. For every edit, the
-hidden state z there is found that makes the model say the new target; then the MLP output
-projections are changed, block after block, so that the subjects' keys yield it. The methods differ
-in the solve: in how they keep what other keys yield.
+For every edit, optimise the hidden state z at the subject's last token that makes the model predict the new target.
+Then update the MLP output projections, block by block, so that the subjects' keys map to z. The methods differ in
+how the solve preserves the outputs of other keys.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ Solve = Callable[[Tensor, Tensor], Tensor]
 _BATCH = 32
 _PROBED = 8
 _ENOUGH = 0.9
-"""Share of the wanted change of a hidden state below which a step warns of an edit."""
+"""A step warns about edits that reach less than this share of the wanted change of their hidden state."""
 _UNLIKELY = math.log(2)
-"""Negative log-likelihood of a target, in nats a token, above which an edit counts as not made: that of one half."""
+"""Negative log-likelihood of a target, in nats a token, above which an edit counts as not made: probability 1/2."""
 
 
 def rewrite(
@@ -51,13 +50,11 @@ def rewrite(
     *,
     remedy: str,
 ) -> dict[str, Any]:
-    """Make all of `resources.edits`, batch after batch, in place; return the details of the step.
+    """Make all of `resources.edits` in place, batch by batch; return the details of the step.
 
-    `make_solve` prepares the
-    solve of one projection from the second moment of its keys, which is that of the model before
-    the first batch, on `resources.calibration`. Where there are several layers, each takes its
-    share of what is still wanting, so that errors of the earlier ones are made up for. `remedy` says
-    which setting to change where edits reach little of their target values.
+    `make_solve` prepares the solve of one projection from the second moment of its keys on `resources.calibration`,
+    computed before the first batch. Each layer takes an equal share of the change that remains, which corrects errors
+    of earlier layers. `remedy` names the setting to change if edits do not reach their target values.
     """
     edits = resources.edits
     check_edits(edits)
@@ -120,7 +117,7 @@ def rewrite(
             )
             if gain.linear or layer != layers[-1]:
                 residuals = (found.z - reached) / (len(layers) - position) / gain.factor
-            else:  # what is in reach has changed with the layers below
+            else:  # the edits of the layers below changed the reachable values
                 found = find_values(start, chosen) if position else found
                 residuals = found.change
             weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
@@ -139,7 +136,7 @@ def rewrite(
     after = all_nll(model, anatomy.head, texts).tolist()
     short = [(share, nll) for share, nll in zip(shares, after, strict=True) if share < _ENOUGH]
     if short:
-        # Methods weigh other keys against the edits' own, so a smaller share can be enough: the targets tell.
+        # Methods trade edits against other keys, so a smaller share can be enough: check the targets.
         lost = sum(nll > _UNLIKELY for _, nll in short)
         context.warn(
             f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their hidden state in "
@@ -160,9 +157,9 @@ def rewrite(
 
 
 def shares_reached(start: Tensor, wanted: Tensor, now: Tensor) -> Tensor:
-    """Return how much of the way from `start` to `wanted` each row of `now` has come, (rows,).
+    """Return the share of the change from `start` to `wanted` that each row of `now` has made, (rows,).
 
-    It is the component of the change along the wanted one, over that one's length; 1.0 where none is wanted.
+    That is the projection of the change on the wanted one, relative to its length; 1.0 if no change is wanted.
     """
     way = wanted - start
     length = (way * way).sum(dim=1)
@@ -170,7 +167,7 @@ def shares_reached(start: Tensor, wanted: Tensor, now: Tensor) -> Tensor:
 
 
 class _EditedWeight:
-    """A projection's weight while batch after batch is added: one rounding in all, however many there are."""
+    """A projection's weight plus all updates so far, rounded once from the original."""
 
     def __init__(self, output: Linear) -> None:
         self._output = output
@@ -186,12 +183,12 @@ class _EditedWeight:
         self._output.set_weight_(self._start.double() + self._update)
 
     def change(self) -> float:
-        """Return the norm of all updates over that of the weight."""
+        """Return the norm of all updates relative to that of the weight."""
         return float(self._update.norm() / self._start.float().norm())
 
 
 def factorised(output: Linear, second_moment: Tensor, context: Context) -> Factor:
-    """Return the factor of a projection's second moment, with a warning where it is singular."""
+    """Return the factor of a projection's second moment; warn if it is singular."""
     stored = factorise(second_moment)
     if stored.ridge:
         context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
@@ -206,7 +203,7 @@ def _remedy(settings: Rewriter) -> str:
 
 
 def _key_batches(tokenizer: Any, texts: Sequence[str], settings: Rewriter, window: int, width: int) -> list[Batch]:
-    """Tokenise as much text as the second moment needs, in order."""
+    """Tokenise texts, in order, until there are enough tokens for the second moment."""
     wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
     batches, tokens = [], 0
     for start in range(0, len(texts), _BATCH):

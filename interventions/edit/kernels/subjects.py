@@ -1,4 +1,4 @@
-"""What a model has at the subjects of edits: keys of an MLP's memory, and hidden states."""
+"""Read MLP keys and hidden states at the subjects of edits."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def keys_and_values(
     *,
     chat_template: bool = False,
 ) -> SubjectStates:
-    """Return the keys of block `layer` and the outputs of block `value_layer` (None: the same one) or above.
+    """Return the keys of block `layer` and the outputs of block `value_layer` (None: `layer`), which is not below it.
 
-    The first context is the empty one. As published for MEMIT, the bare prompt counts as much in the
-    keys as all other contexts together. Every text runs once, and no further than it is needed.
+    The first context must be empty. As published for MEMIT, keys are the mean of the bare prompt's key and the mean
+    key of the other contexts. Every text runs once, up to the last block needed.
     """
     key_block = anatomy.blocks[layer]
     value_block = anatomy.blocks[layer if value_layer is None else value_layer]
@@ -58,7 +58,7 @@ def keys_and_values(
 def _read(
     model: nn.Module, tokenizer: Any, rows: Sequence[TokenisedPrompt], key_block: Block, value_block: Block | None
 ) -> tuple[Tensor, Tensor]:
-    """Return keys and values, a row each per row of text; without `value_block`, no values."""
+    """Return the keys and values of every text; without `value_block`, no values."""
     seen: dict[str, Tensor] = {}
 
     def see_key(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -82,7 +82,7 @@ def _read(
             run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
             every = torch.arange(len(chunk), device=device)
             place = torch.tensor([row.subject_end for row in chunk], device=device)
-            # Some MLPs see all rows' tokens as one list.
+            # Some MLPs flatten rows and tokens.
             keys.append(seen["key"].reshape(len(chunk), -1, seen["key"].shape[-1])[every, place].float())
             if value_block is not None:
                 values.append(seen["value"][every, place].float())

@@ -1,21 +1,21 @@
-"""What a model computes above one place, run again and again from values that change from one token on.
+"""Rerun the upper part of a model with changed hidden states at one layer, from one token on.
 
-Optimising a vector at one layer and one token needs no computation below the layer, and none
-before the token: what the blocks make of the earlier tokens is kept as keys and values. All else is
-the model's own forward pass, so the logits are its own too, however it makes them of the last block's output.
+Optimising a vector at one layer and token needs no computation below the layer or before the token: keys and values
+of earlier tokens are cached. Everything else is the model's own forward pass, so the logits are exact for any model.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from interventions.early_exit import replaced_forward
 from interventions.edit.kernels.logits import logits_at
 from interventions.padding import pad_left, pad_right
 from interventions.structure import Anatomy, first_output, module_device
@@ -25,11 +25,11 @@ from interventions.types import InterventionError
 class Tail:
     """A model from block `layer` on, for one fixed batch of texts.
 
-    `rows` are token ids, and `begins` names for each the place from which values will change: the output
-    of the block or, with `inside`, that of its MLP's output projection. From that place on, texts are
-    *suffixes*, (rows, longest suffix), padded on the right with `pad`. The batch runs through the model
-    once; later passes skip what is below. With `cached`, earlier tokens are kept as keys and values, too;
-    without, for models that keep something else, every pass runs whole texts. `open_tail` finds out.
+    `rows` are token ids; `begins` are the first positions whose value changes: the output of the block or, with
+    `inside`, of its MLP's output projection. The tokens from there on are *suffixes*, (rows, longest suffix), padded
+    on the right with `pad`. The batch runs through the model once; later passes skip the layers below. With `cached`,
+    keys and values of earlier tokens are cached too; otherwise every pass runs whole texts. `open_tail` tells which
+    works for a model.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Tail:
                 self._arguments = self._after_prefixes(rows, begins, pad, after_mask)
             else:
                 self._begins += torch.tensor(begins, device=device)
-                # A row of padding, so long that every row has room for the longest suffix.
+                # A row of padding, long enough to leave room for the longest suffix in every row.
                 room = [pad] * (max(begins) + self.ids.shape[1])
                 ids, mask = (padded[:-1] for padded in pad_right([*rows, room], pad, device))
                 self._arguments = _known(model, input_ids=ids, attention_mask=mask, use_cache=False)
@@ -68,14 +68,14 @@ class Tail:
         self._columns = self._begins[:, None] + torch.arange(self.ids.shape[1], device=device)
         self._whole = _by_rows(first_output(self._output), len(rows))
         self.hidden = self._whole.gather(1, self._columns[:, :, None].expand(-1, -1, self._whole.shape[-1]))
-        """What stands at the place of change on the suffixes, (rows, longest suffix, hidden)."""
+        """Unchanged values on the suffixes, (rows, longest suffix, hidden)."""
 
     def _after_prefixes(
         self, rows: Sequence[Sequence[int]], begins: Sequence[int], pad: int, after_mask: Tensor
     ) -> dict[str, Any]:
-        """Run what comes before the suffixes; return the arguments of a pass over these."""
+        """Run the tokens before the suffixes; return the arguments of a pass over the suffixes."""
         model: Any = self._model
-        # A column more than needed: with padding in every row, no model takes a shortcut that does without masks.
+        # One extra column, so that every row has padding and no model skips its masks.
         width = max(begins) + 1
         prefixes = [row[:begin] for row, begin in zip(rows, begins, strict=True)]
         before, before_mask = pad_left(prefixes, pad, after_mask.device, width=width)
@@ -88,9 +88,9 @@ class Tail:
         return _known(model, input_ids=self.ids, **arguments, past_key_values=_Fixed(cache), use_cache=True)
 
     def logits(self, hidden: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """Return the logits (n, vocabulary) float32 at n pairs of a row and a place in its suffix.
+        """Return the logits (n, vocabulary) float32 at n pairs of a row and a position in its suffix.
 
-        `hidden`, of the shape of `self.hidden`, stands where the values change.
+        `hidden` replaces `self.hidden` and has the same shape.
         """
         if self._whole.shape != hidden.shape:
             every = torch.arange(len(hidden), device=hidden.device)[:, None]
@@ -111,9 +111,9 @@ def open_tail(
     *,
     inside: bool = False,
 ) -> bool:
-    """Tell whether a `Tail` of these texts may be cached, by comparing a few texts with the model's own passes.
+    """Return whether a `Tail` of these texts can be cached, after comparing its logits with the model's on a few texts.
 
-    Raises InterventionError for a model whose logits a tail does not give either way.
+    Raises InterventionError if the logits differ with and without caching.
     """
     suffixes = [len(row) - begin for row, begin in zip(rows, begins, strict=True)]
     chosen = sorted({key(range(len(rows)), key=of.__getitem__) for key in (min, max) for of in (begins, suffixes)})
@@ -133,20 +133,20 @@ def open_tail(
                 tail = Tail(model, anatomy, layer, *some, pad, inside=inside, cached=cached)
                 found = tail.logits(tail.hidden, numbers, places)
                 error = float((found - own).norm() / own.norm())
-            except Exception as failure:  # whatever a model's own code raises at arguments that it was not made for
+            except Exception as failure:  # a model's code can raise anything for arguments that it does not support
                 problems.append(f"{type(failure).__name__}: {failure}".splitlines()[0])
                 continue
             if error <= torch.finfo(passes[0].dtype).eps ** 0.5 or not bool(own.isfinite().all()):
                 return cached
             problems.append(f"relative error {error:.2g}")
     raise InterventionError(
-        f"{type(model).__name__}: run again from layer {layer}, the model does not give its own logits "
-        f"(with kept keys and values: {problems[0]}; without: {problems[1]}); edit it with ft or lora instead"
+        f"{type(model).__name__}: rerun from layer {layer}, the model does not reproduce its own logits "
+        f"(with cached keys and values: {problems[0]}; without: {problems[1]}); edit it with ft or lora instead"
     )
 
 
 class _Fixed(Cache):
-    """Keys and values of earlier tokens that later ones are joined to, but never added to."""
+    """Keys and values of earlier tokens; later ones are appended to the result but not stored."""
 
     def __init__(self, cache: Cache) -> None:
         super().__init__(layers=cache.layers)
@@ -160,7 +160,7 @@ class _Fixed(Cache):
 
 
 def _known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Return the arguments that the model's forward accepts."""
+    """Return those arguments that the model's forward accepts."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return arguments
@@ -168,13 +168,13 @@ def _known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
 
 
 def _by_rows(values: Tensor, rows: int) -> Tensor:
-    """Return (rows, tokens, width) of values that may come as one list of all rows' tokens."""
+    """Return values as (rows, tokens, width), even if rows and tokens are flattened."""
     return values.reshape(rows, -1, values.shape[-1])
 
 
 @contextmanager
 def _watching(modules: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
-    """Keep in `outputs` what modules put out."""
+    """Record the outputs of modules in `outputs`."""
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs[module] = output
@@ -189,18 +189,12 @@ def _watching(modules: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> It
 
 @contextmanager
 def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Have modules put out what is given, and compute nothing."""
-    before = {module: module.__dict__.get("forward") for module in outputs}
+    """Make modules return the given outputs without computing anything."""
 
     def constant(output: Any) -> Any:
         return lambda *args, **kwargs: output
 
-    try:
+    with ExitStack() as stack:
         for module, output in outputs.items():
-            module.__dict__["forward"] = constant(output)
+            stack.enter_context(replaced_forward(module, constant(output)))
         yield
-    finally:
-        for module, forward in before.items():
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward

@@ -1,4 +1,4 @@
-"""The loss of fine-tuning on edits: the likelihood of the target tokens, and of nothing else."""
+"""The loss of fine-tuning on edits: the negative log-likelihood of the target tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LARGEST_CHANGE = 100.0
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """Some edits, prompts with targets, padded on the right."""
+    """A batch of edits: prompts with targets, padded on the right."""
 
     which: range
-    """Numbers of the edits."""
+    """Indices of the edits."""
     ids: Tensor
     """(edits, longest) int64."""
     mask: Tensor
@@ -30,7 +30,7 @@ class TargetBatch:
     rows: Tensor
     """(tokens,) the row of each target token."""
     places: Tensor
-    """(tokens,) the place before it, where it is predicted."""
+    """(tokens,) the position that predicts it."""
     targets: Tensor
     """(tokens,) its id."""
 
@@ -53,7 +53,7 @@ def target_batches(
 def target_nll(model: nn.Module, head: nn.Module, batch: TargetBatch) -> Tensor:
     """Return each edit's mean negative log-likelihood of its target tokens, (edits,) float32.
 
-    The output head runs at those tokens alone.
+    The output head runs only at those tokens.
     """
     arguments = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
     logits = logits_at(model, head, arguments, batch.rows, batch.places)
@@ -76,7 +76,7 @@ def edit_report(edits: Sequence[Edit], before: Tensor, after: Tensor) -> list[di
 
 @dataclass(frozen=True)
 class Watch:
-    """Stops a training that diverges; its errors name the edit, the layers and the setting."""
+    """Checks that training does not diverge; errors name the edit, the layers and the setting."""
 
     method: str
     lr: float
@@ -84,7 +84,7 @@ class Watch:
     edits: Sequence[Edit]
 
     def finite(self, nll: Tensor, which: range, updates: int) -> None:
-        """Raise InterventionError where the likelihood of one of the edits `which` is not finite."""
+        """Raise InterventionError if the loss of one of the edits `which` is not finite."""
         bad = (~nll.isfinite()).nonzero()
         if len(bad):
             number = which[int(bad[0])]
@@ -103,9 +103,9 @@ class Watch:
             )
 
     def change(self, name: str, start: Tensor, update: Tensor) -> float:
-        """Return the norm of an update over that of its weight.
+        """Return the norm of an update relative to that of its weight.
 
-        Raises InterventionError for one a hundred times the weight: norm layers hide that from the loss.
+        Raises InterventionError if it is 100 or more: norm layers hide that from the loss.
         """
         ratio = float(update.float().norm() / start.float().norm())
         if not ratio < _LARGEST_CHANGE:

@@ -1,10 +1,9 @@
-"""Target values z: the hidden states at the subject that make the model say the new targets.
+"""Optimise target values z: the hidden states at the subject that make the model predict the new targets.
 
-Section 4.2.1 of Meng et al. (2023), for all edits at once: an edit's rows depend on no other
-edit, and Adam acts element by element, so the batch takes the very steps of separate runs.
+Section 4.2.1 of Meng et al. (2023), for all edits at once: edits do not depend on each other and Adam works per
+element, so the batch takes the same steps as separate runs.
 
-Edits of one subject share their key, and a layer can add only one thing at one key: their hidden
-states are changed together, by the change that is best for all of them.
+Edits of one subject share a key, and a layer has one output per key, so they share one change.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from interventions.types import Edit, InterventionError
 
 @dataclass(frozen=True)
 class TargetValues:
-    """The result of the optimisation, one row per edit."""
+    """The result of the optimisation, with one row per edit."""
 
     z: Tensor
     """(edits, hidden) float32."""
     start: Tensor
     """(edits, hidden) float32: the states before the edit."""
     change: Tensor
-    """(edits, width) float32: the change of the MLP's output by which z arrives in the bare prompt."""
+    """(edits, width) float32: the change of the MLP's output that gives z in the bare prompt."""
     loss: Tensor
     """(edits,) the loss at which each edit stopped: NLL + KL + weight decay, in nats."""
     nll: Tensor
@@ -62,16 +61,14 @@ def optimise_values(
 ) -> TargetValues:
     """Find z for every edit: the output of block `layer` at the subject's last token.
 
-    Any state may be z where the block's `gain` says that any can be reached by changing its MLP's output;
-    elsewhere the change of that output is optimised, and z is what then arrives.
+    If the block's `gain` is linear, z is optimised directly. Otherwise the change of the MLP's output is optimised, and
+    z is the block's resulting output.
 
-    Minimises, per edit, NLL of the target over `contexts` (the first one empty), plus the
-    KL divergence at the subject in "{subject} is a" from what the model says now, plus weight decay
-    on the change; where edits have one subject, the sum over them. Raises InterventionError naming the
-    edit whose loss is not finite; `first` is the number of the first edit in such errors. `cached` is what
-    an earlier call found; None: find out.
+    Minimises, per edit, the NLL of the target over `contexts` (the first one empty), plus the KL divergence from the
+    unedited model at the subject in "{subject} is a", plus weight decay on the change; edits of one subject are
+    summed. Raises InterventionError, naming the edit, if a loss is not finite; `first` is the index of the first edit
+    in such errors. `cached` is the value from an earlier call; None: find out.
     """
-
     prompts = [tokenise(tokenizer, edit, chat_template=chat_template) for edit in edits]
     arrival = None if gain.linear else Arrival(model, anatomy.blocks[layer], prompts, padding_id(tokenizer))
 
@@ -117,12 +114,12 @@ def optimise_values(
         optimizer.step()
         with torch.no_grad():
             delta *= (largest / delta.norm(dim=1).clamp_min(1e-12)).clamp(max=1.0)[:, None]
-            delta[~wanting] = before[~wanting]  # what has arrived stays where it is
+            delta[~wanting] = before[~wanting]  # finished edits do not change
         steps += active
         left = int(active.sum())
         if step % 10 == 0:
             progress(f"z: step {step}, mean loss {float(loss.mean()):.3f}, {left} of {len(edits)} edits left")
-        if left <= len(which) // 2:  # worth a pass through the model: the others need no more work
+        if left <= len(which) // 2:  # worth a pass through the model to drop finished edits
             batch = make_batch(active.nonzero()[:, 0].tolist())
     found = delta.detach()[owner]
     z = start + found if arrival is None else arrival.outputs(found / gain.factor)
@@ -130,7 +127,7 @@ def optimise_values(
 
 
 class _Texts:
-    """Some of the edits as text: every context with its prompt and target, then the essence prompts."""
+    """The texts of some edits: every context with prompt and target, then the prompts "{subject} is a"."""
 
     def __init__(
         self, tokenizer: Any, edits: Sequence[Edit], contexts: Sequence[str], which: list[int], chat_template: bool
@@ -157,7 +154,7 @@ class _Texts:
 
 
 class _Batch:
-    """The rows of some of the edits, ready to be run with changes at their subjects."""
+    """Runs the texts of some edits with changes at their subjects."""
 
     def __init__(
         self,
@@ -181,7 +178,7 @@ class _Batch:
         self._tail = Tail(model, anatomy, layer, ids, subjects, pad, inside=inside, cached=cached)
         self._unit = gain.factor if inside else 1.0
         self.which = torch.tensor(texts.which, device=device)
-        """Numbers of the edits that are in the batch."""
+        """Indices of the edits in the batch."""
         self._owner = torch.tensor([n // per_edit for n in range(len(rows))] + list(range(count)), device=device)
         # Logits are needed before each target token, and at the subject of the essence prompts.
         wanted = [(n, place - row.subject_end) for n, row in enumerate(rows) for place in row.target_places]
@@ -191,17 +188,17 @@ class _Batch:
         # Mean over a row's target tokens, then over an edit's rows.
         self._weight = torch.tensor([1.0 / rows[n].target_length / per_edit for n, _ in wanted], device=device)
         essences = torch.arange(len(rows), len(rows) + count, device=device)
-        self._asked_rows = torch.cat([target_rows, essences])
-        self._asked_places = torch.cat([target_places - 1, torch.zeros_like(essences)])
+        self._logit_rows = torch.cat([target_rows, essences])
+        self._logit_places = torch.cat([target_places - 1, torch.zeros_like(essences)])
         bare = torch.arange(count, device=device) * per_edit  # each edit's first context is the empty one
         self.start = self._tail.hidden[bare, 0].float()
-        """What is changed, at the subjects of the bare prompts, (edits of the batch, hidden)."""
+        """Values to change, at the subjects of the bare prompts, (edits of the batch, hidden)."""
 
     def __call__(self, changes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each edit's NLL and its log-probabilities at the essence, with `changes` (all edits, hidden) added."""
+        """Return each edit's NLL and log-probabilities at the subject, with `changes` (all edits, hidden) added."""
         hidden = self._tail.hidden.clone()
         hidden[:, 0] += (changes[self.which[self._owner]] / self._unit).to(hidden.dtype)
-        logits = self._tail.logits(hidden, self._asked_rows, self._asked_places)
+        logits = self._tail.logits(hidden, self._logit_rows, self._logit_places)
         targets = len(self._target_ids)
         log_p = logits[:targets].log_softmax(dim=1).gather(1, self._target_ids[:, None])[:, 0]
         nll = torch.zeros(len(self.which), device=changes.device)

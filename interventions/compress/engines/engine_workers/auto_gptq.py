@@ -1,12 +1,11 @@
-"""AutoGPTQ 0.7.1: GPTQ, packed and unpacked again; made for GPUs, patched here to run on a CPU."""
+"""AutoGPTQ 0.7.1: GPTQ, packed and unpacked again; patched to run on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .job import Clock, Job, Refused, Result, main
 
@@ -31,7 +30,7 @@ def drive(job: Job) -> Result:
         group_size=s["group_size"],
         sym=s["symmetric"],
         desc_act=s["act_order"],
-        static_groups=s["static_groups"] or s["act_order"],  # as ours: the order leaves the groups as they are
+        static_groups=s["static_groups"] or s["act_order"],  # groups keep the original column order, as in our kernel
         true_sequential=s["true_sequential"],
         damp_percent=s["damping"],
     )
@@ -39,24 +38,11 @@ def drive(job: Job) -> Result:
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.rows]
     with Clock() as clock:
         wrapped.quantize(rows, batch_size=1, use_triton=False, use_cuda_fp16=False, cache_examples_on_gpu=False)
-    return Result(weights(wrapped.model, job.original().keys()), job.answer_to_probe(wrapped.model), clock)
-
-
-@torch.no_grad()
-def weights(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """Return every parameter; unpack packed layers, with a bias only if it is among `names`."""
-    found = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for name, module in model.named_modules():
-        if hasattr(module, "qweight"):
-            packed: Any = module
-            found[f"{name}.weight"] = unpack(packed)
-            if f"{name}.bias" in names:  # packed layers have one in any case
-                found[f"{name}.bias"] = packed.bias.detach().float().clone()
-    return found
+    return Result(job.read_weights(wrapped.model, unpack), job.answer_to_probe(wrapped.model), clock)
 
 
 def unpack(packed: Any) -> Tensor:
-    """Return the weights (out, in) of a packed layer; its stored zeros are one less than meant."""
+    """Return the weights (out, in) of a packed layer; it stores zero points minus one."""
     values = columns_of(packed.qweight.t(), packed.bits)[:, : len(packed.g_idx)]  # (out, in)
     zeros = columns_of(packed.qzeros, packed.bits)[:, : packed.scales.shape[1]] + 1  # (groups, out)
     groups = packed.g_idx.long()

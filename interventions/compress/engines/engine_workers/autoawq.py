@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .job import Clock, Job, Refused, Result, main
@@ -21,7 +20,7 @@ def drive(job: Job) -> Result:
     from awq.models.base import AwqConfig
     from awq.modules.linear import gemm
 
-    gemm.TRITON_AVAILABLE = False  # its kernels need a GPU, but it takes them wherever triton can be imported
+    gemm.TRITON_AVAILABLE = False  # otherwise it runs GPU kernels wherever triton can be imported
     patch_search()
     model = job.model()
     kind = model.config.model_type
@@ -41,7 +40,7 @@ def drive(job: Job) -> Result:
             max_calib_samples=len(job.rows),
             max_calib_seq_len=max(map(len, job.rows)),
         )
-    return Result(weights(model, gemm.WQLinear_GEMM), job.answer_to_probe(model), clock)
+    return Result(job.read_weights(model, unpack), job.answer_to_probe(model), clock)
 
 
 def patch_search() -> None:
@@ -70,20 +69,12 @@ def patch_search() -> None:
     AwqQuantizer._compute_best_scale = patched
 
 
-@torch.no_grad()
-def weights(model: nn.Module, kind: type[Any]) -> dict[str, Tensor]:
-    """Return every parameter; unpack packed layers."""
+def unpack(packed: Any) -> Tensor:
+    """Return the weights (out, in) of a packed layer."""
     from awq.utils.packing_utils import dequantize_gemm
 
-    found = {name: p.detach() for name, p in model.named_parameters()}
-    for name, module in model.named_modules():
-        if isinstance(module, kind):
-            packed: Any = module
-            transposed = dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, packed.w_bit, packed.group_size)
-            found[f"{name}.weight"] = transposed.t().float()
-            if packed.bias is not None:
-                found[f"{name}.bias"] = packed.bias.detach().float()
-    return found
+    transposed = dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, packed.w_bit, packed.group_size)
+    return transposed.detach().t().float()  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

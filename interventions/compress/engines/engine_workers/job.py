@@ -1,4 +1,4 @@
-"""A job, as an engine's process sees it (see `exchange.py`, which writes it and reads the answer)."""
+"""A job as the engine's process sees it; `engines/run.py` writes it and reads the answer."""
 
 from __future__ import annotations
 
@@ -85,6 +85,18 @@ class Job:
     def original(self) -> dict[str, Tensor]:
         """Return the weights before the step, float32."""
         return {name: value.float() for name, value in load_file(self.folder / "state.safetensors").items()}
+
+    @torch.no_grad()
+    def read_weights(self, model: nn.Module, unpack: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Return every parameter of a packed model; `unpack` returns the weight (out, in) of one packed layer."""
+        original = self.original()
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for name, module in model.named_modules():
+            if hasattr(module, "qweight"):
+                weights[f"{name}.weight"] = unpack(module)
+                if f"{name}.bias" in original:  # some engines add a bias to every packed layer
+                    weights[f"{name}.bias"] = module.bias.detach().float().clone()
+        return weights
 
 
 @dataclass

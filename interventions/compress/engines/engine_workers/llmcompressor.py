@@ -1,7 +1,7 @@
-"""llm-compressor: AWQ, GPTQ, Wanda and SparseGPT, one text at a time (so that nothing is padded).
+"""llm-compressor: AWQ, GPTQ, Wanda and SparseGPT, one text at a time to avoid padding.
 
-Its GPTQ finds all grids on the weights as they were (our `static_groups`), and calibrates the
-linears of a block together; its AWQ does not clip.
+Its GPTQ computes all grids from the original weights (our `static_groups`) and calibrates all linears of a
+block together. Its AWQ does not clip.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .job import Clock, Job, Result, main, stand_in_tokenizer
 
 
 def drive(job: Job) -> Result:
-    """Run the method's modifier over the model and read the weights that its forward pass uses."""
+    """Apply the method's modifier and read the weights that the forward pass uses."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
@@ -41,7 +41,7 @@ def drive(job: Job) -> Result:
 
 
 def recipe(job: Job) -> list[Any]:
-    """Return the modifiers that do the job's method with its settings."""
+    """Return the modifiers for the job's method and settings."""
     s = job.settings
     targets = [f"re:^{re.escape(name)}$" for name in job.linears]
     if job.method in ("wanda", "sparsegpt"):
@@ -71,13 +71,13 @@ def recipe(job: Job) -> list[Any]:
         ]
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    # Like ours, its activation order leaves the groups as they are.
+    # "static" keeps groups in the original column order, as in our kernel.
     order = "static" if s["act_order"] else None
     return [GPTQModifier(config_groups=groups, dampening_frac=s["damping"], actorder=order, block_size=128)]
 
 
 def structure(pattern: str | None) -> str:
-    """Return zeros:of, llm-compressor's mask structure; ours is kept:of."""
+    """Return llm-compressor's mask structure, zeros:of, for our pattern kept:of."""
     if pattern is None:
         return "0:0"
     kept, of = map(int, pattern.split(":"))
