@@ -79,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
         engine = config.hook.pytest_lmcompose_make_engine(config=config, name=options.engine)
         if engine is None:
             raise pytest.UsageError(
-                f"--lmcompose-engine={options.engine}: no such engine; use {LOCAL}, ray or an engine of an "
+                f"--lmcompose-engine={options.engine}: there is no such engine; use {LOCAL}, ray or an engine of an "
                 "installed plugin"
             )
         config.pluginmanager.register(engine, "lmcompose-engine")

@@ -40,7 +40,7 @@ def test_every_hook_is_called_with_what_the_page_says(hooked: Project, monkeypat
 def test_an_engine_that_nobody_offers_is_refused(project: Project) -> None:
     result = project.run("--lmcompose-engine=slurm", compose=("nudge",))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: --lmcompose-engine=slurm: no such engine; *"])
+    result.stderr.fnmatch_lines(["ERROR: --lmcompose-engine=slurm: there is no such engine; *"])
 
 
 def test_the_page_names_every_hook() -> None:

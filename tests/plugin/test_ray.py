@@ -118,7 +118,7 @@ def test_a_project_that_is_not_there_is_told(project: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lmcompose-engine=cloud"], "--lmcompose-engine=cloud: no such engine; use local, ray or"),
+        (["--lmcompose-engine=cloud"], "--lmcompose-engine=cloud: there is no such engine"),
         (["--lmcompose-engine=ray", NO_CACHE], "passes states between tasks through the cache"),
         (["--lmcompose-engine=ray", "-n2"], "--lmcompose-engine=ray and -n cannot be combined"),
     ],
