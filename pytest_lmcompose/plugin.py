@@ -79,8 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
         engine = config.hook.pytest_lmcompose_make_engine(config=config, name=options.engine)
         if engine is None:
             raise pytest.UsageError(
-                f"--lmcompose-engine={options.engine}: there is no such engine; use {LOCAL}, ray, or the name of one "
-                "that an installed plugin offers"
+                f"--lmcompose-engine={options.engine}: there is no such engine; use {LOCAL}, ray or an engine of an "
+                "installed plugin"
             )
         config.pluginmanager.register(engine, "lmcompose-engine")
 

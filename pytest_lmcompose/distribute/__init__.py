@@ -1,1 +1,1 @@
-"""Several workers or machines: which of them does what, and on which GPU."""
+"""Distribute a run over workers, machines and GPUs."""

@@ -1,28 +1,29 @@
-"""Which GPUs a run may use, by name, and which of them a worker gets. Starts neither CUDA nor torch."""
+"""Find the GPUs that a run may use, and assign them to workers. Starts neither CUDA nor torch."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NAME = re.compile(r"\d+|(GPU|MIG)-\S+")
-_PATIENCE = 30.0
-"""Seconds for a driver that has to wake up first."""
+_TIMEOUT = 30.0
+"""In seconds; an idle driver needs time to start."""
 
 
 def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the GPUs that this process may use, each as `CUDA_VISIBLE_DEVICES` names it.
+    """Return the names of the GPUs that this process may use, as in `CUDA_VISIBLE_DEVICES`.
 
-    What that variable says is taken as it is: indices, UUIDs and MIG ids, up to the first that is none of
-    these, as CUDA does. Without it, these are all that `nvidia-smi -L` lists; none if it is missing or fails.
+    Like CUDA, read that variable up to the first entry that is not an index, a UUID or a MIG id. If it is not set,
+    return all GPUs that `nvidia-smi -L` lists; none if the command is missing or fails.
     """
     if VISIBLE in environ:
-        return _leading_names(environ[VISIBLE])
+        return tuple(takewhile(_NAME.fullmatch, map(str.strip, environ[VISIBLE].split(","))))
     try:
         listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_PATIENCE, check=True, env=dict(environ)
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_TIMEOUT, check=True, env=dict(environ)
         )
     except (OSError, subprocess.SubprocessError):
         return ()
@@ -30,23 +31,13 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def share_of(gpus: Sequence[str], worker: int, each: int) -> tuple[str, ...]:
-    """Return the `each` GPUs of the worker number `worker`; more workers than GPUs go round."""
-    shares = len(gpus) // each
-    start = worker % shares * each
+    """Return the `each` GPUs of worker number `worker`; workers share GPUs if there are too few."""
+    start = worker % (len(gpus) // each) * each
     return tuple(gpus[start : start + each])
 
 
-def _leading_names(value: str) -> tuple[str, ...]:
-    names = []
-    for name in map(str.strip, value.split(",")):
-        if not _NAME.fullmatch(name):
-            break
-        names.append(name)
-    return tuple(names)
-
-
 def _listed(text: str) -> tuple[str, ...]:
-    """Read the list of nvidia-smi: an index for a whole GPU, the UUIDs of its parts for one that is divided."""
+    """Parse the output of `nvidia-smi -L` into the index of each GPU, or the UUIDs of its MIG devices."""
     found: list[tuple[str, list[str]]] = []
     for line in text.splitlines():
         if gpu := re.match(r"GPU (\d+):", line):

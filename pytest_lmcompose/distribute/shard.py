@@ -1,9 +1,8 @@
-"""Shards: the part of a suite that one machine of several tests. Imports no torch.
+"""Split a suite into shards for several machines. Imports no torch.
 
-The compositions are put in an order that depends on nothing but themselves, depth first through their
-prefix tree, and cut into pieces of about equal work, so that a piece is whole subtrees but for its two
-ends. Work is counted in applications and measurements: what earlier runs took is known to each machine
-alone, and machines that counted differently would test something twice, or not at all.
+All machines sort the compositions depth first through their prefix tree and cut them into pieces of about equal work,
+so a piece consists of whole subtrees except at its two ends. Work is a number of steps and measurements, not seconds:
+each machine has recorded other times, and with different weights machines would skip compositions or test them twice.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import eq
 
 from pytest_lmcompose.composition import Composition, Step
 
 Cost = Callable[[Step | None], float]
-"""What applying a step costs, or measuring a state where the step is None."""
+"""The cost of applying a step; for None, the cost of measuring a state."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shard:
 
 
 def read_shard(text: str) -> Shard:
-    """Read `2/5`; raises ValueError that says what was expected."""
+    """Parse `2/5`; raises ValueError with the expected form."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"expected K/N with K from 1 to N, such as 2/5, not {text!r}")
@@ -42,17 +42,17 @@ def read_shard(text: str) -> Shard:
 
 
 def alike(step: Step | None) -> float:
-    """Count every application and every measurement as one."""
+    """Count every step and every measurement as 1."""
     return 1.0
 
 
 def split(compositions: Iterable[Composition], count: int, cost: Cost = alike) -> tuple[tuple[Composition, ...], ...]:
-    """Cut the distinct `compositions` into `count` pieces, each in depth-first order.
+    """Cut the distinct `compositions` into `count` consecutive pieces of their depth-first order.
 
-    The most expensive piece is as cheap as consecutive pieces of that order can be. No piece is empty
-    unless there are fewer compositions than pieces. The order in which they are given does not count.
+    Minimises the cost of the most expensive piece. Pieces are empty only if there are fewer compositions than pieces.
+    The result does not depend on the order of `compositions`.
     """
-    order = sorted(set(compositions))  # which is depth first, since a prefix sorts before what goes on from it
+    order = sorted(set(compositions))  # depth first: a prefix sorts before its extensions
     pieces = _cut(order, _smallest_limit(order, count, cost), cost)
     while len(pieces) < min(count, len(order)):
         at = max((i for i, p in enumerate(pieces) if len(p) > 1), key=lambda i: (work(pieces[i], cost), -i))
@@ -62,7 +62,7 @@ def split(compositions: Iterable[Composition], count: int, cost: Cost = alike) -
 
 
 def work(order: Sequence[Composition], cost: Cost = alike) -> float:
-    """Return what it costs to test compositions in depth-first order, shared prefixes built once."""
+    """Return the cost of testing compositions in depth-first order, where shared prefixes are built once."""
     total, before = 0.0, Composition()
     for composition in order:
         total += _added(before, composition, cost)
@@ -71,17 +71,13 @@ def work(order: Sequence[Composition], cost: Cost = alike) -> float:
 
 
 def _added(before: Composition, composition: Composition, cost: Cost) -> float:
-    """Return what `composition` costs behind the one before: its own steps, and its measurement."""
-    shared = 0
-    for one, other in zip(before.steps, composition.steps, strict=False):
-        if one != other:
-            break
-        shared += 1
+    """Return the cost of `composition` after `before`: the steps they do not share, and a measurement."""
+    shared = sum(map(eq, before.prefixes(), composition.prefixes()))
     return sum(cost(step) for step in composition.steps[shared:]) + cost(None)
 
 
 def _cut(order: Sequence[Composition], limit: float, cost: Cost) -> list[tuple[Composition, ...]]:
-    """Cut `order` into as few consecutive pieces as cost no more than `limit` each."""
+    """Cut `order` into as few consecutive pieces as possible, each with a cost of at most `limit`."""
     pieces: list[list[Composition]] = []
     held = 0.0
     for composition in order:
@@ -95,7 +91,7 @@ def _cut(order: Sequence[Composition], limit: float, cost: Cost) -> list[tuple[C
 
 
 def _smallest_limit(order: Sequence[Composition], count: int, cost: Cost) -> float:
-    """Return a limit that `count` pieces can keep to, at most a thousandth above the smallest one."""
+    """Return the smallest limit for which `count` pieces are enough, to within 0.1 %."""
     low = max((work([composition], cost) for composition in order), default=0.0)
     high = max(low, work(order, cost))
     while len(_cut(order, low, cost)) > count and high - low > low / 1000:

@@ -15,11 +15,10 @@ def available_cores() -> int:
 
 
 def set_defaults(environ: MutableMapping[str, str], cores: int) -> None:
-    """Set the OpenMP variables that the user left open.
+    """Set the OpenMP variables that are not set yet.
 
-    Spinning threads make runs on a CPU vary 10 to 35 times, so waiting is passive. A worker of
-    pytest-xdist takes its share of the cores: two workers of two threads each on two cores are
-    slower than one.
+    Threads wait passively, because spinning makes CPU times vary 10 to 35 times. Workers of pytest-xdist divide the
+    cores: two workers with two threads each on two cores are slower than one worker.
     """
     environ.setdefault("OMP_WAIT_POLICY", "passive")
     workers = int(environ.get(WORKER_COUNT, "0"))
@@ -28,9 +27,9 @@ def set_defaults(environ: MutableMapping[str, str], cores: int) -> None:
 
 
 def torch_threads(environ: MutableMapping[str, str]) -> int | None:
-    """Return the thread count to set in torch, or None to leave torch's own choice.
+    """Return the thread count to set in torch; None keeps torch's default.
 
-    `OMP_NUM_THREADS` is read once, when OpenMP starts, which an earlier import may have done.
+    OpenMP reads `OMP_NUM_THREADS` only once, and an earlier import may have started it.
     """
     value = environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() and int(value) > 0 else None

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pytest_lmcompose.composition import Composition, parse, permutations
 from pytest_lmcompose.costs import Costs, StepCost
 from pytest_lmcompose.distribute.gpus import share_of, visible_gpus
-from pytest_lmcompose.distribute.schedule import PrefixScheduling, Workers, composition_of
+from pytest_lmcompose.distribute.schedule import PrefixScheduling, Workers, composition_in
 from pytest_lmcompose.options import SUITE_FOLDER, asked_for_distribution, read_options
 from pytest_lmcompose.plan import Plan, longest_first
 from pytest_lmcompose.recipe import load_recipe
@@ -94,7 +94,7 @@ def simulate(
     while True:
         idle = [worker for worker in team if worker.can_start and all(worker is not busy for _, _, busy in running)]
         for worker in idle:
-            composition = composition_of(nodeids[worker.queue[0]])
+            composition = composition_in(nodeids[worker.queue[0]])
             at = now
             for state in () if composition is None else composition.prefixes():
                 if state in worker.way:
@@ -216,7 +216,7 @@ def test_without_any_earlier_run_every_step_counts_alike() -> None:
     ],
 )
 def test_a_composition_is_found_in_a_node_id(nodeid: str, expected: str | None) -> None:
-    assert composition_of(nodeid) == (None if expected is None else parse(expected))
+    assert composition_in(nodeid) == (None if expected is None else parse(expected))
 
 
 @pytest.mark.parametrize(
@@ -486,8 +486,8 @@ def test_real_workers_and_those_that_replace_them_see_gpus_of_their_own(
     ("arguments", "message"),
     [
         (["--lmcompose-gpus-per-worker=some", "-n2"], "expected a whole number from 0 up, not 'some'"),
-        (["--lmcompose-gpus-per-worker=5", "-n2"], "--lmcompose-gpus-per-worker=5: only 4 can be seen here"),
-        (["--lmcompose-gpus-per-worker=5", "-nauto"], "--lmcompose-gpus-per-worker=5: only 4 can be seen here"),
+        (["--lmcompose-gpus-per-worker=5", "-n2"], "--lmcompose-gpus-per-worker=5: only 4 GPUs are visible"),
+        (["--lmcompose-gpus-per-worker=5", "-nauto"], "--lmcompose-gpus-per-worker=5: only 4 GPUs are visible"),
     ],
 )
 def test_gpus_that_are_not_there(

@@ -1,7 +1,7 @@
-"""The controller of a run on a Ray cluster: parts of the plan go out as tasks, reports of tests come in.
+"""Run tests on a Ray cluster: send parts of the plan as tasks, receive test reports.
 
-A task starts where its start state is, in the object store of a node. If a node dies, Ray runs its tasks on
-another one, and makes again what was lost with it. Imports Ray when the tests begin.
+Ray prefers the node that holds a task's start state in its object store. If a node dies, Ray runs its tasks on another
+node and rebuilds lost states. Imports Ray when the tests begin.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pytest_lmcompose.options import Options
 from pytest_lmcompose.session import BASELINE_INPUT, Session, composition_of
 
 RETRIES = 3
-"""How often a task is run again on another node when its own dies."""
+"""Number of times to run a task again if its node dies."""
 PARTS_PER_TASK = 2
-"""Parts that a run is divided into, for each task that the cluster can do at once: so that none waits long."""
+"""Number of parts per concurrent task; more than one keeps the load balanced."""
 WORTH_A_PROCESS = 30.0
-"""Seconds of work: a process takes some ten to import torch, and the time to load the model."""
+"""Minimum seconds of work in a part; a process needs about ten to import torch, and loads the model."""
 _FORWARDED = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")
 
 
 class RayEngine:
-    """Runs the tests of compositions on the cluster, and all others here."""
+    """Runs the tests of compositions on the cluster, and all other tests locally."""
 
     def __init__(self, config: pytest.Config, session: Session) -> None:
-        """Take over the tests of `session`; raises pytest.UsageError for flags that do not go with it."""
+        """Raise pytest.UsageError if Ray is missing or another option is incompatible."""
         if importlib.util.find_spec("ray") is None:
             raise pytest.UsageError("--lmcompose-engine=ray: Ray is not installed; pip install 'pytest-lmcompose[ray]'")
         if session.options.cache_dir is None:
@@ -76,11 +76,11 @@ class RayEngine:
         return True
 
     def _send(self, ray: Any, tests: dict[Composition, list[str]]) -> dict[Any, list[str]]:
-        """Start a task for each part; return the ids of its tests by the reference of its outcome."""
+        """Start a task for each part; return the test ids by the reference of the task's outcome."""
         options = self._session.options
         gpus, slots = _slots(ray.cluster_resources(), options)
         costs = self._session.costs()
-        least = WORTH_A_PROCESS if costs.methods or costs.evaluation else 0.0  # else all count alike
+        least = WORTH_A_PROCESS if costs.methods or costs.evaluation else 0.0  # else costs are counts
         found = parts(tests, PARTS_PER_TASK * slots, costs.expected, least)
         self._tell(f"lmcompose: {len(found)} parts on a Ray cluster that runs {slots} at once")
         job = Job(
@@ -93,7 +93,7 @@ class RayEngine:
         waiting: dict[Any, list[str]] = {}
         states: dict[int, Any] = {}
         shared = ray.put(job)
-        # A part stands behind the one that it waits for; of the others, what leads to most work goes first.
+        # Parts with the most work behind them go first, but never before the part they depend on.
         for number in sorted(range(len(found)), key=lambda i: (-_root(found, i), i)):
             part = found[number]
             chosen = [test for composition in part.compositions for test in tests[composition]]
@@ -104,12 +104,12 @@ class RayEngine:
         return waiting
 
     def _receive(self, ray: Any, reference: Any, tests: Sequence[str], session: pytest.Session) -> None:
-        """Take in what came of a task."""
+        """Report the outcome of a task to pytest."""
         try:
             outcome: Outcome = ray.get(reference)
         except ray.exceptions.RayError as error:
             for test in tests:
-                self._fail(test, f"the task that runs this test was lost: {error}")
+                self._fail(test, f"Ray lost the task of this test: {error}")
             return
         for line in outcome.lines:
             self._tell(f"[{outcome.node}] {line}")
@@ -123,7 +123,7 @@ class RayEngine:
                 hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
         for test, message in outcome.crashed.items():
             self._fail(test, f"on {outcome.node}, {message}")
-        if not (session.shouldfail or session.shouldstop):  # as -x leaves tests out
+        if not (session.shouldfail or session.shouldstop):  # -x leaves tests out
             for test in outcome.unreported:
                 self._fail(test, f"was not run on {outcome.node}:\n{outcome.output}")
 
@@ -134,27 +134,28 @@ class RayEngine:
 
 
 def _slots(resources: dict[str, float], options: Options) -> tuple[int, int]:
-    """Return the GPUs of each task, and how many tasks the cluster does at once; raises pytest.UsageError."""
-    there = resources.get("GPU", 0)
-    gpus = max(1, options.gpus_per_worker) if options.device.startswith("cuda") or there else 0
+    """Return the GPUs per task and the number of concurrent tasks; raises pytest.UsageError."""
+    available = resources.get("GPU", 0)
+    gpus = max(1, options.gpus_per_worker) if options.device.startswith("cuda") or available else 0
     if options.device in ("cpu", "mps"):
         gpus = 0
-    slots = int(there // gpus) if gpus else int(resources.get("CPU", 0))
+    slots = int(available // gpus) if gpus else int(resources.get("CPU", 0))
     if slots < 1:
-        wanted = f"{gpus} GPUs" if gpus else "a CPU"
-        raise pytest.UsageError(f"--lmcompose-engine=ray: the cluster has no room for a task, which takes {wanted}")
+        needed = f"{gpus} GPUs" if gpus else "one CPU"
+        raise pytest.UsageError(
+            f"--lmcompose-engine=ray: a task needs {needed}, the cluster has fewer; see --lmcompose-gpus-per-worker"
+        )
     return gpus, slots
 
 
 def _root(found: Sequence[Part], number: int) -> float:
-    """Return the cost of the part at the beginning of the way to this one."""
-    while (after := found[number].after) is not None:
-        number = after
-    return found[number].cost
+    """Return the cost of the first part in the chain that leads to this one."""
+    after = found[number].after
+    return found[number].cost if after is None else _root(found, after)
 
 
 def _stop(session: pytest.Session) -> None:
-    """End the run if a reporter asks for it, as pytest's own loop does."""
+    """Stop the run if a reporter requested it, as pytest's own loop does."""
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
     if session.shouldstop:
@@ -163,7 +164,7 @@ def _stop(session: pytest.Session) -> None:
 
 @contextmanager
 def _cluster() -> Iterator[Any]:
-    """Be connected to the cluster that RAY_ADDRESS or this machine names, or to a new one on this machine."""
+    """Connect to the cluster of RAY_ADDRESS, or to one on this machine, which is started if needed."""
     import ray
 
     connected = ray.is_initialized()

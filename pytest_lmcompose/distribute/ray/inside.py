@@ -1,7 +1,7 @@
-"""The plugin of pytest in the process that runs a part; see `work`. Imports no torch.
+"""The pytest plugin in the process that runs a part; see `work`. Imports no torch.
 
-To other plugins the process looks like a worker of pytest-xdist: it has `config.workerinput`, and leaves
-reports to the controller.
+For other plugins, the process looks like a worker of pytest-xdist: it has `config.workerinput`, and the controller
+reports the tests.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _die_with(pipe: int) -> None:
-    """End this process when the other end of `pipe` closes: nobody is there any more to take its reports."""
+    """Exit when the other end of `pipe` closes, because nobody reads the reports any more."""
     os.read(pipe, 1)
     os._exit(1)
 
 
 class Inside:
-    """Runs the tests of the part, and writes an event a line."""
+    """Runs the tests of the part; writes one event per line."""
 
     def __init__(self, config: pytest.Config, part: dict[str, Any]) -> None:
         self._config, self._part = config, part
@@ -67,7 +67,7 @@ class Inside:
             return
         try:
             addresses = run.prepare(parse(leaves))
-        except BuildError:  # the tests behind it fail with it, and tell it
+        except BuildError:  # the dependent tests fail with the same error
             return
         for address in addresses:
             if run.cache.holds(address):  # unless it is too large to be kept

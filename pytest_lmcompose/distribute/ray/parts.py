@@ -1,7 +1,7 @@
-"""The parts in which a cluster does a run: subtrees of the plan, joined by the states that they start from.
+"""Divide the plan into parts for a cluster: subtrees, linked by the states that they start from.
 
-A subtree that is too much for one task becomes a part that builds its first state alone, and parts behind
-it that start from that state. So each state is still built once, and what hangs from it spreads out.
+A subtree that is too large for one task becomes one part that builds only its first state, and further parts that
+start from that state. So each state is still built once, and the work below it is distributed.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from pytest_lmcompose.plan import Node, Plan
 
 @dataclass(frozen=True)
 class Part:
-    """Tests that one task runs, in depth-first order."""
+    """The tests that one task runs."""
 
     compositions: tuple[Composition, ...]
+    """The compositions to test, in depth-first order."""
     start: Composition
-    """The state that they start from."""
+    """The state to start from."""
     after: int | None
-    """The number of the part that builds `start`; None: it is the base model."""
+    """Number of the part that builds `start`; None if it is the base model."""
     leaves: Composition | None
-    """The state that other parts start from, if any do."""
+    """The state that later parts start from, if any."""
     cost: float
-    """Of this part, and of the most expensive parts behind it."""
+    """Cost of this part and of the most expensive chain of parts after it."""
 
 
 def parts(compositions: Iterable[Composition], tasks: int, cost: Cost, least: float = 0.0) -> tuple[Part, ...]:
-    """Divide the distinct `compositions` into parts of no more than the whole work over `tasks`, or than `least`.
+    """Divide the distinct `compositions` into parts that cost at most total / `tasks`, or `least` if that is more.
 
-    A single state that costs more is a part of its own. Each part stands behind the one it starts from.
+    A single state that costs more is a part by itself. A part comes after the part that it starts from.
     """
     root = Plan.of(sorted(set(compositions))).root
     weights = _weights(root, cost)
@@ -51,7 +52,7 @@ def _divide(
     *,
     first: bool = False,
 ) -> None:
-    """Add the parts below `node`, whose state part `after` builds; with `first`, its own test too."""
+    """Append the parts below `node`, which part `after` builds; with `first`, include the test of `node` itself."""
     bundle: list[Node] = [Node(node.prefix, node.wanted)] if first and node.wanted else []
     held = weights[node.prefix] - sum(weights[child.prefix] for child in node.children) if bundle else 0.0
 
@@ -77,7 +78,7 @@ def _divide(
 
 
 def _weights(root: Node, cost: Cost) -> dict[Composition, float]:
-    """Return what each state costs with all that hangs from it; for the base model, without a step."""
+    """Return the cost of each state including its whole subtree."""
     found: dict[Composition, float] = {}
     for node in reversed(list(root.walk())):
         own = cost(node.prefix.steps[-1]) if node.prefix.steps else 0.0
@@ -87,7 +88,7 @@ def _weights(root: Node, cost: Cost) -> dict[Composition, float]:
 
 
 def _with_paths(found: list[Part]) -> Iterator[Part]:
-    """Yield the parts with the cost of the most expensive way that goes through each, up to its end."""
+    """Yield the parts, with the cost of the most expensive chain that begins at each."""
     below = [0.0] * len(found)
     for number in reversed(range(len(found))):
         part = found[number]

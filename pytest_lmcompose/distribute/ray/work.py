@@ -1,7 +1,6 @@
-"""One part of a run on a node of the cluster: in a process of its own, whose death loses one test. No Ray.
+"""Run one part on a node, in a separate process so that a crash loses only one test. Imports no Ray.
 
-Tests are run by pytest with the arguments of the run. States come from parts before as parcels and go to
-parts behind as such, so that nodes need no store in common.
+The process runs pytest with the arguments of the run. Parts exchange states as parcels, so nodes need no shared cache.
 """
 
 from __future__ import annotations
@@ -18,51 +17,51 @@ from pathlib import Path
 from typing import Any
 
 PART = "LMCOMPOSE_PART"
-"""Environment variable with the path of what `inside` reads."""
+"""Environment variable with the path of the file that describes the part to `inside`."""
 _TAIL = 4000
-"""Characters of output that are shown of a process that died."""
+"""Number of characters to show of the output of a process that died."""
 
 Parcels = dict[str, bytes]
-"""Entries of the store, by address."""
+"""Packed cache entries, by address."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all parts of a run have in common."""
+    """The arguments that all parts of a run share."""
 
     arguments: tuple[str, ...]
-    """Of pytest."""
+    """Arguments of pytest."""
     folder: str
-    """Where pytest was called; it must be there on every node."""
+    """Folder where pytest was called; it must exist on every node."""
     environment: Mapping[str, str]
-    """Variables that decide about the run, and may not be set on a node."""
+    """Variables that affect the run and may not be set on a node."""
     inputs: Mapping[str, Any]
-    """What else the controller tells its workers."""
+    """Additional `workerinput` from the controller."""
 
 
 @dataclass
 class Outcome:
-    """What came of a part."""
+    """The outcome of a part."""
 
     node: str
     reports: list[dict[str, Any]] = field(default_factory=list)
-    """Of its tests, as pytest serialises them."""
+    """Test reports, as serialised by pytest."""
     crashed: dict[str, str] = field(default_factory=dict)
-    """Ids of tests that took the process with them, and how it ended."""
+    """How the process ended, by the id of the test that crashed it."""
     unreported: list[str] = field(default_factory=list)
-    """Ids of tests that were not run."""
+    """Ids of tests that did not run."""
     lines: list[str] = field(default_factory=list)
-    """What was told while it went."""
+    """Progress lines."""
     output: str = ""
-    """The end of what the last process wrote."""
+    """The end of the last process's output."""
 
 
 def run_part(
     job: Job, name: str, tests: Sequence[str], leaves: str | None, *before: Parcels
 ) -> tuple[Outcome, Parcels]:
-    """Run `tests`, given by their ids, and build the state `leaves`; `before` are states that others built.
+    """Run the tests with these ids and build the state `leaves`; `before` has the states of earlier parts.
 
-    A test that kills its process is reported as crashed and not repeated; the next ones run in another.
+    If a test kills the process, record it as crashed and run the remaining tests in a new process.
     """
     outcome = Outcome(platform.node())
     with tempfile.TemporaryDirectory(prefix="lmcompose-") as scratch:
@@ -85,11 +84,11 @@ def run_part(
 
 def _process(job: Job, name: str, tests: Sequence[str], leaves: str | None, folder: Path, outcome: Outcome) -> str:
     """Run pytest on `tests` and return how it ended."""
-    alive, watched = os.pipe()  # which closes with this process, however it ends
+    alive, watched = os.pipe()  # the pipe closes when this process ends for any reason
     part = folder / "part.json"
     described = {"tests": tests, "leaves": leaves, "folder": str(folder), "alive": alive}
     part.write_text(json.dumps({**described, "inputs": {**job.inputs, "workerid": name}}), encoding="utf-8")
-    # As in a worker of pytest-xdist: by that variable plugins know that there is no terminal.
+    # As in a worker of pytest-xdist: the variable says that there is no terminal.
     environment = {**os.environ, **job.environment, PART: str(part), "PYTEST_XDIST_WORKER": name}
     command = [sys.executable, "-m", "pytest", "-p", "pytest_lmcompose.distribute.ray.inside", *job.arguments]
     (folder / "events").write_text("")
@@ -108,18 +107,17 @@ def _process(job: Job, name: str, tests: Sequence[str], leaves: str | None, fold
     finally:
         os.close(alive)
         os.close(watched)
-    told = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
-    outcome.lines += [line for line in told.splitlines() if line.startswith(f"[{name}]")]
-    written = (folder / "stdout").read_text(encoding="utf-8", errors="replace")
-    outcome.output = "\n".join(filter(None, (written[-_TAIL:].strip(), told[-_TAIL:].strip())))
+    written, errors = ((folder / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr"))
+    outcome.lines += [line for line in errors.splitlines() if line.startswith(f"[{name}]")]
+    outcome.output = "\n".join(filter(None, (written[-_TAIL:].strip(), errors[-_TAIL:].strip())))
     code = process.returncode
     return f"the process was killed by signal {-code}" if code < 0 else f"the process ended with exit code {code}"
 
 
 def _events(path: Path, outcome: Outcome) -> tuple[str | None, set[str]]:
-    """Take over the reports that a process wrote; return the test that it died in, and those that it finished."""
+    """Append the process's reports to `outcome`; return the test that it died in, and the tests that it finished."""
     started, finished = None, set()
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may be cut off
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last line may be incomplete
         kind, value = json.loads(line)
         if kind == "start":
             started = value
