@@ -63,9 +63,8 @@ def gain_offset(norm: nn.Module) -> float:
     weight = cast(Tensor, norm.weight)
     if isinstance(bias := getattr(norm, "bias", None), Tensor):
         bias.zero_()
-    probe = torch.linspace(
-        -3.0, 3.0, len(weight), device=weight.device
-    )  # mean 0, so that a layer norm's centring has no effect
+    # Mean 0, so that a layer norm's centring has no effect.
+    probe = torch.linspace(-3.0, 3.0, len(weight), device=weight.device)
     unit = probe / probe.square().mean().sqrt()
 
     def follows(gain: float, weight_of_gain: float) -> bool:
