@@ -209,7 +209,7 @@ def test_a_blocks_gain_is_measured(
 def test_a_block_that_passes_nothing_on_is_named(tokenizer: Any) -> None:
     model = tiny_model(transformers.GraniteConfig(**SIZE, residual_multiplier=0.0))
     prompts = [tokenise(tokenizer, edit) for edit in EDITS]
-    with pytest.raises(InterventionError, match=r"model.layers.1: no change of the MLP's output arrives"):
+    with pytest.raises(InterventionError, match=r"model.layers.1: changing the MLP's output does not change"):
         Arrival(model, find_anatomy(model).blocks[1], prompts, 2).gain(32)
 
 

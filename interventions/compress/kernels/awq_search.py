@@ -16,23 +16,23 @@ from interventions.structure import LinearGroup
 
 CLIP_STEPS = 10
 CLIP_STEP = 0.05
-"""Thresholds tried: 1, 0.95, ... 0.55 of a group's greatest magnitude."""
+"""Thresholds tried: 1, 0.95, ... 0.55 of a group's largest magnitude."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the float block did on the calibration text."""
+    """Inputs and calls recorded from the float block on the calibration text."""
 
     statistics: dict[str, InputStatistics]
     """By role: the input of each group of linears."""
     scope_calls: dict[str, list[Call]]
-    """By role: the calls of the module that the group stands in, batch by batch."""
+    """By role: the calls of the module that contains the group, one per batch."""
     masks: list[Tensor]
-    """(batch, tokens) bool each: true where there is no padding."""
+    """(batch, tokens) bool each: false for padding."""
 
 
 class Search(Protocol):
-    """The settings that the searches read."""
+    """The settings of the searches."""
 
     @property
     def bits(self) -> int: ...
@@ -48,7 +48,7 @@ class Search(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of a scale search."""
+    """The result of a scale search."""
 
     ratio: float | None
     scales: Tensor | None
@@ -57,7 +57,7 @@ class Choice:
 
 
 def search_scales(group: LinearGroup, seen: Seen, settings: Search) -> Choice:
-    """Try every exponent of the grid and return the one that leaves the least error."""
+    """Try every exponent of the grid and return the one with the smallest error."""
     statistics = seen.statistics[group.role]
     weights = [linear.weight.clone() for linear in group.linears]
     measure = _ScopeLoss(group, seen, settings) if group.scope is not None else _LinearLoss(weights[0], statistics)
@@ -105,7 +105,7 @@ def mean_relative_magnitude(weights: Sequence[Tensor], group_size: int) -> Tenso
 
 
 class _LinearLoss:
-    """Mean squared error of one linear layer's output, through its input's Gram matrix: exact."""
+    """Mean squared error of a linear layer's output, computed exactly from the Gram matrix of its input."""
 
     def __init__(self, weight: Tensor, statistics: InputStatistics) -> None:
         self.weight = weight
@@ -118,7 +118,7 @@ class _LinearLoss:
 
 
 def squared_outputs(W: Tensor, gram: Tensor) -> float:
-    """Return |W X|^2 = tr(W G W^T) of W (out, d) with G = X X^T (d, d), of which the upper half is read."""
+    """Return |W X|^2 = tr(W G W^T) of W (out, d) with G = X X^T (d, d); reads the upper half of G."""
     total = 0.0
     for low in range(0, gram.shape[0], STRIP):
         high = low + STRIP
@@ -129,14 +129,14 @@ def squared_outputs(W: Tensor, gram: Tensor) -> float:
 
 
 class _ScopeLoss:
-    """Mean squared error of the output of the attention or MLP around a group, padding left out."""
+    """Mean squared error of the output of the attention or MLP that contains a group, without padding."""
 
     def __init__(self, group: LinearGroup, seen: Seen, settings: Search) -> None:
         assert group.scope is not None
         self.group = group
         self.scope = group.scope
         calls = seen.scope_calls[group.role]
-        if group.role == "mlp_in":  # token by token, so that any tokens will do
+        if group.role == "mlp_in":  # works token by token, so a sample of tokens is enough
             real = [mask.to(call.hidden.device) for call, mask in zip(calls, seen.masks, strict=True)]
             tokens = torch.cat([call.hidden[mask] for call, mask in zip(calls, real, strict=True)])
             tokens = tokens[spread(len(tokens), settings.search_tokens)].unsqueeze(0).to(seen.masks[0].device)
@@ -161,14 +161,14 @@ class _ScopeLoss:
 
 
 def spread(size: int, limit: int | None) -> list[int]:
-    """Return `limit` indices evenly spread over `size`; all where there are no more, or for None."""
+    """Return `limit` indices spread evenly over `size`; all if there are fewer or `limit` is None."""
     if limit is None or limit >= size:
         return list(range(size))
     return [i * size // limit for i in range(limit)]
 
 
 def clip_weight(weight: Tensor, gram: Tensor, settings: Search) -> tuple[Tensor, float]:
-    """Clip each group of a weight (out, in) where that lessens the error its rounding leaves.
+    """Clip each group of a weight (out, in) if that reduces its quantisation error.
 
     The error of a group is that of its own part of the output, d G d^T with G the group's block
     of the input's Gram matrix (in, in). Returns the clipped weight and the share of groups that

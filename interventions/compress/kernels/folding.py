@@ -29,7 +29,7 @@ def fold_(group: LinearGroup, scales: Tensor) -> None:
 
 @torch.no_grad()
 def move_scales_(operation: nn.Module, linears: Sequence[Linear], scales: Tensor) -> None:
-    """Divide what an operation puts out by `scales`, and multiply the columns of the linears that read it, in place."""
+    """Divide the output of an operation by `scales` and multiply the columns of the linears that read it, in place."""
     divide_output_(operation, scales)
     for linear in linears:
         linear.weight.mul_(scales)
@@ -63,7 +63,8 @@ def gain_offset(norm: nn.Module) -> float:
     weight = cast(Tensor, norm.weight)
     if isinstance(bias := getattr(norm, "bias", None), Tensor):
         bias.zero_()
-    probe = torch.linspace(-3.0, 3.0, len(weight), device=weight.device)  # mean 0: a layer norm's centring does nothing
+    # Mean 0, so that a layer norm's centring has no effect.
+    probe = torch.linspace(-3.0, 3.0, len(weight), device=weight.device)
     unit = probe / probe.square().mean().sqrt()
 
     def follows(gain: float, weight_of_gain: float) -> bool:

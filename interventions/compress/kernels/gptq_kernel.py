@@ -26,19 +26,19 @@ from interventions.compress.kernels.gram_factor import gram_factor
 from interventions.compress.kernels.grid import Quantised, dequantise, find_grid, limits, width_of_group
 
 BLOCK = 128
-"""As in the reference implementation, where it decides more than speed: the grids of all groups
-that start in a block are found on the weights as they are at the block's start."""
+"""Columns per block, as in the reference implementation. It changes results, not only speed: the grids of all groups
+that start in a block are computed from the weights at the start of the block."""
 STRIP = 32
 
 
 class GptqResult(NamedTuple):
-    """A matrix on its grid, and how well it stands in for the original."""
+    """A quantised matrix and its error."""
 
     quantised: Quantised
     errors: Tensor
-    """(rows,) the sum, over what H sums over, of the squared error of each output, damping included."""
+    """(rows,) squared error of each output, summed over the tokens in H, damping included."""
     damping: float
-    """The share of H's mean diagonal that was added; more than asked for if that was too little."""
+    """Damping used, as a share of H's mean diagonal; larger than requested if that was too small."""
 
     @property
     def weight(self) -> Tensor:
@@ -58,7 +58,7 @@ def gptq_quantise(
     damping: float = 0.01,
     zeros: Tensor | None = None,
 ) -> GptqResult | None:
-    """Round W (rows, cols) for inputs whose Gram matrix is H (cols, cols), float32; both stay as they are.
+    """Round W (rows, cols) for inputs whose Gram matrix is H (cols, cols), float32, without changing either.
 
     `group_size` neighbouring columns (-1: all) of a row share a grid. It is found when their turn
     comes, or beforehand with `static_groups`. With `act_order` the columns with the largest inputs
@@ -74,7 +74,7 @@ def gptq_quantise(
     Wt = W.float().t().clone(memory_format=torch.contiguous_format)
     dead = H.diagonal() == 0
     grid = Wt.new_empty(4, groups, rows)
-    if groups == 1:  # as in the reference implementation, before dead columns are gone
+    if groups == 1:  # as in the reference implementation, before dead columns are removed
         _find_grids_(grid, Wt, 0, 1, width, bits, symmetric)
     Wt[dead] = 0
     if static and groups > 1:
@@ -130,7 +130,7 @@ def gptq_quantise(
 
 
 def _best_completion(R: Tensor, Wt: Tensor, E: Tensor) -> Tensor:
-    """Return what the columns of a span would best be, if none of them were to be rounded.
+    """Return the best values for the columns of a span if none of them were rounded.
 
     This is what the published update has in place of W there; Wt has the sums so far, E still the
     original weights.
@@ -139,11 +139,11 @@ def _best_completion(R: Tensor, Wt: Tensor, E: Tensor) -> Tensor:
         R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True, unitriangular=True
     )
     sums = Wt - E
-    return torch.mm(inverse.t(), sums).sub_(sums).add_(Wt)  # the first column stays Wt's to the last bit
+    return torch.mm(inverse.t(), sums).sub_(sums).add_(Wt)  # the first column is bit-identical to Wt's
 
 
 def _find_grids_(grid: Tensor, Wt: Tensor, first: int, last: int, width: int, bits: int, symmetric: bool) -> None:
-    """Fill in groups `first` to `last` of grid (4, groups, rows): scales, zeros, least and greatest step.
+    """Fill in groups `first` to `last` of grid (4, groups, rows): scales, zeros, smallest and largest step.
 
     Wt (cols, rows) begins with the first one's columns.
     """

@@ -29,17 +29,17 @@ class Quantised(NamedTuple):
     scales: Tensor
     """(rows, groups) float32, positive."""
     zeros: Tensor
-    """(rows, groups) float32, whole numbers: the value that stands for 0."""
+    """(rows, groups) float32, whole numbers: the level of 0."""
     group_size: int
 
 
 def width_of_group(cols: int, group_size: int) -> int:
-    """Return the columns of a full group: `group_size`, or all where that is -1 or too wide."""
+    """Return the width of a full group: `group_size`, or all columns if that is -1 or too wide."""
     return cols if group_size < 0 or group_size > cols else group_size
 
 
 def split_groups(W: Tensor, group_size: int) -> Tensor:
-    """Return W (rows, cols) as (rows, groups, group width), a view unless the last group is filled up with zeros."""
+    """Return W (rows, cols) as (rows, groups, group width), a view unless the last group is padded with zeros."""
     rows, cols = W.shape
     width = max(1, width_of_group(cols, group_size))
     groups = -(-cols // width)
@@ -53,7 +53,7 @@ def join_groups(groups: Tensor, cols: int) -> Tensor:
 
 
 def quantise(W: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Quantised:
-    """Put W (rows, cols) on the grid of its own groups, each weight at the nearest level."""
+    """Round W (rows, cols) to the nearest levels of the grids of its groups."""
     groups = split_groups(W.float(), group_size)
     scales, zeros = find_grid(groups, bits, symmetric)
     values = _values(groups, scales, zeros, bits, symmetric)
@@ -61,14 +61,14 @@ def quantise(W: Tensor, bits: int, group_size: int, symmetric: bool = False) -> 
 
 
 def dequantise(quantised: Quantised) -> Tensor:
-    """Return the matrix that `quantised` stands for, (rows, cols) float32."""
+    """Return the de-quantised matrix, (rows, cols) float32."""
     groups = split_groups(quantised.values.float(), quantised.group_size)
     weights = (groups - quantised.zeros.unsqueeze(2)) * quantised.scales.unsqueeze(2)
     return join_groups(weights, quantised.values.shape[1])
 
 
 def fake_quantise(W: Tensor, bits: int, group_size: int, symmetric: bool = False, *, refit: bool = False) -> Tensor:
-    """Return W (rows, cols) rounded to its grid, float32: dequantise(quantise(W)) without the detour.
+    """Return W (rows, cols) rounded to its grid, float32: the same as dequantise(quantise(W)).
 
     With `refit` groups that lie on a grid already are given a new one too, which saves looking for them.
     """
@@ -83,7 +83,7 @@ def fake_quantise_groups(groups: Tensor, bits: int, symmetric: bool = False, *, 
 
 
 def limits(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Return the least and the greatest value of a grid."""
+    """Return the smallest and the largest level of a grid."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
@@ -94,11 +94,11 @@ def _values(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int, symmetric:
 def find_grid(
     groups: Tensor, bits: int, symmetric: bool, dim: int = 2, *, refit: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return scales and zeros of float32 groups whose columns lie along `dim`, which is kept with size 1."""
+    """Return scales and zeros of float32 groups whose columns are along `dim`, which is kept with size 1."""
     if groups.numel() == 0:
         empty = groups.sum(dim=dim, keepdim=True)
         return empty + 1, empty
-    # One after the other: on a CPU torch's `aminmax` takes six times as long as both.
+    # On a CPU, torch's `aminmax` takes six times as long as the two calls.
     low, high = groups.amin(dim=dim, keepdim=True).clamp_(max=0), groups.amax(dim=dim, keepdim=True).clamp_(min=0)
     bottom, top = limits(bits, symmetric)
     if symmetric:
@@ -118,7 +118,7 @@ def find_grid(
 
 
 def _kept_scales(groups: Tensor, scales: Tensor, low: Tensor, high: Tensor, bottom: int, top: int, dim: int) -> Tensor:
-    """Replace the scale of groups that lie on a grid already, which may have room beyond their ends.
+    """Replace the scale of groups that are already on a grid, which may extend beyond their values.
 
     The step is taken to be the least magnitude in the group, or, for a symmetric grid, what its
     greatest is a whole number of steps of. Of wide groups, which no accident puts on a grid, a tenth
@@ -143,5 +143,5 @@ def _kept_scales(groups: Tensor, scales: Tensor, low: Tensor, high: Tensor, bott
 
 
 def _positive(scales: Tensor) -> Tensor:
-    """Give groups of nothing but zeros (or of numbers too small to divide by) the scale 1."""
+    """Set the scale of groups with only zeros (or numbers too small to divide by) to 1."""
     return torch.where(scales < torch.finfo(scales.dtype).tiny, 1.0, scales)

@@ -1,4 +1,4 @@
-"""Pruning masks: chosen from scores, read off weights. Pure functions on tensors.
+"""Compute pruning masks from scores or from weights. Pure functions on tensors.
 
 A mask is a bool matrix, true where a weight is zero or must become zero. Unstructured masks take an exact
 number of the lowest scores; of equal ones, those further left. A pattern n:m keeps n of every m
@@ -17,14 +17,14 @@ from interventions.types import InterventionError
 
 
 class Pattern(NamedTuple):
-    """n:m sparsity, as 2:4."""
+    """n:m sparsity, such as 2:4."""
 
     kept: int
     of: int
 
 
 def check_divides(pattern: Pattern | None, cols: int, name: str = "a matrix") -> None:
-    """Raise InterventionError, with `name`, if the columns of a matrix do not divide into the groups of the pattern."""
+    """Raise InterventionError, with `name`, if the pattern's group size does not divide the columns."""
     if pattern is not None and cols % pattern.of:
         raise InterventionError(
             f"pattern {pattern.kept}:{pattern.of} does not divide the {cols} columns of {name}: "
@@ -43,7 +43,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = kth_lowest(scores, count)
     mask = scores <= threshold
-    # Where the threshold's value stands several times in a row, too many were taken.
+    # If the threshold occurs several times in a row, too many scores were taken.
     tied = (mask.view(torch.uint8).sum(dim=1, dtype=torch.int32) != count).nonzero().squeeze(1)
     if tied.numel():
         at = threshold[tied]
@@ -73,7 +73,7 @@ def kth_lowest(scores: Tensor, k: int) -> Tensor:
 
 
 def lowest_of_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Return the mask that leaves, of every `pattern.of` scores of a row, the `pattern.kept` highest.
+    """Return the mask that keeps the `pattern.kept` highest of every `pattern.of` scores of a row.
 
     `scores` is (rows, cols). Raises InterventionError if cols is no multiple of `pattern.of`.
     """
@@ -83,7 +83,7 @@ def lowest_of_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def lowest_of_few(scores: Tensor, count: int) -> Tensor:
-    """Return the mask of the `count` lowest scores of each column, of equal ones the upper; (few, many).
+    """Return the mask of the `count` lowest scores of each column, the upper of equal ones; (few, many).
 
     Ranks them by comparing each row with those below it: faster than a sort for up to 32 rows.
     """

@@ -1,4 +1,4 @@
-"""SparseGPT's round over one weight matrix: a pure function on tensors.
+"""SparseGPT for one weight matrix: a pure function on tensors.
 
 Columns are taken from left to right. In each, the weights to prune become zero, and all columns to
 the right are shifted so that the output changes least: the update of Optimal Brain Surgeon over the
@@ -34,9 +34,9 @@ class Pruned(NamedTuple):
     mask: Tensor
     """(rows, cols) bool, true where the weight was pruned."""
     losses: Tensor
-    """(rows,) the sum, over what H sums over, of the squared error of each output, damping included."""
+    """(rows,) squared error of each output, summed over the tokens in H, damping included."""
     damping: float
-    """The share of H's mean diagonal that was added; more than asked for if that was too little."""
+    """Damping used, as a share of H's mean diagonal; larger than requested if that was too small."""
 
 
 def sparsegpt_prune(
@@ -50,7 +50,7 @@ def sparsegpt_prune(
     parts: Sequence[int] | None = None,
     kept: Tensor | None = None,
 ) -> Pruned | None:
-    """Prune W (rows, cols) for inputs whose Gram matrix is H (cols, cols), float32; both stay as they are.
+    """Prune W (rows, cols) for inputs whose Gram matrix is H (cols, cols), float32, without changing either.
 
     Of each block of columns the share `sparsity` is pruned, rounded so that of the columns done
     exactly that share is, or all but n of every m weights of a row by `pattern`. W may be several
@@ -78,7 +78,7 @@ def sparsegpt_prune(
     width, strip = (max(of, size - size % of) for size in (block_size, STRIP))
     for start in range(0, cols, width):
         end = min(start + width, cols)
-        E = torch.empty_like(Wt[start:end])  # what a column's pruning leaves to the others, over U[j, j]
+        E = torch.empty_like(Wt[start:end])  # error of each column that the others compensate, divided by U[j, j]
         if pattern is None:
             counts = [int(sparsity * part * end) - int(sparsity * part * start) for part in parts]
             chosen = _lowest_of_parts(_scores(Wt, diagonal, forced, slice(start, end)), parts, counts)
@@ -104,7 +104,7 @@ def sparsegpt_prune(
 
 
 def _scores(Wt: Tensor, diagonal: Tensor, forced: Tensor | None, columns: slice) -> Tensor:
-    """Return the root of the error that each weight's pruning alone would cause; below 0 where it is forced."""
+    """Return the root of the error of pruning each weight alone; below 0 for weights that must be pruned."""
     scores = (Wt[columns] / diagonal[columns]).abs_()
     return scores if forced is None else scores.masked_fill_(forced[columns], -1)
 
@@ -119,7 +119,7 @@ def _lowest_of_parts(scores: Tensor, parts: Sequence[int], counts: Sequence[int]
 
 
 def invert_triangle(R: Tensor) -> Tensor:
-    """Return the inverse of an upper triangular R, by halves: by products of matrices rather than substitution."""
+    """Return the inverse of an upper triangular R, computed recursively by halves, mostly with matrix products."""
     size = R.shape[0]
     if size <= SUBSTITUTED:
         eye = torch.eye(size, dtype=R.dtype, device=R.device)

@@ -1,4 +1,4 @@
-"""How much memory the work on one block may take, and what that leaves for activations."""
+"""Divide the memory for the work on one block between activations and hidden states."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from interventions.structure import Block, Placement
 from interventions.types import InterventionError
 
 CPU_BATCH = 16 << 20
-"""What the activations of a batch may take on a CPU; larger batches leave its caches, and are slower."""
+"""Bytes for a batch's activations on a CPU; larger batches do not fit its caches and are slower."""
 ACCELERATOR_BATCH = 2 << 30
 LEAST_TOKENS = 512
-"""Of a batch where there is no budget; with fewer, most time goes into reading the weights."""
+"""Minimum tokens per batch without a budget; with fewer, most time is spent reading the weights."""
 CPU_KEPT = 1 << 30
-"""What may be kept of a block's activations so as not to compute it again."""
+"""Bytes for a block's activations that are kept for later passes."""
 ACCELERATOR_KEPT = 8 << 30
 
 
@@ -24,21 +24,21 @@ class WorkingMemory(NamedTuple):
     """Bytes that the work on one block may use."""
 
     batch: int
-    """For the activations of a batch."""
+    """Bytes for the activations of a batch."""
     least_tokens: int
-    """Of a batch, whatever memory they take."""
+    """Minimum tokens per batch, whatever memory they need."""
     kept: int
-    """For what is kept of activations, lest it be computed again."""
+    """Bytes for activations that are kept for later passes."""
     hidden: int | None
-    """For hidden states; where they take more they wait on the host. None: no bound."""
+    """Bytes for hidden states; if they need more, they stay on the host. None: no limit."""
 
     def where_to_rest(self, hidden: int, device: torch.device) -> torch.device:
-        """Return where `hidden` bytes of hidden states stay while they are not computed with."""
+        """Return the device that stores `hidden` bytes of hidden states between passes."""
         return device if self.hidden is None or hidden <= self.hidden else torch.device("cpu")
 
 
 def working_memory(blocks: Sequence[Block], where: Placement, method: str) -> WorkingMemory:
-    """Divide up the memory: without a budget by what suits the device.
+    """Divide the memory; without a budget, by defaults for the device.
 
     Of a budget the largest block comes first, in float32, with its Gram matrices and as much again for
     the method's own work. Raises InterventionError where nothing is left then.
@@ -59,7 +59,7 @@ def working_memory(blocks: Sequence[Block], where: Placement, method: str) -> Wo
 
 
 def bytes_for(block: Block) -> int:
-    """Return what a block takes in float32 with its Gram matrices, and as much again."""
+    """Return twice the bytes of a block in float32 with its Gram matrices."""
     weights = sum(parameter.numel() for parameter in block.module.parameters())
     grams = sum(group.in_features**2 for group in block.linear_groups)
     return 2 * 4 * (weights + grams)

@@ -1,1 +1,1 @@
-"""What the methods of the category `edit` compute with."""
+"""Computations of the methods of the category `edit`."""

@@ -50,17 +50,13 @@ class Arrival:
             raise StopForward
 
         device = module_device(model)
-        handle = block.module.register_forward_pre_hook(see, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                for start in range(0, len(prompts), _BATCH):
-                    some = prompts[start : start + _BATCH]
-                    ids, mask = pad_right([prompt.ids for prompt in some], pad, device)
-                    run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
-                    places = torch.tensor([prompt.subject_end for prompt in some], device=device)
-                    self._chunks.append(_Chunk(*calls.pop(), places))
-        finally:
-            handle.remove()
+        with block.module.register_forward_pre_hook(see, with_kwargs=True), torch.no_grad():
+            for start in range(0, len(prompts), _BATCH):
+                some = prompts[start : start + _BATCH]
+                ids, mask = pad_right([prompt.ids for prompt in some], pad, device)
+                run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
+                places = torch.tensor([prompt.subject_end for prompt in some], device=device)
+                self._chunks.append(_Chunk(*calls.pop(), places))
 
     @torch.no_grad()
     def outputs(self, changes: Tensor) -> Tensor:
@@ -105,11 +101,8 @@ class Arrival:
             added = changes.to(output.dtype)
             return rows.index_put((every, chunk.places), added, accumulate=True).reshape(output.shape)
 
-        handle = self._block.mlp_output.module.register_forward_hook(change)
-        try:
+        with self._block.mlp_output.module.register_forward_hook(change):
             output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
-        finally:
-            handle.remove()
         found: Tensor = output[every, chunk.places].float()
         return found
 

@@ -21,10 +21,7 @@ def logits_at(model: nn.Module, head: nn.Module, arguments: Mapping[str, Any], r
         picked = True
         return (args[0].reshape(count, -1, args[0].shape[-1])[rows, places][None], *args[1:])
 
-    handle = head.register_forward_pre_hook(pick)
-    try:
+    with head.register_forward_pre_hook(pick):
         logits: Tensor = model(**arguments).logits
-    finally:
-        handle.remove()
     # Some models use the head's weights without calling it.
     return (logits[0] if picked else logits[rows, places]).float()

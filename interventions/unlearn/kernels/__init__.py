@@ -1,1 +1,1 @@
-"""What the methods of the category `unlearn` compute with."""
+"""Computations of the methods of the category `unlearn`."""

@@ -1,4 +1,4 @@
-"""Which weights unlearning trains: the last blocks, or parameters named by their role."""
+"""Choose the parameters that unlearning trains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def last_layers(method: str, settings: Trained, depth: int) -> list[int]:
 def named_in_blocks(
     method: str, model: nn.Module, blocks: Sequence[Block], names: Sequence[str]
 ) -> dict[str, nn.Parameter]:
-    """Return the parameters of `blocks` that `names` stand for: roles of linear layers, or names inside a block."""
+    """Return the parameters of `blocks` that match `names`: roles of linear layers, or names relative to a block."""
     every = dict(model.named_parameters(remove_duplicate=False))
     chosen: dict[str, nn.Parameter] = {}
     for block in blocks:
@@ -51,7 +51,7 @@ def named_in_blocks(
 def trained_parameters(
     method: str, model: nn.Module, anatomy: Anatomy, layers: Sequence[int], settings: Trained
 ) -> dict[str, nn.Parameter]:
-    """Return what `settings` trains: in the blocks `layers` all or what it names, and the final norm and output head.
+    """Return the parameters that `settings` trains in the blocks `layers`, and the final norm and output head.
 
     A head whose weight is used elsewhere, as by tied embeddings, is left out.
     """

@@ -1,4 +1,4 @@
-"""Training on how likely texts are: the loop that GA, GD, NPO, SimNPO and relearning share."""
+"""Train on the likelihood of texts: the loop of GA, GD, NPO, SimNPO and relearning."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def text_nll(model: nn.Module, batch: TextBatch) -> Tensor:
 
 
 def nll_by_token(nll: Tensor, batch: TextBatch) -> Tensor:
-    """Return each text's mean negative log-likelihood a token."""
+    """Return each text's mean negative log-likelihood per token."""
     return nll / batch.scored
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The two parts of a loss, and how much each weighs."""
+    """The two terms of a loss and their weights."""
 
     forget: Prepare
     by_token: bool
-    """Whether a text weighs as much as it has tokens in the mean over an update, or all texts the same."""
+    """Whether the mean over an update is weighted by the tokens of each text; otherwise all texts count the same."""
     forget_weight: float = 1.0
     retain_weight: float = 0.0
-    """Of the mean negative log-likelihood a token of retain text."""
+    """Weight of the mean negative log-likelihood per token of retain text."""
 
 
 @torch.enable_grad()
@@ -125,7 +125,7 @@ def train_on_likelihood(
 
 
 def _updates(batches: Sequence[TextBatch], settings: Trained, generator: torch.Generator) -> Iterator[list[TextBatch]]:
-    """Yield the batches of each update; the last of an epoch takes what is left."""
+    """Yield the batches of each update; the last of an epoch takes the remaining ones."""
     done = 0
     for _ in range(settings.epochs):
         order = shuffled(batches, generator)
@@ -155,7 +155,7 @@ def add_gradients(
 
 
 def ascend(model: nn.Module, batches: object) -> TextLosses:
-    """Return the losses of gradient ascent: the likelihood of each text by token."""
+    """Return the losses of gradient ascent: the mean log-likelihood of each text."""
 
     def losses(nll: Tensor, batch: TextBatch) -> Tensor:
         return -nll_by_token(nll, batch)

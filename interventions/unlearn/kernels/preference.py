@@ -14,14 +14,14 @@ from interventions.unlearn.kernels.texts import TextBatch
 
 @torch.no_grad()
 def reference_nll(model: nn.Module, batches: Sequence[TextBatch]) -> Tensor:
-    """Return the negative log-likelihood of every text in `batches`, by its number, (texts,) float32."""
+    """Return the negative log-likelihood of every text in `batches`, by index, (texts,) float32."""
     found = [text_nll(model, batch) for batch in batches]
     which = torch.cat([batch.which for batch in batches])
     return torch.cat(found)[which.argsort()]
 
 
 def npo_losses(nll: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """Return NPO's loss of each text (equation 3), from its summed negative log-likelihoods now and before."""
+    """Return NPO's loss of each text (equation 3), from its summed negative log-likelihoods now and before training."""
     return -2.0 / beta * logsigmoid(beta * (nll - reference))
 
 

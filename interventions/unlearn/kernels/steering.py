@@ -1,4 +1,4 @@
-"""Steering the states of one block: what RMU trains on."""
+"""The losses of RMU, on the hidden states of one block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def control_vector(width: int, coefficient: float, generator: torch.Generator) -
 
 
 def states(model: nn.Module, block: Block, batch: TextBatch) -> Tensor:
-    """Return the output of `block` at the tokens of the batch, (tokens, hidden), padding left out.
+    """Return the output of `block` at the tokens of the batch, (tokens, hidden), without padding.
 
     The forward pass ends there.
     """
@@ -44,5 +44,5 @@ def forget_loss(seen: Tensor, control: Tensor) -> Tensor:
 
 
 def retain_loss(seen: Tensor, frozen: Tensor) -> Tensor:
-    """Return the mean squared distance of states (tokens, hidden) from what they were."""
+    """Return the mean squared distance of states (tokens, hidden) from their original values."""
     return (seen.float() - frozen.to(seen.device).float()).square().mean()

@@ -1,4 +1,4 @@
-"""Texts of the unlearning methods: which topics, as token ids, in batches of similar length."""
+"""Choose, tokenise and batch the texts of unlearning methods."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Some texts as one batch, padded on the right."""
+    """A batch of texts, padded on the right."""
 
     ids: Tensor
     """(texts, longest) int64."""
     mask: Tensor
-    """(texts, longest) int64: 1 where there is a token."""
+    """(texts, longest) int64: 1 for tokens, 0 for padding."""
     which: Tensor
-    """(texts,) int64: their numbers among all texts."""
+    """(texts,) int64: their indices among all texts."""
 
     @property
     def scored(self) -> Tensor:
@@ -63,7 +63,7 @@ def choose_topics(
 
 
 def tokenise(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens: int, source: str) -> Rows:
-    """Return the token ids of each text, cut to `max_tokens` and to what the model reads.
+    """Return the token ids of each text, truncated to `max_tokens` and to the model's context.
 
     `source` says in errors whose texts these are. Raises InterventionError, naming the text, for one
     without a token to predict.
@@ -81,7 +81,7 @@ def tokenise(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens:
 
 
 def make_batches(rows: Rows, batch_size: int, tokenizer: Any, device: torch.device) -> list[TextBatch]:
-    """Put texts of similar length together, so that there is little padding; shortest first."""
+    """Batch texts of similar length to reduce padding, shortest first."""
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # stable: the same in every run
     batches = []
     for start in range(0, len(order), batch_size):
