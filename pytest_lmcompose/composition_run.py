@@ -1,4 +1,4 @@
-"""What is known so far about one composition of a run. No torch."""
+"""The result of one composition while the run goes on. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Result:
-    """Grows while the composition is built, measured and judged; `record` is what is told of it."""
+    """Collects results while a composition is built, measured and gated; `record` returns them for the report."""
 
     composition: Composition
     steps: tuple[StepRecord, ...] = ()
     state_hash: str | None = None
     measurements: tuple[Measurement, ...] | None = None
-    """Over all repeats."""
+    """Means over all repeats."""
     repeats: tuple[Repeat, ...] = ()
-    """Behind the measurements; `steps` and `state_hash` are the first one's."""
+    """The single repeats; `steps` and `state_hash` come from the first one."""
     evaluate_seconds: float | None = None
     data: dict[str, str] | None = None
-    """Hashes of what was asked; see `asked`."""
+    """Hashes of the evaluation data."""
     gates: tuple[Gate, ...] | None = None
     error: str | None = None
     interrupted: bool = False
 
     def fail(self, error: BaseException) -> None:
-        """Keep what went wrong."""
+        """Record an error."""
         self.error = f"{type(error).__name__}: {error}".removesuffix(": ")
         self.interrupted = isinstance(error, KeyboardInterrupt)
 
     def record(self) -> CompositionResult:
-        """Return what is known by now."""
+        """Return the results so far."""
         several = self.repeats if len(self.repeats) > 1 else ()
         status = "built" if self.state_hash is not None else "begun"
         if self.error is not None:

@@ -1,4 +1,4 @@
-"""Whether a device that the user named is here. Imports no torch: a process of its own asks it, unless it is here."""
+"""Check that the selected device exists. Does not import torch: a subprocess does, unless torch is loaded already."""
 
 from __future__ import annotations
 
@@ -9,54 +9,55 @@ from typing import NamedTuple
 
 from pytest_lmcompose.recipe import RecipeError
 
-_PATIENCE = 300.0
-"""Seconds for an import of torch from a slow disk, and for a driver that has to wake up."""
-_ASK = "import json; from pytest_lmcompose.devices import found; print(json.dumps(found()))"
+_TIMEOUT = 300.0
+"""In seconds; importing torch from a slow disk and starting a driver take time."""
+_SCRIPT = "import json; from pytest_lmcompose.devices import devices; print(json.dumps(devices()))"
 
 
 class Devices(NamedTuple):
-    """What torch finds on this machine."""
+    """Devices of this machine."""
 
     cuda: int
+    """Number of CUDA devices."""
     mps: bool
 
 
 def check_device(name: str) -> None:
-    """Raise RecipeError if torch finds no device `name` on this machine; `auto` and `cpu` need no look."""
+    """Raise RecipeError if torch does not find the device `name`."""
     if name in ("auto", "cpu"):
         return
-    problem = device_problem(name, found() if "torch" in sys.modules else _ask())
+    problem = device_problem(name, devices() if "torch" in sys.modules else _devices_of_subprocess())
     if problem is not None:
         raise RecipeError(problem)
 
 
-def device_problem(name: str, devices: Devices) -> str | None:
-    """Return what is wrong with the device `name` where there are `devices`, None for nothing."""
-    if name == "mps" and not devices.mps:
+def device_problem(name: str, available: Devices) -> str | None:
+    """Return an error message if the device `name` is not available, else None."""
+    if name == "mps" and not available.mps:
         return "--lmcompose-device=mps: torch finds no MPS device here; use auto or cpu"
     if not name.startswith("cuda"):
         return None
-    if not devices.cuda:
+    if not available.cuda:
         return f"--lmcompose-device={name}: torch finds no CUDA device here; use auto or cpu"
-    if int(name.partition(":")[2] or 0) >= devices.cuda:
-        known = ", ".join(f"cuda:{number}" for number in range(devices.cuda))
-        return f"--lmcompose-device={name}: torch finds {known} here"
+    if int(name.partition(":")[2] or 0) >= available.cuda:
+        known = ", ".join(f"cuda:{number}" for number in range(available.cuda))
+        return f"--lmcompose-device={name}: torch finds only {known} here"
     return None
 
 
-def found() -> Devices:
-    """Return what torch finds; imports it."""
+def devices() -> Devices:
+    """Return the devices that torch finds; imports torch."""
     import torch
 
     return Devices(torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available())
 
 
-def _ask() -> Devices:
+def _devices_of_subprocess() -> Devices:
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=_PATIENCE, check=True
+            [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, timeout=_TIMEOUT, check=True
         )
         return Devices(*json.loads(answer.stdout.splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        raise RecipeError(f"--lmcompose-device: torch cannot be asked for its devices: {said[-1]}") from None
+        raise RecipeError(f"--lmcompose-device: cannot list the devices of torch: {said[-1]}") from None

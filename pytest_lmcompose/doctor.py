@@ -1,6 +1,6 @@
-"""What is installed here, what is missing, and how to get it.
+"""Check the installation, and say how to fix what is missing or broken.
 
-Versions are read from the packages' metadata; torch alone is imported, last, to see what devices it finds.
+Reads versions from package metadata. Imports only torch, in the last group, to list devices.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ _EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     state: Literal["ok", "absent", "broken"]
-    """absent: not here, and only some features need it."""
+    """absent: not installed; only some features need it."""
     detail: str
     advice: str = ""
-    """What to do, where it is not ok."""
+    """How to fix it."""
 
 
 def checks(cache_dir: Path | None = None) -> Iterator[tuple[str, list[Check]]]:
-    """Yield a heading and its checks, one group after the other; torch is imported in the last one."""
+    """Yield the heading and the checks of each group; the last group imports torch."""
     needed, extras = requirements()
     yield "python", [_python()]
     yield "packages", [_package(requirement) for requirement in needed]
     yield "suite", [_suite()]
     yield "extras", [_extra(name, wanted) for name, wanted in sorted(extras.items())]
     yield "engines", [_engine(engine) for engine in ENGINES]
-    yield "programs", [_program("git", "reports and baselines then name the commit that was tested")]
-    yield "store", [_store(cache_dir or default_folder(os.environ))]
+    yield "programs", [_program("git", "reports and baselines would name the tested commit")]
+    yield "cache", [_cache(cache_dir or default_folder(os.environ))]
     yield "devices and threads", [*_threads(os.environ), *_devices()]
 
 
 def requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
-    """Return what this project's metadata needs here: always, and by extra."""
+    """Return the requirements for this platform: the mandatory ones, and those of each extra."""
     always: list[Requirement] = []
     extras: dict[str, list[Requirement]] = {}
     for text in requires(DISTRIBUTION) or ():
@@ -84,7 +84,7 @@ def _package(requirement: Requirement) -> Check:
     found, problem = _installed(requirement)
     if problem is None:
         return Check(requirement.name, "ok", found)
-    return Check(requirement.name, "broken", problem, f'pip install "{_plain(requirement)}"')
+    return Check(requirement.name, "broken", problem, f'pip install "{requirement.name}{requirement.specifier}"')
 
 
 def _extra(name: str, wanted: Sequence[Requirement]) -> Check:
@@ -95,27 +95,23 @@ def _extra(name: str, wanted: Sequence[Requirement]) -> Check:
 
 
 def _installed(requirement: Requirement) -> tuple[str, str | None]:
-    """Return the installed version, and what is wrong with it if anything is."""
+    """Return the installed version and the problem with it, if any."""
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
         return "", "not installed"
     if requirement.specifier.contains(found, prereleases=True):
         return found, None
-    return found, f"{found} is installed, {requirement.specifier} is needed"
-
-
-def _plain(requirement: Requirement) -> str:
-    return f"{requirement.name}{requirement.specifier}"
+    return found, f"{found} is installed, but {requirement.specifier} is required"
 
 
 def _suite() -> Check:
-    """Look for the files that a broken build of the package would have left out."""
+    """Check that the package's data files are installed."""
     wanted = ("conf/recipe.yaml", "thresholds.yaml", "tinyworld/model/config.json")
     missing = [name for name in wanted if not (SUITE_FOLDER / name).is_file()]
     if not missing:
         return Check("compositions", "ok", str(SUITE_FOLDER))
-    detail = f"{SUITE_FOLDER} lacks {', '.join(missing)}"
+    detail = f"missing in {SUITE_FOLDER}: {', '.join(missing)}"
     return Check("compositions", "broken", detail, f"pip install --force-reinstall {DISTRIBUTION}")
 
 
@@ -125,10 +121,10 @@ def _engine(engine: Engine) -> Check:
         path = interpreter(engine, None)
     except InterventionError as error:
         named = os.environ.get(engine.variable)
-        if named:  # the user wants it, and it does not work
-            return Check(engine.name, "broken", str(error), f"mend or unset {engine.variable}")
+        if named:
+            return Check(engine.name, "broken", str(error), f"correct or unset {engine.variable}")
         extra = "" if engine.own_environment else f'pip install "{DISTRIBUTION}[{engine.name}]", or '
-        advice = f"{extra}make {engine.target}, then name its interpreter by {engine.variable}"
+        advice = f"{extra}make {engine.target}, then set {engine.variable} to its interpreter"
         return Check(engine.name, "absent", f"for {methods}", advice)
     return Check(engine.name, "ok", f"for {methods}: {path}")
 
@@ -138,12 +134,12 @@ def _program(name: str, use: str) -> Check:
     return Check(name, "absent", use) if path is None else Check(name, "ok", path)
 
 
-def _store(folder: Path) -> Check:
-    """Write and remove a file in the store's folder, or in the one that it would be made in."""
+def _cache(folder: Path) -> Check:
+    """Check that the cache folder, or the folder to create it in, is writable."""
     place = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    advice = "name a folder that may be written by --lmcompose-cache-dir, or use --lmcompose-no-cache"
+    advice = "choose a writable folder with --lmcompose-cache-dir, or use --lmcompose-no-cache"
     if not place.is_dir():
-        return Check("folder", "broken", f"{place} is no folder", advice)
+        return Check("folder", "broken", f"{place} is not a folder", advice)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
@@ -151,25 +147,25 @@ def _store(folder: Path) -> Check:
         return Check("folder", "broken", f"{place}: {error.strerror}", advice)
     held = sum(entry.bytes for entry in Cache(folder, 0, lambda _: None).entries()) if folder.is_dir() else 0
     free = shutil.disk_usage(place).free
-    return Check("folder", "ok", f"{folder}: {size(held)} held, {size(free)} free on the disk")
+    return Check("folder", "ok", f"{folder}: {size(held)} used, {size(free)} free on the disk")
 
 
 def _threads(environ: MutableMapping[str, str]) -> Iterator[Check]:
-    yield Check("cores", "ok", f"{available_cores()} that this process may use")
+    yield Check("cores", "ok", f"{available_cores()} available to this process")
     policy, count = environ.get("OMP_WAIT_POLICY"), torch_threads(environ)
     workers = environ.get(WORKER_COUNT)
-    threads = f"{count}, by OMP_NUM_THREADS" if count is not None else "torch's own choice"
+    threads = f"{count} (OMP_NUM_THREADS)" if count is not None else "torch's default"
     yield Check("threads", "ok", threads + (f"; {workers} workers" if workers else ""))
     waiting = "passive" if policy is None else policy
-    advice = "" if waiting.lower() == "passive" else "unset OMP_WAIT_POLICY: threads that spin make times vary"
+    advice = "" if waiting.lower() == "passive" else "unset OMP_WAIT_POLICY: spinning threads make times vary"
     yield Check("waiting", "ok" if not advice else "absent", waiting, advice)
 
 
 def _devices() -> Iterator[Check]:
     try:
         import torch
-    except Exception as error:  # a broken installation fails in many ways, such as a missing shared library
-        advice = "install torch again; see https://pytorch.org/get-started/locally/"
+    except Exception as error:  # for example a missing shared library
+        advice = "reinstall torch; see https://pytorch.org/get-started/locally/"
         yield Check("torch", "broken", f"cannot be imported: {type(error).__name__}: {error}", advice)
         return
     yield Check("cpu", "ok", torch.backends.cpu.get_cpu_capability())
@@ -179,7 +175,7 @@ def _devices() -> Iterator[Check]:
             yield Check(f"cuda:{index}", "ok", f"{facts.name}, {size(facts.total_memory)}")
     else:
         built = torch.version.cuda or torch.version.hip
-        detail = "torch finds no device" if built else "torch is built without it"
-        yield Check("cuda", "absent", detail, "" if not built else "check the driver by nvidia-smi")
+        detail = "torch finds no device" if built else "this torch is built without CUDA"
+        yield Check("cuda", "absent", detail, "" if not built else "check the driver with nvidia-smi")
     if torch.backends.mps.is_available():
         yield Check("mps", "ok", "")

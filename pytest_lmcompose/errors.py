@@ -1,15 +1,15 @@
-"""What can go wrong before and while a composition is built."""
+"""Exceptions of recipes, models and builds."""
 
 from __future__ import annotations
 
 
 class BuildError(Exception):
-    """A step that failed; its cause is the method's own exception."""
+    """A step failed; `__cause__` is the method's exception."""
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be composed; the message names the key and lists near ones."""
+    """A recipe is invalid; the message names the key and suggests similar ones."""
 
 
 class ModelError(RecipeError):
-    """A model that cannot be used as it is stored; the message names the file or tensor and what to do."""
+    """A stored model is unusable; the message names the file or tensor and the fix."""

@@ -1,4 +1,4 @@
-"""Errors as pytest shows them: of the user's options as usage errors, of a step without a traceback."""
+"""Convert errors for pytest: invalid options become usage errors, expected failures lose their traceback."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn errors in what the user asked for into pytest's own kind."""
+    """Convert errors in options, recipes, thresholds and stored runs to pytest.UsageError."""
     try:
         yield
-    except OSError as error:  # such as a name that is too long for a file
+    except OSError as error:  # for example a file name that is too long
         raise pytest.UsageError(f"lmcompose: {error.filename}: {error.strerror}") from None
     except ValueError as error:
         from pytest_lmcompose.baseline.storage import StorageError
@@ -28,10 +28,9 @@ def usage_errors() -> Iterator[None]:
 
 @contextmanager
 def plain_failures(stop: Callable[[str], None]) -> Iterator[None]:
-    """Show errors whose message says everything without a traceback.
+    """Fail without a traceback on errors whose message is complete.
 
-    One that every other test would meet as well, of the model or the data, ends the run: `stop` is called with the
-    reason.
+    If the model or the data are unusable, every test would fail: then also call `stop` with the reason.
     """
     try:
         yield
@@ -41,12 +40,13 @@ def plain_failures(stop: Callable[[str], None]) -> Iterator[None]:
 
         if isinstance(error, (ModelError, WorldError)):
             stop("lmcompose: the model or the data cannot be used: see the failure above")
-        if _says_everything(error):
+        if _is_expected(error):
             raise pytest.fail.Exception(str(error), pytrace=False) from error
         raise
 
 
-def _says_everything(error: Exception) -> bool:
+def _is_expected(error: Exception) -> bool:
+    """Return whether the message is enough; other errors are bugs and keep their traceback."""
     from evaluators.measurement import EvaluationError
     from interventions.types import InterventionError
     from pytest_lmcompose.baseline.storage import StorageError

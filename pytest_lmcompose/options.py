@@ -1,4 +1,4 @@
-"""Command-line flags and ini values of the plugin, read into one frozen `Options`."""
+"""Define the plugin's flags and ini values, and read them into `Options`."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from pytest_lmcompose.report.files import TargetError, check_folder, is_file, pa
 from pytest_lmcompose.report.options import FLAGS, Outputs, read_outputs
 
 SUITE_FOLDER = Path(__file__).resolve().parent.parent / "compositions"
-"""The installed suite: its recipes, thresholds and embedded world. Found beside the plugin, since a
-project under test may have a folder of that name too."""
+"""The installed suite: recipes, thresholds and the embedded world. Located relative to the plugin, because your project
+may also have a folder of that name."""
 
 COMPRESSION_ENGINES = ("autoawq", "gptqmodel", "llmcompressor", "auto_gptq")
-"""Upstream implementations of `interventions.compress.engines`, by name: looking there would import that package."""
+"""Names of `interventions.compress.engines`, repeated here so that importing this module does not import them."""
 LOCAL = "local"
-"""The engine that is pytest's own loop."""
+"""Name of the default engine, pytest's own loop."""
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; a flag wins over its ini value."""
+    """The plugin's options; a flag overrides its ini value."""
 
     model: str | None
     suite: str | None
@@ -51,41 +51,41 @@ class Options:
     """Number of times to measure each composition, with seeds seed, seed + 1, ... for edits and methods."""
     device: str
     gpus_per_worker: int
-    """Of pytest-xdist; 0: workers see all GPUs."""
+    """For pytest-xdist; 0: every worker sees all GPUs."""
     json: Path | None
     engine: str
-    """Who runs the tests: `local`, or the name by which a plugin offers it; see `hookspec`."""
+    """The engine that runs the tests: `local`, or one of a plugin; see `hookspec`."""
     shard: Shard | None
-    """The part of the compositions that this run tests; None: all."""
+    """The part of the compositions to test; None: all."""
     plan: bool
     """Whether to print the plan instead of running it."""
     cache_dir: Path | None
-    """Folder of the cache; None: nothing is read or kept."""
+    """Folder of the cache; None: no cache."""
     cache_url: str | None
-    """Where the cache is, if that folder is only this machine's part of it."""
+    """URL of a remote cache; `cache_dir` is then its local copy."""
     cache_size: int
     """Maximum size of the cache in bytes."""
     resume: bool
     engines: tuple[tuple[str, str], ...]
-    """Interpreters of compression engines, by the environment variable that they are the default of."""
+    """Default interpreters of compression engines, as pairs of environment variable and path."""
     folder: Path
-    """Where pytest was called: relative paths count from here."""
+    """Folder where pytest was called; relative paths start here."""
     baselines: BaselineOptions
-    """Which runs are stored and compared."""
+    """Which runs to store and compare."""
     outputs: Outputs
-    """Reports beside the JSON, and how the terminal shows the run."""
+    """Reports other than JSON, and the layout of the terminal's tables."""
     given: bool
-    """Whether any option was set: then the recipe is checked before collection."""
+    """Whether any option is set; if so, check the recipe before collection."""
 
     @property
     def targets(self) -> dict[str, Path]:
-        """The files of all reports, by their flag."""
+        """The files of all reports, by flag."""
         return {**({} if self.json is None else {"--lmcompose-json": self.json}), **self.outputs.files}
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Define the flags, and an ini value of the same name for each."""
-    group = parser.getgroup("lmcompose", "lmcompose: models that several interventions change in sequence")
+    """Define the flags and their ini values."""
+    group = parser.getgroup("lmcompose", "lmcompose: build, measure and gate compositions of interventions")
 
     def add(name: str, help: str, metavar: str, ini: Any = "string", **kwargs: Any) -> None:
         group.addoption(f"--lmcompose-{name}", dest=_key(name), help=help, metavar=metavar, **kwargs)
@@ -146,10 +146,7 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def read_options(config: pytest.Config) -> Options:
-    """Read the options of `config`.
-
-    Raises pytest.UsageError for a seed, number, device or path that cannot be used.
-    """
+    """Read and check the options; raises pytest.UsageError."""
     names = ("model", "suite", "thresholds", "seed", "repeats", "device", "shard", "json", "cache_dir")
     values = {name: _value(config, name) for name in (*names, "cache_size", "engine")}
     compose, overrides = _values(config, "compose"), _values(config, "set")
@@ -206,7 +203,7 @@ def read_options(config: pytest.Config) -> Options:
 
 
 def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path | None:
-    """Return the folder of the cache, or None without one; a flag wins over an ini value."""
+    """Return the folder of the cache, or None without a cache; a flag overrides an ini value."""
     flag: str | None = config.getoption("lmcompose_cache_dir")
     off: bool | None = config.getoption("lmcompose_no_cache")
     if off and flag is not None:
@@ -252,23 +249,23 @@ def _cache_size(value: str | None) -> int:
 
 
 def asked_for_distribution(config: pytest.Config) -> bool:
-    """Say whether the user chose a distribution of pytest-xdist by --dist or -d; -n alone does not."""
-    asked = config.known_args_namespace
-    return getattr(asked, "dist", "no") != "no" or bool(getattr(asked, "distload", False))
+    """Return whether the user passed --dist or -d of pytest-xdist; -n alone does not count."""
+    given = config.known_args_namespace
+    return getattr(given, "dist", "no") != "no" or bool(getattr(given, "distload", False))
 
 
 def _key(name: str) -> str:
-    """Return the ini name of a flag, under which pytest keeps its value too."""
+    """Return the ini name of a flag, which is also its `dest`."""
     return f"lmcompose_{name.replace('-', '_')}"
 
 
 def _engine_variable(name: str) -> str:
-    """Return the environment variable that names the interpreter of an engine."""
+    """Return the environment variable for the interpreter of an engine."""
     return f"LMCOMPOSE_{name.upper()}_PYTHON"
 
 
 def _value(config: pytest.Config, name: str) -> str | None:
-    """Return the value of a flag, else of the ini file; None for an empty ini value."""
+    """Return the value of the flag, or of the ini file; None if both are unset."""
     flag: str | None = config.getoption(f"lmcompose_{name}")
     if flag is not None:
         return _filled(name, flag)
@@ -276,7 +273,7 @@ def _value(config: pytest.Config, name: str) -> str | None:
 
 
 def _filled(name: str, flag: str) -> str:
-    """Return the value of a flag; raises pytest.UsageError for an empty one, such as an unset shell variable."""
+    """Return `flag`; raises pytest.UsageError if it is empty, for example from an unset shell variable."""
     if not flag.strip(" \t\r\n,"):
         raise pytest.UsageError(
             f"--lmcompose-{name.replace('_', '-')}={flag}: the value is empty; give one or remove the flag"
@@ -293,5 +290,5 @@ def _values(config: pytest.Config, name: str) -> tuple[str, ...]:
     for flag in flags or ():
         _filled(name, flag)
     ini: list[str] = [line for line in config.getini(f"lmcompose_{name}") if line.strip()]
-    # Overrides add up, the flag's last, so that it wins; compositions on the command line replace.
+    # Flags are appended to the ini file's overrides, and the last one wins; other flags replace ini values.
     return (*ini, *(flags or ())) if name == "set" else tuple(flags or ini)

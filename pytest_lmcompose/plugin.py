@@ -1,6 +1,6 @@
-"""Hooks and fixtures of the plugin. Imports neither torch nor Hydra, nor the packages that `shadow` lists.
+"""Hooks and fixtures of the plugin. Imports neither torch nor Hydra, nor the packages in `shadow.PACKAGES`.
 
-Anything that imports torch comes later, so this is the place for its defaults.
+Sets the defaults of torch's threads, because pytest loads this module before anything imports torch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from pytest_lmcompose.session_report import SessionReport
 
 CATEGORIES = ("edit", "unlearn", "compress")
-_HOLDS_FAILURES = re.compile(r"contains \d+ failed subtests?")
-"""All that pytest says of a test whose subtests failed."""
+_HAS_FAILED_SUBTESTS = re.compile(r"contains \d+ failed subtests?")
+"""The whole error of a test that only failed because of its subtests."""
 COMPOSED = "lmcompose_composition"
-"""Attribute of the reports of tests of compositions: the composition's id."""
+"""Attribute of test reports: the id of the composition."""
 
 threads.set_defaults(os.environ, threads.available_cores())
 
@@ -44,9 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
-@pytest.hookimpl(wrapper=True)  # around xdist's own, which asks how many workers to start
+@pytest.hookimpl(wrapper=True)  # before xdist asks for the number of workers
 def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
-    if any(getattr(config.option, name, None) for name in ("numprocesses", "tx")):  # which xdist defines
+    if any(getattr(config.option, name, None) for name in ("numprocesses", "tx")):  # xdist's options
         from pytest_lmcompose.distribute.schedule import Workers
 
         workers = Workers(lambda: config.stash[SESSION], partial(read_options, config))
@@ -61,13 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
     session = Session(config, options)
     config.stash[SESSION] = session
     config.pluginmanager.register(_Reporting(session), "lmcompose-reporting")
-    for variable, path in options.engines:  # where engines look for it, in this process and in its workers
+    for variable, path in options.engines:  # for this process and its workers
         if variable not in os.environ:
             os.environ[variable] = path
             config.add_cleanup(partial(_forget, variable))
     if options.given:
         session_checks.check(session)
-    if options.plan:  # made in this process alone
+    if options.plan:  # no workers
         config.option.dist, config.option.tx = "no", []
     if session.writes:
         session_checks.check_outputs(session)
@@ -102,7 +102,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             return
     try:
         compositions = metafunc.config.stash[SESSION].compositions()
-    except pytest.UsageError as error:  # shown as other modules that cannot be collected, without a traceback
+    except pytest.UsageError as error:  # reported as a collection error without a traceback
         raise pytest.Collector.CollectError(str(error)) from None
     metafunc.parametrize("composition", compositions, indirect=True, ids=str)
 
@@ -110,12 +110,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     composition = composition_of(item)
     for category in () if composition is None else item.config.stash[SESSION].categories(composition):
-        if category not in CATEGORIES:  # of a method of another package
+        if category not in CATEGORIES:  # from another package
             _add_marker(item.config, category)
         item.add_marker(category)
 
 
-@pytest.hookimpl(trylast=True)  # of what -k, -m and other plugins leave
+@pytest.hookimpl(trylast=True)  # after -k, -m and other plugins
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     own = config.stash[SESSION]
     own.planned = planned(items)
@@ -128,7 +128,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the terminal asks for the line about what was collected
+@pytest.hookimpl(tryfirst=True)  # before the terminal reports the collection
 def pytest_collection_finish(session: pytest.Session) -> None:
     tested = [found for item in session.items if (found := composition_of(item)) is not None]
     session.config.stash[SESSION].pytest = session
@@ -160,7 +160,7 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 
 @pytest.fixture
 def composition(request: pytest.FixtureRequest) -> Composition:
-    """The composition under test, from the suite or by indirect parametrisation with its id."""
+    """The composition under test: from the suite, or an id by indirect parametrisation."""
     found = composition_of(request.node)
     assert found is not None, "this fixture is parametrised; see --lmcompose-compose"
     return found
@@ -168,25 +168,25 @@ def composition(request: pytest.FixtureRequest) -> Composition:
 
 @pytest.fixture
 def base_model(request: pytest.FixtureRequest) -> ModelState:
-    """The model before any step: a second one in memory, so that both states can be compared."""
+    """The base model as a second copy in memory, so you can compare it with `intervened_model`."""
     return request.config.stash[SESSION].pristine()
 
 
 @pytest.fixture
 def intervened_model(request: pytest.FixtureRequest, composition: Composition) -> ModelState:
-    """The model in the state of `composition`, built step by step."""
+    """The model after all steps of `composition`."""
     return request.config.stash[SESSION].state(composition)
 
 
 @pytest.fixture
 def measurements(request: pytest.FixtureRequest, composition: Composition) -> tuple[Measurement, ...]:
-    """What the evaluators of the recipe found on the state of `composition`."""
+    """The measurements of `composition` by the recipe's evaluators."""
     return request.config.stash[SESSION].measurements(composition)
 
 
 @pytest.fixture
 def gates(request: pytest.FixtureRequest, composition: Composition) -> tuple[Gate, ...]:
-    """The verdicts of the thresholds on `measurements`."""
+    """The results of the gates of `composition`: its measurements compared with the thresholds."""
     return request.config.stash[SESSION].gates(composition)
 
 
@@ -204,7 +204,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note the composition in the report, for the process that shows it, which may be another one."""
+    """Add the composition to the report, which another process may show."""
     report = yield
     if (composition := composition_of(item)) is not None:
         setattr(report, COMPOSED, composition.id)
@@ -212,13 +212,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 class _Reporting:
-    """The hooks that need the session, which reports do not carry, and the end of the run."""
+    """Hooks that get no config to find the session in, and hooks for the end of the run."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._closing: SessionReport | None = None
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around whoever runs the tests
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around the engine
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
         self._session.begun = not (session.testsfailed or session.config.option.collectonly)
         return (yield)
@@ -227,11 +227,11 @@ class _Reporting:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._session.receive(report)
 
-    @pytest.hookimpl(wrapper=True)  # around pytest's own, which finds out that subtests have failed
+    @pytest.hookimpl(wrapper=True)  # around pytest's own hook for subtests
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Generator[None, Any, Any]:
-        """Count a failed gate once: its subtest has failed, and the test that holds it says only so."""
+        """Count a failed gate once: as a subtest, and not also as the test around it."""
         found = yield
-        if report.failed and hasattr(report, COMPOSED) and _HOLDS_FAILURES.fullmatch(str(report.longrepr)):
+        if report.failed and hasattr(report, COMPOSED) and _HAS_FAILED_SUBTESTS.fullmatch(str(report.longrepr)):
             return "", "", ""
         return found
 
@@ -280,14 +280,14 @@ def _forget(variable: str) -> None:
 
 
 def planned(items: Iterable[pytest.Item]) -> Planned:
-    """Return what tests are about, and which of them ask for gates."""
+    """Return the compositions that are tested, and those with gates."""
     items = list(items)
     tested = (found.id for item in items if (found := composition_of(item)) is not None)
     return Planned(tuple(dict.fromkeys(tested)), tuple(dict.fromkeys(c.id for c in _judged(items))))
 
 
 def _judged(items: Iterable[pytest.Item]) -> tuple[Composition, ...]:
-    """Return the compositions of the tests that ask for gates."""
+    """Return the compositions of the tests that use `gates`."""
     return tuple(
         found
         for item in items

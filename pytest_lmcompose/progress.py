@@ -1,30 +1,25 @@
-"""What the user sees while a run is working: lines that stay, and on a terminal a status line. Imports no torch."""
+"""Show the progress of a run: log lines, and a status line on a terminal. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
 
-_SECONDS = 0.1
-"""Between two updates of the status line by the same piece of work."""
-
 
 class Progress:
-    """Writes to the user at once, though pytest captures output."""
+    """Writes to the terminal immediately, past pytest's capture."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._worker = os.environ.get("PYTEST_XDIST_WORKER")
         self._status = ""
-        self._due = 0.0
 
     def __call__(self, line: str) -> None:
-        """Write a line that stays."""
+        """Write a log line."""
         if self._config.option.verbose < 0:
             return
         self.clear()
@@ -37,19 +32,15 @@ class Progress:
                 reporter.write_line(line)
                 reporter.flush()
 
-    def doing(self, text: str, *, soon: bool = False) -> None:
-        """Show on a terminal what is being done; the next text replaces it.
-
-        With `soon`, the text may be left out if the one before has just been written.
-        """
+    def doing(self, text: str) -> None:
+        """Show `text` as the status line, if there is a terminal."""
         reporter = self._reporter
-        if reporter is None or not self._is_live(reporter) or (soon and time.monotonic() < self._due):
+        if reporter is None or not self._is_live(reporter):
             return
         with self._uncaptured():
             if not self._status:
                 _start_line(reporter)
             self._draw(reporter, text[: reporter._tw.fullwidth - 1])
-        self._due = time.monotonic() + _SECONDS
 
     def clear(self) -> None:
         """Remove the status line."""
@@ -63,12 +54,12 @@ class Progress:
         return self._config.pluginmanager.getplugin("terminalreporter")  # type: ignore[no-any-return]
 
     def _is_live(self, reporter: pytest.TerminalReporter) -> bool:
-        """Say whether somebody watches a terminal: lines that are written over make a CI log unreadable."""
+        """Return whether to show a status line; overwritten lines would make a CI log unreadable."""
         quiet = self._worker is not None or self._config.option.verbose < 0 or os.environ.get("CI")
         return not quiet and bool(reporter.isatty)
 
     def _draw(self, reporter: pytest.TerminalReporter, text: str) -> None:
-        # Not through the reporter, which would count these characters as part of its own line.
+        # The reporter would count these characters as part of its own line.
         reporter._tw._file.write("\r" + text.ljust(len(self._status)) + ("" if text else "\r"))
         reporter.flush()
         self._status = text
@@ -82,6 +73,6 @@ class Progress:
 
 def _start_line(reporter: pytest.TerminalReporter) -> None:
     reporter.ensure_newline()
-    if reporter._tw.width_of_current_line:  # letters of results, which `ensure_newline` does not count
+    if reporter._tw.width_of_current_line:  # `ensure_newline` ignores the letters of test results
         reporter._tw.line()
         reporter.flush()

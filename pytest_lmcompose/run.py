@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def ignore(*_: object) -> None:
-    """Take what nobody wants to see."""
+    """Do nothing."""
 
 
 class Run(RunSetup):
@@ -64,16 +64,16 @@ class Run(RunSetup):
         return tuple(manager.address(composition) for manager in self.managers)
 
     def release(self, states: Iterable[Composition]) -> None:
-        """Forget states that no test needs any more."""
+        """Release states that no test needs any more."""
         if self._manager is not None:
             for manager in self.managers:
                 manager.release(states)
 
     @property
     def manager(self) -> StateManager:
-        """The states of the model, which is loaded here; the first repeat's, and the only one's."""
+        """The states of the first repeat; loads the model."""
         if self._manager is None:
-            data = self.data  # broken data are known before the model is loaded
+            data = self.data  # fail on broken data before loading the model
             self._doing(f"loading {self.recipe.model.path}")
             from pytest_lmcompose.build.load import choose_device, load_model
             from pytest_lmcompose.build.states import StateManager
@@ -93,7 +93,7 @@ class Run(RunSetup):
 
     @cached_property
     def managers(self) -> tuple[StateManager, ...]:
-        """The states of every repeat; all managers share the working model."""
+        """The states of each repeat; all managers share one working model."""
 
         def named(number: int) -> Callable[[str], None]:
             return lambda line: self._progress(f"{line}  (repeat {number} of {len(self.seeds)})")
@@ -105,12 +105,12 @@ class Run(RunSetup):
         )
 
     def result(self, composition: Composition) -> Result:
-        """Return the result of `composition`, begun if need be."""
+        """Return the result of `composition`, which is created if needed, and mark it as touched."""
         self.touched[composition] = self.results.setdefault(composition, Result(composition))
         return self.touched[composition]
 
     def state(self, composition: Composition) -> ModelState:
-        """Bring the model into the state of `composition`; a failure is kept in its result."""
+        """Bring the model into the state of `composition`; record errors in its result."""
         result = self.result(composition)
         with self._kept(result):
             state = self.manager.enter(composition)
@@ -118,7 +118,7 @@ class Run(RunSetup):
         return state
 
     def measurements(self, composition: Composition) -> tuple[Measurement, ...]:
-        """Return the measurements of `composition`, made once; the model's state is left as found."""
+        """Measure `composition`, or return its measurements if it has been measured; restores the model's state."""
         known = self.results.get(composition)
         if known is not None and known.measurements is not None:
             return known.measurements
@@ -149,17 +149,17 @@ class Run(RunSetup):
         return found
 
     def _address(self, composition: Composition, number: int) -> str:
-        """Return the content address of the measurements of one repeat."""
+        """Return the cache address of the measurements of one repeat."""
         state = self.managers[number].address(composition)
         world, evaluate = self.recipe.world, self.recipe.evaluate
         return measurements_address(state, self.data_addresses[number], world, evaluate)
 
     def _measure(self, composition: Composition, number: int) -> Repeat:
-        """Build and measure one repeat of `composition`; the model's state is left as found."""
+        """Build and measure one repeat of `composition`; restores the model's state."""
         from pytest_lmcompose.measure import measure_state
 
         unedited, manager = self._unedited(number), self.managers[number]
-        begun = time.perf_counter()  # once the model is loaded, and the base model has answered
+        begun = time.perf_counter()  # excludes loading the model and measuring the base model
         with manager.visit(composition) as state:
             start = time.perf_counter()
             self._doing(f"{composition}  measuring")
@@ -177,13 +177,13 @@ class Run(RunSetup):
         return Repeat(self.seeds[number], state.state_hash, state.steps, tuple(found), end - start)
 
     def _count(self, composition: Composition, seconds: float | None, done: str) -> None:
-        """Count a repeat that took `seconds`, and say what was done."""
+        """Count a repeat that took `seconds`, and log `done`."""
         self.counter.measured(composition, seconds)
         counted = str(self.counter) if composition in self.counter.expected else ""
         self._progress(f"{composition}  {counted}{': ' if counted else ''}{done}")
 
     def _unedited(self, number: int) -> UneditedAnswers | None:
-        """Return the base model's answers about the edits of a repeat, asked once."""
+        """Return the base model's answers to the edit prompts of a repeat, computed once."""
         from pytest_lmcompose.measure import capture_unedited
 
         if number not in self._answers:
@@ -196,7 +196,7 @@ class Run(RunSetup):
 
     @contextmanager
     def _kept(self, result: Result) -> Iterator[None]:
-        """Keep what goes wrong, an interrupt too, and how far it came."""
+        """Record errors, including interrupts, and the steps that were built."""
         try:
             yield
         except BaseException as error:
@@ -208,7 +208,7 @@ class Run(RunSetup):
         result.error = None
 
     def model_facts(self) -> Model | None:
-        """Return what the report says of the model, or None if it was never loaded."""
+        """Return the model's entry in the report, or None if it was not loaded."""
         return None if self._manager is None else self._model_facts
 
     @cached_property

@@ -1,7 +1,7 @@
-"""Between pytest and the run: which tests run here, and results across workers.
+"""The plugin's state in one process: which tests run here, and results across workers.
 
-Until a test or an option asks for a composition, neither torch nor Hydra is imported, nor the packages
-`interventions` and `evaluators`, whose names a project under test may use itself (see `shadow`).
+Until a test or an option needs a composition, nothing imports torch, Hydra, or the packages `interventions` and
+`evaluators`, whose names your project may use too (see `shadow`).
 """
 
 from __future__ import annotations
@@ -34,41 +34,41 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey["Session"]()
 BASELINE_INPUT = "lmcompose_baseline"
-"""Name under which workers are told which stored run the controller compares with."""
+"""Key of `workerinput`: the stored run that the controller compares with."""
 PLAN_OUTPUT = "lmcompose_plan"
 """Name under which workers say what the whole run tests."""
 PROPERTY = "lmcompose"
-"""Name under which results travel in the reports of tests."""
+"""Name of the user property that carries results in test reports."""
 
 
 class Session:
-    """The plugin's state in one process; it sits in the config's stash."""
+    """The plugin's state in one process; stored in `config.stash[SESSION]`."""
 
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self.options = options
         self.progress = Progress(config)
         self.writes = not hasattr(config, "workerinput")
-        """Whether this process writes the report: the controller, or the only one."""
+        """Whether this process writes the report, as the controller or the only process."""
         self.judged: tuple[Composition, ...] = ()
-        """Compositions of the tests that ask for gates."""
+        """Compositions of the tests that use `gates`."""
         self.elsewhere: tuple[Composition, ...] = ()
-        """The same of tests that were collected, but run elsewhere."""
+        """Compositions with gates whose tests run in another shard or process."""
         self.planned: Planned | None = None
-        """What the whole run tests, all shards taken together; a controller gets it from its workers."""
+        """The compositions of the whole run, including all shards; a controller gets it from its workers."""
         self.only: frozenset[str] | None = None
-        """Ids of the tests that run here; None: all."""
+        """Ids of the tests to run here; None: all."""
         self.config = config
         self._keeps_subtrees = not self.writes and not asked_for_distribution(config)
-        """Whether the tests come from the plugin's own scheduler."""
+        """Whether `PrefixScheduling` sends the tests, so that this worker never returns to a subtree."""
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.pytest: pytest.Session | None = None
         """Set when the tests are collected."""
         self.begun = False
-        """Whether tests were run, here or in workers."""
+        """Whether any tests ran, here or in workers."""
         self.nothing_here = False
-        """Whether this shard has no test to run."""
+        """Whether this shard has no tests."""
         self.report: Report | None = None
-        """The finished report, if it was made."""
+        """The finished report, if there is one."""
         self._sent: dict[Composition, str] = {}
         self._run: Run | None = None
         self._collected: Collected | None = None
@@ -76,7 +76,7 @@ class Session:
 
     @property
     def run(self) -> Run:
-        """The work of this process; raises pytest.UsageError if packages of that project hide ours."""
+        """The run of this process; raises pytest.UsageError if other packages hide ours."""
         if self._run is None:
             _check_packages()
             from pytest_lmcompose.run import Run
@@ -87,12 +87,12 @@ class Session:
 
     @property
     def in_use(self) -> bool:
-        """Whether anything of this plugin was asked for in this process."""
+        """Whether this process uses the plugin."""
         return self._run is not None
 
     @property
     def collected(self) -> Collected:
-        """The results of all processes, where the report is written."""
+        """The results of all processes."""
         if self._collected is None:
             from pytest_lmcompose.report.collect import Collected
 
@@ -101,7 +101,7 @@ class Session:
 
     @property
     def has_results(self) -> bool:
-        """Whether there is anything to tell when the tests are over."""
+        """Whether there may be results to report."""
         return self.in_use or self._collected is not None
 
     @cached_property
@@ -111,39 +111,39 @@ class Session:
         return GateEvaluator(self.run)
 
     def check_packages(self) -> None:
-        """Raise pytest.UsageError if collection has brought packages that ours hide."""
+        """Raise pytest.UsageError if packages that collection imported hide ours."""
         if self.in_use:
             _check_packages()
 
     @property
     def baseline(self) -> Baseline | None:
-        """The stored run that this one is compared with; None if there is none, or none was looked for."""
+        """The stored run to compare with, if there is one and it was read."""
         return self._run.baseline if self._run is not None and self._run.baseline_read else None
 
     def baseline_for_workers(self) -> str | None:
-        """Return the file of the stored run to compare with, empty if there is none; None if none was looked for."""
+        """Return the file of the stored run to compare with; empty if there is none, None if none was read."""
         if self._run is None or not self._run.baseline_read:
             return None
         return "" if self.baseline is None else str(self.baseline.path)
 
     def compositions(self) -> tuple[Composition, ...]:
-        """Return the compositions to test, those that share prefixes together."""
+        """Return the compositions to test, in depth-first order."""
         with usage_errors():
             return Plan.of(self.run.compositions).order
 
     def read(self, text: str) -> Composition:
-        """Parse and check the id of a composition; raises pytest.UsageError."""
+        """Parse and check a composition id; raises pytest.UsageError."""
         with usage_errors():
             return self.run.recipe.read(text)
 
     def categories(self, composition: Composition) -> tuple[str, ...]:
-        """Return the categories of a composition's steps, without repetition."""
+        """Return the distinct categories of a composition's steps."""
         from interventions.registry import find_method
 
         return tuple(dict.fromkeys(find_method(step.method).category for step in composition.steps))
 
     def pristine(self) -> ModelState:
-        """Return the base model as a second one in memory."""
+        """Return a second copy of the base model."""
         with self._working():
             return self.run.manager.pristine()
 
@@ -158,7 +158,7 @@ class Session:
             return self.run.measurements(composition)
 
     def gates(self, composition: Composition) -> tuple[Gate, ...]:
-        """Return the verdicts on `composition`."""
+        """Return the gates of `composition`."""
         self.gate_evaluator.expected = self.gate_evaluator.expected or (*self.judged, *self.elsewhere)
         with self._working():
             return self.gate_evaluator.gates(composition)
@@ -182,12 +182,12 @@ class Session:
             self.pytest.shouldstop = reason
 
     def costs(self) -> Costs:
-        """Return what earlier runs tell of the cost of steps and evaluations."""
+        """Return the recorded costs of steps and evaluations."""
         with usage_errors():
             return self.run.costs
 
     def crashed(self, composition: Composition, message: str) -> None:
-        """Keep, for the report, that a worker died in the test of `composition`."""
+        """Record that a worker crashed in the test of `composition`."""
         from pytest_lmcompose.composition_run import Result
         from pytest_lmcompose.results import Message
 
@@ -201,9 +201,9 @@ class Session:
         self._remaining = Remaining(compositions)
 
     def tested(self, composition: Composition, following: Composition | None) -> None:
-        """Let go of the states that only a test that is over needed; `following` is the next test's, if known.
+        """Release the states that no remaining test needs; `following` is the next test's composition, if known.
 
-        What is counted are all tests. A worker gets some, depth first, and comes back to no subtree.
+        The count includes all tests. A worker gets only some, but depth first, so it never returns to a subtree.
         """
         over = self._remaining.done(composition)
         if self._keeps_subtrees and following is not None:
@@ -213,7 +213,7 @@ class Session:
             self.run.release((*over, *(state for state in compared if not self._remaining.needs(state))))
 
     def here(self, tests: Sequence[tuple[str, Composition | None]]) -> list[bool] | None:
-        """Say which of the tests, given by id and composition, run here, or None for all.
+        """Return for each test, an id and a composition, whether it runs here; None if all do.
 
         Tests without a composition run in the first shard.
         """
@@ -228,13 +228,13 @@ class Session:
         return found
 
     def write_plan(self, reporter: pytest.TerminalReporter) -> None:
-        """Print the plan of the tests that were collected."""
+        """Print the plan of the collected tests."""
         reporter.ensure_newline()
         for line in self.run.plan(self.expected):
             reporter.write_line(line)
 
     def send(self, item: pytest.Item) -> None:
-        """Attach what is new to the reports of a test: the only channel that survives a crash."""
+        """Attach new results to the reports of a test, the only channel that survives a crash."""
         if not self.in_use:
             return
         from pytest_lmcompose.results import Message, encode
@@ -247,7 +247,7 @@ class Session:
                 item.user_properties.append((PROPERTY, text))
 
     def describe(self, item: pytest.Item, composition: Composition) -> None:
-        """Tell JUnit what the test of a composition found."""
+        """Add the results of a composition to its test in the JUnit file."""
         result = self.run.results.get(composition) if self.in_use else None
         if result is not None:
             from pytest_lmcompose.report.junit import properties_of
@@ -255,7 +255,7 @@ class Session:
             item.user_properties += properties_of(result)
 
     def receive(self, report: pytest.TestReport) -> None:
-        """Take the results out of a test's report, so that no other reporter prints them."""
+        """Move the results from a test's report to `collected`, so that no other reporter prints them."""
         if not self.writes:
             return
         for name, value in report.user_properties:
@@ -278,7 +278,7 @@ def _check_packages() -> None:
 
 
 def composition_of(item: pytest.Item) -> Composition | None:
-    """Return the composition that a test is about, if it is about one; for plugins and conftest files too."""
+    """Return the composition of a test, or None; public, for plugins and conftest files."""
     callspec = getattr(item, "callspec", None)
     parameter = None if callspec is None else callspec.params.get("composition")
     if isinstance(parameter, str):

@@ -1,4 +1,4 @@
-"""The end of a session: the report, what becomes of the run among stored ones, and what the terminal shows."""
+"""End a session: write the report, compare and store the run, write the terminal summary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
 
 
 class SessionReport:
-    """Ends a session whose tests are over."""
+    """Reports a session after its tests."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -38,21 +38,21 @@ class SessionReport:
         self._collected = session.collected
         self._stopped = False
         self._outcome: Outcome | None = None
-        """What came of the run among stored ones."""
+        """The comparison with the stored run."""
         self._idle: list[str] = []
-        """Why expressions of the command line judged nothing."""
+        """Errors for --lmcompose-compare-fail expressions that apply to no gate."""
         self._kept: str | None = None
-        """Whether and where the run was stored, as it is told."""
+        """Message that says where the run was stored."""
 
     def finish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Write the report, also of a run that failed or was interrupted."""
+        """Write the report, also if the run failed or was interrupted."""
         path = self._options.json
         if not self._session.writes or self._config.option.collectonly or self._options.plan:
             return
         stopped = self._stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail)
         if self._collected.records and self._session.run.journal is not None and not stopped:
             self._session.run.journal.ended()
-        if self._session.in_use:  # what an interrupted test had done, and no report tells
+        if self._session.in_use:  # results of an interrupted test, which has no report
             for result in self._session.run.touched.values():
                 self._collected.add(Message(self._session.run.model_facts(), result.record()))
         self._collected.shard = self._options.shard
@@ -63,7 +63,7 @@ class SessionReport:
             or self._session.baseline is not None
             or hooks.read_reports(self._config)
         )
-        # Intervals take long; without a report, nobody sees those of metrics that the terminal does not show.
+        # Confidence intervals are slow: without a report, compute only those that the terminal shows.
         metrics = None if reported or junit_file(self._config) is not None else self._shown()
         self._collected.complete(self._options.seed, part=self._options.shard is not None, metrics=metrics)
         if self._session.nothing_here and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -102,7 +102,7 @@ class SessionReport:
         self._session.report = report
 
     def _among_stored(self, session: pytest.Session, report: Report) -> Report:
-        """Compare a finished run with stored ones, and store it; return the report with what it says of it."""
+        """Compare the run with the stored one and store it; return the report with the comparison."""
         if not self._collected.records:
             return report
         from pytest_lmcompose.baseline.history import keep, outcome
@@ -118,7 +118,7 @@ class SessionReport:
         return replace(self._outcome.added_to(report), unused_rules=tuple(self._unused()))
 
     def summarise(self, reporter: pytest.TerminalReporter) -> None:
-        """Write the table, if there is anything to tell."""
+        """Write the tables and the paths of the reports."""
         records = self._collected.results
         if records:
             write_summary(reporter, records, self._wanted, self._options.outputs.layout)
@@ -133,20 +133,20 @@ class SessionReport:
                 reporter.write_line(f"lmcompose report: {path}")
 
     def _plan(self) -> Plan | None:
-        """Return what the whole run tests; None where no process came to say it."""
+        """Return the plan of the whole run; None if collection did not finish."""
         from pytest_lmcompose.report.planned import plan_section
 
         run, planned = self._session.run, self._session.planned
         return None if planned is None else plan_section(planned, run.rules, run.recipe, run.baseline)
 
     def _idle_expressions(self) -> list[str]:
-        """Say which expressions of the command line judged nothing, those left out that other shards may judge."""
+        """Return errors for --lmcompose-compare-fail expressions that no gate used, except those for other shards."""
         from pytest_lmcompose.report.planned import idle
 
         run, options = self._session.run, self._options
         if not options.baselines.fail:
             return []
-        # Those that match nothing are known before any work where there are no workers.
+        # Without workers, expressions that match nothing are already errors before the tests.
         if found := [*session_checks.unmatched(self._session), *session_checks.dropped(self._session)]:
             return found
         here = self._collected.records
@@ -157,7 +157,7 @@ class SessionReport:
         ]
 
     def _write_next(self, reporter: pytest.TerminalReporter) -> None:
-        """Write what to do after failures."""
+        """Write advice for failed gates."""
         records = self._collected.results
         failed = [
             (gate.metric, record.by_metric.get(gate.metric))
@@ -169,7 +169,7 @@ class SessionReport:
             reporter.write_line(f"next: {line}", yellow=True)
 
     def _prompts(self) -> tuple[Prompts, ...]:
-        """Return what the samples asked; none where the data cannot be read, which the tests have told."""
+        """Return the prompts of the samples; none if the data are unreadable, which the tests have reported."""
         from pytest_lmcompose.data.records import WorldError
 
         if not self._collected.records:
@@ -195,11 +195,11 @@ class SessionReport:
             reporter.write_line(self._kept)
 
     def _judged(self, composition: str, metric: str) -> bool:
-        """Say whether a gate judges a metric of a composition."""
+        """Return whether a gate applies to a metric of a composition."""
         return any(rule.covers(composition) and rule.judges(metric) and rule.bounds for rule in self._session.run.rules)
 
     def _unused(self) -> list[Unused]:
-        """Return the rules that judged nothing."""
+        """Return the rules that no gate used."""
         from pytest_lmcompose.gate.thresholds import unused
 
         found = self._collected.records.values()
@@ -212,6 +212,6 @@ class SessionReport:
         return chosen_metrics(records, self._wanted, self._options.outputs.layout.columns)
 
     def _wanted(self, metric: str) -> bool:
-        """Say whether the table shows a metric: those with a threshold, or all with -v or without any."""
+        """Return whether to show a metric: those with a threshold, or all with -v or without thresholds."""
         rules = self._session.run.rules
         return self._config.option.verbose > 0 or not rules or any(rule.judges(metric) for rule in rules)

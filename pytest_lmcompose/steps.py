@@ -1,4 +1,4 @@
-"""A step that was applied."""
+"""The record of an applied step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pytest_lmcompose.composition import Step
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A step that was applied, as the report tells it."""
+    """A step, its seed and the method's report."""
 
     step: Step
     seed: int

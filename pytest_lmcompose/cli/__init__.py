@@ -17,18 +17,18 @@ from pytest_lmcompose.cli.scaffolding import init
 
 
 class _Commands(click.Group):
-    """Refuses empty values, for example from an unset variable, which would mean the default or a folder."""
+    """Rejects empty values, for example from an unset shell variable."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         for empty in _empty(args):
-            raise click.UsageError(f"{empty}: the value is empty; give one, or leave it away", ctx)
+            raise click.UsageError(f"{empty}: the value is empty; give one or remove the option", ctx)
         return super().resolve_command(ctx, args)
 
 
 def _empty(words: Sequence[str]) -> Iterator[str]:
-    """Yield every flag with an empty value, and the word before every empty argument."""
+    """Yield each flag with an empty value, and the word before each empty argument."""
     for before, word in zip(("", *words), words, strict=False):
         if not word.strip():
             yield before
@@ -43,8 +43,8 @@ def main() -> None:
 
     To build and measure compositions, use pytest: see `pytest compositions --help`.
 
-    Exit codes: 0 finished; 1 finished with problems, such as a failed comparison or a broken installation; 2 not
-    finished, because of a misspelt name, or a missing or unreadable file.
+    Exit codes: 0 success; 1 finished with problems, for example a failed comparison or a broken installation; 2 not
+    finished, for example because of a misspelt name or an unreadable file.
     """
 
 

@@ -17,10 +17,10 @@ from pytest_lmcompose.costs import size
 
 class _Folder(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse a URL, which click would read as the name of a folder."""
+        """Reject URLs, which click would take for folder names."""
         if isinstance(value, str):
             if is_url(value):
-                self.fail(f"{value} is no folder; what is there is left to the tools of that storage", param, ctx)
+                self.fail(f"{value} is not a folder; use the tools of that storage", param, ctx)
             value = local_path(value)
         return super().convert(value, param, ctx)
 
@@ -71,7 +71,7 @@ def clear(cache_dir: Path | None) -> None:
     left = store.entries()
     click.echo(f"{store.folder}: {len(listed) - len(left)} entries removed, {size(sum(e.bytes for e in listed))}")
     if left:
-        raise click.ClickException(f"{len(left)} entries could not be removed; may this folder be written?")
+        raise click.ClickException(f"{len(left)} entries could not be removed; check that you may write to this folder")
 
 
 def _store(folder: Path | None) -> Cache:

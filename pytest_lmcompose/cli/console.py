@@ -1,4 +1,4 @@
-"""Write the report's tables to a terminal or a file, as pytest's reporter does during a run."""
+"""Write the report's tables without pytest's terminal reporter."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pytest_lmcompose.report.text import visible
 
 
 class Console:
-    """The part of `pytest.TerminalReporter` that the tables use, with colour only on a terminal."""
+    """Implements the methods of `pytest.TerminalReporter` that the tables use; colours only on a terminal."""
 
     def __init__(self) -> None:
         self._tw = SimpleNamespace(fullwidth=shutil.get_terminal_size((120, 24)).columns - 1)
 
     def section(self, title: str, sep: str = "=", **markup: bool) -> None:
-        """Write a heading across the whole width."""
+        """Write a heading across the full width."""
         self.write_line(f" {title} ".center(self._tw.fullwidth, sep), **markup)
 
     def write(self, text: str, **markup: bool) -> None:
-        """Write part of a line."""
+        """Write text without a newline."""
         click.echo(_styled(text, markup), nl=False)
 
     def write_line(self, text: str, **markup: bool) -> None:
@@ -30,7 +30,7 @@ class Console:
         click.echo(_styled(visible(text), markup))
 
     def ensure_newline(self) -> None:
-        """Do nothing: nothing else writes to this console."""
+        """Do nothing; no other output needs to be completed."""
 
 
 def _styled(text: str, markup: dict[str, Any]) -> str:

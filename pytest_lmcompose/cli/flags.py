@@ -1,4 +1,4 @@
-"""The plugin's flags as data, recorded from the functions that define them for pytest."""
+"""The plugin's flags as data, recorded from `add_options`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Flag(NamedTuple):
     """Name without the common prefix."""
     help: str
     metavar: str | None
-    """Placeholder of the value; None if the flag takes no value."""
+    """Placeholder for the value; None if the flag takes no value."""
     repeatable: bool
     alone: str | None
-    """Value if the flag is given without one; None if it needs one."""
+    """Value of the flag without `=VALUE`; None if a value is required."""
 
     def __str__(self) -> str:
         value = "" if self.metavar is None else f"={self.metavar}"
@@ -25,7 +25,7 @@ class Flag(NamedTuple):
 
 
 class _Recorder:
-    """Replaces pytest's parser and its groups, and records what is defined."""
+    """Stands in for pytest's parser and its groups, and records the options."""
 
     def __init__(self) -> None:
         self.flags: list[Flag] = []
@@ -40,12 +40,11 @@ class _Recorder:
     def addoption(self, *names: str, **attributes: Any) -> None:
         name = next(name for name in names if name.startswith(PREFIX)).removeprefix(PREFIX)
         action = str(attributes.get("action", "store"))
-        takes_none = action.startswith("store_")
         self.flags.append(
             Flag(
                 name,
                 _unescaped(str(attributes.get("help", ""))),
-                None if takes_none else str(attributes.get("metavar") or "VALUE"),
+                None if action.startswith("store_") else str(attributes.get("metavar") or "VALUE"),
                 action == "append",
                 attributes.get("const") if attributes.get("nargs") == "?" else None,
             )

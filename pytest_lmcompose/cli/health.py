@@ -20,8 +20,7 @@ _MARKS = {"ok": "ok", "absent": "--", "broken": "!!"}
 def doctor(cache_dir: Path | None) -> None:
     """Check the installation: versions, devices, threads, extras, engines, cache.
 
-    `ok` is installed, `--` is missing and only needed by some features, `!!` is broken. The exit code is 1 if
-    something that every run needs is broken.
+    `ok`: works. `--`: not installed, needed only by some features. `!!`: broken; the exit code is then 1.
     """
     from pytest_lmcompose.doctor import checks
 

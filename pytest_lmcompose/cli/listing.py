@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pytest_lmcompose.cli.problems import Refused
+from pytest_lmcompose.cli.problems import CommandError
 
 Row = tuple[str, ...]
 
@@ -22,7 +22,7 @@ def list_(kinds: Sequence[str]) -> None:
 
     for kind in kinds:
         if kind not in KINDS:
-            raise Refused(f"cannot list {kind!r}.{near_names(kind, KINDS)} Known: {', '.join(KINDS)}.")
+            raise CommandError(f"cannot list {kind!r}.{near_names(kind, KINDS)} Known: {', '.join(KINDS)}.")
     chosen = kinds or tuple(KINDS)
     for number, kind in enumerate(dict.fromkeys(chosen)):
         if len(chosen) > 1:
@@ -92,7 +92,7 @@ KINDS: dict[str, Callable[[], Iterator[Row]]] = {
 
 
 def aligned(rows: Iterator[Row]) -> Iterator[str]:
-    """Yield rows as lines with aligned columns; the last column is not padded."""
+    """Yield the rows as lines with aligned columns."""
     table = list(rows)
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)] if table else []
     for row in table:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pytest_lmcompose.cli.problems import FAILED, Refused
+from pytest_lmcompose.cli.problems import FAILED, CommandError
 from pytest_lmcompose.report.text import visible
 
 _FILE = click.Path(path_type=Path)
@@ -31,10 +31,10 @@ _FILE = click.Path(path_type=Path)
 def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -> None:
     """Join reports RUNS into one: all shards of a run, or runs of different compositions.
 
-    They must agree in model, seeds, settings, thresholds, data and versions. Shards must also agree in the selected
-    compositions and test all of them. Paired gates and composability are computed again from all reports. The exit
-    code is 1 if a gate or composition failed. It is 2, with one line per problem, if the reports do not belong
-    together, or one is missing or interrupted.
+    The reports must have the same model, seeds, settings, thresholds, data and versions. Shards must also have
+    selected the same compositions, and together test all of them. Paired gates and composability are recomputed from
+    all reports. The exit code is 1 if a gate or composition failed; it is 2, with one line per problem, if reports do
+    not match, or one is missing or interrupted.
     """
     from pytest_lmcompose.baseline.storage import StorageError, passed, read_run
     from pytest_lmcompose.merge import MergeError
@@ -47,9 +47,9 @@ def merge(runs: Sequence[Path], output: Path, partial: bool, tolerance: float) -
         found = joined({str(path): read_run(path) for path in runs}, partial=partial, tolerance=tolerance)
         write(output, found.report)
     except (MergeError, StorageError, TargetError) as error:
-        raise Refused(str(error)) from None
+        raise CommandError(str(error)) from None
     except OSError as error:
-        raise Refused(f"{output} cannot be written: {error.strerror}") from None
+        raise CommandError(f"{output} cannot be written: {error.strerror}") from None
     records = found.report.compositions
     for message in found.late:
         click.echo(visible(f"failed when all paired gates were judged together: {message}"))

@@ -9,14 +9,14 @@ import click
 import pytest
 
 from pytest_lmcompose.cli.flags import PREFIX, Flag, plugin_flags
-from pytest_lmcompose.cli.problems import REFUSED
+from pytest_lmcompose.cli.problems import ERROR
 
 SHOWN = ("model", "suite", "compose", "set", "repeats", "shard", "cache-dir", "no-cache")
 """The flags that affect the plan. Other flags are accepted too, so that you can reuse a command line."""
 
 
 class _Plan:
-    """Collects the plan's lines before pytest collects tests, when options and ini values are known."""
+    """A pytest plugin that plans the run as soon as options and ini values are known, and collects no tests."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -36,7 +36,7 @@ class _Plan:
 
 
 def options() -> list[click.Parameter]:
-    """Return the plugin's flags as options of click, named `--model` as well as `--lmcompose-model`."""
+    """Return the plugin's flags as click options, for example `--model` and `--lmcompose-model`."""
     return [_option(flag) for flag in plugin_flags()[0]]
 
 
@@ -51,7 +51,7 @@ def _option(flag: Flag) -> click.Option:
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
-    """Return pytest's arguments for the options that click has parsed."""
+    """Convert parsed click options to pytest arguments."""
     found = []
     for key, value in values.items():
         flag = PREFIX + key.replace("_", "-")
@@ -71,16 +71,15 @@ def _plan(**values: Any) -> None:
     """
     printer = _Plan()
     given = arguments(values)
-    # Neither tests nor their conftest files matter: the folder is named only so that none is looked for.
     code = pytest.main(["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", *given], plugins=[printer])
     for line in printer.lines:
         click.echo(line)
     if code:
-        raise click.exceptions.Exit(REFUSED)
+        raise click.exceptions.Exit(ERROR)
 
 
 class _PlanCommand(click.Command):
-    """Builds its options on first use, because importing the flags takes time."""
+    """Creates its options on first use, because importing the flags is slow."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self.params:

@@ -8,14 +8,14 @@ from pytest_lmcompose.report.text import visible
 
 FAILED = 1
 """Exit code: the command finished with problems."""
-REFUSED = 2
-"""Exit code: the command could not finish, because of a misspelt name, or a missing or broken file."""
+ERROR = 2
+"""Exit code: the command could not finish, for example because of a misspelt name or a missing file."""
 
 
-class Refused(click.ClickException):
-    """A command that cannot finish; the message says why."""
+class CommandError(click.ClickException):
+    """The command cannot finish; the message says why."""
 
-    exit_code = REFUSED
+    exit_code = ERROR
 
     def __init__(self, message: str) -> None:
         super().__init__("\n".join(map(visible, message.splitlines())))

@@ -1,10 +1,11 @@
 """`lmcompose show`, `compare` and `report`: inspect stored runs.
 
-Name a run by the path of its report, or by its name or number in the folder of stored runs.
+A run is the path of a report, or a name or number in the folder of stored runs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from pytest_lmcompose.baseline.storage import FOLDER, Storage, StorageError, read_run
 from pytest_lmcompose.cli.console import Console
-from pytest_lmcompose.cli.problems import FAILED, Refused
+from pytest_lmcompose.cli.problems import FAILED, CommandError
 from pytest_lmcompose.report.options import BY_ID, GROUPS, Layout
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.results import CompositionResult, Report, Row, replace
@@ -56,7 +57,7 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
     _head(path, document)
     if sort is not None and sort.removeprefix("-") != BY_ID:
         _known(sort.removeprefix("-"), document)
-    records = sorted_records(document.compositions, sort)  # also by a metric that is not among those shown
+    records = sorted_records(document.compositions, sort)  # before metrics are removed, which may include the sort key
     judged = any(record.gates for record in records)
     if metrics:
         records = [_only(record, _chosen(metrics, document)) for record in records]
@@ -102,7 +103,7 @@ def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool,
         for line in _answers(before, after, rows):
             click.echo(line)
     if found.problem is not None:
-        raise Refused(f"{old_path} and {new_path} cannot be compared: {found.problem}")
+        raise CommandError(f"{old_path} and {new_path} cannot be compared: {found.problem}")
     if fail and any(is_bad(row) for row in rows):
         raise click.exceptions.Exit(FAILED)
 
@@ -118,7 +119,9 @@ def _answers(before: Report, after: Report, rows: Iterable[Row]) -> Iterator[str
         one, other = old[row.composition], new[row.composition]
         for found in changed_samples(one, other, [row.metric], after, _SAMPLES):
             if other.by_metric[row.metric].answers:
-                yield visible(f"{row.composition}  {row.metric}: {found.worse} worse, {found.better} better, such as")
+                yield visible(
+                    f"{row.composition}  {row.metric}: {found.worse} worse, {found.better} better, for example"
+                )
                 yield from (visible(f"  {s.label}: {s.before} -> {s.after}") for s in found.shown)
 
 
@@ -153,12 +156,12 @@ def report(
 
 
 def load(run: str, storage: Path) -> tuple[Path, Report]:
-    """Return the file of a run and its report; raise Refused if there is none."""
+    """Return the file of a run and its report; raises CommandError."""
     try:
         path = Storage(storage).find(run)
         return path, read_run(path)
     except StorageError as error:
-        raise Refused(str(error)) from None
+        raise CommandError(str(error)) from None
 
 
 def _head(path: Path, document: Report) -> None:
@@ -170,7 +173,7 @@ def _head(path: Path, document: Report) -> None:
 
 
 def _chosen(globs: Sequence[str], *documents: Report) -> Sequence[str]:
-    """Return `globs` if each matches a metric; raise Refused with similar names otherwise."""
+    """Return `globs` if each matches a metric; raise CommandError with similar names otherwise."""
     known = _metrics(*documents)
     for glob in globs:
         if not any(fnmatchcase(metric, glob) for metric in known):
@@ -179,12 +182,12 @@ def _chosen(globs: Sequence[str], *documents: Report) -> Sequence[str]:
 
 
 def _known(metric: str, *documents: Report) -> None:
-    """Check that a metric was measured; raise Refused with similar names otherwise."""
+    """Check that a metric was measured; raise CommandError with similar names otherwise."""
     from interventions.names import near_names
 
     known = _metrics(*documents)
     if metric not in known:
-        raise Refused(f"no metric {metric!r} was measured.{near_names(metric, known)} Known: {', '.join(known)}.")
+        raise CommandError(f"no metric {metric!r} was measured.{near_names(metric, known)} Known: {', '.join(known)}.")
 
 
 def _metrics(*documents: Report) -> list[str]:
@@ -214,21 +217,19 @@ def _write_comparison(old: Path, new: Path, found: ComparedReports, rows: Sequen
     if shown:
         click.echo()
         write_rows(cast(pytest.TerminalReporter, Console()), shown)
-    counts = {
-        verdict: sum(row.verdict == verdict for row in rows) for verdict in dict.fromkeys(r.verdict for r in rows)
-    }
+    counts = Counter(row.verdict for row in rows)
     click.echo(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
 
 
 def _check_reports(targets: Mapping[str, str | None], read: Sequence[Path]) -> None:
-    """Check that all reports can be written to different files; raise Refused otherwise."""
+    """Check that all reports can be written to different files; raise CommandError otherwise."""
     from pytest_lmcompose.report.files import TargetError, check_targets
 
     files = {name: Path("/dev/stdout" if path == "-" else path) for name, path in targets.items() if path is not None}
     try:
         check_targets(files, {f"the run {path}": path for path in read})
     except TargetError as error:
-        raise Refused(str(error)) from None
+        raise CommandError(str(error)) from None
 
 
 def _write(target: str, render: Callable[[], str]) -> None:
@@ -242,6 +243,6 @@ def _write(target: str, render: Callable[[], str]) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        raise Refused(f"{path} cannot be written: {error.strerror}") from None
+        raise CommandError(f"{path} cannot be written: {error.strerror}") from None
     if path.is_file():
         click.echo(f"{path}: {path.stat().st_size:,} bytes", err=stream_of(path) is not None)

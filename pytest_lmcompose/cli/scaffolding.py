@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pytest_lmcompose.cli.problems import Refused
+from pytest_lmcompose.cli.problems import CommandError
 
 EMBEDDED = "tinyworld"
 _OWN = "name your own data in pytest.ini (docs/recipes.md, Use your own data)"
@@ -39,17 +39,17 @@ def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
         composition = recipe.read(compose)
         model_location(recipe.model.path, Path.cwd())
     except RecipeError as error:
-        raise Refused(str(error)) from None
+        raise CommandError(str(error)) from None
     if not composition.steps:
-        raise Refused(f"--compose={compose}: a release has at least one step")
+        raise CommandError(f"--compose={compose}: a release has at least one step")
     name = model if model in presets(conf, "model") else _from(folder, model)
     texts = scaffold.files(recipe, name, composition, _SERVICES[ci])
     try:
         written, notes = scaffold.write(folder, texts, force=force)
     except scaffold.AlreadyThere as error:
-        raise Refused(str(error)) from None
-    except (OSError, ValueError) as error:  # a folder that may not be written, settings that cannot be read
-        raise Refused(f"{folder}: {error}") from None
+        raise CommandError(str(error)) from None
+    except (OSError, ValueError) as error:  # an unwritable folder, unreadable settings
+        raise CommandError(f"{folder}: {error}") from None
     for name in written:
         click.echo(f"wrote {folder / name}")
     if model != EMBEDDED:
@@ -58,13 +58,13 @@ def init(folder: Path, model: str, compose: str, ci: str, force: bool) -> None:
         click.echo(note)
     click.echo(
         "next:\n"
-        "  pytest --lmcompose-save=v1   builds, measures and judges the release; commit the run that it stores\n"
-        "  pytest                       does so and compares with the stored run, as CI does"
+        "  pytest --lmcompose-save=v1   build, measure and gate the release; commit the stored run\n"
+        "  pytest                       do the same and compare with the stored run, as CI does"
     )
 
 
 def _from(folder: Path, model: str) -> str:
-    """Return a model's name as seen from `folder`: a relative path starts there, other names stay the same."""
+    """Return the model name, with a relative path made relative to `folder`."""
     path = os.path.expanduser(model)
     if os.path.isabs(path) or not os.path.isdir(path):
         return model

@@ -188,7 +188,7 @@ def test_doctor_finds_this_installation_sound(apart: Apart, tmp_path: Path) -> N
     assert not (tmp_path / "store").exists()
 
 
-def test_doctor_says_what_is_broken_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_reports_what_is_broken_and_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LMCOMPOSE_AUTOAWQ_PYTHON", str(tmp_path / "none"))
     monkeypatch.setattr(doctor, "requires", lambda _: ["click>=999", "nowhere", 'absent>=2; extra == "more"'])
@@ -196,13 +196,13 @@ def test_doctor_says_what_is_broken_and_how_to_mend_it(monkeypatch: pytest.Monke
     result = call("doctor", f"--cache-dir={tmp_path / 'file'}")
     assert result.exit_code == 1
     lines = [line.strip() for line in result.output.splitlines()]
-    assert any(line.startswith("!!  click") and ">=999 is needed" in line for line in lines)
+    assert any(line.startswith("!!  click") and ">=999 is required" in line for line in lines)
     assert any(line.startswith("!!  nowhere") and line.endswith("not installed") for line in lines)
     assert 'pip install "click>=999"' in lines
     assert any(line.startswith("--  more") for line in lines)  # an extra is nothing that a run needs
     assert 'pip install "pytest-lmcompose[more]"' in lines
     assert any(line.startswith("!!  autoawq") and "which is no interpreter" in line for line in lines)
-    assert any(line.startswith("!!  folder") and line.endswith("is no folder") for line in lines)
+    assert any(line.startswith("!!  folder") and line.endswith("is not a folder") for line in lines)
     assert lines[-1] == "4 broken"
 
 

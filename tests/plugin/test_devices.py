@@ -29,11 +29,11 @@ NO_MPS = pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is 
         ("cuda", Devices(0, True), "finds no CUDA device"),
         ("cuda:0", Devices(0, False), "finds no CUDA device"),
         ("cuda:1", Devices(2, False), None),
-        ("cuda:2", Devices(2, False), "torch finds cuda:0, cuda:1 here"),
-        ("cuda:99", Devices(1, False), "torch finds cuda:0 here"),
+        ("cuda:2", Devices(2, False), "torch finds only cuda:0, cuda:1 here"),
+        ("cuda:99", Devices(1, False), "torch finds only cuda:0 here"),
     ],
 )
-def test_a_device_is_held_against_what_is_here(name: str, here: Devices, problem: str | None) -> None:
+def test_a_device_must_exist(name: str, here: Devices, problem: str | None) -> None:
     found = device_problem(name, here)
     assert found is None if problem is None else problem in (found or "")
     assert found is None or found.startswith(f"--lmcompose-device={name}: ")
@@ -41,24 +41,24 @@ def test_a_device_is_held_against_what_is_here(name: str, here: Devices, problem
 
 @NO_GPU
 @pytest.mark.parametrize("arguments", [(), ("-n", "2"), ("--collect-only",), ("--lmcompose-plan",)])
-def test_cuda_where_there_is_none_is_said_once(refused: Callable[..., str], arguments: tuple[str, ...]) -> None:
+def test_missing_cuda_is_reported_once(refused: Callable[..., str], arguments: tuple[str, ...]) -> None:
     error = refused("--lmcompose-device=cuda:99", *arguments, compose=("nudge", "round"))
     assert error.count("--lmcompose-device=cuda:99: torch finds no CUDA device here") == 1
     assert "Traceback" not in error
 
 
 @NO_MPS
-def test_mps_where_there_is_none(refused: Callable[..., str]) -> None:
+def test_missing_mps(refused: Callable[..., str]) -> None:
     assert "--lmcompose-device=mps: torch finds no MPS device here" in refused("--lmcompose-device=mps")
 
 
 @pytest.mark.parametrize("name", ["cuda:", "cuda:-1", "cuda:007", "cuda:1e3", "CUDA", "gpu", "cuda:0,1", " cuda"])
-def test_names_that_are_none(refused: Callable[..., str], name: str) -> None:
+def test_invalid_names(refused: Callable[..., str], name: str) -> None:
     assert "--lmcompose-device: expected auto, cpu, mps, cuda or cuda:N" in refused(f"--lmcompose-device={name}")
 
 
 @NO_GPU
-def test_the_controller_asks_another_process_and_imports_no_torch() -> None:
+def test_the_check_imports_torch_in_a_subprocess_only() -> None:
     code = f"""
 import sys, pytest
 options = ["--rootdir={ROOT}", "-c{ROOT}/pyproject.toml", "--collect-only", "-q", "-pno:cacheprovider"]
@@ -70,8 +70,8 @@ print("RC", int(rc), "torch" in sys.modules)
     assert "torch finds no CUDA device here" in result.stderr
 
 
-def test_a_torch_that_cannot_be_asked_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_ASK", "raise SystemExit('libcudart.so.12: cannot open')")
+def test_a_broken_torch_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_SCRIPT", "raise SystemExit('libcudart.so.12: cannot open')")
     monkeypatch.delitem(sys.modules, "torch")
-    with pytest.raises(RecipeError, match=r"--lmcompose-device: torch cannot be asked .*libcudart\.so\.12"):
+    with pytest.raises(RecipeError, match=r"--lmcompose-device: cannot list the devices of torch.*libcudart\.so\.12"):
         check_device("cuda")

@@ -109,13 +109,6 @@ def test_a_status_line_is_written_over_and_removed(terminal: tuple[Any, Terminal
     assert others == [""]
 
 
-def test_a_busy_piece_of_work_does_not_write_every_time(terminal: tuple[Any, Terminal]) -> None:
-    progress, written = Progress(terminal[0]), terminal[1]
-    for number in range(1000):
-        progress.doing(str(number), soon=True)
-    assert 1 <= written.getvalue().count("\r") < 100
-
-
 @pytest.mark.parametrize("how", ["ci", "quiet", "worker", "pipe"])
 def test_without_a_terminal_that_somebody_watches_there_is_no_status_line(
     terminal: tuple[Any, Terminal], monkeypatch: pytest.MonkeyPatch, how: str

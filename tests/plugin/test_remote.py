@@ -176,6 +176,6 @@ def test_a_url_that_nothing_knows_is_refused(project: Project, refused: Callable
 
 def test_the_command_looks_after_folders_alone(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["cache", "clear", "--cache-dir=s3://bucket/store"])
-    assert refused.exit_code == 2 and "s3://bucket/store is no folder" in refused.output
+    assert refused.exit_code == 2 and "s3://bucket/store is not a folder" in refused.output
     shown = CliRunner().invoke(main, ["cache", "show", f"--cache-dir=file://{tmp_path}"])
     assert shown.output.startswith(f"{tmp_path}/2: 0 entries")
