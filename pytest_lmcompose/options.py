@@ -34,7 +34,7 @@ COMPRESSION_ENGINES = ("autoawq", "gptqmodel", "llmcompressor", "auto_gptq")
 """Names of `interventions.compress.engines`, repeated here so that importing this module does not import them."""
 LOCAL = "local"
 """Name of the default engine, pytest's own loop."""
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?")
+_DEVICE = r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?"
 
 
 @dataclass(frozen=True)
@@ -154,20 +154,10 @@ def read_options(config: pytest.Config) -> Options:
     thresholds = path_of(values["thresholds"], folder) or SUITE_FOLDER / "thresholds.yaml"
     if not is_file(thresholds):
         raise pytest.UsageError(f"--lmcompose-thresholds: no such file: {thresholds}")
-    seed = values["seed"] or "0"
-    if not re.fullmatch(r"\d{1,18}", seed):
-        raise pytest.UsageError(f"--lmcompose-seed: expected a whole number from 0 up, not {seed!r}")
-    repeats = values["repeats"] or "1"
-    if not re.fullmatch(r"[1-9]\d{0,3}", repeats):
-        raise pytest.UsageError(f"--lmcompose-repeats: expected a whole number from 1 to 9999, not {repeats!r}")
-    device = values["device"] or "auto"
-    if not _DEVICE.fullmatch(device):
-        raise pytest.UsageError(f"--lmcompose-device: expected auto, cpu, mps, cuda or cuda:N, not {device!r}")
-    gpus_per_worker = _value(config, "gpus_per_worker") or "1"
-    if not re.fullmatch(r"\d{1,4}", gpus_per_worker):
-        raise pytest.UsageError(
-            f"--lmcompose-gpus-per-worker: expected a whole number from 0 up, not {gpus_per_worker!r}"
-        )
+    seed = _checked("seed", values["seed"] or "0", r"\d{1,18}", "a whole number from 0 up")
+    repeats = _checked("repeats", values["repeats"] or "1", r"[1-9]\d{0,3}", "a whole number from 1 to 9999")
+    device = _checked("device", values["device"] or "auto", _DEVICE, "auto, cpu, mps, cuda or cuda:N")
+    gpus = _checked("gpus-per-worker", _value(config, "gpus_per_worker") or "1", r"\d{1,4}", "a whole number from 0 up")
     baselines = read_baseline_options(
         lambda name: _value(config, name.replace("-", "_")),
         lambda name: _switch(config, name),
@@ -185,7 +175,7 @@ def read_options(config: pytest.Config) -> Options:
         seed=int(seed),
         repeats=int(repeats),
         device=device,
-        gpus_per_worker=int(gpus_per_worker),
+        gpus_per_worker=int(gpus),
         json=path_of(values["json"], folder),
         engine=values["engine"] or LOCAL,
         shard=_shard(values["shard"]),
@@ -200,6 +190,13 @@ def read_options(config: pytest.Config) -> Options:
         outputs=outputs,
         given=any(values.values()) or bool(compose or overrides) or baselines.wanted or outputs.wanted,
     )
+
+
+def _checked(flag: str, value: str, pattern: str, expected: str) -> str:
+    """Return `value`; raises pytest.UsageError if it does not match `pattern`."""
+    if not re.fullmatch(pattern, value):
+        raise pytest.UsageError(f"--lmcompose-{flag}: expected {expected}, not {value!r}")
+    return value
 
 
 def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path | None:
@@ -243,9 +240,8 @@ def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:
 def _cache_size(value: str | None) -> int:
     if value is None:
         return DEFAULT_LIMIT
-    if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", value) or float(value) == 0:
-        raise pytest.UsageError(f"--lmcompose-cache-size: expected a number of GiB, such as 20 or 0.5, not {value!r}")
-    return int(float(value) * 1024**3)
+    positive = r"(?=.*[1-9])\d{1,6}(\.\d{1,3})?"
+    return int(float(_checked("cache-size", value, positive, "a number of GiB, such as 20 or 0.5")) * 1024**3)
 
 
 def asked_for_distribution(config: pytest.Config) -> bool:
