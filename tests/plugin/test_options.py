@@ -80,7 +80,7 @@ def test_a_broken_id_in_a_users_module_is_a_usage_error(project: Project) -> Non
 
 def test_help_has_a_group(project: Project) -> None:
     output = project.pytester.runpytest_inprocess("--help").stdout.str()
-    group = output[output.index("lmcompose: models") :]
+    group = output[output.index("lmcompose: build, measure") :]
     valued = ("model", "suite", "compose", "set", "thresholds", "seed", "repeats", "device", "json")
     valued += ("html", "markdown", "latex", "columns", "sort", "group", "wandb", "wandb-entity", "wandb-tags")
     for name in (*valued, "cache-dir", "cache-size"):
