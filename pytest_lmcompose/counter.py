@@ -1,4 +1,4 @@
-"""How many compositions of a run are measured, and how long the others may take."""
+"""Count the measured compositions of a run, and estimate the remaining time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Counter:
 
     def __init__(self, repeats: int = 1) -> None:
         self.expected: frozenset[Composition] = frozenset()
-        """Compositions to be measured, others than those that they are compared with; none where that is not known."""
+        """Compositions to measure, without reference states; empty if unknown."""
         self._each = repeats
         self._over = Count[Composition]()
-        """How many repeats of a composition are over."""
+        """Finished repeats by composition."""
         self._worked = 0
         self._seconds = 0.0
 
@@ -33,13 +33,13 @@ class Counter:
                 self._seconds += seconds
 
     def failed(self, composition: Composition) -> None:
-        """Count `composition` as over."""
+        """Count all repeats of `composition` as finished."""
         if composition in self.expected:
             self._over[composition] = self._each
 
     @property
     def bar(self) -> str:
-        """The share of the work that is done, as tqdm draws it; nothing where the number is not known."""
+        """A progress bar by tqdm; empty if the number of compositions is unknown."""
         if not self.expected:
             return ""
         from tqdm import tqdm
@@ -50,7 +50,7 @@ class Counter:
         )
 
     def __str__(self) -> str:
-        """Return `[3/7], about 2 min 5 s left`, without the time where it is not known, or nothing at all."""
+        """Return for example `[3/7], about 2 min 5 s left`; without the time, or empty, if unknown."""
         total, over = len(self.expected), self._over.total()
         if not total:
             return ""

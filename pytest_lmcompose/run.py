@@ -1,7 +1,4 @@
-"""One run in one process: builds the model's states and measures them.
-
-Everything heavy is made when first needed, so that a run that only collects imports no torch.
-"""
+"""Build and measure the model's states in one process. Imports torch on first use, not for collection."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def ignore(*_: object) -> None:
 
 
 class Run(RunSetup):
-    """The work of a session, each part done once."""
+    """Builds, measures and caches compositions; every result is computed once."""
 
     def __init__(
         self,
@@ -43,11 +40,11 @@ class Run(RunSetup):
         doing: Callable[[str], None] = ignore,
         applied: Callable[[Composition, StepRecord], None] = ignore,
     ) -> None:
-        """`progress` takes lines for the user, `doing` what is being done now, `applied` each step that was applied."""
+        """Call `progress` with log lines, `doing` with the status, and `applied` after each step."""
         super().__init__(options, progress)
         self.results: dict[Composition, Result] = {}
         self.touched: dict[Composition, Result] = {}
-        """Results that may have changed since they were last sent on."""
+        """Results that may have changed since they were last sent to the controller."""
         self.counter = Counter(options.repeats)
         self._applied = applied
         self._doing: Callable[[str], None] = lambda text: doing(

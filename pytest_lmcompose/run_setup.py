@@ -1,7 +1,4 @@
-"""What a run is made of, before a model is loaded: recipe, rules, baseline, data, cache. Each part is made once.
-
-Imports no torch.
-"""
+"""The inputs of a run: recipe, rules, baseline, data, cache. Loads each once; imports no torch."""
 
 from __future__ import annotations
 
@@ -46,15 +43,15 @@ CONF = SUITE_FOLDER / "conf"
 
 
 class RunSetup:
-    """What the options ask for."""
+    """Reads the inputs that the options select."""
 
     def __init__(self, options: Options, progress: Callable[[str], None]) -> None:
-        """`progress` takes lines for the user."""
+        """Call `progress` with log lines."""
         self.options = options
         self.baseline_chosen: str | None = None
-        """In a worker: the stored run that the controller compares with, empty if there is none."""
+        """In a worker: the file of the controller's stored run, empty if there is none."""
         self.baseline_read = False
-        """Whether the stored run to compare with was looked for."""
+        """Whether `baseline` has been read."""
         self._progress = progress
 
     @cached_property
@@ -67,11 +64,11 @@ class RunSetup:
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
-        """The thresholds, then the expressions of the command line; raises ThresholdError."""
+        """The thresholds, then the --lmcompose-compare-fail expressions; raises ThresholdError."""
         rules = read_rules(self.options.thresholds)
         own_file = self.options.thresholds == SUITE_FOLDER / "thresholds.yaml"
         if own_file and not Path(self.location).is_relative_to(SUITE_FOLDER):
-            rules = without_losses(rules)  # which the suite accepts for its own model, and nobody for another
+            rules = without_losses(rules)  # accepted only for the suite's own model
         return (*rules, *map(read_expression, self.options.baselines.fail))
 
     @cached_property
@@ -94,7 +91,7 @@ class RunSetup:
 
     @cached_property
     def location(self) -> str:
-        """Where the model is: a folder or a hub id; raises RecipeError."""
+        """The folder or hub id of the model; raises RecipeError."""
         return model_location(self.recipe.model.path, self.options.folder)
 
     @property
@@ -108,7 +105,7 @@ class RunSetup:
         return range(self.options.seed, self.options.seed + self.options.repeats)
 
     def check(self) -> None:
-        """Find everything that is wrong with the options before any work.
+        """Check all options before any work.
 
         Raises RecipeError, ModelError, ThresholdError or StorageError.
         """
@@ -129,7 +126,7 @@ class RunSetup:
         self._check_tasks()
 
     def _check_tasks(self) -> None:
-        """Raise RecipeError for a world whose task files would run code, unless the recipe trusts them."""
+        """Raise RecipeError if task files would run code that the recipe does not trust."""
         world, evaluate = self.recipe.world, self.recipe.evaluate
         if world.tasks is None or world.trust_code or not evaluate.questions:
             return
@@ -167,7 +164,7 @@ class RunSetup:
 
     @cached_property
     def journal(self) -> Journal | None:
-        """What this run has finished, for `--lmcompose-resume`."""
+        """The finished compositions of this run, for --lmcompose-resume."""
         if self.cache is None:
             return None
         options = self.options
@@ -175,12 +172,12 @@ class RunSetup:
         return Journal(self.cache.folder, name)
 
     def plan(self, compositions: Iterable[Composition]) -> Iterator[str]:
-        """Yield the plan of `compositions`, a line each."""
+        """Yield the lines of the plan of `compositions`."""
         return Plan.of(compositions).lines(self.costs, repeats=len(self.seeds))
 
     @cached_property
     def costs(self) -> Costs:
-        """What steps and evaluations took in earlier runs."""
+        """The costs of steps and evaluations, recorded in earlier runs."""
         return Costs() if self.cache is None else costs(self.cache, self.recipe.model.path)
 
     @cached_property

@@ -36,7 +36,7 @@ SESSION = pytest.StashKey["Session"]()
 BASELINE_INPUT = "lmcompose_baseline"
 """Key of `workerinput`: the stored run that the controller compares with."""
 PLAN_OUTPUT = "lmcompose_plan"
-"""Name under which workers say what the whole run tests."""
+"""Key of `workeroutput`: the compositions of the whole run."""
 PROPERTY = "lmcompose"
 """Name of the user property that carries results in test reports."""
 
@@ -165,8 +165,8 @@ class Session:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """Show what is being done, and afterwards failures as tests have them."""
-        if self.writes and not self.run.counter.expected:  # workers do not know what others do
+        """Clear the status line afterwards, and convert errors to test failures."""
+        if self.writes and not self.run.counter.expected:  # a worker does not know the others' progress
             self.run.counter.expected = frozenset(self.expected)
         try:
             with plain_failures(self._stop):
@@ -196,7 +196,7 @@ class Session:
         self.collected.add(Message(None, result.record()))
 
     def expect(self, compositions: Sequence[Composition]) -> None:
-        """Take note of the compositions of all tests of this process."""
+        """Set the compositions of all tests of this process."""
         self.expected = compositions
         self._remaining = Remaining(compositions)
 

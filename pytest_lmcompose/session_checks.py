@@ -1,4 +1,4 @@
-"""Checks of the options before any work: each raises pytest.UsageError or returns lines for the user."""
+"""Check the options before any work: raise pytest.UsageError, or return error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check(session: Session) -> None:
     baselines = session.options.baselines
     with usage_errors():
         session.run.check()
-        if session.writes and session.options.engine == LOCAL:  # others may have devices of their own
+        if session.writes and session.options.engine == LOCAL:  # other engines may run on machines with other devices
             from pytest_lmcompose.devices import check_device
 
             check_device(session.options.device)
@@ -34,7 +34,7 @@ def check(session: Session) -> None:
 
 
 def check_outputs(session: Session) -> None:
-    """Make sure that every report can be written, and overwrites nothing that is read; raises pytest.UsageError."""
+    """Check that all reports are writable and overwrite no input; raises pytest.UsageError."""
     targets = session.options.targets
     if not targets:
         return
@@ -43,7 +43,7 @@ def check_outputs(session: Session) -> None:
 
 
 def _inputs(session: Session) -> dict[str, Path]:
-    """Return the files and folders that no report may overwrite, by what they are."""
+    """Return the files and folders that no report may overwrite, by description."""
     from pytest_lmcompose.baseline.storage import Storage
 
     config, options = session.config, session.options
@@ -60,7 +60,7 @@ def _inputs(session: Session) -> dict[str, Path]:
 
 
 def unmatched(session: Session) -> list[str]:
-    """Return why expressions of the command line would judge nothing."""
+    """Return errors for --lmcompose-compare-fail expressions that match no gate."""
     if session.planned is None or not session.options.baselines.fail:
         return []
     from pytest_lmcompose.report import planned
@@ -69,7 +69,7 @@ def unmatched(session: Session) -> list[str]:
 
 
 def dropped(session: Session) -> list[str]:
-    """Return which expressions of the command line hold for compositions that nobody tests any more."""
+    """Return errors for --lmcompose-compare-fail expressions whose stored compositions are no longer tested."""
     baselines, baseline = session.options.baselines, session.run.baseline
     if session.planned is None or not baselines.fail or baseline is None or baselines.update:
         return []

@@ -1,4 +1,4 @@
-"""Lines above and below the tests: which model is tested, what it is compared with, how to resume a stopped run."""
+"""Header and footer lines: the tested model, the stored run to compare with, how to resume."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def header(session: Session) -> list[str]:
-    """Return what stands above the tests: the shard, and how far the run had come that is resumed."""
+    """Return the header lines: the shard, the resumed run, the stored run."""
     shard = [] if session.options.shard is None else [f"lmcompose: shard {session.options.shard}"]
     return [*shard, *_resumed(session), *_compared(session)]
 
 
 def announced(session: Session) -> list[str]:
-    """Return what stands above the results, where compositions are tested: the model, and what it is asked."""
+    """Return the line after collection: the number of compositions, the model and the world."""
     tested = dict.fromkeys(session.expected)
     if not tested or session.options.plan or session.config.option.verbose < 0:
         return []
@@ -52,7 +52,7 @@ def _resumed(session: Session) -> list[str]:
 
 
 def how_to_resume(session: Session) -> str:
-    """Return what the user of a run that was stopped can do."""
+    """Return how to resume a stopped run."""
     if session.options.cache_dir is None:
         return "lmcompose: stopped; nothing was kept, so it cannot be resumed: run it without --lmcompose-no-cache"
     return "lmcompose: stopped; add --lmcompose-resume to the same command to go on"
