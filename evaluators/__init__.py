@@ -16,7 +16,7 @@ from evaluators.measurement import EvaluationError, Measurement
 
 if TYPE_CHECKING:
     from evaluators.answers import Likelihood, score_answers
-    from evaluators.data import EditCase, EvaluationData, Fact, Probe, UneditedAnswers
+    from evaluators.data import Chat, EditCase, EvaluationData, Fact, Probe, UneditedAnswers
     from evaluators.editing import capture_unedited, measure_editing
     from evaluators.efficiency import measure_efficiency
     from evaluators.generation import greedy
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "answers": "Likelihood score_answers",
-    "data": "EditCase EvaluationData Fact Probe UneditedAnswers",
+    "data": "Chat EditCase EvaluationData Fact Probe UneditedAnswers",
     "editing": "capture_unedited measure_editing",
     "efficiency": "measure_efficiency",
     "generation": "greedy",
@@ -47,6 +47,7 @@ _MODULES = {
 """Public names by module."""
 
 __all__ = [
+    "Chat",
     "EditCase",
     "EvaluationData",
     "EvaluationError",

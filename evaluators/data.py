@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from interventions.tokens import Chat as Chat
+
 T = TypeVar("T")
 
 
@@ -84,6 +86,8 @@ class EvaluationData:
     """Pools with knowledge that unlearning should remove."""
     trust_code: bool = False
     """Whether task files may run code."""
+    chat: Chat | None = None
+    """How prompts are put into the chat template; None: they are read as they stand."""
     _shared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:

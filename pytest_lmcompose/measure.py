@@ -23,7 +23,7 @@ def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: Evalua
         return None
     from evaluators import capture_unedited as capture
 
-    return capture(model, tokenizer, edit_cases(data.edits), batch_size=evaluate.batch_size)
+    return capture(model, tokenizer, edit_cases(data.edits), batch_size=evaluate.batch_size, chat=evaluate.chat)
 
 
 def measure_state(
@@ -52,6 +52,7 @@ def measure_state(
         pools=world.pools,
         hazardous=tuple(world.hazardous),
         trust_code=world.trust_code,
+        chat=evaluate.chat,
     )
     chosen = list(switched_on(evaluate))
     found: dict[str, Measurement] = {}

@@ -72,10 +72,12 @@ class Run(RunSetup):
         if self._manager is None:
             data = self.data  # fail on broken data before loading the model
             self._doing(f"loading {self.recipe.model.path}")
+            from pytest_lmcompose.build.chat import check_chat
             from pytest_lmcompose.build.load import choose_device, load_model
             from pytest_lmcompose.build.states import StateManager
 
             loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
+            check_chat(loaded.tokenizer, self.recipe.evaluate, self.location)
             self._manager = StateManager(
                 loaded,
                 self.recipe.settings,
@@ -212,9 +214,10 @@ class Run(RunSetup):
     def _model_facts(self) -> Model:
         from interventions.tokens import frame
 
-        loaded = self.manager.loaded
+        loaded, chat = self.manager.loaded, self.recipe.evaluate.chat
         parameter = next(loaded.model.parameters())
         start, end = map(loaded.tokenizer.convert_ids_to_tokens, frame(loaded.tokenizer))
+        asked = None if chat is None else chat.ask(loaded.tokenizer, "{}")
         return Model(
             id=self.recipe.model.path,
             location=self.location,
@@ -224,5 +227,5 @@ class Run(RunSetup):
             device=str(parameter.device),
             parameters=sum(p.numel() for p in loaded.model.parameters()),
             architecture=architecture(loaded.model.config.to_dict()),
-            tokenisation=Tokenisation(bool(start), tuple(start), tuple(end)),
+            tokenisation=Tokenisation(bool(start), tuple(start), tuple(end), asked),
         )

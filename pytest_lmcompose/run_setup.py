@@ -124,6 +124,16 @@ class RunSetup:
         if baseline is not None and (problem := baseline.unlike(architecture_at(self.location))) is not None:
             raise StorageError(f"{baseline.path} cannot be compared with {self.location}: {problem}")
         self._check_tasks()
+        self._check_chat()
+
+    def _check_chat(self) -> None:
+        """Raise RecipeError or ModelError for prompts that cannot be put into the chat template of a local model."""
+        if self.recipe.evaluate.chat is None or not Path(self.location).exists():
+            return
+        from pytest_lmcompose.build.chat import check_chat
+        from pytest_lmcompose.build.load import load_tokenizer
+
+        check_chat(load_tokenizer(self.recipe.model, self.location), self.recipe.evaluate, self.location)
 
     def _check_tasks(self) -> None:
         """Raise RecipeError if task files would run code that the recipe does not trust."""

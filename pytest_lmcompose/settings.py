@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings
 from interventions.names import near_names
 from interventions.ranges import Checked, Choice, Count, Items, Positive, shown
+from interventions.tokens import Chat
 from pytest_lmcompose.data.readers import AUTO, unknown_schema
 from pytest_lmcompose.data.source import source_problem
 
@@ -16,6 +17,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
 SOURCES = ("edits", "facts", "calibration", "retain", "perplexity")
 """Keys of a world that take a source of data, besides those of `forget`."""
+_OF_CHATS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
+"""Arguments of `apply_chat_template` that evaluators set."""
 Names = Annotated[list[str], Items()]
 NamesOrNone = Annotated[list[str], Items(least=0)]
 
@@ -136,8 +139,28 @@ class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings):
     """Measure the time of a forward pass and tokens per second with dense kernels; noisy on a shared machine."""
     batch_size: Count = 32
     """Sequences per forward pass."""
+    chat_template: bool = False
+    """Put prompts of facts, edits and question tasks into the tokenizer's chat template; running text stays plain."""
+    system_prompt: str = ""
+    """System turn before each prompt in the chat template; empty: none."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Values of the chat template's own variables, such as {enable_thinking: false}. {chat_template: NAME} chooses one
+    of several templates."""
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Third-party evaluators to run, with their settings; {} keeps the defaults."""
+
+    @property
+    def chat(self) -> Chat | None:
+        """How prompts are put into the chat template; None: they are not."""
+        return Chat(self.system_prompt, self.chat_template_args) if self.chat_template else None
+
+    def problems(self) -> Iterator[str]:
+        """Yield settings of a chat template that is off, and arguments that are not the template's."""
+        for key in ("system_prompt", "chat_template_args"):
+            if (value := getattr(self, key)) and not self.chat_template:
+                yield f"{key}={shown(value)}: only applies to a chat template; set evaluate.chat_template=true as well"
+        for key in _OF_CHATS.intersection(self.chat_template_args):
+            yield f"chat_template_args={shown(self.chat_template_args)}: {key} cannot be chosen"
 
 
 @dataclass(frozen=True)

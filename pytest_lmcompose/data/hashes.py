@@ -31,9 +31,10 @@ def data_hashes(
 
     Datasets that a task fetches from a hub count by the text of the task alone.
     """
+    chat = {} if evaluate.chat is None else {"chat": evaluate.chat}
     parts = {
-        "edits": address(edits=[d.edits for d in data]),
-        "facts": address(facts=[[d.facts, d.neighbours, d.forgettable] for d in data]),
+        "edits": address(edits=[d.edits for d in data], **chat),
+        "facts": address(facts=[[d.facts, d.neighbours, d.forgettable] for d in data], **chat),
         "texts": address(texts=[d.perplexity for d in data], window=evaluate.window),
         "questions": address(
             files=question_files(world, evaluate, folder),
@@ -43,6 +44,7 @@ def data_hashes(
             limit=evaluate.question_limit,
             shots=evaluate.num_fewshot,
             repeats=len(data),
+            **chat,
         ),
         METHODS: address(resources=[d.resources for d in data]),
     }
