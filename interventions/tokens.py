@@ -8,7 +8,7 @@ writes. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 BLANK_LINE = "\n\n"
@@ -65,9 +65,10 @@ class Chat:
 
     def gap(self, tokenizer: Any) -> str | None:
         """Return the white space that the template puts before an answer; None if it shows none after a prompt."""
+        alone = replace(self, system="")  # which some templates move to the last turn
         turns = [_turn("user", "a"), _turn("assistant", "b")]
         try:
-            asked, answered = self.ask(tokenizer, "a"), self._render(tokenizer, turns, add_generation_prompt=False)
+            asked, answered = alone.ask(tokenizer, "a"), alone._render(tokenizer, turns, add_generation_prompt=False)
         except ChatError:
             return None
         gap, found, _ = answered.removeprefix(asked).partition("b")
