@@ -158,9 +158,9 @@ class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings):
         """Yield settings of a chat template that is off, and arguments that are not the template's."""
         for key in ("system_prompt", "chat_template_args"):
             if (value := getattr(self, key)) and not self.chat_template:
-                yield f"{key}={shown(value)}: only applies to a chat template; set evaluate.chat_template=true as well"
-        for key in _OF_CHATS.intersection(self.chat_template_args):
-            yield f"chat_template_args={shown(self.chat_template_args)}: {key} cannot be chosen"
+                yield f"{key}={shown(value)}: expected chat_template=true as well"
+        if _OF_CHATS.intersection(self.chat_template_args):
+            yield f"chat_template_args={shown(self.chat_template_args)}: expected values of the template's variables"
 
 
 @dataclass(frozen=True)
