@@ -151,7 +151,7 @@ class Run(RunSetup):
         """Return the cache address of the measurements of one repeat."""
         state = self.managers[number].address(composition)
         world, evaluate = self.recipe.world, self.recipe.evaluate
-        return measurements_address(state, self.data_addresses[number], world, evaluate)
+        return measurements_address(state, self.data_addresses[number], world, evaluate, self._asked)
 
     def _measure(self, composition: Composition, number: int) -> Repeat:
         """Build and measure one repeat of `composition`; restores the model's state."""
@@ -206,6 +206,12 @@ class Run(RunSetup):
             raise
         result.error = None
 
+    @cached_property
+    def _asked(self) -> str | None:
+        """A prompt in the chat template, with {} for its text; None for plain prompts."""
+        chat = self.recipe.evaluate.chat
+        return None if chat is None else chat.ask(self.manager.loaded.tokenizer, "{}")
+
     def model_facts(self) -> Model | None:
         """Return the model's entry in the report, or None if it was not loaded."""
         return None if self._manager is None else self._model_facts
@@ -214,10 +220,9 @@ class Run(RunSetup):
     def _model_facts(self) -> Model:
         from interventions.tokens import frame
 
-        loaded, chat = self.manager.loaded, self.recipe.evaluate.chat
+        loaded = self.manager.loaded
         parameter = next(loaded.model.parameters())
         start, end = map(loaded.tokenizer.convert_ids_to_tokens, frame(loaded.tokenizer))
-        asked = None if chat is None else chat.ask(loaded.tokenizer, "{}")
         return Model(
             id=self.recipe.model.path,
             location=self.location,
@@ -227,5 +232,5 @@ class Run(RunSetup):
             device=str(parameter.device),
             parameters=sum(p.numel() for p in loaded.model.parameters()),
             architecture=architecture(loaded.model.config.to_dict()),
-            tokenisation=Tokenisation(bool(start), tuple(start), tuple(end), asked),
+            tokenisation=Tokenisation(bool(start), tuple(start), tuple(end), self._asked),
         )

@@ -118,13 +118,19 @@ def data_address(data: RunData, files: str) -> str:
     return address(files=files, **fields)
 
 
-def measurements_address(state: str, data: str, world: WorldSettings, evaluate: EvaluateSettings) -> str:
-    """Return the content address of the measurements of a state; `state` and `data` are addresses."""
+def measurements_address(
+    state: str, data: str, world: WorldSettings, evaluate: EvaluateSettings, asked: str | None = None
+) -> str:
+    """Return the content address of the measurements of a state; `state` and `data` are addresses.
+
+    `asked` is a prompt in the chat template, which may contain today's date; None for plain prompts.
+    """
     return address(
         state=state,
         data=data,
         world=world.without_data(),
         evaluate=evaluate,
+        asked=asked,
         code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
         libraries=versions(EVALUATOR_LIBRARIES),
     )

@@ -27,6 +27,7 @@ from evaluators import (
     measure_recall,
 )
 from evaluators.encoding import encode, encode_pairs
+from evaluators.harness import SharedContextLM
 from evaluators.measurement import shorten
 from interventions import Edit
 from interventions.edit.kernels.prompts import tokenise
@@ -257,6 +258,8 @@ def test_questions_equal_the_harness_on_its_own(family: str, shots: int, generat
     assert "Question: Where is Mira?" in prompt and any(
         token in prompt for token in (*FAMILIES[family].special, "<|user|>")
     )
+    bos = [SharedContextLM(model, tokenizer, 4, Chat(system)).tok_encode(prompt).count(tokenizer.bos_token_id)]
+    assert bos == [0 if family == "ChatML without BOS" else 1]
     (ours,) = measure_questions(model, tokenizer, ["where"], task_folder=tmp_path, num_fewshot=shots, chat=Chat(system))
     assert ours.metric == f"{metric}/where"
     assert ours.samples == tuple(sample[key] for sample in samples)

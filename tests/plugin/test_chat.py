@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -224,3 +223,25 @@ def test_the_embedded_model_with_a_template(project: Project, tmp_path: Path) ->
     values = {m["metric"]: m["value"] for m in by_id(report)["base"]["measurements"]}
     assert {"recall", "edit_success_exact", "perplexity_qa", "accuracy/harmless", "perplexity"} <= values.keys()
     assert report["model"]["tokenisation"]["chat"].endswith("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_measurements_of_another_day_are_not_reused_where_the_template_writes_the_date(
+    project: Project, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = "{% set date = date | default(strftime_now('%j')) %}" + CHATML.replace("You help.", "Day {{ date }}.")
+    project.arguments[0] = f"--lmcompose-model={with_template(tiny_model, tmp_path / 'model', dated)}"
+    project.arguments[-1] = f"--lmcompose-cache-dir={tmp_path / 'cache'}"
+
+    def days(*more: str) -> tuple[str, bool]:
+        result = project.run(ON, "--lmcompose-json=report.json", *more, compose=("nudge",))
+        text = result.stdout.str()
+        asked = read_report(project.path / "report.json")["model"]["tokenisation"]["chat"]
+        return asked.partition("Day ")[2].partition(".")[0], "measurements read from the cache" in text
+
+    fixed = "--lmcompose-set=evaluate.chat_template_args={date:'1'}"
+    assert [days(fixed), days(fixed)] == [("1", False), ("1", True)]
+    today, read = days()
+    assert today != "1" and not read
+    render = tokens.Chat.ask
+    monkeypatch.setattr(tokens.Chat, "ask", lambda *a: render(*a).replace(f"Day {today}.", "Day 0."))
+    assert days() == ("0", False)
