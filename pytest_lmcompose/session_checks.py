@@ -47,7 +47,7 @@ def _inputs(session: Session) -> dict[str, Path]:
     from pytest_lmcompose.baseline.storage import Storage
 
     config, options = session.config, session.options
-    found = {"the file of thresholds": options.thresholds, "the model's folder": Path(session.run.location)}
+    found = {"the file of thresholds": session.run.thresholds, "the model's folder": Path(session.run.location)}
     found["the world's folder"] = session.run.world_folder
     if session.run.baseline is not None:
         found["the stored run to compare with"] = session.run.baseline.path

@@ -87,6 +87,9 @@ class WorldSettings(Checked):
     mmlu). Accuracy is measured per task and per pool."""
     hazardous: NamesOrNone = field(default_factory=list)
     """Pools with knowledge to unlearn: a lower accuracy is better."""
+    thresholds: str = "relative.yaml"
+    """File of thresholds: in `thresholds` of the presets' folder, beside the world's YAML file, or in its folder. The
+    default has only bounds relative to the base model."""
     trust_code: bool = False
     """Let task files run code: functions named by `!function`, templates outside a sandbox, and anything else that
     lm-evaluation-harness would run or import for them."""
@@ -94,7 +97,7 @@ class WorldSettings(Checked):
     def without_data(self) -> WorldSettings:
         """Return the settings that say how data are asked, without where they are: their content counts."""
         nothing: dict[str, Any] = dict.fromkeys(SOURCES)
-        return replace(self, folder="", forget={}, **nothing)
+        return replace(self, folder="", forget={}, thresholds="", **nothing)
 
     def problems(self) -> Iterator[str]:
         """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""

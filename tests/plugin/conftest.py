@@ -84,6 +84,7 @@ class Project:
         self.path = pytester.path
         self.arguments = [
             f"--lmcompose-model={model}",
+            "--lmcompose-world=tinyworld",
             f"--lmcompose-set=world.folder='{world}'",
             "--lmcompose-set=evaluate.edits=3",
             "--lmcompose-set=evaluate.questions=false",

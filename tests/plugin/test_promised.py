@@ -125,7 +125,7 @@ def test_losses_that_the_suite_accepts_are_accepted_for_its_own_model_alone(
     options = read_options(pytestconfig)
 
     def judged(model: str | None) -> list[str]:
-        rules = Run(dataclasses.replace(options, model=model), print).rules
+        rules = Run(dataclasses.replace(options, model=model, world="tinyworld"), print).rules
         return [bound.kind for rule in rules if rule.composition == "awq+memit" for bound in rule.bounds]
 
     assert judged(None) == ["lost"] and judged(str(tiny_model)) == []
@@ -139,10 +139,11 @@ def test_losses_that_the_suite_accepts_are_accepted_for_its_own_model_alone(
         ("wanda[pattern='2:4']+memit", 0.7, False),
     ],
 )
+@pytest.mark.parametrize("file", ["tinyworld.yaml", "relative.yaml"])
 def test_a_pattern_that_a_later_step_loses_fails_by_the_default_thresholds(
-    tmp_path: Path, composition: str, value: float, passed: bool
+    tmp_path: Path, composition: str, value: float, passed: bool, file: str
 ) -> None:
-    default = (ROOT / "compositions" / "thresholds.yaml").read_text()
+    default = (CONF / "thresholds" / file).read_text()
     (verdict,) = verdicts(tmp_path, composition, "sparsity_2_4", value, default)
     assert verdict.passed is passed and "promised by wanda" in verdict.message
     assert ("and broken by memit" in verdict.message) is not passed
