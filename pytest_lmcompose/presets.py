@@ -130,6 +130,8 @@ def anchored(values: Mapping[str, Any], folder: Path, inherited: str) -> dict[st
 
 def _beside(value: Any, folder: Path) -> Any:
     """Return a source with an absolute path if it lies in `folder`."""
+    if isinstance(value, list):
+        return [_beside(one, folder) for one in value]
     if isinstance(value, Mapping) and isinstance(value.get("path"), str):
         return {**value, "path": _beside(value["path"], folder)}
     if not isinstance(value, str) or not value or "{" in value:

@@ -16,6 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
 SOURCES = ("edits", "facts", "calibration", "retain", "perplexity")
 """Keys of a world that take a source of data, besides those of `forget`."""
+_TEXTS = ("calibration", "retain", "perplexity")
 Names = Annotated[list[str], Items()]
 NamesOrNone = Annotated[list[str], Items(least=0)]
 
@@ -55,7 +56,8 @@ class ModelSettings(Checked):
 class WorldSettings(Checked):
     """The datasets of all methods and evaluators; null means that there is no such data.
 
-    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`.
+    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`. Texts also
+    come from a list of them, in turns.
     """
 
     folder: str = ""
@@ -103,8 +105,10 @@ class WorldSettings(Checked):
         """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""
         sources = {key: getattr(self, key) for key in SOURCES} | {f"forget.{k}": v for k, v in self.forget.items()}
         for key, value in sources.items():
-            if (value is not None or key not in SOURCES) and (problem := source_problem(key, value)) is not None:
-                yield problem
+            each = value if isinstance(value, list) and value and (key in _TEXTS or key not in SOURCES) else [value]
+            for one in each if value is not None or key not in SOURCES else ():
+                if (problem := source_problem(key, one)) is not None:
+                    yield problem
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:
