@@ -101,8 +101,8 @@ def check_world(recipe: Recipe, location: str, conf: Conf, folder: Path) -> None
         return
     known = ", ".join(name for name in presets(conf, "world") if name != "none")
     raise RecipeError(
-        f"no world for the model {recipe.model.path}: choose the data to measure on, for example --lmcompose-world=paper, "
-        f"or --lmcompose-world=FILE.yaml for your own. Known: {known}"
+        f"no world for the model {recipe.model.path}: choose the data to measure on, for example "
+        f"--lmcompose-world=paper, or --lmcompose-world=FILE.yaml for your own. Known: {known}"
     )
 
 

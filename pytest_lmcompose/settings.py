@@ -56,8 +56,8 @@ class ModelSettings(Checked):
 class WorldSettings(Checked):
     """The datasets of all methods and evaluators; null means that there is no such data.
 
-    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`. Texts also
-    come from a list of them, in turns.
+    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`. Texts
+    can also come from a list of them, in turns.
     """
 
     folder: str = ""
