@@ -53,7 +53,7 @@ class Files:
         name = f"file_{len(self.paths)}"
         text, values = _read(path)
         found = _PACKAGE.search(text)
-        package = found[1] if found else "_group_"
+        package = found[1] if found else None
         ConfigStore.instance().store(group=group, name=name, node=OmegaConf.create(values), package=package)
         self.paths[f"{group}/{name}"] = path
         return name
@@ -76,8 +76,9 @@ def presets(conf: Conf, group: str) -> tuple[str, ...]:
 
 
 def find(conf: Conf, name: str) -> Path | None:
-    """Return the file `name`, such as `world/paper.yaml`, of the first folder that has it."""
-    return next((path for folder in folders(conf) if (path := folder / name).is_file()), None)
+    """Return the file `name`, such as `world/paper.yaml`, of the first folder that has it; the recipe is the last one's."""
+    places = folders(conf) if "/" in name else folders(conf)[-1:]
+    return next((path for folder in places if (path := folder / name).is_file()), None)
 
 
 def is_preset_file(name: str) -> bool:
@@ -87,12 +88,14 @@ def is_preset_file(name: str) -> bool:
 
 def chosen(conf: Conf, overrides: Sequence[str], files: Files) -> Iterator[Preset]:
     """Yield the presets that the groups' overrides choose, in the order in which they apply. Raises RecipeError."""
-    first, *others = folders(conf)
-    where = ",".join("'{}'".format(str(path).replace("'", "\\'")) for path in others)
+    *others, last = folders(conf)
     try:
-        with initialize_config_dir(str(first), job_name="lmcompose", version_base="1.3"):
+        with initialize_config_dir(str(last), job_name="lmcompose", version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            found = loader.compute_defaults_list("recipe", [f"hydra.searchpath=[{where}]", *overrides], RunMode.RUN)
+            for folder in reversed(others):
+                loader.get_search_path().prepend("lmcompose", f"file://{folder}")
+            # With this override, Hydra reads the search path again.
+            found = loader.compute_defaults_list("recipe", ["hydra.searchpath=[]", *overrides], RunMode.RUN)
     except (HydraException, OmegaConfBaseException) as error:
         raise RecipeError(f"the recipe: {files.named(str(error).splitlines()[0])}") from None
     for one in found.defaults:
