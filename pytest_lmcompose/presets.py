@@ -76,7 +76,10 @@ def presets(conf: Conf, group: str) -> tuple[str, ...]:
 
 
 def find(conf: Conf, name: str) -> Path | None:
-    """Return the file `name`, such as `world/paper.yaml`, of the first folder that has it; the recipe is the last one's."""
+    """Return the file `name`, such as `world/paper.yaml`, of the first folder that has it.
+
+    The recipe itself is that of the last folder.
+    """
     places = folders(conf) if "/" in name else folders(conf)[-1:]
     return next((path for folder in places if (path := folder / name).is_file()), None)
 
