@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evaluators.measurement import Measurement
 
 SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_MINOR = 5
+SCHEMA_MINOR = 6
 """Number of compatible additions to version 1."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
