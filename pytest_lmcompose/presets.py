@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pytest_lmcompose.errors import RecipeError
+from pytest_lmcompose.settings import SOURCES
 
 Conf: TypeAlias = Path | tuple[Path, ...]
 """A folder of presets, or several: the first one that has a preset counts."""
@@ -99,7 +100,11 @@ def chosen(conf: Conf, overrides: Sequence[str], files: Files) -> Iterator[Prese
                 loader.get_search_path().prepend("lmcompose", f"file://{folder}")
             # With this override, Hydra reads the search path again.
             found = loader.compute_defaults_list("recipe", ["hydra.searchpath=[]", *overrides], RunMode.RUN)
-    except (HydraException, OmegaConfBaseException) as error:
+    except RecursionError:
+        raise RecipeError(f"the recipe: presets inherit from each other in a circle: {', '.join(overrides)}") from None
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        for there in (there for folder in others for there in sorted(folder.glob("*/*.yaml"))):
+            _read(there)  # a file that cannot be read has a better message
         raise RecipeError(f"the recipe: {files.named(str(error).splitlines()[0])}") from None
     for one in found.defaults:
         if one.config_path is None or one.config_path.startswith("hydra/"):
@@ -120,15 +125,14 @@ def anchored(values: Mapping[str, Any], folder: Path, inherited: str) -> dict[st
     A world without a folder of its own keeps the one it inherits: then only what lies in `folder` starts there.
     """
     found = dict(values)
+    sources = [key for key in (*SOURCES, "tasks") if found.get(key) is not None]
     own = found.get("folder", "" if not inherited else None)
     if own is not None:
-        found["folder"] = str(at) if (at := folder / os.path.expanduser(own)).is_dir() else own
+        found["folder"] = str(folder / os.path.expanduser(own))
     else:
-        found |= {
-            key: {k: _beside(v, folder) for k, v in value.items()} if key == "forget" else _beside(value, folder)
-            for key, value in found.items()
-            if value is not None and key not in ("pools", "hazardous", THRESHOLDS)
-        }
+        found |= {key: _beside(found[key], folder) for key in sources}
+        if "forget" in found:
+            found["forget"] = {topic: _beside(source, folder) for topic, source in found["forget"].items()}
     if isinstance(name := found.get(THRESHOLDS), str) and (folder / name).is_file():
         found[THRESHOLDS] = str(folder / name)
     return found
@@ -140,7 +144,7 @@ def _beside(value: Any, folder: Path) -> Any:
         return [_beside(one, folder) for one in value]
     if isinstance(value, Mapping) and isinstance(value.get("path"), str):
         return {**value, "path": _beside(value["path"], folder)}
-    if not isinstance(value, str) or not value or "{" in value:
+    if not isinstance(value, str) or not value:
         return value
     path, mark, options = value.partition("?")
     return f"{folder / path}{mark}{options}" if (folder / path).exists() else value

@@ -16,7 +16,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
 SOURCES = ("edits", "facts", "calibration", "retain", "perplexity")
 """Keys of a world that take a source of data, besides those of `forget`."""
-_TEXTS = ("calibration", "retain", "perplexity")
 Names = Annotated[list[str], Items()]
 NamesOrNone = Annotated[list[str], Items(least=0)]
 
@@ -101,14 +100,18 @@ class WorldSettings(Checked):
         nothing: dict[str, Any] = dict.fromkeys(SOURCES)
         return replace(self, folder="", forget={}, thresholds="", **nothing)
 
+    def sources(self) -> Iterator[tuple[str, Any]]:
+        """Yield each source with its key; several of one key one by one."""
+        given = {key: getattr(self, key) for key in SOURCES if getattr(self, key) is not None}
+        for key, value in (given | {f"forget.{topic}": value for topic, value in self.forget.items()}).items():
+            several = isinstance(value, list) and value and key not in ("edits", "facts")
+            yield from ((key, source) for source in (value if several else [value]))
+
     def problems(self) -> Iterator[str]:
         """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""
-        sources = {key: getattr(self, key) for key in SOURCES} | {f"forget.{k}": v for k, v in self.forget.items()}
-        for key, value in sources.items():
-            each = value if isinstance(value, list) and value and (key in _TEXTS or key not in SOURCES) else [value]
-            for one in each if value is not None or key not in SOURCES else ():
-                if (problem := source_problem(key, one)) is not None:
-                    yield problem
+        for key, source in self.sources():
+            if (problem := source_problem(key, source)) is not None:
+                yield problem
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:

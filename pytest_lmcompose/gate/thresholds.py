@@ -41,6 +41,8 @@ _LIMIT = re.compile(r"(?P<level>p)?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([
 _LIMITS = "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), or a level such as p0.01"
 
 
+NOT_JUDGED = "not judged, because "
+"""Start of the reason of a rule whose metric is not measured on purpose."""
 _REFERENCES = (BASE, SINGLE, REVERSE, BASELINE)
 
 
@@ -207,9 +209,7 @@ def unused(
             reason = "matches no measured composition." + near_names(rule.composition, measured)
         elif not any(rule.judges(metric) for metric in known):
             why = off(rule.metric)
-            reason = (
-                f"not judged, because {why}" if why else "matches no measured metric." + near_names(rule.metric, known)
-            )
+            reason = f"{NOT_JUDGED}{why}" if why else "matches no measured metric." + near_names(rule.metric, known)
         else:
             reason = "a more specific rule always applies instead."
         found.append(Unused(rule.composition, rule.metric, bool(covered), reason.removesuffix(".")))

@@ -125,14 +125,24 @@ def test_a_world_files_folder_is_relative_to_the_file(tmp_path: Path, tiny_world
         ("# @package _global_\nwrld: {edits: a.json}\n", "unknown section 'wrld'. Did you mean world?"),
         ("# @package _global_\nworld: a.json\n", "world: expected a mapping"),
         ("defaults: [nowhere]\n", "nowhere"),
+        ("defaults: tinyworld\n", "must be a list"),
+        ("defaults: [3]\n", "Unsupported type in defaults"),
     ],
 )
-def test_broken_files_are_one_line_that_names_them(tmp_path: Path, text: str, message: str) -> None:
-    path = write(tmp_path / "mine.yaml", text)
+@pytest.mark.parametrize("by", ["path", "name"])
+def test_broken_files_are_one_line_that_names_them(tmp_path: Path, text: str, message: str, by: str) -> None:
+    path = write(tmp_path / "world" / "mine.yaml", text)
     with pytest.raises(RecipeError) as error:
-        load_recipe(CONF, [f"world='{path}'"])
-    assert str(path) in str(error.value) and message in str(error.value)
-    assert "\n" not in str(error.value)
+        load_recipe(conf_folders(tmp_path), [f"world='{path}'" if by == "path" else "world=mine"])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    if "defaults" not in text:
+        assert str(path) in str(error.value)
+
+
+def test_presets_in_a_circle_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "world" / "mine.yaml", "defaults: [mine]\n")
+    with pytest.raises(RecipeError, match="in a circle: world=mine"):
+        load_recipe(conf_folders(tmp_path), ["world=mine"])
 
 
 @pytest.mark.parametrize(
@@ -172,6 +182,28 @@ def test_a_model_file_chooses_a_world_that_the_user_may_change(own: Project, tin
     assert result.ret == 0
     recipe = load_recipe(conf_folders(own.path / "conf"), ["model=ours"])
     assert recipe.world_name == "tinyworld_mquake"
+
+
+def test_reports_may_lie_beside_a_world_but_not_replace_its_files(own: Project, tiny_world: Path) -> None:
+    shutil.copytree(tiny_world, own.path, dirs_exist_ok=True)
+    write(own.path / "mine.yaml", WORLD)
+    (own.path / "report.json").write_text("an older one")
+    run = ("--lmcompose-world=mine.yaml", "--collect-only")
+    assert own.run(*run, "--lmcompose-json=report.json").ret == 0
+    for name, what in (("facts.jsonl", "data of world.facts"), ("mine.yaml", "the file mine.yaml")):
+        assert (
+            f"this is {what}, which the report would overwrite"
+            in own.run(*run, f"--lmcompose-json={name}").stderr.str()
+        )
+
+
+@pytest.mark.parametrize(("text", "place"), [("folder: absent\n", "absent"), ("edits: absent.json\n", "")])
+def test_what_a_world_file_names_is_looked_for_beside_it(tmp_path: Path, text: str, place: str) -> None:
+    path = write(tmp_path / "mine.yaml", text)
+    with pytest.raises(ValueError, match="absent") as error:
+        world = load_recipe(CONF, [f"world='{path}'"]).world
+        load_data(world, EvaluateSettings(), world_folder(world.folder, Path("/")), 0)
+    assert str(tmp_path) in str(error.value)
 
 
 # A folder of presets.
