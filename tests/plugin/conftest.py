@@ -84,8 +84,8 @@ class Project:
         self.path = pytester.path
         self.arguments = [
             f"--lmcompose-model={model}",
-            "--lmcompose-world=tinyworld",
             f"--lmcompose-set=world.folder='{world}'",
+            "--lmcompose-world=tinyworld",
             "--lmcompose-set=evaluate.edits=3",
             "--lmcompose-set=evaluate.questions=false",
             "--lmcompose-thresholds=thresholds.yaml",
