@@ -29,17 +29,24 @@ from pytest_lmcompose.gate.thresholds import (
     own_compositions,
     read_expression,
     read_rules,
-    without_losses,
 )
-from pytest_lmcompose.locate import model_location, model_overrides, world_folder
-from pytest_lmcompose.options import SUITE_FOLDER, Options
+from pytest_lmcompose.locate import CONF as CONF
+from pytest_lmcompose.locate import (
+    check_world,
+    conf_folders,
+    model_location,
+    model_overrides,
+    preset_overrides,
+    thresholds_file,
+    world_folder,
+)
+from pytest_lmcompose.options import Options
 from pytest_lmcompose.plan import Plan
+from pytest_lmcompose.presets import Conf
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
-
-CONF = SUITE_FOLDER / "conf"
 
 
 class RunSetup:
@@ -57,19 +64,31 @@ class RunSetup:
     @cached_property
     def recipe(self) -> Recipe:
         """The composed recipe; raises RecipeError."""
-        options = self.options
-        chosen = model_overrides(options.model, CONF, options.folder) if options.model else ()
-        suite = (f"suite={options.suite}",) if options.suite else ()
-        return load_recipe(CONF, (*chosen, *suite, *options.overrides))
+        options, conf = self.options, self.conf
+        chosen = model_overrides(options.model, conf, options.folder) if options.model else ()
+        for group, name in (("world", options.world), ("suite", options.suite)):
+            chosen += preset_overrides(group, name, conf, options.folder) if name else ()
+        overrides = (*chosen, *options.overrides)
+        recipe = load_recipe(conf, overrides)
+        if not any(text.startswith("world=") for text in overrides):
+            check_world(recipe, model_location(recipe.model.path, options.folder), conf, options.folder)
+        return recipe
+
+    @property
+    def conf(self) -> Conf:
+        """The folders of presets."""
+        return conf_folders(self.options.conf)
+
+    @cached_property
+    def thresholds(self) -> Path:
+        """The file of thresholds: the one given, else the world's; raises RecipeError."""
+        given = self.options.thresholds
+        return given or thresholds_file(self.recipe, self.location, self.conf, self.options.folder)
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
         """The thresholds, then the --lmcompose-compare-fail expressions; raises ThresholdError."""
-        rules = read_rules(self.options.thresholds)
-        own_file = self.options.thresholds == SUITE_FOLDER / "thresholds.yaml"
-        if own_file and not Path(self.location).is_relative_to(SUITE_FOLDER):
-            rules = without_losses(rules)  # accepted only for the suite's own model
-        return (*rules, *map(read_expression, self.options.baselines.fail))
+        return (*read_rules(self.thresholds), *map(read_expression, self.options.baselines.fail))
 
     @cached_property
     def baseline(self) -> Baseline | None:
@@ -112,8 +131,8 @@ class RunSetup:
         _ = self.compositions
         if Path(self.location).exists():
             check_folder(Path(self.location))
-        check_compositions(self.rules, self.options.thresholds, methods())
-        recipe, thresholds = self.recipe, self.options.thresholds
+        check_compositions(self.rules, self.thresholds, methods())
+        recipe, thresholds = self.recipe, self.thresholds
         check_metrics(self.rules, thresholds, recipe.world, recipe.evaluate, self.world_folder)
         for name in own_compositions(self.rules):
             try:
@@ -150,10 +169,11 @@ class RunSetup:
     @cached_property
     def data(self) -> tuple[RunData, ...]:
         """The edits, facts and texts of each repeat; raises WorldError."""
-        from pytest_lmcompose.data.run_data import load_data
+        from pytest_lmcompose.data.run_data import read_world, sample_data
 
-        recipe, folder = self.recipe, self.world_folder
-        return tuple(load_data(recipe.world, recipe.evaluate, folder, seed) for seed in self.seeds)
+        world, evaluate, folder = self.recipe.world, self.recipe.evaluate, self.world_folder
+        found = read_world(world, evaluate, folder)
+        return tuple(sample_data(found, world, evaluate, folder, seed) for seed in self.seeds)
 
     @cached_property
     def cache(self) -> Cache | None:

@@ -58,7 +58,8 @@ class ModelSettings(Checked):
 class WorldSettings(Checked):
     """The datasets of all methods and evaluators; null means that there is no such data.
 
-    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`.
+    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`. Texts
+    can also come from a list of them, in turns.
     """
 
     folder: str = ""
@@ -90,6 +91,9 @@ class WorldSettings(Checked):
     mmlu). Accuracy is measured per task and per pool."""
     hazardous: NamesOrNone = field(default_factory=list)
     """Pools with knowledge to unlearn: a lower accuracy is better."""
+    thresholds: str = "relative.yaml"
+    """File of thresholds: in `thresholds` of the presets' folder, beside the world's YAML file, or in its folder. The
+    default has only bounds relative to the base model."""
     trust_code: bool = False
     """Let task files run code: functions named by `!function`, templates outside a sandbox, and anything else that
     lm-evaluation-harness would run or import for them."""
@@ -97,13 +101,19 @@ class WorldSettings(Checked):
     def without_data(self) -> WorldSettings:
         """Return the settings that say how data are asked, without where they are: their content counts."""
         nothing: dict[str, Any] = dict.fromkeys(SOURCES)
-        return replace(self, folder="", forget={}, **nothing)
+        return replace(self, folder="", forget={}, thresholds="", **nothing)
+
+    def sources(self) -> Iterator[tuple[str, Any]]:
+        """Yield each source with its key; several of one key one by one."""
+        given = {key: getattr(self, key) for key in SOURCES if getattr(self, key) is not None}
+        for key, value in (given | {f"forget.{topic}": value for topic, value in self.forget.items()}).items():
+            several = isinstance(value, list) and value and key not in ("edits", "facts")
+            yield from ((key, source) for source in (value if several else [value]))
 
     def problems(self) -> Iterator[str]:
         """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""
-        sources = {key: getattr(self, key) for key in SOURCES} | {f"forget.{k}": v for k, v in self.forget.items()}
-        for key, value in sources.items():
-            if (value is not None or key not in SOURCES) and (problem := source_problem(key, value)) is not None:
+        for key, source in self.sources():
+            if (problem := source_problem(key, source)) is not None:
                 yield problem
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"

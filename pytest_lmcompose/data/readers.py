@@ -212,7 +212,7 @@ def mquake(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
     answer, before = record.text("new_answer"), record.text("answer")
     multi_hop = tuple(Probe(_prompt(question.strip(), options.ask_as), answer, before) for question in questions)
     for (edit, question), rewrite in zip(edits, rewrites, strict=True):
-        truth = rewrite.child("target_true").text("str")
+        truth = _target(rewrite, "target_true")
         paraphrases = (_prompt(question, options.ask_as),)
         yield EditRecord(edit, paraphrases, locality, truth, multi_hop if len(edits) == 1 else ())
 
@@ -226,7 +226,13 @@ def _rewritten(record: Record, rewrite: Record) -> Edit:
     template, subject = rewrite.text("prompt"), rewrite.text("subject")
     if "{}" not in template:
         raise record.error(f"field {rewrite.at + '.prompt'!r} has no {{}} for the subject")
-    return Edit(template.replace("{}", subject), subject, rewrite.child("target_new").text("str"))
+    return Edit(template.replace("{}", subject), subject, _target(rewrite, "target_new"))
+
+
+def _target(rewrite: Record, key: str) -> str:
+    """Return a target of a rewrite: `{key: {str: ...}}`, or `key_str` as MQuAKE-Remastered has it."""
+    flat = f"{key}_str"
+    return rewrite.text(flat) if flat in rewrite.data else rewrite.child(key).text("str")
 
 
 def _edit(record: Record, prompt: str, subject: str, target: str) -> Edit:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from pytest_lmcompose.data.source import parse_source
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 HEADING = 4
-"""Words of a heading, such as "Critical reception", which texts of different articles share."""
+"""Words of a heading, such as "Critical reception", which texts of different articles share; WikiText marks longer ones
+by equals signs."""
 _WORD = re.compile(r"\w+")
 
 
@@ -43,34 +45,81 @@ class RunData:
     """Folder of the question tasks."""
 
 
+@dataclass(frozen=True)
+class WorldData:
+    """What a world's sources hold, before edits and facts are sampled."""
+
+    edits: Sequence[EditRecord]
+    facts: Sequence[FactRecord]
+    calibration: tuple[str, ...]
+    retain: tuple[str, ...]
+    forget: Mapping[str, tuple[str, ...]]
+    perplexity: tuple[str, ...]
+
+
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
-    """Read a world's files from `folder` and sample the run's data.
+    """Read a world's files from `folder` and sample the run's data; see `read_world` for errors."""
+    return sample_data(read_world(world, evaluate, folder), world, evaluate, folder, seed)
+
+
+def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> WorldData:
+    """Read every source of a world, files from `folder`.
 
     Raises WorldError for missing or broken data, and for a perplexity text (other than a heading) that methods read.
     """
-    edits: tuple[EditRecord, ...] = ()
+    edits: Sequence[EditRecord] = ()
+    facts: Sequence[FactRecord] = ()
     if world.edits is not None:
         with _named("edits"):
-            records = read_edits(
+            edits = read_edits(
                 world.edits, world.edits_schema, strip_nq=world.strip_nq, ask_as=world.ask_as, folder=folder
             )
-        edits = select_edits(records, evaluate.edits, seed, f"{folder}: {parse_source(world.edits).name}")
+    if world.facts is not None:
+        with _named("facts"):
+            facts = read_facts(world.facts, folder)
+    found = WorldData(
+        edits,
+        facts,
+        _texts(world, folder, "calibration"),
+        _texts(world, folder, "retain"),
+        {topic: _read_texts(f"forget.{topic}", source, folder) for topic, source in world.forget.items()},
+        _texts(world, folder, "perplexity")[: evaluate.texts],
+    )
+    _check_apart(found, folder)
+    return found
+
+
+def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
+    """Sample the data of one repeat; raises WorldError if there are too few edits."""
+    edits: tuple[EditRecord, ...] = ()
+    if world.edits is not None:
+        name = f"{folder}: {parse_source(world.edits).name}"
+        edits = select_edits(found.edits, evaluate.edits, seed, name)
     resources = Resources(
         edits=tuple(record.edit for record in edits),
-        calibration=_texts(world, folder, "calibration"),
-        forget={topic: _read_texts(f"forget.{topic}", source, folder) for topic, source in world.forget.items()},
-        retain=_texts(world, folder, "retain"),
+        calibration=found.calibration,
+        forget=found.forget,
+        retain=found.retain,
     )
-    facts, neighbours, forgettable = _facts(world, evaluate, folder, seed, edits)
-    perplexity = _texts(world, folder, "perplexity")[: evaluate.texts]
-    for name, texts in (("retain", resources.retain), ("calibration", resources.calibration)):
-        if shared := {text for text in set(texts) & set(perplexity) if len(_WORD.findall(text)) > HEADING}:
+    facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
+    tasks = folder / world.tasks if world.tasks is not None else None
+    return RunData(resources, edits, facts, neighbours, forgettable, found.perplexity, tasks)
+
+
+def _check_apart(found: WorldData, folder: Path) -> None:
+    """Raise WorldError if methods read a text that perplexity is measured on."""
+    perplexity = found.perplexity
+    for name, texts in (("retain", found.retain), ("calibration", found.calibration)):
+        if shared := {text for text in set(texts) & set(perplexity) if not _is_heading(text)}:
             raise WorldError(
                 f"{folder}: {len(shared)} of the {name} texts are perplexity texts too, for instance "
                 f"{min(shared)[:60]!r}; a method must not be tested on its own training data"
             )
-    tasks = folder / world.tasks if world.tasks is not None else None
-    return RunData(resources, edits, facts, neighbours, forgettable, perplexity, tasks)
+
+
+def _is_heading(text: str) -> bool:
+    stripped = text.strip()
+    return len(_WORD.findall(text)) <= HEADING or (stripped.startswith("= ") and stripped.endswith(" ="))
 
 
 def _texts(world: WorldSettings, folder: Path, key: str) -> tuple[str, ...]:
@@ -80,7 +129,8 @@ def _texts(world: WorldSettings, folder: Path, key: str) -> tuple[str, ...]:
 
 def _read_texts(key: str, source: Any, folder: Path) -> tuple[str, ...]:
     with _named(key):
-        return read_texts(source, folder)
+        parts = [read_texts(one, folder) for one in (source if isinstance(source, list) else [source])]
+    return tuple(text for row in itertools.zip_longest(*parts) for text in row if text is not None)
 
 
 @contextmanager
@@ -93,15 +143,15 @@ def _named(key: str) -> Iterator[None]:
 
 
 def _facts(
-    world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int, edits: tuple[EditRecord, ...]
+    known: Sequence[FactRecord],
+    world: WorldSettings,
+    evaluate: EvaluateSettings,
+    seed: int,
+    edits: tuple[EditRecord, ...],
 ) -> tuple[tuple[FactRecord, ...], ...]:
     """Return samples of `RunData.facts`, `neighbours` and `forgettable`."""
-    if world.facts is None:
-        return (), (), ()
     edited = {record.edit.subject: record for record in edits}
     pools: dict[str, list[FactRecord]] = {"facts": [], "neighbours": [], "forgettable": []}
-    with _named("facts"):
-        known = read_facts(world.facts, folder)
     for fact in known:
         record = edited.get(fact.subject)
         if fact.topic in world.forget:

@@ -38,7 +38,7 @@ def read_source(value: Any, folder: Path = Path()) -> Iterator[Record]:
 
 def _rows(source: Source, folder: Path) -> tuple[str, Rows, bool]:
     """Return the name of what is read, its numbered rows, and whether they are shuffled by the source's seed."""
-    local = _local(source.path, folder)
+    local = local_path(source, folder)
     if local is None and is_data_file(source.path):
         raise WorldError(f"no such data file: {folder / os.path.expanduser(source.path)}")
     if source.file is not None and (local is None or local.is_dir()):
@@ -53,9 +53,9 @@ def _rows(source: Source, folder: Path) -> tuple[str, Rows, bool]:
     return str(local), file_rows(local), False
 
 
-def _local(path: str, folder: Path) -> Path | None:
-    """Return the file or folder of a path: relative to the world's folder, then to the working folder."""
-    expanded = os.path.expanduser(path)
+def local_path(source: Source, folder: Path) -> Path | None:
+    """Return the file or folder of a source, in the world's folder or the working folder; None if there is none."""
+    expanded = os.path.expanduser(source.path)
     return next((found for found in (folder / expanded, Path(expanded)) if found.exists()), None)
 
 
