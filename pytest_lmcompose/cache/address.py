@@ -109,13 +109,15 @@ def read_module(name: str) -> Module | None:
     return Module(hashlib.sha256(content).hexdigest(), tuple(imports))
 
 
-def data_address(data: RunData, files: str) -> str:
+def data_address(data: RunData, files: str, retain_model: str = "") -> str:
     """Return the content address of the evaluators' data; `files` is the hash of the files of the question tasks.
+
+    `retain_model` identifies the model that unlearning is compared with.
 
     Datasets that a task fetches from a hub count by the text of the task alone.
     """
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.name != "tasks"}
-    return address(files=files, **fields)
+    return address(files=files, retain_model=retain_model, **fields)
 
 
 def measurements_address(state: str, data: str, world: WorldSettings, evaluate: EvaluateSettings) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluators.data import Probe, Question, UnlearningData
 from interventions.types import Resources
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
@@ -19,6 +20,7 @@ from pytest_lmcompose.data.records import (
     select_edits,
 )
 from pytest_lmcompose.data.source import parse_source
+from pytest_lmcompose.data.unlearning import read_questions, read_verbatim
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 HEADING = 4
@@ -41,6 +43,8 @@ class RunData:
     perplexity: tuple[str, ...]
     tasks: Path | None
     """Folder of the question tasks."""
+    unlearning: UnlearningData = field(default_factory=UnlearningData)
+    """What shows how much was forgotten and kept."""
 
 
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
@@ -58,7 +62,7 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
     resources = Resources(
         edits=tuple(record.edit for record in edits),
         calibration=_texts(world, folder, "calibration"),
-        forget={topic: _read_texts(f"forget.{topic}", source, folder) for topic, source in world.forget.items()},
+        forget=_text_sets(world, folder, "forget"),
         retain=_texts(world, folder, "retain"),
     )
     facts, neighbours, forgettable = _facts(world, evaluate, folder, seed, edits)
@@ -70,17 +74,47 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
                 f"{min(shared)[:60]!r}; a method must not be tested on its own training data"
             )
     tasks = folder / world.tasks if world.tasks is not None else None
-    return RunData(resources, edits, facts, neighbours, forgettable, perplexity, tasks)
+    unlearning = _unlearning(world, folder) if evaluate.unlearning else UnlearningData()
+    return RunData(resources, edits, facts, neighbours, forgettable, perplexity, tasks, unlearning)
 
 
 def _texts(world: WorldSettings, folder: Path, key: str) -> tuple[str, ...]:
     source = getattr(world, key)
-    return _read_texts(key, source, folder) if source is not None else ()
+    return _read_texts(world, key, source, folder) if source is not None else ()
 
 
-def _read_texts(key: str, source: Any, folder: Path) -> tuple[str, ...]:
+def _text_sets(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[str, ...]]:
+    return {name: _read_texts(world, f"{key}.{name}", source, folder) for name, source in getattr(world, key).items()}
+
+
+def _read_texts(world: WorldSettings, key: str, source: Any, folder: Path) -> tuple[str, ...]:
     with _named(key):
-        return read_texts(source, folder)
+        return read_texts(source, folder, world.qa_template)
+
+
+def _unlearning(world: WorldSettings, folder: Path) -> UnlearningData:
+    verbatim: tuple[Probe, ...] = ()
+    if world.verbatim is not None:
+        with _named("verbatim"):
+            verbatim = read_verbatim(world.verbatim, folder)
+    examples = _question_sets(world, folder, "knowledge_examples", {})
+    return UnlearningData(
+        _question_sets(world, folder, "qa", {}),
+        _question_sets(world, folder, "knowledge", examples),
+        verbatim,
+        _text_sets(world, folder, "membership"),
+    )
+
+
+def _question_sets(
+    world: WorldSettings, folder: Path, key: str, examples: Mapping[str, tuple[Question, ...]]
+) -> dict[str, tuple[Question, ...]]:
+    found = {}
+    for name, source in getattr(world, key).items():
+        with _named(f"{key}.{name}"):
+            shown = examples.get(name, ())
+            found[name] = read_questions(source, folder, template=world.qa_template, examples=shown)
+    return found
 
 
 @contextmanager
