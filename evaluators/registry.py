@@ -180,20 +180,6 @@ BUILT_IN = (
         ),
     ),
     Evaluator(
-        "efficiency",
-        "average bits, sparsity, packed size and operations per token",
-        "evaluators.settings:PassSettings",
-        "evaluators.efficiency:evaluate",
-        (
-            _weights("average_bits", "bits", False, 64, headline=True, by_settings=True),
-            _weights("overhead_bits", "bits", False),
-            _weights("sparsity", "share", True, 1, headline=True, by_settings=True),
-            _weights("sparsity_2_4", "share", True, 1, by_settings=True),
-            _weights("packed_megabytes", "MB", False),
-            _weights("flops_per_token", "FLOPs", False, advice=""),
-        ),
-    ),
-    Evaluator(
         "unlearning",
         "TOFU's and MUSE's metrics of what was forgotten and kept",
         "evaluators.settings:UnlearningSettings",
@@ -211,6 +197,20 @@ BUILT_IN = (
             _unlearned("membership_auc", "area"),
             _unlearned("privleak", "%", higher_is_better=True, low=-100, high=math.inf),
             _unlearned("privleak_distance", "%", high=math.inf, headline=True),
+        ),
+    ),
+    Evaluator(
+        "efficiency",
+        "average bits, sparsity, packed size and operations per token",
+        "evaluators.settings:PassSettings",
+        "evaluators.efficiency:evaluate",
+        (
+            _weights("average_bits", "bits", False, 64, headline=True, by_settings=True),
+            _weights("overhead_bits", "bits", False),
+            _weights("sparsity", "share", True, 1, headline=True, by_settings=True),
+            _weights("sparsity_2_4", "share", True, 1, by_settings=True),
+            _weights("packed_megabytes", "MB", False),
+            _weights("flops_per_token", "FLOPs", False, advice=""),
         ),
     ),
     Evaluator(

@@ -121,7 +121,7 @@ class WorldSettings(Checked):
     def without_data(self) -> WorldSettings:
         """Return the settings that say how data are asked, without where they are: their content counts."""
         nothing: dict[str, Any] = {**dict.fromkeys(SOURCES), **{key: {} for key in SOURCE_SETS}}
-        return replace(self, folder="", **nothing)
+        return replace(self, folder="", retain_model=None, **nothing)
 
     def problems(self) -> Iterator[str]:
         """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""
