@@ -194,6 +194,8 @@ class RunSetup:
         world, evaluate = self.recipe.world, self.recipe.evaluate
         if world.retain_model is None or not evaluate.unlearning:
             return None
+        if not ("forget" in world.qa or world.membership):
+            raise RecipeError("world.retain_model is compared on world.qa.forget or world.membership: set one of them")
         try:
             found = model_location(world.retain_model, self.options.folder)
             if Path(found).exists():

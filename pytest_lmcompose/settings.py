@@ -155,8 +155,6 @@ class WorldSettings(Checked):
         for name, other in (("forget", "holdout"), ("holdout", "forget")):
             if name in self.membership and other not in self.membership:
                 yield f"membership.{other} is missing: texts to forget are compared with texts never seen"
-        if self.retain_model is not None and not ("forget" in self.qa or self.membership):
-            yield f"retain_model={shown(self.retain_model)}: is compared on qa.forget or membership: set one of them"
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,6 @@ def test_errors_of_texts_name_the_key(tmp_path: Path) -> None:
         ("world.qa={real_author: a.json}", "world.qa.real_author: no such set. Did you mean real_authors?"),
         ("world.membership={forget: a.json}", "world.membership.holdout is missing"),
         ("world.knowledge_examples={forget: a.json}", "set knowledge.forget"),
-        ("world.retain_model=some/model", "world.retain_model=some/model: is compared on qa.forget or membership"),
         ("world.qa={forget: {file: a.json}}", "world.qa.forget=.*expected a file"),
         ("evaluate.min_k=0", "evaluate.min_k=0: expected"),
     ],
@@ -337,3 +336,5 @@ def test_a_retain_model_that_is_not_there_is_refused(refused: Callable[..., str]
     for path in ("./nowhere", str(tmp_path / "empty")):
         message = refused("--lmcompose-set=world=tofu", f"--lmcompose-set=world.retain_model='{path}'", compose=("gd",))
         assert "world.retain_model: " in message
+    message = refused("--lmcompose-set=world.retain_model=some/model", compose=("gd",))
+    assert "world.retain_model is compared on world.qa.forget or world.membership: set one of them" in message
