@@ -39,7 +39,7 @@ class Metric:
     targeted_by: tuple[str, ...] = ()
     """Categories whose steps aim at the metric; empty: it concerns every step."""
     data: str = ""
-    """Data it is measured on: edits, facts, texts, questions, unlearning, weights or nothing; empty: unknown."""
+    """Data it is measured on: edits, facts, texts, questions, unlearning data, weights or nothing; empty: unknown."""
     advice: str = ""
     """What to try if its gate fails."""
     headline: bool = False
@@ -120,7 +120,7 @@ _FORGOTTEN: dict[str, Any] = {"higher_is_better": False, "targeted_by": ("unlear
 
 
 def _unlearned(name: str, unit: str = "share", **more: Any) -> Metric:
-    return Metric(name, unit, **{"low": 0, "high": 1, "data": "unlearning", **_FORGOTTEN, **more})
+    return Metric(name, unit, **{"low": 0, "high": 1, "data": "unlearning data", **_FORGOTTEN, **more})
 
 
 _OF_EDITS: dict[str, Any] = {"targeted_by": ("edit",), "advice": _EDIT_AGAIN}
@@ -186,14 +186,14 @@ BUILT_IN = (
         "evaluators.unlearning:evaluate",
         (
             *(_unlearned(f"{kind}/forget") for kind in ("rouge", "answer_probability", "extraction_strength")),
-            *(_share(f"{kind}/*", "unlearning") for kind in ("rouge", "answer_probability", "truth_ratio")),
+            *(_share(f"{kind}/*", "unlearning data") for kind in ("rouge", "answer_probability", "truth_ratio")),
             _unlearned("truth_ratio/forget", higher_is_better=True),
             _unlearned("forget_quality", "p-value", higher_is_better=True, headline=True),
-            _share("model_utility", "unlearning", headline=True),
+            _share("model_utility", "unlearning data", headline=True),
             _unlearned("verbmem", headline=True),
             _unlearned("extraction_strength/verbatim"),
             _unlearned("knowmem/forget", headline=True),
-            _share("knowmem/retain", "unlearning", headline=True),
+            _share("knowmem/retain", "unlearning data", headline=True),
             _unlearned("membership_auc", "area"),
             _unlearned("privleak", "%", higher_is_better=True, low=-100, high=math.inf),
             _unlearned("privleak_distance", "%", high=math.inf, headline=True),

@@ -23,7 +23,7 @@ _LENGTH = 16
 def data_part(metric: str) -> str | None:
     """Return the part of the data that a metric is measured on, None if unknown."""
     part = find_metric(metric).data
-    return part if part in ("edits", "facts", "texts", "questions", "unlearning") else None
+    return part if part in ("edits", "facts", "texts", "questions", "unlearning data") else None
 
 
 def data_hashes(
@@ -48,7 +48,7 @@ def data_hashes(
             shots=evaluate.num_fewshot,
             repeats=len(data),
         ),
-        "unlearning": address(
+        "unlearning data": address(
             data=[d.unlearning for d in data],
             retain_model=retain_model,
             settings={field.name: getattr(evaluate, field.name) for field in fields(UnlearningSettings)},

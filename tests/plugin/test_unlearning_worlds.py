@@ -12,6 +12,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
+from pytest_lmcompose.baseline.compare import other_questions
 from pytest_lmcompose.build import load
 from pytest_lmcompose.cache.address import data_address
 from pytest_lmcompose.data.hashes import data_hashes
@@ -204,7 +205,7 @@ def test_hashes_and_addresses_follow_the_data_and_the_retain_model(tmp_path: Pat
     ) -> tuple[str, ...]:
         data = load_data(world, evaluate, tmp_path, 0)
         hashes = data_hashes([data], world, evaluate, tmp_path, model)
-        return hashes["unlearning"], data_address(data, "", model)
+        return hashes["unlearning data"], data_address(data, "", model)
 
     first = identity()
     assert identity() == first
@@ -216,6 +217,9 @@ def test_hashes_and_addresses_follow_the_data_and_the_retain_model(tmp_path: Pat
     ]
     assert all(one != other for found in others for one, other in zip(first, found, strict=True))
     assert identity(evaluate=dataclasses.replace(EVALUATE, min_k=0.2))[0] != first[0]
+    pair = [{"unlearning data": digest} for digest in (first[0], others[0][0])]
+    for metric in ("rouge/forget", "truth_ratio/retain", "model_utility", "verbmem", "knowmem/retain", "privleak"):
+        assert other_questions(metric, *pair) == "different unlearning data were used"
     assert world.without_data() == WorldSettings()
     assert load_data(world, dataclasses.replace(EVALUATE, unlearning=False), tmp_path, 0).unlearning.qa == {}
 
