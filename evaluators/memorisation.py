@@ -7,25 +7,40 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluators.continuations import Scored
-from evaluators.encoding import Pair, check_length, encode_pairs
+from evaluators.encoding import Pair, check_length, encode_pairs, meaningless_ids
 from evaluators.generation import continue_greedily
-from evaluators.measurement import EvaluationError, Measurement
+from evaluators.measurement import EvaluationError, Measurement, shorten
 
 
-def encode_answers(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], what: str, tokens: int) -> list[Pair]:
-    """Encode (prompt, answer) texts; `what` names them in errors, before the number of the record from 1.
+def encode_answers(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[tuple[str, str]],
+    records: Sequence[str],
+    tokens: int,
+    *,
+    cut: bool = False,
+) -> list[Pair]:
+    """Encode (prompt, answer) texts, with `cut` only the first `tokens` ids of an answer.
 
-    Raises EvaluationError for an answer without tokens, and for a prompt after which the model has no positions for
-    the answer or for `tokens` generated ones.
+    `records` are the names of the texts in errors. Raises EvaluationError for an answer without tokens, and for a prompt
+    after which the model has no positions for the answer or for `tokens` generated ones.
     """
+    ignored = meaningless_ids(tokenizer)
     pairs = encode_pairs(tokenizer, texts)
-    for number, ((prompt, answer), pair) in enumerate(zip(texts, pairs, strict=True), start=1):
-        if not pair.target:
-            raise EvaluationError(f"{what}, record {number}: the answer {answer!r} has no tokens")
-        where = f"{what}, record {number}: {prompt[:60]!r} with {tokens} new tokens"
-        check_length(model, len(pair.prompt) + tokens, where)
-        check_length(model, len(pair.prompt) + len(pair.target), f"{what}, record {number}: {prompt[:60]!r}")
+    if cut:
+        pairs = [Pair(pair.prompt, pair.target[:tokens]) for pair in pairs]
+    for record, (prompt, answer), pair in zip(records, texts, pairs, strict=True):
+        if ignored.issuperset(pair.target):
+            raise EvaluationError(f"{record}: the answer {answer!r} has no tokens")
+        check_length(model, len(pair.prompt) + tokens, f"{record}: {shorten(prompt)!r} with {tokens} new tokens")
+        check_length(model, len(pair.prompt) + len(pair.target), f"{record}: {shorten(prompt)!r} with its answer")
     return pairs
+
+
+def record_names(key: str, n: int) -> list[str]:
+    """Return the names of the `n` records of a key of the world."""
+    return [f"world.{key}, record {number}" for number in range(1, n + 1)]
 
 
 def continuations(

@@ -11,7 +11,7 @@ from evaluators.continuations import Scored, score
 from evaluators.data import Probe, Question
 from evaluators.encoding import Pair, encode, padding_id
 from evaluators.measurement import EvaluationError, Measurement, shorten
-from evaluators.memorisation import continuations, encode_answers, measure_extraction, text_of
+from evaluators.memorisation import continuations, encode_answers, measure_extraction, record_names, text_of
 from evaluators.rouge import rouge_l
 from evaluators.state import borrowed
 from interventions.tokens import frame
@@ -31,10 +31,7 @@ def measure_verbatim(
     extraction strength is that of the same tokens.
     """
     texts = [(probe.prompt, probe.answer) for probe in probes]
-    pairs = [
-        Pair(pair.prompt, pair.target[:tokens])
-        for pair in encode_answers(model, tokenizer, texts, "world.verbatim", tokens)
-    ]
+    pairs = encode_answers(model, tokenizer, texts, record_names("verbatim", len(texts)), tokens, cut=True)
     with borrowed(model, tokenizer):
         scored = score(model, pairs, fill=padding_id(tokenizer), rows=batch_size)
     said = continuations(model, tokenizer, [pair.prompt for pair in pairs], tokens, batch_size)
@@ -54,7 +51,7 @@ def measure_knowledge(
     An answer ends at a blank line or where the model writes another question.
     """
     texts = [(question.prompt, question.answer) for question in questions]
-    pairs = encode_answers(model, tokenizer, texts, f"world.knowledge.{name}", tokens)
+    pairs = encode_answers(model, tokenizer, texts, record_names(f"knowledge.{name}", len(texts)), tokens)
     said = continuations(model, tokenizer, [pair.prompt for pair in pairs], tokens, batch_size, _STOPS)
     note = f"ROUGE-L F1 of greedy answers, up to {tokens} tokens"
     return _rouge_f1(f"knowmem/{name}", [question.answer for question in questions], said, name != "forget", note)

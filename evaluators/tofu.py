@@ -14,7 +14,7 @@ from evaluators.continuations import Scored, score
 from evaluators.data import Question
 from evaluators.encoding import Pair, padding_id
 from evaluators.measurement import EvaluationError, Measurement, exp, expm1, shorten, total
-from evaluators.memorisation import continuations, encode_answers, measure_extraction
+from evaluators.memorisation import continuations, encode_answers, measure_extraction, record_names
 from evaluators.rouge import rouge_l
 from evaluators.state import borrowed
 
@@ -45,11 +45,14 @@ def score_questions(
     Raises EvaluationError for an answer without tokens and for a text that is too long.
     """
     texts: list[tuple[str, str]] = []
-    for question in questions:
+    records: list[str] = []
+    for record, question in zip(record_names(f"qa.{name}", len(questions)), questions, strict=True):
         # For real authors and world facts, the true answer is compared as it stands.
         reworded = question.paraphrase if name not in _OPTIONS and question.paraphrase else question.answer
-        texts += [(question.prompt, answer) for answer in (question.answer, reworded, *question.wrong)]
-    pairs = encode_answers(model, tokenizer, texts, f"the answers of world.qa.{name}", tokens)
+        answers = (question.answer, reworded, *question.wrong)
+        texts += [(question.prompt, answer) for answer in answers]
+        records += [record] * len(answers)
+    pairs = encode_answers(model, tokenizer, texts, records, tokens)
     with borrowed(model, tokenizer):
         scores = score(model, pairs, fill=padding_id(tokenizer), rows=batch_size)
     found, rest = [], iter(zip(pairs, scores, strict=True))

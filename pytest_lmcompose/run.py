@@ -6,12 +6,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from evaluators.measurement import Measurement
 from pytest_lmcompose.baseline.reference import architecture
-from pytest_lmcompose.cache.address import measurements_address
+from pytest_lmcompose.cache.address import measurements_address, retained_address
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.counter import Counter
@@ -178,15 +178,23 @@ class Run(RunSetup):
 
     @cached_property
     def _retained(self) -> RetainReference | None:
-        """What unlearning is compared with: results of the retain model, which is loaded once and then released."""
+        """What unlearning is compared with: results of the retain model, from the cache if it has them."""
         if self.retain_model is None:
             return None
+        if self.run_cache is None:
+            return self._measure_retained(self.retain_model)
+        recipe, device = self.recipe, str(self.options.device)
+        where = retained_address(self.retain_model_hash, recipe.model, self.data[0], recipe.evaluate, device)
+        return self.run_cache.retained(where, partial(self._measure_retained, self.retain_model))
+
+    def _measure_retained(self, location: str) -> RetainReference:
+        """Load the retain model, measure and release it."""
         from pytest_lmcompose.build.load import choose_device, load_model
         from pytest_lmcompose.measure import capture_retained
 
-        self._doing(f"measuring the retain model {self.recipe.world.retain_model}")
-        settings = dataclasses.replace(self.recipe.model, path=self.retain_model, revision=None)
-        loaded = load_model(settings, self.retain_model, choose_device(self.options.device))
+        self._doing(f"measuring the retain model {location}")
+        settings = dataclasses.replace(self.recipe.model, path=location, revision=None)
+        loaded = load_model(settings, location, choose_device(self.options.device))
         return capture_retained(loaded.model, loaded.tokenizer, self.data[0], self.recipe.evaluate)
 
     def _count(self, composition: Composition, seconds: float | None, done: str) -> None:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators import registry
 from evaluators.registry import evaluators
+from evaluators.settings import UnlearningSettings
 from interventions.registry import Method
 
 if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
-    from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+    from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, WorldSettings
 
 METHOD_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "scipy")
 """Libraries whose version may change the result of a step."""
@@ -128,6 +129,21 @@ def measurements_address(state: str, data: str, world: WorldSettings, evaluate: 
         world=world.without_data(),
         evaluate=evaluate,
         code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
+        libraries=versions(EVALUATOR_LIBRARIES),
+    )
+
+
+def retained_address(
+    model: str, settings: ModelSettings, data: RunData, evaluate: EvaluateSettings, device: str
+) -> str:
+    """Return the content address of the results of the retain model; `model` identifies it."""
+    return address(
+        model=model,
+        settings=dataclasses.replace(settings, path="", revision=None),
+        data=data.unlearning,
+        evaluate={field.name: getattr(evaluate, field.name) for field in dataclasses.fields(UnlearningSettings)},
+        device=device,
+        code=source_hash(("evaluators.unlearning",)),
         libraries=versions(EVALUATOR_LIBRARIES),
     )
 

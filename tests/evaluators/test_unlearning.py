@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evaluators import Measurement, Probe, Question
+from evaluators import EvaluationError, Measurement, Probe, Question
 from evaluators.continuations import Scored
 from evaluators.data import EvaluationData, UnlearningData
 from evaluators.memorisation import extraction_strength
@@ -346,3 +346,13 @@ def test_broken_logits_make_every_metric_nan(model: Any, tokenizer: Any) -> None
     found = by_name(evaluate(model, tokenizer, SETTINGS, data))
     assert len(found) == 22
     assert [name for name, measured in found.items() if not math.isnan(measured.value)] == []
+
+
+def test_errors_name_the_record(model: Any, tokenizer: Any) -> None:
+    bad = Question("q", "Question: q\nAnswer:", " ")
+    with pytest.raises(EvaluationError, match=r"world\.qa\.retain, record 2: the answer ' ' has no tokens"):
+        measure_qa(model, tokenizer, "retain", [QUESTIONS[0], bad])
+    with pytest.raises(EvaluationError, match=r"world\.knowledge\.forget, record 1: .* with 300 new tokens needs"):
+        measure_knowledge(model, tokenizer, "forget", QUESTIONS, tokens=300)
+    long = Probe("In winter", " ".join(TEXTS * 3))
+    assert measure_verbatim(model, tokenizer, [long], tokens=5)[0].n == 1  # what follows is not read

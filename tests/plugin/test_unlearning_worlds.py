@@ -254,7 +254,7 @@ def retain_model(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "retain"
 
 
-def run(project: Project, world: str, *more: str) -> Any:
+def run(project: Project, world: str, *more: str, compose: tuple[str, ...] = ("base", "gd")) -> Any:
     short = ("answer_tokens=5", "knowledge_tokens=5", "verbatim_tokens=5", "efficiency=false")
     return project.run(
         f"--lmcompose-set=world={world}",
@@ -263,7 +263,7 @@ def run(project: Project, world: str, *more: str) -> Any:
         "--lmcompose-set=gd.retain_weight=0",
         "--lmcompose-json=report.json",
         *more,
-        compose=("base", "gd"),
+        compose=compose,
     )
 
 
@@ -294,6 +294,10 @@ def test_a_run_on_tofu_measures_against_a_retain_model_that_is_loaded_once(
     loaded.clear()
     assert run(project, "tofu", *arguments).ret == pytest.ExitCode.OK
     assert str(retain_model) not in loaded  # the measurements come from the cache
+    assert run(project, "tofu", *arguments, compose=("ga",)).ret == pytest.ExitCode.OK
+    assert str(retain_model) not in loaded  # and so do its truth ratios
+    metrics = {m["metric"] for m in by_id(read_report(project.path / "report.json"))["ga"]["measurements"]}
+    assert "forget_quality" in metrics
     (retain_model / "generation_config.json").unlink()
     assert run(project, "tofu", *arguments).ret == pytest.ExitCode.OK
     assert str(retain_model) in loaded
