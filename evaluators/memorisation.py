@@ -23,8 +23,8 @@ def encode_answers(
 ) -> list[Pair]:
     """Encode (prompt, answer) texts, with `cut` only the first `tokens` ids of an answer.
 
-    `records` are the names of the texts in errors. Raises EvaluationError for an answer without tokens, and for a prompt
-    after which the model has no positions for the answer or for `tokens` generated ones.
+    `records` are the names of the texts in errors. Raises EvaluationError for an answer without tokens, and for a
+    prompt after which the model has no positions for the answer or for `tokens` generated ones.
     """
     ignored = meaningless_ids(tokenizer)
     pairs = encode_pairs(tokenizer, texts)
