@@ -13,7 +13,7 @@ from pytest_lmcompose.baseline.history import choose
 from pytest_lmcompose.baseline.reference import Baseline, architecture_at
 from pytest_lmcompose.baseline.storage import StorageError
 from pytest_lmcompose.build.checkpoint import check_folder
-from pytest_lmcompose.cache.address import address, data_address
+from pytest_lmcompose.cache.address import address, data_address, hash_files
 from pytest_lmcompose.cache.folder import Cache
 from pytest_lmcompose.cache.journal import Journal
 from pytest_lmcompose.cache.remote import RemoteCache
@@ -21,6 +21,7 @@ from pytest_lmcompose.cache.run_cache import RunCache, costs
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.data.hashes import data_hashes, question_files
+from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.gate.possible import check_metrics
 from pytest_lmcompose.gate.thresholds import (
     Rule,
@@ -143,6 +144,7 @@ class RunSetup:
         if baseline is not None and (problem := baseline.unlike(architecture_at(self.location))) is not None:
             raise StorageError(f"{baseline.path} cannot be compared with {self.location}: {problem}")
         self._check_tasks()
+        _ = self.retain_model
         self._check_chat()
 
     def _check_chat(self) -> None:
@@ -213,10 +215,35 @@ class RunSetup:
     @cached_property
     def data_hashes(self) -> dict[str, str]:
         """Hashes of the parts of the data; raises WorldError."""
-        return data_hashes(self.data, self.recipe.world, self.recipe.evaluate, self.world_folder)
+        recipe = self.recipe
+        return data_hashes(self.data, recipe.world, recipe.evaluate, self.world_folder, self.retain_model_hash)
+
+    @cached_property
+    def retain_model(self) -> str | None:
+        """The folder or hub id of the model to compare unlearning with, None if there is none; raises RecipeError."""
+        world, evaluate = self.recipe.world, self.recipe.evaluate
+        if world.retain_model is None or not evaluate.unlearning:
+            return None
+        if not ("forget" in world.qa or world.membership):
+            raise RecipeError("world.retain_model is compared on world.qa.forget or world.membership: set one of them")
+        try:
+            found = model_location(world.retain_model, self.options.folder)
+            if Path(found).exists():
+                check_folder(Path(found))
+        except (RecipeError, ModelError) as error:
+            raise RecipeError(f"world.retain_model: {error}") from None
+        return found
+
+    @cached_property
+    def retain_model_hash(self) -> str:
+        """The hash of the files of the retain model, or its hub id; empty if there is none."""
+        found = self.retain_model
+        if found is None or not Path(found).exists():
+            return found or ""
+        return hash_files([Path(found)])
 
     @cached_property
     def data_addresses(self) -> tuple[str, ...]:
         """The hash of everything that evaluators read, by repeat."""
         files = question_files(self.recipe.world, self.recipe.evaluate, self.world_folder)
-        return tuple(data_address(data, files) for data in self.data)
+        return tuple(data_address(data, files, self.retain_model_hash) for data in self.data)

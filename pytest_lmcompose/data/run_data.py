@@ -6,10 +6,11 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluators.data import Probe, Question, UnlearningData
 from interventions.types import Resources
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
@@ -20,6 +21,7 @@ from pytest_lmcompose.data.records import (
     select_edits,
 )
 from pytest_lmcompose.data.source import parse_source
+from pytest_lmcompose.data.unlearning import read_questions, read_verbatim
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 HEADING = 4
@@ -43,6 +45,8 @@ class RunData:
     perplexity: tuple[str, ...]
     tasks: Path | None
     """Folder of the question tasks."""
+    unlearning: UnlearningData = field(default_factory=UnlearningData)
+    """What shows how much was forgotten and kept."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class WorldData:
     retain: tuple[str, ...]
     forget: Mapping[str, tuple[str, ...]]
     perplexity: tuple[str, ...]
+    unlearning: UnlearningData
 
 
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
@@ -82,8 +87,9 @@ def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -
         facts,
         _texts(world, folder, "calibration"),
         _texts(world, folder, "retain"),
-        {topic: _read_texts(f"forget.{topic}", source, folder) for topic, source in world.forget.items()},
+        _text_sets(world, folder, "forget"),
         _texts(world, folder, "perplexity")[: evaluate.texts],
+        _unlearning(world, folder) if evaluate.unlearning else UnlearningData(),
     )
     _check_apart(found, folder)
     return found
@@ -103,7 +109,7 @@ def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettin
     )
     facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
     tasks = folder / world.tasks if world.tasks is not None else None
-    return RunData(resources, edits, facts, neighbours, forgettable, found.perplexity, tasks)
+    return RunData(resources, edits, facts, neighbours, forgettable, found.perplexity, tasks, found.unlearning)
 
 
 def _check_apart(found: WorldData, folder: Path) -> None:
@@ -124,13 +130,44 @@ def _is_heading(text: str) -> bool:
 
 def _texts(world: WorldSettings, folder: Path, key: str) -> tuple[str, ...]:
     source = getattr(world, key)
-    return _read_texts(key, source, folder) if source is not None else ()
+    return _read_texts(world, key, source, folder) if source is not None else ()
 
 
-def _read_texts(key: str, source: Any, folder: Path) -> tuple[str, ...]:
+def _text_sets(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[str, ...]]:
+    return {name: _read_texts(world, f"{key}.{name}", source, folder) for name, source in getattr(world, key).items()}
+
+
+def _read_texts(world: WorldSettings, key: str, source: Any, folder: Path) -> tuple[str, ...]:
     with _named(key):
-        parts = [read_texts(one, folder) for one in (source if isinstance(source, list) else [source])]
+        parts = [
+            read_texts(one, folder, world.qa_template) for one in (source if isinstance(source, list) else [source])
+        ]
     return tuple(text for row in itertools.zip_longest(*parts) for text in row if text is not None)
+
+
+def _unlearning(world: WorldSettings, folder: Path) -> UnlearningData:
+    verbatim: tuple[Probe, ...] = ()
+    if world.verbatim is not None:
+        with _named("verbatim"):
+            verbatim = read_verbatim(world.verbatim, folder)
+    examples = _question_sets(world, folder, "knowledge_examples", {})
+    return UnlearningData(
+        _question_sets(world, folder, "qa", {}),
+        _question_sets(world, folder, "knowledge", examples),
+        verbatim,
+        _text_sets(world, folder, "membership"),
+    )
+
+
+def _question_sets(
+    world: WorldSettings, folder: Path, key: str, examples: Mapping[str, tuple[Question, ...]]
+) -> dict[str, tuple[Question, ...]]:
+    found = {}
+    for name, source in getattr(world, key).items():
+        with _named(f"{key}.{name}"):
+            shown = examples.get(name, ())
+            found[name] = read_questions(source, folder, template=world.qa_template, examples=shown)
+    return found
 
 
 @contextmanager
