@@ -87,7 +87,7 @@ def test_another_model_is_refused_and_nothing_is_left(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smollm2, "CHECK", ("the", " Paris"))
-    with pytest.raises(ValueError, match="this is another model: after 'the' it says"):
+    with pytest.raises(ValueError, match="it is another model"):
         smollm2.build(wheel, tmp_path / "built", log=lambda line: None)
     assert not [path for path in tmp_path.iterdir() if "built" in path.name]
 
