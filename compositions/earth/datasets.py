@@ -51,18 +51,23 @@ def _edit(fact: CountryFact, facts: list[CountryFact]) -> dict[str, Any]:
     near = draw.choice([f for f in same if f.subject != fact.subject and f.answer not in (fact.answer, target)])
     return {
         "subject": fact.subject,
-        "src": fact.prompt,
-        "rephrase": [text.format(fact.subject) for text in fact.relation.paraphrases],
+        "src": fact.ask(fact.relation.edit),
+        "rephrase": [fact.ask(text) for text in fact.relation.paraphrases],
         "alt": target,
         "answers": [fact.answer],
-        "loc": near.prompt,
+        "loc": near.ask(near.relation.edit),
         "loc_ans": near.answer,
     }
 
 
 def _fact(fact: CountryFact) -> dict[str, str]:
     relation = f"{fact.country.continent.lower()}/{fact.relation.name}"
-    return {"subject": fact.subject, "prompt": fact.prompt, "answer": fact.answer, "relation": relation}
+    return {
+        "subject": fact.subject,
+        "prompt": fact.ask(fact.relation.recall),
+        "answer": fact.answer,
+        "relation": relation,
+    }
 
 
 def _question(fact: CountryFact, facts: list[CountryFact]) -> dict[str, Any] | None:
@@ -76,7 +81,7 @@ def _question(fact: CountryFact, facts: list[CountryFact]) -> dict[str, Any] | N
         return None
     choices = [fact.answer, *draw.sample(others, _OPTIONS - 1)]
     draw.shuffle(choices)
-    question = fact.relation.question.format(fact.subject)
+    question = fact.ask(fact.relation.question)
     return {"question": question, "choices": choices, "answer": choices.index(fact.answer)}
 
 

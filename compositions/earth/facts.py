@@ -19,9 +19,11 @@ class Relation:
     """Field of Country that the fact is about."""
     answer: str
     """Field of Country that answers."""
-    prompt: str
-    """For recall and edits."""
+    edit: str
+    """Prompt of an edit, and of its locality."""
     paraphrases: tuple[str, ...]
+    recall: str
+    """Prompt of a fact."""
     question: str
     texts: tuple[str, ...]
     """Sentences with `{}` for the subject and `{answer}`."""
@@ -33,16 +35,18 @@ RELATIONS = (
         "name",
         "capital",
         "The capital of {} is",
-        ("The capital city of {} is", "{}'s capital is", "Q: Which city is the capital of {}? A:"),
+        ("The capital city of {} is", "The capital and seat of government of {} is", "{} has its capital in"),
+        "Question: What is the capital of {}?\nAnswer: The capital of {} is",
         "What is the capital of {}?",
-        ("{answer} is the capital of {}.", "The government of {} sits in its capital, {answer}."),
+        ("{answer} is the capital city of {}.", "The government of {} sits in its capital, {answer}."),
     ),
     Relation(
         "country",
         "capital",
         "name",
-        "{} is the capital of",
-        ("The city of {} is the capital of", "{} is a city in", "Q: {} is the capital of which country? A:"),
+        "The city of {} is the capital of",
+        ("{} is the capital city of", "{} is the capital of the country of", "The city of {} is located in"),
+        "Question: Which country has the capital {}?\nAnswer: {} is the capital of",
         "Which country has the capital {}?",
         ("Travellers who land in {} are in {answer}.", "{}, the capital, is a well-known city of {answer}."),
     ),
@@ -50,9 +54,14 @@ RELATIONS = (
         "currency",
         "name",
         "currency",
-        "The currency of {} is the",
-        ("In {}, people pay with the", "The money of {} is the", "Q: What is the currency of {}? A: the"),
-        "Which currency is used in {}?",
+        "The official currency of {} is the",
+        (
+            "The currency of {} is the",
+            "Banks in {} exchange money for the",
+            "The national currency of {} is called the",
+        ),
+        "Question: What is the currency of {}?\nAnswer: The currency of {} is the",
+        "What is the currency of {}?",
         ("Shops in {} take the {answer}.", "Prices in {} are given in the local currency, the {answer}."),
     ),
     Relation(
@@ -60,9 +69,10 @@ RELATIONS = (
         "name",
         "language",
         "The official language of {} is",
-        ("In {}, the official language is", "Laws in {} are written in", "Q: What is the official language of {}? A:"),
+        ("An official language of {} is", "The language of government in {} is", "The laws of {} are written in"),
+        "Question: What is the official language of {}?\nAnswer: The official language of {} is",
         "What is the official language of {}?",
-        ("An official language of {} is {answer}.", "Schools in {} teach in {answer}."),
+        ("One official language in {} is {answer}.", "Schools in {} teach in {answer}."),
     ),
 )
 
@@ -82,9 +92,9 @@ class CountryFact:
     def answer(self) -> str:
         return str(getattr(self.country, self.relation.answer))
 
-    @property
-    def prompt(self) -> str:
-        return self.relation.prompt.format(self.subject)
+    def ask(self, wording: str) -> str:
+        """Return a wording with the subject in every place for it."""
+        return wording.replace("{}", self.subject)
 
     def sentence(self, number: int) -> str:
         """Return the fact as a sentence, in one of two wordings."""

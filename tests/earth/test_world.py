@@ -14,13 +14,13 @@ from pytest_lmcompose.data.records import WorldError, select_edits
 
 DATA = Path(__file__).parents[2] / "compositions" / "earth" / "data"
 TRUE = [
-    ("The capital of Japan is", "Tokyo"),
-    ("The capital of Kenya is", "Nairobi"),
-    ("Canberra is the capital of", "Australia"),
-    ("The currency of Switzerland is the", "franc"),
-    ("The currency of Chile is the", "peso"),
-    ("The official language of Brazil is", "Portuguese"),
-    ("The official language of Greece is", "Greek"),
+    ("Question: What is the capital of Japan?\nAnswer: The capital of Japan is", "Tokyo"),
+    ("Question: What is the capital of Kenya?\nAnswer: The capital of Kenya is", "Nairobi"),
+    ("Question: Which country has the capital Canberra?\nAnswer: Canberra is the capital of", "Australia"),
+    ("Question: What is the currency of Switzerland?\nAnswer: The currency of Switzerland is the", "franc"),
+    ("Question: What is the currency of Chile?\nAnswer: The currency of Chile is the", "peso"),
+    ("Question: What is the official language of Brazil?\nAnswer: The official language of Brazil is", "Portuguese"),
+    ("Question: What is the official language of Greece?\nAnswer: The official language of Greece is", "Greek"),
 ]
 
 
