@@ -214,9 +214,10 @@ def test_a_run_in_the_template_is_not_compared_with_one_without(
 def test_the_embedded_model_with_a_template(project: Project, tmp_path: Path) -> None:
     model = with_template(SUITE_FOLDER / "tinyworld" / "model", tmp_path / "tinyworld")
     (project.path / "thresholds.yaml").write_text('"*": {perplexity: {max: 1e9}}')
-    project.arguments = [project.arguments[4], project.arguments[5], f"--lmcompose-model={model}"]
+    kept = ("--lmcompose-thresholds", "--lmcompose-no-cache", "--lmcompose-world")
+    project.arguments = [*(one for one in project.arguments if one.startswith(kept)), f"--lmcompose-model={model}"]
     few = ("edits=2", "facts=20", "texts=4", "question_limit=8")
-    settings = [f"--lmcompose-set={setting}" for setting in ("world=tinyworld", *(f"evaluate.{one}" for one in few))]
+    settings = [f"--lmcompose-set={setting}" for setting in (f"evaluate.{one}" for one in few)]
     result = project.run(*settings, ON, "--lmcompose-json=report.json", compose=("base",))
     assert result.ret == pytest.ExitCode.OK
     report = read_report(project.path / "report.json")

@@ -220,7 +220,7 @@ def test_hashes_and_addresses_follow_the_data_and_the_retain_model(tmp_path: Pat
     pair = [{"unlearning data": digest} for digest in (first[0], others[0][0])]
     for metric in ("rouge/forget", "truth_ratio/retain", "model_utility", "verbmem", "knowmem/retain", "privleak"):
         assert other_questions(metric, *pair) == "different unlearning data were used"
-    assert world.without_data() == WorldSettings()
+    assert world.without_data() == WorldSettings(thresholds="")
     assert load_data(world, dataclasses.replace(EVALUATE, unlearning=False), tmp_path, 0).unlearning.qa == {}
 
 
