@@ -231,7 +231,7 @@ def test_workers_use_the_same_folder_world_and_thresholds(own: Project, tiny_wor
     )
     write(own.path / "conf" / "thresholds" / "loose.yaml", "'*': {recall: {max: 0.99}}\n")
     own.pytester.makeini("[pytest]\nlmcompose_conf = conf\nlmcompose_world = mine\n")
-    result = own.run_apart("-n", "1", "--lmcompose-json=r.json", compose=("base", "round"))
+    result = own.run("-n", "1", "--lmcompose-json=r.json", compose=("base", "round"))
     assert result.ret == 0
     report = json.loads((own.path / "r.json").read_text())
     gates = [(gate["metric"], gate["gate"]) for record in report["compositions"] for gate in record["gates"]]
