@@ -72,6 +72,12 @@ class Question:
     """The true answer in other words; empty if unknown."""
     wrong: tuple[str, ...] = ()
     """False answers of the same form."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """Questions and answers that `prompt` shows before the question."""
+
+    def asked(self, chat: Chat | None) -> str:
+        """Return what is asked: the bare question for the user's turn of a chat template, otherwise `prompt`."""
+        return self.prompt if chat is None else self.question
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from evaluators.continuations import Scored
 from evaluators.encoding import Pair, check_length, encode_pairs, meaningless_ids
 from evaluators.generation import continue_greedily
 from evaluators.measurement import EvaluationError, Measurement, shorten
+from interventions.tokens import Chat
 
 
 def encode_answers(
@@ -20,14 +21,16 @@ def encode_answers(
     tokens: int,
     *,
     cut: bool = False,
+    chat: Chat | None = None,
 ) -> list[Pair]:
     """Encode (prompt, answer) texts, with `cut` only the first `tokens` ids of an answer.
 
-    `records` are the names of the texts in errors. Raises EvaluationError for an answer without tokens, and for a
-    prompt after which the model has no positions for the answer or for `tokens` generated ones.
+    With `chat`, the prompts are put into the chat template. `records` are the names of the texts in errors. Raises
+    EvaluationError for an answer without tokens, and for a prompt after which the model has no positions for the
+    answer or for `tokens` generated ones.
     """
     ignored = meaningless_ids(tokenizer)
-    pairs = encode_pairs(tokenizer, texts)
+    pairs = encode_pairs(tokenizer, texts, chat)
     if cut:
         pairs = [Pair(pair.prompt, pair.target[:tokens]) for pair in pairs]
     for record, (prompt, answer), pair in zip(records, texts, pairs, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from evaluators.continuations import Scored, score
@@ -14,7 +15,7 @@ from evaluators.measurement import EvaluationError, Measurement, shorten
 from evaluators.memorisation import continuations, encode_answers, measure_extraction, record_names, text_of
 from evaluators.rouge import rouge_l
 from evaluators.state import borrowed
-from interventions.tokens import frame
+from interventions.tokens import Chat, frame
 
 _STOPS = ("\n\n", "\nQuestion", "Question:")
 """Where the answer to a question ends: the model goes on with a question of its own."""
@@ -44,14 +45,25 @@ def measure_verbatim(
 
 
 def measure_knowledge(
-    model: Any, tokenizer: Any, name: str, questions: Sequence[Question], *, tokens: int = 32, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    questions: Sequence[Question],
+    *,
+    tokens: int = 32,
+    batch_size: int = 32,
+    chat: Chat | None = None,
 ) -> Measurement:
     """Measure `knowmem` of the set `forget` or `retain` (MUSE, section 3.1): ROUGE-L F1 of greedy answers.
 
-    An answer ends at a blank line or where the model writes another question.
+    An answer ends at a blank line or where the model writes another question. With `chat`, the bare questions are put
+    into the chat template, and the examples are earlier turns.
     """
-    texts = [(question.prompt, question.answer) for question in questions]
-    pairs = encode_answers(model, tokenizer, texts, record_names(f"knowledge.{name}", len(texts)), tokens)
+    texts = [(question.asked(chat), question.answer) for question in questions]
+    if chat is not None and questions:
+        chat = replace(chat, examples=questions[0].examples)  # equal for the whole set
+    records = record_names(f"knowledge.{name}", len(texts))
+    pairs = encode_answers(model, tokenizer, texts, records, tokens, chat=chat)
     said = continuations(model, tokenizer, [pair.prompt for pair in pairs], tokens, batch_size, _STOPS)
     note = f"ROUGE-L F1 of greedy answers, up to {tokens} tokens"
     return _rouge_f1(f"knowmem/{name}", [question.answer for question in questions], said, name != "forget", note)

@@ -17,6 +17,7 @@ from evaluators.measurement import EvaluationError, Measurement, exp, expm1, sho
 from evaluators.memorisation import continuations, encode_answers, measure_extraction, record_names
 from evaluators.rouge import rouge_l
 from evaluators.state import borrowed
+from interventions.tokens import Chat
 
 FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS = "forget", "retain", "real_authors", "world_facts"
 SETS = (FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS)
@@ -38,11 +39,19 @@ class ScoredQuestion(NamedTuple):
 
 
 def score_questions(
-    model: Any, tokenizer: Any, name: str, questions: Sequence[Question], *, tokens: int = 0, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    questions: Sequence[Question],
+    *,
+    tokens: int = 0,
+    batch_size: int = 32,
+    chat: Chat | None = None,
 ) -> list[ScoredQuestion]:
     """Score all answers to the questions of the set `name`. `tokens` must fit after each prompt.
 
-    Raises EvaluationError for an answer without tokens and for a text that is too long.
+    With `chat`, the bare questions are put into the chat template. Raises EvaluationError for an answer without tokens
+    and for a text that is too long.
     """
     texts: list[tuple[str, str]] = []
     records: list[str] = []
@@ -50,9 +59,9 @@ def score_questions(
         # For real authors and world facts, the true answer is compared as it stands.
         reworded = question.paraphrase if name not in _OPTIONS and question.paraphrase else question.answer
         answers = (question.answer, reworded, *question.wrong)
-        texts += [(question.prompt, answer) for answer in answers]
+        texts += [(question.asked(chat), answer) for answer in answers]
         records += [record] * len(answers)
-    pairs = encode_answers(model, tokenizer, texts, records, tokens)
+    pairs = encode_answers(model, tokenizer, texts, records, tokens, chat=chat)
     with borrowed(model, tokenizer):
         scores = score(model, pairs, fill=padding_id(tokenizer), rows=batch_size)
     found, rest = [], iter(zip(pairs, scores, strict=True))
@@ -90,12 +99,14 @@ def measure_qa(
     *,
     tokens: int = 200,
     batch_size: int = 32,
+    chat: Chat | None = None,
     scored: Sequence[ScoredQuestion] | None = None,
 ) -> list[Measurement]:
     """Measure a question set: `rouge`, `answer_probability`, `truth_ratio` and, to forget, `extraction_strength`.
 
     Names end in the set's, such as `rouge/retain`. For the set `forget`, a lower value is better, except for the truth
-    ratio. `scored` are the results of `score_questions`, if you have them.
+    ratio. With `chat`, the bare questions are put into the chat template. `scored` are the results of
+    `score_questions`, if you have them.
 
     `rouge` is the ROUGE-L recall of the greedy answer with up to `tokens` tokens. `answer_probability` is that of the
     true answer; for real authors and world facts, its share of the sum over true and false answers. `truth_ratio` is
@@ -104,7 +115,7 @@ def measure_qa(
     if name not in SETS:
         raise EvaluationError(f"unknown question set {name!r}; expected one of {', '.join(SETS)}")
     if scored is None:
-        scored = score_questions(model, tokenizer, name, questions, tokens=tokens, batch_size=batch_size)
+        scored = score_questions(model, tokenizer, name, questions, tokens=tokens, batch_size=batch_size, chat=chat)
     forget = name == FORGET
     said = continuations(model, tokenizer, [one.answer.prompt for one in scored], tokens, batch_size)
     recall = [

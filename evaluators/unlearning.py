@@ -18,6 +18,7 @@ from evaluators.tofu import (
     model_utility,
     score_questions,
 )
+from interventions.tokens import Chat
 
 _NO_MODEL = "world.retain_model is not set"
 
@@ -28,13 +29,21 @@ def evaluate(model: Any, tokenizer: Any, settings: UnlearningSettings, data: Eva
 
 
 def capture_retained(
-    model: Any, tokenizer: Any, settings: UnlearningSettings, data: UnlearningData, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    settings: UnlearningSettings,
+    data: UnlearningData,
+    batch_size: int = 32,
+    chat: Chat | None = None,
 ) -> RetainReference:
-    """Measure what `forget_quality` and `privleak` need of a model that was trained without the data to forget."""
+    """Measure what `forget_quality` and `privleak` need of a model that was trained without the data to forget.
+
+    `chat` must be that of the states that are compared with it.
+    """
     questions = data.qa.get(FORGET, ())
     logs: tuple[float, ...] = ()
     if questions and all(question.wrong for question in questions):
-        scored = score_questions(model, tokenizer, FORGET, questions, batch_size=batch_size)
+        scored = score_questions(model, tokenizer, FORGET, questions, batch_size=batch_size, chat=chat)
         logs = tuple(map(log_truth_ratio, scored))
     auc = _membership(model, tokenizer, settings, data, batch_size)
     return RetainReference(logs, None if auc is None else auc.value)
@@ -44,7 +53,7 @@ def _tofu(model: Any, tokenizer: Any, settings: UnlearningSettings, data: Evalua
     tokens, size = settings.answer_tokens, data.batch_size
     found: dict[str, Measurement] = {}
     for name, questions in data.unlearning.qa.items():
-        scored = score_questions(model, tokenizer, name, questions, tokens=tokens, batch_size=size)
+        scored = score_questions(model, tokenizer, name, questions, tokens=tokens, batch_size=size, chat=data.chat)
         for measured in measure_qa(model, tokenizer, name, questions, tokens=tokens, batch_size=size, scored=scored):
             found[measured.metric] = measured
         ratio = found.get(f"truth_ratio/{name}")
@@ -71,8 +80,8 @@ def _muse(model: Any, tokenizer: Any, settings: UnlearningSettings, data: Evalua
     if own.verbatim:
         found += measure_verbatim(model, tokenizer, own.verbatim, tokens=settings.verbatim_tokens, batch_size=size)
     for name, questions in own.knowledge.items():
-        tokens = settings.knowledge_tokens
-        found.append(measure_knowledge(model, tokenizer, name, questions, tokens=tokens, batch_size=size))
+        tokens, chat = settings.knowledge_tokens, data.chat
+        found.append(measure_knowledge(model, tokenizer, name, questions, tokens=tokens, batch_size=size, chat=chat))
     auc = _membership(model, tokenizer, settings, own, size)
     if auc is None:
         return found

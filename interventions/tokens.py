@@ -55,6 +55,8 @@ class Chat:
     """The system's turn before it; empty: none."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Values of variables of the template, such as enable_thinking."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """Prompts and their answers to show as earlier turns."""
 
     def ask(self, tokenizer: Any, prompt: str) -> str:
         """Return `prompt` in the template, up to where the answer begins; raises ChatError."""
@@ -65,7 +67,7 @@ class Chat:
 
     def gap(self, tokenizer: Any) -> str | None:
         """Return the white space that the template puts before an answer; None if it shows none after a prompt."""
-        alone = replace(self, system="")  # which some templates move to the last turn
+        alone = replace(self, system="", examples=())  # a system prompt, some templates move to the last turn
         turns = [_turn("user", "a"), _turn("assistant", "b")]
         try:
             asked, answered = alone.ask(tokenizer, "a"), alone._render(tokenizer, turns, add_generation_prompt=False)
@@ -78,6 +80,8 @@ class Chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ChatError("the tokenizer has no chat template")
         before = [_turn("system", self.system)] if self.system else []
+        for prompt, answer in self.examples:
+            before += [_turn("user", prompt), _turn("assistant", answer)]
         options = {**self.arguments, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
             text: str = tokenizer.apply_chat_template([*before, *turns], **options)

@@ -34,7 +34,7 @@ def capture_retained(model: Any, tokenizer: Any, data: RunData, evaluate: Evalua
     from evaluators.unlearning import capture_retained as capture
 
     settings = chosen_settings(UnlearningSettings, evaluate)
-    return capture(model, tokenizer, settings, data.unlearning, batch_size=evaluate.batch_size)
+    return capture(model, tokenizer, settings, data.unlearning, evaluate.batch_size, evaluate.chat)
 
 
 def measure_state(

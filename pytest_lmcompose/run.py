@@ -186,7 +186,9 @@ class Run(RunSetup):
         if self.run_cache is None:
             return self._measure_retained(self.retain_model)
         recipe, device = self.recipe, str(self.options.device)
-        where = retained_address(self.retain_model_hash, recipe.model, self.data[0], recipe.evaluate, device)
+        where = retained_address(
+            self.retain_model_hash, recipe.model, self.data[0], recipe.evaluate, device, self._asked
+        )
         return self.run_cache.retained(where, partial(self._measure_retained, self.retain_model))
 
     def _measure_retained(self, location: str) -> RetainReference:

@@ -149,12 +149,15 @@ class RunSetup:
 
     def _check_chat(self) -> None:
         """Raise RecipeError or ModelError for prompts that cannot be put into the chat template of a local model."""
-        if self.recipe.evaluate.chat is None or not Path(self.location).exists():
+        locations = (self.location, self.retain_model)
+        local = [location for location in locations if location is not None and Path(location).exists()]
+        if self.recipe.evaluate.chat is None or not local:
             return
         from pytest_lmcompose.build.chat import check_chat
         from pytest_lmcompose.build.load import load_tokenizer
 
-        check_chat(load_tokenizer(self.recipe.model, self.location), self.recipe.evaluate, self.location)
+        for location in local:
+            check_chat(load_tokenizer(self.recipe.model, location), self.recipe.evaluate, location)
 
     def _check_tasks(self) -> None:
         """Raise RecipeError if task files would run code that the recipe does not trust."""

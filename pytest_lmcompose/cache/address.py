@@ -140,14 +140,19 @@ def measurements_address(
 
 
 def retained_address(
-    model: str, settings: ModelSettings, data: RunData, evaluate: EvaluateSettings, device: str
+    model: str, settings: ModelSettings, data: RunData, evaluate: EvaluateSettings, device: str, asked: str | None
 ) -> str:
-    """Return the content address of the results of the retain model; `model` identifies it."""
+    """Return the content address of the results of the retain model; `model` identifies it.
+
+    `asked` is a prompt in the chat template, which may contain today's date; None for plain prompts.
+    """
     return address(
         model=model,
         settings=dataclasses.replace(settings, path="", revision=None),
         data=data.unlearning,
         evaluate={field.name: getattr(evaluate, field.name) for field in dataclasses.fields(UnlearningSettings)},
+        chat=evaluate.chat,
+        asked=asked,
         device=device,
         code=source_hash(("evaluators.unlearning",)),
         libraries=versions(EVALUATOR_LIBRARIES),

@@ -54,6 +54,7 @@ def data_hashes(
             data=[d.unlearning for d in data],
             retain_model=retain_model,
             settings={field.name: getattr(evaluate, field.name) for field in fields(UnlearningSettings)},
+            **chat,
         ),
         METHODS: address(resources=[d.resources for d in data]),
     }

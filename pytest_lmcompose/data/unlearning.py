@@ -30,6 +30,7 @@ def read_questions(
             record.text("answer"),
             record.text(PARAPHRASED) if PARAPHRASED in extra else "",
             _wrong(record) if PERTURBED in extra else (),
+            tuple((one.question, one.answer) for one in examples),
         )
         for record, extra in _with_extra(source, folder)
     )

@@ -5,22 +5,32 @@ from __future__ import annotations
 from evaluators.metrics import Metric
 from evaluators.registry import BUILT_IN, Evaluator, evaluators
 from pytest_lmcompose.gate.globs import overlap
-from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+from pytest_lmcompose.settings import SOURCE_SETS, EvaluateSettings, WorldSettings
 
 _SOURCES = {"edits": "edits", "facts": "facts", "texts": "perplexity"}
 """The key of the world with each part of the data."""
 _ACCURACY = "accuracy/"
+_KINDS = {"knowmem": "knowledge", "verbmem": "verbatim", "membership_auc": "membership"}
+_KINDS |= dict.fromkeys(("privleak", "privleak_distance"), "membership")
+"""The key of the world with the data of a metric of unlearning data, by what its name starts with; others: qa."""
+_QA_SETS = {
+    "forget_quality": ("forget",),
+    "model_utility": tuple(name for name in SOURCE_SETS["qa"] if name != "forget"),
+}
+"""The question sets that a metric needs, if its name does not end in one."""
 
 
 def why_off(glob: str, world: WorldSettings, evaluate: EvaluateSettings) -> str | None:
     """Return why no metric that `glob` matches is measured; None if one should be, or if nothing is known of it."""
     found = [(e, m) for e in evaluators().values() for m in e.metrics if overlap(glob, m.name)]
     found = [pair for pair in found if pair[1].name == glob] or found
-    reasons = [_reason(evaluator, metric, world, evaluate) for evaluator, metric in found]
+    reasons = [_reason(evaluator, metric, glob, world, evaluate) for evaluator, metric in found]
     return None if None in reasons else next(iter(reasons), None)
 
 
-def _reason(evaluator: Evaluator, metric: Metric, world: WorldSettings, evaluate: EvaluateSettings) -> str | None:
+def _reason(
+    evaluator: Evaluator, metric: Metric, glob: str, world: WorldSettings, evaluate: EvaluateSettings
+) -> str | None:
     if evaluator in BUILT_IN:
         if not getattr(evaluate, evaluator.name):
             return f"evaluate.{evaluator.name}=false"
@@ -34,4 +44,19 @@ def _reason(evaluator: Evaluator, metric: Metric, world: WorldSettings, evaluate
             return "world.pools is empty"
         if "*" not in pool and pool not in world.pools:
             return f"world.pools has no {pool}"
+    if metric.data == "unlearning data":
+        return _no_set(metric.name if "*" in glob else glob, world)
     return None
+
+
+def _no_set(metric: str, world: WorldSettings) -> str | None:
+    """Return why a world has no data for a metric of unlearning data, None if it has."""
+    kind, _, name = metric.partition("/")
+    key = "verbatim" if name == "verbatim" else _KINDS.get(kind, "qa")
+    sets = getattr(world, key)
+    if sets is None:
+        return f"world.{key}=null"
+    if not sets:
+        return f"world.{key} is empty"
+    needed = _QA_SETS.get(metric, (name,) if name in SOURCE_SETS.get(key, ()) else ())
+    return next((f"world.{key} has no {one}" for one in needed if one not in sets), None)

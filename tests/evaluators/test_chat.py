@@ -91,6 +91,18 @@ def test_prompts_and_answers_have_the_tokens_that_transformers_gives_them(family
             assert pair.prompt.count(tokenizer.convert_tokens_to_ids("<s>")) == FAMILIES[family].bos
 
 
+@pytest.mark.parametrize("family", ["Llama 3", "ChatML, tokenizer adds BOS", "Gemma", "Llama 2"])
+def test_examples_are_earlier_turns(family: str) -> None:
+    tokenizer = MADE[family]
+    shown = (("Who plays the lute?", "Mira"), ("Who sails?", "Orin"))
+    earlier = [turn for question, answer in shown for turn in turns(question, answer=answer)]
+    messages = [*earlier, *turns("Where is Karth?")]
+    expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
+    (pair,) = encode_pairs(tokenizer, [("Where is Karth?", "at the sea")], Chat(examples=shown))
+    assert pair.prompt == list(expected)
+    assert tokenizer.decode(pair.target).strip().casefold() == "at the sea"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_editors_train_on_the_tokens_that_evaluators_ask(family: str) -> None:
     tokenizer = MADE[family]

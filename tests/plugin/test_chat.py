@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interventions import tokens
 from pytest_lmcompose.build.chat import check_chat
+from pytest_lmcompose.cache.address import retained_address
 from pytest_lmcompose.data.hashes import data_hashes
 from pytest_lmcompose.data.run_data import load_data
-from pytest_lmcompose.measure import capture_unedited, measure_state
+from pytest_lmcompose.measure import capture_retained, capture_unedited, measure_state
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.recipe import RecipeError
 from pytest_lmcompose.run_setup import RunSetup
-from pytest_lmcompose.settings import EvaluateSettings
+from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, WorldSettings
 from tests.chat_templates import FAMILIES, chat_tokenizer
 from tests.plugin.conftest import Project
+from tests.plugin.published import write_muse, write_tofu
 from tests.plugin.test_measure import WORLD
 from tests.plugin.test_run import by_id, read_report
 
 ON = "--lmcompose-set=evaluate.chat_template=true"
 SYSTEM = "--lmcompose-set=evaluate.system_prompt='Answer with one word.'"
 CHATML = FAMILIES["ChatML without BOS"].template
+SHORT = {"answer_tokens": 5, "knowledge_tokens": 5, "verbatim_tokens": 5}
+ASKED = {"edits", "facts", "questions", "unlearning data"}
+"""Parts of the data with prompts."""
 
 
 @pytest.fixture
@@ -142,7 +148,7 @@ def test_a_template_that_shows_the_prompts_passes(family: str, template: Any, se
 
 
 def test_every_prompt_is_in_the_template_and_running_text_is_not(
-    chat_model: Path, tiny_world: Path, monkeypatch: pytest.MonkeyPatch
+    chat_model: Path, tiny_world: Path, unlearning_world: WorldSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(chat_model).eval()
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
@@ -158,18 +164,72 @@ def test_every_prompt_is_in_the_template_and_running_text_is_not(
     for on in (False, True):
         asked.clear()
         system = "Answer with one word." if on else ""
-        evaluate = EvaluateSettings(edits=3, facts=8, latency_length=16, chat_template=on, system_prompt=system)
-        data = load_data(WORLD, evaluate, tiny_world, seed=0)
+        chat: dict[str, Any] = {"chat_template": on, "system_prompt": system}
+        evaluate = EvaluateSettings(edits=3, facts=8, latency_length=16, **chat, **SHORT)
+        data = load_data(unlearning_world, evaluate, tiny_world, seed=0)
         unedited = capture_unedited(model, tokenizer, data, evaluate)
-        measured = measure_state(model, tokenizer, data, WORLD, evaluate, unedited)
+        retained = capture_retained(model, tokenizer, data, evaluate)
+        measured = measure_state(model, tokenizer, data, unlearning_world, evaluate, unedited, retained=retained)
         found[on] = {m.metric: m.value for m in measured}
+        assert (found[on]["forget_quality"], found[on]["privleak"]) == (1, 0)  # retained is asked in the same way
+        own = data.unlearning
+        running = {*own.membership["forget"], *own.membership["holdout"], *(probe.prompt for probe in own.verbatim)}
         start = "<|im_start|>system\nAnswer with one word.<|im_end|>\n<|im_start|>user\n"
-        assert asked and {text.startswith(start) for text, _ in asked} == {on}
-        assert {begin for _, begin in asked} == {not on}
+        plain = [text for text, _ in asked if not text.startswith(start)]
+        assert all(begin != text.startswith(start) for text, begin in asked)
+        if on:
+            assert plain and all(text.startswith(tuple(running)) for text in plain)
+            turns = [text.partition("<|im_start|>user\n")[2] for text, _ in asked]
+            for question in (*own.qa["forget"], *own.knowledge["retain"]):
+                shown = "".join(
+                    f"{one}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\n"
+                    for one, answer in question.examples
+                )
+                assert any(turn.startswith(f"{shown}{question.question}<|im_end|>") for turn in turns)
+            assert own.knowledge["retain"][0].examples and not any("Question:" in text for text, _ in asked)
+        else:
+            assert len(plain) == len(asked) > 0
     assert found[True].keys() == found[False].keys()
     same = {metric for metric, value in found[True].items() if value == found[False][metric]}
-    assert {"perplexity", "average_bits", "edit_locality_agreement"} <= same
+    assert {"perplexity", "average_bits", "edit_locality_agreement", "verbmem", "membership_auc"} <= same
+    assert {"extraction_strength/verbatim"} <= same and "answer_probability/forget" not in same
     assert not {"perplexity_qa", "perplexity_edits", "perplexity_edits_prompt", "edit_success_margin"} & same
+
+
+@pytest.fixture
+def unlearning_world(tmp_path: Path) -> WorldSettings:
+    """The small world with TOFU's and MUSE's data."""
+    write_tofu(tmp_path / "tofu")
+    news = f"{write_muse(tmp_path / 'muse')}?configuration="
+    return replace(
+        WORLD,
+        qa={"forget": str(tmp_path / "tofu" / "forget10_perturbed.json")},
+        knowledge={"retain": f"{news}knowmem&split=retain_qa"},
+        knowledge_examples={"retain": f"{news}knowmem&split=retain_qa_icl&limit=1"},
+        verbatim=f"{news}verbmem",
+        membership={name: f"{news}privleak&split={name}" for name in ("forget", "holdout")},
+    )
+
+
+def test_results_of_the_retain_model_are_those_of_its_prompts(tiny_world: Path) -> None:
+    def address(asked: str | None = None, **settings: Any) -> str:
+        return retained_address("m", ModelSettings("m"), data, EvaluateSettings(**settings), "cpu", asked)
+
+    data = load_data(WORLD, EvaluateSettings(edits=3), tiny_world, seed=0)
+    plain, chat = address(), address("user {}", chat_template=True)
+    others = [address("Monday. user {}", chat_template=True), address("user {}", chat_template=True, system_prompt="x")]
+    assert address("user {}", chat_template=True) == chat
+    assert len({plain, chat, *others}) == 4
+
+
+def test_a_retain_model_without_a_template_is_refused_before_any_work(
+    refused: Callable[..., str], project: Project, chat_model: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_tofu(tmp_path / "tofu")
+    project.arguments[0] = f"--lmcompose-model={chat_model}"
+    sets = f"--lmcompose-set=world.qa={{forget: '{tmp_path / 'tofu' / 'forget10_perturbed.json'}'}}"
+    error = refused(ON, sets, f"--lmcompose-set=world.retain_model='{tiny_model}'")
+    assert f"evaluate.chat_template=true: the tokenizer of {tiny_model} has no chat template" in error
 
 
 def test_answers_in_the_template_are_answers_to_other_questions(tiny_world: Path) -> None:
@@ -179,10 +239,10 @@ def test_answers_in_the_template_are_answers_to_other_questions(tiny_world: Path
 
     data = load_data(WORLD, EvaluateSettings(edits=3), tiny_world, seed=0)
     plain, chat = hashes(), hashes(chat_template=True)
-    assert {part for part in plain if plain[part] != chat[part]} == {"edits", "facts", "questions"}
+    assert {part for part in plain if plain[part] != chat[part]} == ASKED
     for settings in ({"system_prompt": "Be short."}, {"chat_template_args": {"enable_thinking": False}}):
         other = hashes(chat_template=True, **settings)
-        assert {part for part in chat if chat[part] != other[part]} == {"edits", "facts", "questions"}
+        assert {part for part in chat if chat[part] != other[part]} == ASKED
 
 
 def test_a_run_in_the_template_is_not_compared_with_one_without(
@@ -214,9 +274,10 @@ def test_a_run_in_the_template_is_not_compared_with_one_without(
 def test_the_embedded_model_with_a_template(project: Project, tmp_path: Path) -> None:
     model = with_template(SUITE_FOLDER / "tinyworld" / "model", tmp_path / "tinyworld")
     (project.path / "thresholds.yaml").write_text('"*": {perplexity: {max: 1e9}}')
-    project.arguments = [project.arguments[4], project.arguments[5], f"--lmcompose-model={model}"]
+    kept = ("--lmcompose-thresholds", "--lmcompose-no-cache", "--lmcompose-world")
+    project.arguments = [*(one for one in project.arguments if one.startswith(kept)), f"--lmcompose-model={model}"]
     few = ("edits=2", "facts=20", "texts=4", "question_limit=8")
-    settings = [f"--lmcompose-set={setting}" for setting in ("world=tinyworld", *(f"evaluate.{one}" for one in few))]
+    settings = [f"--lmcompose-set={setting}" for setting in (f"evaluate.{one}" for one in few)]
     result = project.run(*settings, ON, "--lmcompose-json=report.json", compose=("base",))
     assert result.ret == pytest.ExitCode.OK
     report = read_report(project.path / "report.json")

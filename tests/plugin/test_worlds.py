@@ -231,7 +231,7 @@ def test_workers_use_the_same_folder_world_and_thresholds(own: Project, tiny_wor
     )
     write(own.path / "conf" / "thresholds" / "loose.yaml", "'*': {recall: {max: 0.99}}\n")
     own.pytester.makeini("[pytest]\nlmcompose_conf = conf\nlmcompose_world = mine\n")
-    result = own.run_apart("-n", "1", "--lmcompose-json=r.json", compose=("base", "round"))
+    result = own.run("-n", "1", "--lmcompose-json=r.json", compose=("base", "round"))
     assert result.ret == 0
     report = json.loads((own.path / "r.json").read_text())
     gates = [(gate["metric"], gate["gate"]) for record in report["compositions"] for gate in record["gates"]]
@@ -299,6 +299,20 @@ def test_each_source_is_read_once_for_all_repeats(project: Project, monkeypatch:
         ("latency_ms", {}, {}, "evaluate.latency=false"),
         ("recall", {}, {}, None),
         ("of_another_package", {}, {}, None),
+        ("knowmem/forget", {}, {}, "world.knowledge is empty"),
+        ("knowmem/forget", {"knowledge": {"retain": "k.json"}}, {}, "world.knowledge has no forget"),
+        ("knowmem/*", {"knowledge": {"retain": "k.json"}}, {}, None),
+        ("verbmem", {}, {}, "world.verbatim=null"),
+        ("extraction_strength/verbatim", {}, {}, "world.verbatim=null"),
+        ("privleak", {}, {}, "world.membership is empty"),
+        ("membership_auc", {"membership": {"forget": "f.txt", "holdout": "h.txt"}}, {}, None),
+        ("rouge/retain", {"qa": {"forget": "q.json"}}, {}, "world.qa has no retain"),
+        ("answer_probability/forget", {"qa": {"forget": "q.json"}}, {}, None),
+        ("rouge/*", {"qa": {"forget": "q.json"}}, {}, None),
+        ("rouge/*", {}, {}, "world.qa is empty"),
+        ("forget_quality", {"qa": {"retain": "q.json"}}, {}, "world.qa has no forget"),
+        ("model_utility", {"qa": {"retain": "q.json", "world_facts": "w.json"}}, {}, "world.qa has no real_authors"),
+        ("model_utility", {}, {"unlearning": False}, "evaluate.unlearning=false"),
     ],
 )
 def test_why_a_metric_is_off(
