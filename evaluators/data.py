@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from interventions.tokens import Chat as Chat
+
 T = TypeVar("T")
 
 
@@ -59,6 +61,44 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question with its true answer, and other answers to compare it with."""
+
+    question: str
+    prompt: str
+    """The question in its template, after the examples if there are any; the answer follows."""
+    answer: str
+    paraphrase: str = ""
+    """The true answer in other words; empty if unknown."""
+    wrong: tuple[str, ...] = ()
+    """False answers of the same form."""
+
+
+@dataclass(frozen=True)
+class UnlearningData:
+    """Data that shows what a model forgot, and what it kept."""
+
+    qa: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)
+    """TOFU's questions by set: forget, retain, real_authors, world_facts."""
+    knowledge: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)
+    """MUSE's questions by set: forget, retain."""
+    verbatim: tuple[Probe, ...] = ()
+    """MUSE's beginnings of texts to forget, and how they go on."""
+    membership: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """MUSE's texts by set: forget, which the model was trained on, and holdout, which it never saw."""
+
+
+@dataclass(frozen=True)
+class RetainReference:
+    """Results of a model that was trained without the data to forget."""
+
+    log_truth_ratios: tuple[float, ...] = ()
+    """The logarithm of the truth ratio of each question of the set `forget`; empty without such questions."""
+    auc: float | None = None
+    """How well the Min-K% probability tells texts to forget from texts never seen; None without such texts."""
+
+
+@dataclass(frozen=True)
 class EvaluationData:
     """The data of a run for its evaluators: equal for every state, with one object per state."""
 
@@ -84,6 +124,11 @@ class EvaluationData:
     """Pools with knowledge that unlearning should remove."""
     trust_code: bool = False
     """Whether task files may run code."""
+    chat: Chat | None = None
+    """How prompts are put into the chat template; None: they are read as they stand."""
+    unlearning: UnlearningData = field(default_factory=UnlearningData)
+    retained: RetainReference | None = None
+    """Results of the retain model, if there is one."""
     _shared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:

@@ -18,23 +18,27 @@ from evaluators.answers import Answer, Scores, answer_probes
 from evaluators.data import EditCase, EvaluationData, Probe, UneditedAnswers
 from evaluators.measurement import EvaluationError, Measurement, each_alike, shorten
 from evaluators.settings import NoSettings
+from interventions.tokens import Chat
 
 
 def evaluate(model: Any, tokenizer: Any, settings: NoSettings, data: EvaluationData) -> list[Measurement]:
     """Measure the run's edits on a state, whether or not it has them."""
     if not data.edits:
         return []
-    return measure_editing(model, tokenizer, data.edits, unedited=data.unedited, batch_size=data.batch_size)
+    size, chat = data.batch_size, data.chat
+    return measure_editing(model, tokenizer, data.edits, unedited=data.unedited, batch_size=size, chat=chat)
 
 
-def capture_unedited(model: Any, tokenizer: Any, cases: Sequence[EditCase], *, batch_size: int = 32) -> UneditedAnswers:
+def capture_unedited(
+    model: Any, tokenizer: Any, cases: Sequence[EditCase], *, batch_size: int = 32, chat: Chat | None = None
+) -> UneditedAnswers:
     """Record the model's answers to the locality prompts of `cases` before editing.
 
     Raises EvaluationError for logits that are NaN or infinite.
     """
     prompts = [replace(p, probe=_alone(p.probe)) for p in _prompts(cases) if p.aspect == "locality"]
     generated: dict[Probe, tuple[int, ...]] = {}
-    for prompt, answer in zip(prompts, _answers(model, tokenizer, prompts, batch_size), strict=True):
+    for prompt, answer in zip(prompts, _answers(model, tokenizer, prompts, batch_size, chat), strict=True):
         if answer.generated is None:
             raise EvaluationError(
                 f"{prompt.record}: the unedited model's logits after {prompt.probe.prompt!r} are NaN or infinite; "
@@ -51,6 +55,7 @@ def measure_editing(
     *,
     unedited: UneditedAnswers | None = None,
     batch_size: int = 32,
+    chat: Chat | None = None,
 ) -> list[Measurement]:
     """Measure `edit_success`, `edit_paraphrase`, `edit_portability` and `edit_locality`.
 
@@ -60,7 +65,8 @@ def measure_editing(
     generated tokens as before. Aspects without prompts are left out. Samples are in the order of the
     cases. The prompts of a case are averaged first and are one cluster: a case with ten prompts counts as
     much as one with two. Several kinds of portability or locality are also measured one by one:
-    `edit_portability_exact/Reasoning`.
+    `edit_portability_exact/Reasoning`. With `chat`, all prompts are put into the chat template, as they must be
+    for `unedited`.
 
     Broken logits give NaN samples. Raises EvaluationError for no cases, a target without tokens, or a
     locality prompt missing from `unedited`.
@@ -68,7 +74,7 @@ def measure_editing(
     if not cases:
         raise EvaluationError("edit success: no cases; is the edit file empty?")
     prompts = _prompts(cases)
-    answers = _answers(model, tokenizer, prompts, batch_size)
+    answers = _answers(model, tokenizer, prompts, batch_size, chat)
     measurements = []
     for aspect in ("success", "paraphrase", "portability", "locality"):
         chosen = [(p, a) for p, a in zip(prompts, answers, strict=True) if p.aspect == aspect]
@@ -150,10 +156,12 @@ def _prompts(cases: Sequence[EditCase]) -> list[_Prompt]:
     return prompts
 
 
-def _answers(model: Any, tokenizer: Any, prompts: Sequence[_Prompt], batch_size: int) -> list[Answer]:
+def _answers(
+    model: Any, tokenizer: Any, prompts: Sequence[_Prompt], batch_size: int, chat: Chat | None
+) -> list[Answer]:
     # An answer is not its own rival.
     probes = [_alone(p.probe) if p.probe.answer == p.probe.rival else p.probe for p in prompts]
-    return answer_probes(model, tokenizer, probes, [p.record for p in prompts], batch_size)
+    return answer_probes(model, tokenizer, probes, [p.record for p in prompts], batch_size, chat=chat)
 
 
 def _alone(probe: Probe) -> Probe:

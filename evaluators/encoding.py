@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from evaluators.measurement import EvaluationError
+from interventions.tokens import Chat, ChatError, ask, join
 from interventions.tokens import Pair as Pair
-from interventions.tokens import join, read
 
 
 class Batch(NamedTuple):
@@ -19,24 +20,36 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode(tokenizer: Any, texts: Sequence[str], chat: Chat | None = None) -> list[list[int]]:
     """Return the ids of each text, with BOS if the tokenizer adds it, but no special token at the end.
 
-    Never truncates. Raises EvaluationError for a text without tokens.
+    With `chat`, the texts are put into the chat template, which then decides on BOS. Never truncates.
+    Raises EvaluationError for a text without tokens, and for a template that cannot be applied.
     """
-    rows = [row.ids for row in read(tokenizer, texts)]
+    with _readable():
+        rows = [row.ids for row in ask(tokenizer, texts, chat)]
     _check(rows, texts)
     return rows
 
 
-def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]], chat: Chat | None = None) -> list[Pair]:
     """Return the ids of (prompt, target) pairs, split like for the editors (`interventions.tokens.join`).
 
-    Raises EvaluationError for a prompt without tokens.
+    Raises EvaluationError for a prompt without tokens, and for a chat template that cannot be applied.
     """
-    joined = join(tokenizer, pairs)
+    with _readable():
+        joined = join(tokenizer, pairs, chat=chat)
     _check([pair.prompt for pair in joined], [prompt for prompt, _ in pairs])
     return joined
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Make EvaluationError of ChatError."""
+    try:
+        yield
+    except ChatError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def _check(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from evaluators.measurement import EvaluationError
 from evaluators.passes import read
 from evaluators.reading import generates, reading
 from evaluators.state import borrowed
+from interventions.tokens import Chat
 
 
 def greedy(
@@ -24,8 +25,10 @@ def greedy(
     prompts: Sequence[str],
     max_new_tokens: Sequence[int] | int,
     batch_size: int = 32,
+    *,
+    chat: Chat | None = None,
 ) -> list[list[int]]:
-    """Return the greedy continuation of each prompt.
+    """Return the greedy continuation of each prompt; with `chat`, the answer to it in the chat template.
 
     A continuation ends before the first end-of-sequence token or after `max_new_tokens` (one number,
     or one per prompt). Of the model's generation config, only the end-of-sequence ids are used. Model
@@ -36,7 +39,7 @@ def greedy(
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(budgets) != len(prompts):
         raise EvaluationError(f"max_new_tokens has {len(budgets)} numbers for {len(prompts)} prompts")
-    return generate_from_ids(model, tokenizer, encode(tokenizer, prompts), prompts, budgets, batch_size)
+    return generate_from_ids(model, tokenizer, encode(tokenizer, prompts, chat), prompts, budgets, batch_size)
 
 
 def generate_from_ids(

@@ -17,6 +17,7 @@ from evaluators.encoding import Pair, check_length, padding_id
 from evaluators.generation import BrokenLogits, generation_config, pads_in_generation, step_by_step, stop_ids
 from evaluators.measurement import EvaluationError
 from evaluators.reading import reading
+from interventions.tokens import Chat
 
 Request = tuple[Any, list[int], list[int]]  # the texts, the ids of the context, the ids of the choice
 Result = tuple[float, bool]  # log-likelihood in nats, whether greedy generation would give it
@@ -29,8 +30,14 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
     passes over contexts of equal length (see `evaluators.generation`).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, chat: Chat | None = None) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            chat_template_args=dict(chat.arguments) if chat else None,
+        )
         self._encoded: dict[str, list[int]] = {}
         self._fill = padding_id(tokenizer)
         self._pads = False

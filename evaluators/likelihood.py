@@ -9,6 +9,7 @@ from evaluators.continuations import score
 from evaluators.encoding import check_length, encode_pairs, padding_id
 from evaluators.measurement import EvaluationError
 from evaluators.state import borrowed
+from interventions.tokens import Chat
 
 
 class LogLikelihood(NamedTuple):
@@ -19,15 +20,16 @@ class LogLikelihood(NamedTuple):
 
 
 def log_likelihood(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = 32
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = 32, *, chat: Chat | None = None
 ) -> list[LogLikelihood]:
     """Return log p(target | prompt) of each (prompt, target), joined as `interventions.tokens.join` does.
 
+    With `chat`, the prompts are put into the chat template.
     Only the target's tokens are scored, without BOS between prompt and target. Computed in float32 for
     every dtype; broken logits give NaN, which fails every gate.
     Raises EvaluationError for a target without tokens or a text that is too long.
     """
-    encoded = encode_pairs(tokenizer, pairs)
+    encoded = encode_pairs(tokenizer, pairs, chat)
     for row, ((prompt, target), ids) in enumerate(zip(pairs, encoded, strict=True)):
         if not ids.target:
             raise EvaluationError(f"pair {row} ({prompt!r}): target {target!r} has no tokens")

@@ -20,7 +20,7 @@ from evaluators.reading import reading
 from evaluators.recall import scored_facts
 from evaluators.settings import PerplexitySettings
 from evaluators.state import borrowed
-from interventions.tokens import frame, running, windows
+from interventions.tokens import Chat, frame, running, windows
 
 
 class Window(NamedTuple):
@@ -36,10 +36,12 @@ def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, data: Eva
     if data.facts:
         scored, facts = scored_facts(model, tokenizer, data), [Probe(f.prompt, f.answer) for f in data.facts]
         found.append(measure_answer_perplexity(model, tokenizer, facts, metric="perplexity_qa", scored=scored))
-    edits, size = [Probe(case.prompt, case.target) for case in data.edits], data.batch_size
+    edits, size, chat = [Probe(case.prompt, case.target) for case in data.edits], data.batch_size, data.chat
     for metric, whole in (("perplexity_edits", False), ("perplexity_edits_prompt", True)) if edits else ():
         found.append(
-            measure_answer_perplexity(model, tokenizer, edits, metric=metric, with_prompt=whole, batch_size=size)
+            measure_answer_perplexity(
+                model, tokenizer, edits, metric=metric, with_prompt=whole, batch_size=size, chat=chat
+            )
         )
     if data.texts:
         found.append(measure_perplexity(model, tokenizer, data.texts, window=settings.window, batch_size=size))
@@ -93,13 +95,15 @@ def measure_answer_perplexity(
     metric: str,
     with_prompt: bool = False,
     batch_size: int = 32,
+    chat: Chat | None = None,
     scored: Sequence[Likelihood] | None = None,
 ) -> Measurement:
     """Measure exp(mean negative log-likelihood per token) of answers after their prompts; lower is better.
 
     Scores the answer's tokens, without BOS between prompt and answer. With `with_prompt`, the prompt's
-    tokens are scored too, except the first one (BOS, if the tokenizer adds it). `scored` are the
-    results of `score_answers`, if you have them.
+    tokens are scored too, except the first one (BOS, if the tokenizer adds it). With `chat`, the prompts are
+    put into the chat template, whose tokens count as the prompt's. `scored` are the results of
+    `score_answers`, if you have them.
 
     Samples are the mean NLL of each text; the error is as in `measure_perplexity`.
     Raises EvaluationError for no probes and for answers without tokens.
@@ -108,9 +112,9 @@ def measure_answer_perplexity(
         raise EvaluationError(f"{metric}: no answers to score; is the file empty?")
     records = [f"{metric}, record {i}" for i in range(len(probes))]
     if scored is None:
-        scored = score_answers(model, tokenizer, probes, records, batch_size)
+        scored = score_answers(model, tokenizer, probes, records, batch_size, chat=chat)
     if with_prompt:
-        pairs = encode_pairs(tokenizer, [(probe.prompt, probe.answer) for probe in probes])
+        pairs = encode_pairs(tokenizer, [(probe.prompt, probe.answer) for probe in probes], chat)
         # The answers are scored; score each prompt after its first token.
         heads = [Pair(pair.prompt[:1], pair.prompt[1:]) for pair in pairs]
         longer = [i for i, head in enumerate(heads) if head.target]

@@ -27,6 +27,7 @@ def evaluate(model: Any, tokenizer: Any, settings: QuestionSettings, data: Evalu
         lower_is_better={name for pool in data.hazardous for name in data.pools[pool]},
         options=settings.options,
         trust_code=data.trust_code,
+        chat=data.chat,
     )
     by_name = {m.metric.partition("/")[2]: m for m in reversed(single)}
     pools = {

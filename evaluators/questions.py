@@ -20,10 +20,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.evaluator import evaluate
 
+from evaluators.encoding import encode
 from evaluators.harness import SharedContextLM
 from evaluators.measurement import EvaluationError, Measurement, shorten
 from evaluators.question_tasks import load_tasks
 from evaluators.state import borrowed
+from interventions.tokens import Chat
 
 _FEWSHOT_SEED = 1234  # the default of the harness, for equal few-shot prompts
 
@@ -40,6 +42,7 @@ def measure_questions(
     lower_is_better: AbstractSet[str] = frozenset(),
     options: int | None = 4,
     trust_code: bool = False,
+    chat: Chat | None = None,
 ) -> list[Measurement]:
     """Measure each task, in the given order; samples are 1 or 0 per question.
 
@@ -51,6 +54,9 @@ def measure_questions(
     `limit` uses the first questions of each task, `num_fewshot` overrides the tasks' setting, and
     `batch_size` is the number of sequences per pass. `lower_is_better` names the tasks with knowledge
     to unlearn; for the others the harness knows the direction. Model and tokenizer are not changed.
+
+    With `chat`, the harness puts the questions into the chat template by its own rules: examples are turns of
+    their own, a task's description goes into the system's turn, and choices follow the template at once.
 
     With `trust_code`, task files may run code: functions, and templates without a sandbox. Tasks of the
     harness itself are always trusted, like any installed package.
@@ -76,11 +82,21 @@ def measure_questions(
                 if task.get_config("num_fewshot") is None or num_fewshot is not None:
                     task.set_config("num_fewshot", num_fewshot or 0)
                 task.set_fewshot_seed(_FEWSHOT_SEED)
-            lm = SharedContextLM(model, tokenizer, batch_size)
+            if chat is not None:
+                encode(tokenizer, ["a"], chat)  # the harness would drop a system prompt that the template refuses
+            lm = SharedContextLM(model, tokenizer, batch_size, chat)
             # Not `simple_evaluate`, which seeds all random generators, queries the hub for the model's
             # revision and collects the environment.
             chosen = {"tasks": leaves, "groups": {}, "group_map": {}}
-            results = evaluate(lm, chosen, limit=limit, bootstrap_iters=0)
+            results = evaluate(
+                lm,
+                chosen,
+                limit=limit,
+                bootstrap_iters=0,
+                system_instruction=(chat.system or None) if chat else None,
+                apply_chat_template=chat is not None,
+                fewshot_as_multiturn=chat is not None,
+            )
     except UndefinedError as error:
         raise EvaluationError(f"questions: a template of {', '.join(tasks)} reads a missing field: {error}") from error
     except SecurityError as error:

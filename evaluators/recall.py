@@ -11,6 +11,7 @@ from evaluators.answers import Likelihood, score_answers
 from evaluators.data import EvaluationData, Fact, Probe
 from evaluators.measurement import EvaluationError, Measurement, shorten
 from evaluators.settings import NoSettings
+from interventions.tokens import Chat
 
 
 def evaluate(model: Any, tokenizer: Any, settings: NoSettings, data: EvaluationData) -> list[Measurement]:
@@ -23,20 +24,23 @@ def evaluate(model: Any, tokenizer: Any, settings: NoSettings, data: EvaluationD
         ("recall_to_forget", data.forgettable, False),
     ):
         if facts:
-            pooled = measure_recall(model, tokenizer, facts, batch_size=data.batch_size)[0]
+            pooled = measure_recall(model, tokenizer, facts, batch_size=data.batch_size, chat=data.chat)[0]
             found.append(replace(pooled, metric=metric, higher_is_better=better))
     return found
 
 
 def scored_facts(model: Any, tokenizer: Any, data: EvaluationData) -> list[Likelihood]:
     """Return the likelihoods of all facts' answers, computed once per state."""
-    return data.once("facts", lambda: score_facts(model, tokenizer, data.facts, batch_size=data.batch_size))
+    size, chat = data.batch_size, data.chat
+    return data.once("facts", lambda: score_facts(model, tokenizer, data.facts, batch_size=size, chat=chat))
 
 
-def score_facts(model: Any, tokenizer: Any, facts: Sequence[Fact], *, batch_size: int = 32) -> list[Likelihood]:
+def score_facts(
+    model: Any, tokenizer: Any, facts: Sequence[Fact], *, batch_size: int = 32, chat: Chat | None = None
+) -> list[Likelihood]:
     """Score the answer of every fact, for `measure_recall` and `measure_answer_perplexity`."""
     probes = [Probe(fact.prompt, fact.answer) for fact in facts]
-    return score_answers(model, tokenizer, probes, [f"fact {i}" for i in range(len(facts))], batch_size)
+    return score_answers(model, tokenizer, probes, [f"fact {i}" for i in range(len(facts))], batch_size, chat=chat)
 
 
 def measure_recall(
@@ -45,20 +49,21 @@ def measure_recall(
     facts: Sequence[Fact],
     *,
     batch_size: int = 32,
+    chat: Chat | None = None,
     scored: Sequence[Likelihood] | None = None,
 ) -> list[Measurement]:
     """Measure the share of facts with an exactly correct greedy answer.
 
     The greedy answer is correct if each token is the most likely one after the tokens before it, so
-    one pass over prompt and answer suffices and nothing is generated. `scored` are the results of
-    `score_facts`, if you have them.
+    one pass over prompt and answer suffices and nothing is generated. With `chat`, the prompts are put into
+    the chat template. `scored` are the results of `score_facts`, if you have them.
 
     Returns `recall` over all facts, then `recall/<relation>`, sorted. Broken logits give NaN samples.
     Raises EvaluationError for no facts and for an answer without tokens.
     """
     if not facts:
         raise EvaluationError("recall: no facts; is the fact file empty?")
-    found = score_facts(model, tokenizer, facts, batch_size=batch_size) if scored is None else scored
+    found = score_facts(model, tokenizer, facts, batch_size=batch_size, chat=chat) if scored is None else scored
     outcomes = [
         math.nan if math.isnan(likelihood.scored.total) else float(list(likelihood.scored.greedy_ids) == likelihood.ids)
         for likelihood in found

@@ -39,7 +39,7 @@ class Metric:
     targeted_by: tuple[str, ...] = ()
     """Categories whose steps aim at the metric; empty: it concerns every step."""
     data: str = ""
-    """Data it is measured on: edits, facts, texts, questions, weights or nothing; empty: unknown."""
+    """Data it is measured on: edits, facts, texts, questions, unlearning data, weights or nothing; empty: unknown."""
     advice: str = ""
     """What to try if its gate fails."""
     headline: bool = False
@@ -117,6 +117,12 @@ def _weights(name: str, unit: str, higher_is_better: bool, high: float = math.in
 
 
 _FORGOTTEN: dict[str, Any] = {"higher_is_better": False, "targeted_by": ("unlearn",), "advice": _UNLEARN_LAST}
+
+
+def _unlearned(name: str, unit: str = "share", **more: Any) -> Metric:
+    return Metric(name, unit, **{"low": 0, "high": 1, "data": "unlearning data", **_FORGOTTEN, **more})
+
+
 _OF_EDITS: dict[str, Any] = {"targeted_by": ("edit",), "advice": _EDIT_AGAIN}
 _ASPECTS = ("success", "paraphrase", "portability", "locality")
 
@@ -171,6 +177,26 @@ BUILT_IN = (
             _share("accuracy/hazardous", "questions", headline=True, **_FORGOTTEN),
             _share("accuracy/*", "questions"),
             _share("accuracy/*", "questions", **_FORGOTTEN),
+        ),
+    ),
+    Evaluator(
+        "unlearning",
+        "TOFU's and MUSE's metrics of what was forgotten and kept",
+        "evaluators.settings:UnlearningSettings",
+        "evaluators.unlearning:evaluate",
+        (
+            *(_unlearned(f"{kind}/forget") for kind in ("rouge", "answer_probability", "extraction_strength")),
+            *(_share(f"{kind}/*", "unlearning data") for kind in ("rouge", "answer_probability", "truth_ratio")),
+            _unlearned("truth_ratio/forget", higher_is_better=True),
+            _unlearned("forget_quality", "p-value", higher_is_better=True, headline=True),
+            _share("model_utility", "unlearning data", headline=True),
+            _unlearned("verbmem", headline=True),
+            _unlearned("extraction_strength/verbatim"),
+            _unlearned("knowmem/forget", headline=True),
+            _share("knowmem/retain", "unlearning data", headline=True),
+            _unlearned("membership_auc", "area"),
+            _unlearned("privleak", "%", higher_is_better=True, low=-100, high=math.inf),
+            _unlearned("privleak_distance", "%", high=math.inf, headline=True),
         ),
     ),
     Evaluator(

@@ -44,3 +44,19 @@ class PassSettings(Checked):
     latency_length: Count = 128
     """Tokens per text for latency and operation counts."""
     latency_repeats: Annotated[int, Range(2)] = 20
+
+
+@dataclass(frozen=True)
+class UnlearningSettings(Checked):
+    """Settings of the metrics of TOFU and MUSE; the defaults are the published ones."""
+
+    answer_tokens: Count = 200
+    """Tokens generated for a question of `world.qa`."""
+    knowledge_tokens: Count = 32
+    """Tokens generated for a question of `world.knowledge`."""
+    verbatim_tokens: Count = 128
+    """Tokens generated after a beginning of `world.verbatim`, and compared with the text."""
+    membership_tokens: Annotated[int, Range(2)] = 2048
+    """Tokens read of a text of `world.membership`; fewer if the model has fewer positions."""
+    min_k: Annotated[float, Range(above=0, high=1)] = 0.4
+    """Share of a text's least likely tokens that tells whether the model was trained on it."""

@@ -1,12 +1,14 @@
 """Text as token ids: how a text begins, how a target follows its prompt, how texts run on one after the other.
 
 Interventions and evaluators both read this module, so that a model is asked the very tokens that it was
-trained on. Special tokens are those that the tokenizer adds by default. Imports no torch.
+trained on. Special tokens are those that the tokenizer adds by default; in a chat template, those that the template
+writes. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 BLANK_LINE = "\n\n"
@@ -41,6 +43,53 @@ class Pair(NamedTuple):
     target: list[int]
 
 
+class ChatError(ValueError):
+    """The tokenizer's chat template cannot be applied; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How prompts are put into the tokenizer's chat template: as the user's turn, before the answer."""
+
+    system: str = ""
+    """The system's turn before it; empty: none."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Values of variables of the template, such as enable_thinking."""
+
+    def ask(self, tokenizer: Any, prompt: str) -> str:
+        """Return `prompt` in the template, up to where the answer begins; raises ChatError."""
+        text = self._render(tokenizer, [_turn("user", prompt)], add_generation_prompt=True)
+        if self.system.strip() not in text:
+            raise ChatError("the chat template leaves the system prompt out")
+        return text
+
+    def gap(self, tokenizer: Any) -> str | None:
+        """Return the white space that the template puts before an answer; None if it shows none after a prompt."""
+        alone = replace(self, system="")  # which some templates move to the last turn
+        turns = [_turn("user", "a"), _turn("assistant", "b")]
+        try:
+            asked, answered = alone.ask(tokenizer, "a"), alone._render(tokenizer, turns, add_generation_prompt=False)
+        except ChatError:
+            return None
+        gap, found, _ = answered.removeprefix(asked).partition("b")
+        return gap if found and answered.startswith(asked) and not gap.strip() else None
+
+    def _render(self, tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ChatError("the tokenizer has no chat template")
+        before = [_turn("system", self.system)] if self.system else []
+        options = {**self.arguments, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        try:
+            text: str = tokenizer.apply_chat_template([*before, *turns], **options)
+        except Exception as error:  # templates raise all kinds
+            raise ChatError(f"the chat template cannot be applied: {' '.join(str(error).split())}") from error
+        return text
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def frame(tokenizer: Any) -> Frame:
     """Return the special tokens that `tokenizer` puts around a text."""
     plain: list[int] = []
@@ -59,8 +108,8 @@ def frame(tokenizer: Any) -> Frame:
 def read(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) -> list[Text]:
     """Return each text as the model reads it; nothing is truncated.
 
-    Unless `begin` is off, a text starts as the tokenizer starts one, but for one that has these special
-    tokens in writing already, such as what a chat template makes.
+    Unless `begin` is off, as for what a chat template makes, a text starts as the tokenizer starts one, but for one
+    that has these special tokens in writing already.
     """
     if not texts:
         return []
@@ -82,14 +131,16 @@ def special_texts(tokenizer: Any) -> tuple[str, ...]:
     return tuple(text for token in added if token.special and (text := str(token)))
 
 
-def continued(prompt: str, target: str, special: tuple[str, ...]) -> str:
+def continued(prompt: str, target: str, special: tuple[str, ...], gap: str | None = None) -> str:
     """Return `prompt` with `target` written after it; `special` are `special_texts` of the tokenizer.
 
-    The target follows at once where the prompt is empty, or ends in white space or in a special token;
-    everywhere else after one space. White space at the target's own ends does not count.
+    `gap` stands between the two, see `Chat.gap`. If it is None, the target follows at once where the prompt is
+    empty, or ends in white space or in a special token; everywhere else after one space. White space at the
+    target's own ends does not count.
     """
-    at_once = not prompt or prompt[-1].isspace() or prompt.endswith(special)
-    return f"{prompt}{'' if at_once else ' '}{target.strip()}"
+    if gap is None:
+        gap = "" if not prompt or prompt[-1].isspace() or prompt.endswith(special) else " "
+    return f"{prompt}{gap}{target.strip()}"
 
 
 def border(prompt: str) -> int:
@@ -97,9 +148,17 @@ def border(prompt: str) -> int:
     return len(prompt) - prompt.endswith(" ")
 
 
-def join(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, begin: bool = True) -> list[Pair]:
+def ask(tokenizer: Any, prompts: Sequence[str], chat: Chat | None) -> list[Text]:
+    """Return each prompt as the model reads it: in the chat template, or as it stands without `chat`."""
+    if chat is None:
+        return read(tokenizer, prompts)
+    return read(tokenizer, [chat.ask(tokenizer, prompt) for prompt in prompts], begin=False)
+
+
+def join(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, chat: Chat | None = None) -> list[Pair]:
     """Return the ids of (prompt, target) pairs: of the text that both make, split between the two.
 
+    With `chat`, the prompt is put into the chat template, and the target follows as the template writes an answer.
     The text is encoded once, as a reader of running text would see it, so the prompt's ids may differ at
     their end from those of the prompt alone. A token that stands for characters on both sides of the border
     belongs to the target, and so does the one space before it, whoever wrote it: see `border`. Where the
@@ -107,8 +166,10 @@ def join(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, begin: bool = True
 
     Either part may come out empty: of a prompt without tokens, or a target without any.
     """
-    special = special_texts(tokenizer)
-    rows = read(tokenizer, [continued(prompt, target, special) for prompt, target in pairs], begin=begin)
+    special, gap, begin = special_texts(tokenizer), None, chat is None
+    if chat is not None:
+        gap, pairs = chat.gap(tokenizer), [(chat.ask(tokenizer, prompt), target) for prompt, target in pairs]
+    rows = read(tokenizer, [continued(prompt, target, special, gap) for prompt, target in pairs], begin=begin)
     if rows and rows[0].spans is None:
         alone = read(tokenizer, [prompt[: border(prompt)] for prompt, _ in pairs], begin=begin)
         counts = [_shared(row.ids, head.ids) for row, head in zip(rows, alone, strict=True)]

@@ -107,7 +107,7 @@ def _installed(requirement: Requirement) -> tuple[str, str | None]:
 
 def _suite() -> Check:
     """Check that the package's data files are installed."""
-    wanted = ("conf/recipe.yaml", "thresholds.yaml", "tinyworld/model/config.json")
+    wanted = ("conf/recipe.yaml", "conf/thresholds/relative.yaml", "tinyworld/model/config.json")
     missing = [name for name in wanted if not (SUITE_FOLDER / name).is_file()]
     if not missing:
         return Check("compositions", "ok", str(SUITE_FOLDER))

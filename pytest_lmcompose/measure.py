@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from evaluators.data import EditCase, EvaluationData, Fact, Probe
+from evaluators.data import EditCase, EvaluationData, Fact, Probe, RetainReference
 from evaluators.measurement import EvaluationError, Measurement
 from evaluators.registry import BUILT_IN, Evaluator, find_evaluator
+from evaluators.settings import UnlearningSettings
 from pytest_lmcompose.data.records import EditRecord, FactRecord
 from pytest_lmcompose.data.run_data import RunData
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
+
+T = TypeVar("T")
 
 
 def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> UneditedAnswers | None:
@@ -23,7 +26,15 @@ def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: Evalua
         return None
     from evaluators import capture_unedited as capture
 
-    return capture(model, tokenizer, edit_cases(data.edits), batch_size=evaluate.batch_size)
+    return capture(model, tokenizer, edit_cases(data.edits), batch_size=evaluate.batch_size, chat=evaluate.chat)
+
+
+def capture_retained(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> RetainReference:
+    """Measure what the states are compared with, of a model that was trained without the data to forget."""
+    from evaluators.unlearning import capture_retained as capture
+
+    settings = chosen_settings(UnlearningSettings, evaluate)
+    return capture(model, tokenizer, settings, data.unlearning, batch_size=evaluate.batch_size)
 
 
 def measure_state(
@@ -34,6 +45,7 @@ def measure_state(
     evaluate: EvaluateSettings,
     unedited: UneditedAnswers | None,
     progress: Callable[[str, int, int], None] | None = None,
+    retained: RetainReference | None = None,
 ) -> list[Measurement]:
     """Run the evaluators that the recipe switches on and return their measurements.
 
@@ -52,6 +64,9 @@ def measure_state(
         pools=world.pools,
         hazardous=tuple(world.hazardous),
         trust_code=world.trust_code,
+        chat=evaluate.chat,
+        unlearning=data.unlearning,
+        retained=retained,
     )
     chosen = list(switched_on(evaluate))
     found: dict[str, Measurement] = {}
@@ -70,11 +85,15 @@ def switched_on(evaluate: EvaluateSettings) -> Iterator[tuple[Evaluator, Any]]:
     """Yield the evaluators of a recipe with their settings: built-in ones first, then third-party ones."""
     for evaluator in BUILT_IN:
         if getattr(evaluate, evaluator.name):
-            kind = evaluator.settings_type()
-            yield evaluator, kind(**{field.name: getattr(evaluate, field.name) for field in dataclasses.fields(kind)})
+            yield evaluator, chosen_settings(evaluator.settings_type(), evaluate)
     for name, values in evaluate.also.items():
         evaluator = find_evaluator(name)
         yield evaluator, evaluator.settings_type()(**values)
+
+
+def chosen_settings(kind: Callable[..., T], evaluate: EvaluateSettings) -> T:
+    """Return the settings of a built-in evaluator, a dataclass, from the recipe's section."""
+    return kind(**{field.name: getattr(evaluate, field.name) for field in dataclasses.fields(cast(Any, kind))})
 
 
 def edit_cases(edits: Sequence[EditRecord]) -> list[EditCase]:

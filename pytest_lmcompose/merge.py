@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pytest_lmcompose.gate.thresholds import Unused
+from pytest_lmcompose.gate.thresholds import NOT_JUDGED, Unused
 from pytest_lmcompose.merge_checks import interrupted, missing, parts, problems
 from pytest_lmcompose.report.collect import Collected
 from pytest_lmcompose.report.planned import idle, untested
@@ -78,7 +78,9 @@ def merge(reports: Mapping[str, Report], *, partial: bool = False, tolerance: fl
         unused_rules=_unused_rules(reports),
         merged=tuple(part for report in reports.values() for part in parts(report)),
     )
-    nothing = () if plan is None or left else tuple(idle(plan.rules, report.compositions))
+    off = [(rule.composition, rule.metric) for rule in report.unused_rules or () if rule.reason.startswith(NOT_JUDGED)]
+    rules = () if plan is None or left else [r for r in plan.rules if (r.composition, r.metric) not in off]
+    nothing = tuple(idle(rules, report.compositions))
     return Merged(report, collected.late, nothing)
 
 

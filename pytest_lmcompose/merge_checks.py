@@ -112,7 +112,9 @@ def _other_rule(one: Plan, other: Plan) -> str:
 
 
 def _rule(rule: Rule) -> str:
-    bounds = [f"{b.kind} {b.value:g}" + (f" of {b.of}" if b.of else "") for b in rule.bounds]
+    bounds = [
+        "promised " * b.if_promised + f"{b.kind} {b.value:g}" + (f" of {b.of}" if b.of else "") for b in rule.bounds
+    ]
     return f"{rule.composition!r}: {rule.metric!r}: {', '.join(bounds) or 'no bound'}"
 
 

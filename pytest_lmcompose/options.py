@@ -42,10 +42,14 @@ class Options:
     """The plugin's options; a flag overrides its ini value."""
 
     model: str | None
+    world: str | None
+    conf: Path | None
+    """Folder of the user's presets."""
     suite: str | None
     compose: tuple[str, ...]
     overrides: tuple[str, ...]
-    thresholds: Path
+    thresholds: Path | None
+    """None: those of the world."""
     seed: int
     repeats: int
     """Number of times to measure each composition, with seeds seed, seed + 1, ... for edits and methods."""
@@ -92,7 +96,9 @@ def add_options(parser: pytest.Parser) -> None:
         ini_help = f"{help} (default of --lmcompose-{name})"
         parser.addini(_key(name), ini_help, type=ini, default=[] if ini == "linelist" else "")
 
-    add("model", "preset of conf/model, folder with config.json, or hub id (default: tinyworld)", "MODEL")
+    add("model", "preset, YAML file of one, folder with config.json, or hub id (default: tinyworld)", "MODEL")
+    add("world", "data to measure on: preset, or YAML file of one (default: the model preset's)", "WORLD")
+    add("conf", "folder of presets with the layout of compositions/conf, searched first", "DIR")
     suites = ", ".join(sorted(path.stem for path in (SUITE_FOLDER / "conf" / "suite").glob("*.yaml")))
     add("suite", f"suite to test: {suites} (default: main)", "NAME")
     add(
@@ -109,7 +115,7 @@ def add_options(parser: pytest.Parser) -> None:
         "linelist",
         action="append",
     )
-    add("thresholds", "YAML file of thresholds (default: the suite's)", "PATH")
+    add("thresholds", "YAML file of thresholds (default: the world's)", "PATH")
     add("seed", "seed of the run; all other seeds follow from it (default: 0)", "N")
     add("repeats", "number of times to measure each composition, with seeds SEED, SEED+1, ... (default: 1)", "N")
     add("device", "auto, cpu, mps, cuda, cuda:1, ... (default: auto)", "DEVICE")
@@ -147,13 +153,15 @@ def add_options(parser: pytest.Parser) -> None:
 
 def read_options(config: pytest.Config) -> Options:
     """Read and check the options; raises pytest.UsageError."""
-    names = ("model", "suite", "thresholds", "seed", "repeats", "device", "shard", "json", "cache_dir")
+    names = ("model", "world", "conf", "suite", "thresholds", "seed", "repeats", "device", "shard", "json", "cache_dir")
     values = {name: _value(config, name) for name in (*names, "cache_size", "engine")}
     compose, overrides = _values(config, "compose"), _values(config, "set")
     folder = config.invocation_params.dir
-    thresholds = path_of(values["thresholds"], folder) or SUITE_FOLDER / "thresholds.yaml"
-    if not is_file(thresholds):
+    thresholds, conf = path_of(values["thresholds"], folder), path_of(values["conf"], folder)
+    if thresholds is not None and not is_file(thresholds):
         raise pytest.UsageError(f"--lmcompose-thresholds: no such file: {thresholds}")
+    if conf is not None and not os.path.isdir(conf):
+        raise pytest.UsageError(f"--lmcompose-conf: no such folder: {conf}")
     seed = _checked("seed", values["seed"] or "0", r"\d{1,18}", "a whole number from 0 up")
     repeats = _checked("repeats", values["repeats"] or "1", r"[1-9]\d{0,3}", "a whole number from 1 to 9999")
     device = _checked("device", values["device"] or "auto", _DEVICE, "auto, cpu, mps, cuda or cuda:N")
@@ -168,6 +176,8 @@ def read_options(config: pytest.Config) -> Options:
     outputs = read_outputs(lambda name: _value(config, _key(name).removeprefix("lmcompose_")), folder)
     return Options(
         model=values["model"],
+        world=values["world"],
+        conf=conf,
         suite=values["suite"],
         compose=compose,
         overrides=overrides,

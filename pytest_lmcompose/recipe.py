@@ -15,8 +15,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
@@ -31,6 +29,8 @@ from interventions.registry import UnknownMethod, find_method, methods
 from interventions.types import InterventionError
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse, permutations
 from pytest_lmcompose.errors import RecipeError as RecipeError
+from pytest_lmcompose.presets import Conf, Files, Preset, anchored, chosen, folders, is_preset_file
+from pytest_lmcompose.presets import presets as presets
 from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSettings, WorldSettings
 
 near_names = partial(names.near_names, cutoff=0.5)
@@ -51,6 +51,8 @@ class Recipe:
     world: WorldSettings
     evaluate: EvaluateSettings
     suite: SuiteSettings
+    world_name: str
+    """The preset of the world, or its file."""
     config: DictConfig = dataclasses.field(repr=False)
     """The composed sections, including those of the methods."""
     _settings: dict[Step, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
@@ -114,28 +116,26 @@ class Recipe:
         return steps[0]
 
 
-def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Compose `conf`/recipe.yaml with `overrides` in Hydra's grammar; later ones win.
+def load_recipe(conf: Conf, overrides: Sequence[str] = ()) -> Recipe:
+    """Compose the presets of `conf`, folders with the layout of compositions/conf, with `overrides` in Hydra's grammar.
 
-    A mapping or list replaces that of a preset; one for a section sets the keys that it has.
-    Raises RecipeError for an unknown key or preset, or a value of the wrong type or out of its range.
+    Later ones win. A mapping or list replaces that of a preset; one for a section sets the keys that it has. A group
+    takes the name of a preset, or the path of a YAML file. Raises RecipeError for an unknown key or preset, or a value
+    of the wrong type or out of its range.
     """
-    texts, values = [], []
+    texts, values, files = [], [], Files()
     for text in overrides:
         override = _parse_override(text)
         if override.key_or_group in groups():
-            _check_presets(text, conf, override)
-            texts.append(text)
+            texts.append(_choice(text, conf, override, files))
         else:
             values.append((text, override, _check_override(text, override)))
-    ConfigStore.instance().store(
-        group="schema", name="lmcompose", node=_schema(tuple(_kinds().items())), package="_global_"
-    )
-    with (
-        _readable("the recipe"),
-        initialize_config_dir(str(conf), job_name="lmcompose", version_base="1.3"),
-    ):
-        config = compose("recipe", overrides=texts)
+    config = OmegaConf.structured(_schema(tuple(_kinds().items())))
+    world_name = ""
+    for preset in chosen(conf, texts, files):
+        group, _, name = preset.name.partition("/")
+        world_name = name if group == "world" else world_name
+        _merge(config, preset, own=preset.path.is_relative_to(folders(conf)[-1]))
     for text, override, hint in values:
         with _readable(repr(text)):
             _assign(config, override.key_or_group, override.value(), hint)
@@ -148,17 +148,40 @@ def load_recipe(conf: Path, overrides: Sequence[str] = ()) -> Recipe:
             find_category(method.category)
         except ValueError as error:
             raise RecipeError(f"the intervention {name!r}: {error}") from None
-    return Recipe(**sections, config=config)
+    return Recipe(**sections, world_name=world_name, config=config)
+
+
+def _merge(config: DictConfig, preset: Preset, *, own: bool) -> None:
+    """Set the values of a preset; relative paths in a file of the user's, which is not `own`, start at its folder."""
+    kinds, path = _kinds(), preset.path
+    for section, given in preset.values.items():
+        if section not in kinds:
+            raise RecipeError(f"{path}: unknown section {section!r}.{near_names(section, kinds)}".removesuffix("."))
+        if not isinstance(given, dict):
+            raise RecipeError(f"{path}: {section}: expected a mapping from keys to values")
+        kind = kinds[section]
+        if unknown := [key for key in given if key not in field_types(kind)]:
+            hint = near_names(unknown[0], field_types(kind))
+            if set(unknown) <= set(kinds):
+                hint = " To set several sections, start the file with the line '# @package _global_'."
+            raise RecipeError(f"{path}: unknown key {unknown[0]!r} of {section}.{hint}".removesuffix("."))
+        if _interpolates(given):
+            raise RecipeError(f"{path}: {section}: ${{...}} is not resolved; write the value itself")
+        try:
+            check_value(section, kind, given)
+        except SettingError as error:
+            raise RecipeError(f"{path}: {error}") from None
+        if section == "world" and not own:
+            given = anchored(given, path.parent, config.world.folder)
+        if section == "model" and not own and "path" in given and (path.parent / str(given["path"])).exists():
+            given = {**given, "path": str(path.parent / str(given["path"]))}
+        with _readable(str(path)):
+            _assign(config, section, given, kind)
 
 
 def groups() -> tuple[str, ...]:
     """Return the names of the groups with presets."""
     return ("model", "world", *categories(), "evaluate", "suite")
-
-
-def presets(conf: Path, group: str) -> tuple[str, ...]:
-    """Return the names of the presets of a group."""
-    return tuple(sorted(path.stem for path in (conf / group).glob("*.yaml")))
 
 
 def quoted(value: str) -> str:
@@ -281,17 +304,26 @@ def _check_override(text: str, override: Override) -> Any:
     return hint
 
 
-def _check_presets(text: str, conf: Path, override: Override) -> None:
+def _choice(text: str, conf: Conf, override: Override, files: Files) -> str:
+    """Check the choice of a group's presets and return it with names for files; raises RecipeError."""
     group, value = override.key_or_group, override.value()
     known = presets(conf, group)
     own = [name for name, method in methods().items() if method.category == group]
-    for name in value if isinstance(value, list) else [value]:
-        if str(name) not in known:
-            raise RecipeError(
-                f"{text!r}: no preset {str(name)!r} in {conf / group}.{near_names(str(name), [*known, *own])} "
-                f"Known: {', '.join(known) or 'none'}."
-                + (" Methods need no preset: name them in a composition." if own else "")
-            )
+    names = [str(name) for name in (value if isinstance(value, list) else [value])]
+    for place, name in enumerate(names):
+        if name in known:
+            continue
+        if is_preset_file(name):
+            names[place] = files.add(group, Path(name).expanduser().absolute())
+            continue
+        raise RecipeError(
+            f"{text!r}: no preset {name!r} in {' or '.join(str(folder / group) for folder in folders(conf))}."
+            f"{near_names(name, [*known, *own])} Known: {', '.join(known) or 'none'}."
+            + (" Methods need no preset: name them in a composition." if own else "")
+        )
+    if names == [str(value)]:
+        return text
+    return f"{group}=[{','.join(names)}]" if isinstance(value, list) else f"{group}={names[0]}"
 
 
 def _parse_override(text: str) -> Override:

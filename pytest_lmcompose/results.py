@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evaluators.measurement import Measurement
 
 SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_MINOR = 5
+SCHEMA_MINOR = 6
 """Number of compatible additions to version 1."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -69,6 +69,7 @@ class Tokenisation(Base, frozen=True):
     adds_bos: bool
     start: tuple[str, ...]
     end: Annotated[tuple[str, ...], Meta(description="for complete texts; not added to a text that is continued")]
+    chat: Annotated[str | None, Meta(description="a prompt in the chat template; null: prompts are plain")] = None
 
 
 class Model(Base, frozen=True):

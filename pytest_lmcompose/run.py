@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from evaluators.measurement import Measurement
 from pytest_lmcompose.baseline.reference import architecture
-from pytest_lmcompose.cache.address import measurements_address
+from pytest_lmcompose.cache.address import measurements_address, retained_address
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.counter import Counter
@@ -22,6 +23,7 @@ from pytest_lmcompose.run_setup import RunSetup
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
+    from evaluators.data import RetainReference
     from pytest_lmcompose.build.states import ModelState, StateManager
     from pytest_lmcompose.steps import StepRecord
 
@@ -72,10 +74,12 @@ class Run(RunSetup):
         if self._manager is None:
             data = self.data  # fail on broken data before loading the model
             self._doing(f"loading {self.recipe.model.path}")
+            from pytest_lmcompose.build.chat import check_chat
             from pytest_lmcompose.build.load import choose_device, load_model
             from pytest_lmcompose.build.states import StateManager
 
             loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
+            check_chat(loaded.tokenizer, self.recipe.evaluate, self.location)
             self._manager = StateManager(
                 loaded,
                 self.recipe.settings,
@@ -149,13 +153,13 @@ class Run(RunSetup):
         """Return the cache address of the measurements of one repeat."""
         state = self.managers[number].address(composition)
         world, evaluate = self.recipe.world, self.recipe.evaluate
-        return measurements_address(state, self.data_addresses[number], world, evaluate)
+        return measurements_address(state, self.data_addresses[number], world, evaluate, self._asked)
 
     def _measure(self, composition: Composition, number: int) -> Repeat:
         """Build and measure one repeat of `composition`; restores the model's state."""
         from pytest_lmcompose.measure import measure_state
 
-        unedited, manager = self._unedited(number), self.managers[number]
+        unedited, manager, retained = self._unedited(number), self.managers[number], self._retained
         begun = time.perf_counter()  # excludes loading the model and measuring the base model
         with manager.visit(composition) as state:
             start = time.perf_counter()
@@ -168,10 +172,32 @@ class Run(RunSetup):
                 self.recipe.evaluate,
                 unedited,
                 lambda name, k, n: self._doing(f"{composition}  measuring {name} ({k}/{n})"),
+                retained,
             )
             end = time.perf_counter()
         self._count(composition, end - begun, f"{end - start:.1f} s to measure")
         return Repeat(self.seeds[number], state.state_hash, state.steps, tuple(found), end - start)
+
+    @cached_property
+    def _retained(self) -> RetainReference | None:
+        """What unlearning is compared with: results of the retain model, from the cache if it has them."""
+        if self.retain_model is None:
+            return None
+        if self.run_cache is None:
+            return self._measure_retained(self.retain_model)
+        recipe, device = self.recipe, str(self.options.device)
+        where = retained_address(self.retain_model_hash, recipe.model, self.data[0], recipe.evaluate, device)
+        return self.run_cache.retained(where, partial(self._measure_retained, self.retain_model))
+
+    def _measure_retained(self, location: str) -> RetainReference:
+        """Load the retain model, measure and release it."""
+        from pytest_lmcompose.build.load import choose_device, load_model
+        from pytest_lmcompose.measure import capture_retained
+
+        self._doing(f"measuring the retain model {location}")
+        settings = dataclasses.replace(self.recipe.model, path=location, revision=None)
+        loaded = load_model(settings, location, choose_device(self.options.device))
+        return capture_retained(loaded.model, loaded.tokenizer, self.data[0], self.recipe.evaluate)
 
     def _count(self, composition: Composition, seconds: float | None, done: str) -> None:
         """Count a repeat that took `seconds`, and log `done`."""
@@ -204,6 +230,12 @@ class Run(RunSetup):
             raise
         result.error = None
 
+    @cached_property
+    def _asked(self) -> str | None:
+        """A prompt in the chat template, with {} for its text; None for plain prompts."""
+        chat = self.recipe.evaluate.chat
+        return None if chat is None else chat.ask(self.manager.loaded.tokenizer, "{}")
+
     def model_facts(self) -> Model | None:
         """Return the model's entry in the report, or None if it was not loaded."""
         return None if self._manager is None else self._model_facts
@@ -224,5 +256,5 @@ class Run(RunSetup):
             device=str(parameter.device),
             parameters=sum(p.numel() for p in loaded.model.parameters()),
             architecture=architecture(loaded.model.config.to_dict()),
-            tokenisation=Tokenisation(bool(start), tuple(start), tuple(end)),
+            tokenisation=Tokenisation(bool(start), tuple(start), tuple(end), self._asked),
         )

@@ -13,7 +13,7 @@ from pytest_lmcompose.baseline.history import choose
 from pytest_lmcompose.baseline.reference import Baseline, architecture_at
 from pytest_lmcompose.baseline.storage import StorageError
 from pytest_lmcompose.build.checkpoint import check_folder
-from pytest_lmcompose.cache.address import address, data_address
+from pytest_lmcompose.cache.address import address, data_address, hash_files
 from pytest_lmcompose.cache.folder import Cache
 from pytest_lmcompose.cache.journal import Journal
 from pytest_lmcompose.cache.remote import RemoteCache
@@ -21,6 +21,7 @@ from pytest_lmcompose.cache.run_cache import RunCache, costs
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.data.hashes import data_hashes, question_files
+from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.gate.possible import check_metrics
 from pytest_lmcompose.gate.thresholds import (
     Rule,
@@ -29,17 +30,24 @@ from pytest_lmcompose.gate.thresholds import (
     own_compositions,
     read_expression,
     read_rules,
-    without_losses,
 )
-from pytest_lmcompose.locate import model_location, model_overrides, world_folder
-from pytest_lmcompose.options import SUITE_FOLDER, Options
+from pytest_lmcompose.locate import CONF as CONF
+from pytest_lmcompose.locate import (
+    check_world,
+    conf_folders,
+    model_location,
+    model_overrides,
+    preset_overrides,
+    thresholds_file,
+    world_folder,
+)
+from pytest_lmcompose.options import Options
 from pytest_lmcompose.plan import Plan
+from pytest_lmcompose.presets import Conf
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
-
-CONF = SUITE_FOLDER / "conf"
 
 
 class RunSetup:
@@ -57,19 +65,31 @@ class RunSetup:
     @cached_property
     def recipe(self) -> Recipe:
         """The composed recipe; raises RecipeError."""
-        options = self.options
-        chosen = model_overrides(options.model, CONF, options.folder) if options.model else ()
-        suite = (f"suite={options.suite}",) if options.suite else ()
-        return load_recipe(CONF, (*chosen, *suite, *options.overrides))
+        options, conf = self.options, self.conf
+        chosen = model_overrides(options.model, conf, options.folder) if options.model else ()
+        for group, name in (("world", options.world), ("suite", options.suite)):
+            chosen += preset_overrides(group, name, conf, options.folder) if name else ()
+        overrides = (*chosen, *options.overrides)
+        recipe = load_recipe(conf, overrides)
+        if not any(text.startswith("world=") for text in overrides):
+            check_world(recipe, model_location(recipe.model.path, options.folder), conf, options.folder)
+        return recipe
+
+    @property
+    def conf(self) -> Conf:
+        """The folders of presets."""
+        return conf_folders(self.options.conf)
+
+    @cached_property
+    def thresholds(self) -> Path:
+        """The file of thresholds: the one given, else the world's; raises RecipeError."""
+        given = self.options.thresholds
+        return given or thresholds_file(self.recipe, self.location, self.conf, self.options.folder)
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
         """The thresholds, then the --lmcompose-compare-fail expressions; raises ThresholdError."""
-        rules = read_rules(self.options.thresholds)
-        own_file = self.options.thresholds == SUITE_FOLDER / "thresholds.yaml"
-        if own_file and not Path(self.location).is_relative_to(SUITE_FOLDER):
-            rules = without_losses(rules)  # accepted only for the suite's own model
-        return (*rules, *map(read_expression, self.options.baselines.fail))
+        return (*read_rules(self.thresholds), *map(read_expression, self.options.baselines.fail))
 
     @cached_property
     def baseline(self) -> Baseline | None:
@@ -112,8 +132,8 @@ class RunSetup:
         _ = self.compositions
         if Path(self.location).exists():
             check_folder(Path(self.location))
-        check_compositions(self.rules, self.options.thresholds, methods())
-        recipe, thresholds = self.recipe, self.options.thresholds
+        check_compositions(self.rules, self.thresholds, methods())
+        recipe, thresholds = self.recipe, self.thresholds
         check_metrics(self.rules, thresholds, recipe.world, recipe.evaluate, self.world_folder)
         for name in own_compositions(self.rules):
             try:
@@ -124,6 +144,17 @@ class RunSetup:
         if baseline is not None and (problem := baseline.unlike(architecture_at(self.location))) is not None:
             raise StorageError(f"{baseline.path} cannot be compared with {self.location}: {problem}")
         self._check_tasks()
+        _ = self.retain_model
+        self._check_chat()
+
+    def _check_chat(self) -> None:
+        """Raise RecipeError or ModelError for prompts that cannot be put into the chat template of a local model."""
+        if self.recipe.evaluate.chat is None or not Path(self.location).exists():
+            return
+        from pytest_lmcompose.build.chat import check_chat
+        from pytest_lmcompose.build.load import load_tokenizer
+
+        check_chat(load_tokenizer(self.recipe.model, self.location), self.recipe.evaluate, self.location)
 
     def _check_tasks(self) -> None:
         """Raise RecipeError if task files would run code that the recipe does not trust."""
@@ -140,10 +171,11 @@ class RunSetup:
     @cached_property
     def data(self) -> tuple[RunData, ...]:
         """The edits, facts and texts of each repeat; raises WorldError."""
-        from pytest_lmcompose.data.run_data import load_data
+        from pytest_lmcompose.data.run_data import read_world, sample_data
 
-        recipe, folder = self.recipe, self.world_folder
-        return tuple(load_data(recipe.world, recipe.evaluate, folder, seed) for seed in self.seeds)
+        world, evaluate, folder = self.recipe.world, self.recipe.evaluate, self.world_folder
+        found = read_world(world, evaluate, folder)
+        return tuple(sample_data(found, world, evaluate, folder, seed) for seed in self.seeds)
 
     @cached_property
     def cache(self) -> Cache | None:
@@ -183,10 +215,35 @@ class RunSetup:
     @cached_property
     def data_hashes(self) -> dict[str, str]:
         """Hashes of the parts of the data; raises WorldError."""
-        return data_hashes(self.data, self.recipe.world, self.recipe.evaluate, self.world_folder)
+        recipe = self.recipe
+        return data_hashes(self.data, recipe.world, recipe.evaluate, self.world_folder, self.retain_model_hash)
+
+    @cached_property
+    def retain_model(self) -> str | None:
+        """The folder or hub id of the model to compare unlearning with, None if there is none; raises RecipeError."""
+        world, evaluate = self.recipe.world, self.recipe.evaluate
+        if world.retain_model is None or not evaluate.unlearning:
+            return None
+        if not ("forget" in world.qa or world.membership):
+            raise RecipeError("world.retain_model is compared on world.qa.forget or world.membership: set one of them")
+        try:
+            found = model_location(world.retain_model, self.options.folder)
+            if Path(found).exists():
+                check_folder(Path(found))
+        except (RecipeError, ModelError) as error:
+            raise RecipeError(f"world.retain_model: {error}") from None
+        return found
+
+    @cached_property
+    def retain_model_hash(self) -> str:
+        """The hash of the files of the retain model, or its hub id; empty if there is none."""
+        found = self.retain_model
+        if found is None or not Path(found).exists():
+            return found or ""
+        return hash_files([Path(found)])
 
     @cached_property
     def data_addresses(self) -> tuple[str, ...]:
         """The hash of everything that evaluators read, by repeat."""
         files = question_files(self.recipe.world, self.recipe.evaluate, self.world_folder)
-        return tuple(data_address(data, files) for data in self.data)
+        return tuple(data_address(data, files, self.retain_model_hash) for data in self.data)

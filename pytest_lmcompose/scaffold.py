@@ -32,10 +32,12 @@ class AlreadyThere(Exception):
     """Files would be overwritten; the message names them."""
 
 
-def files(recipe: Recipe, model: str, composition: Composition, services: tuple[str, ...]) -> dict[str, str]:
-    """Return the text of each file, by its path in the repository."""
+def files(
+    recipe: Recipe, named: Mapping[str, str], composition: Composition, services: tuple[str, ...]
+) -> dict[str, str]:
+    """Return the text of each file, by its path in the repository; `named` are settings by their names."""
     values = {
-        "MODEL": model,
+        "NAMED": "\n".join(f"lmcompose_{name} = {value}" for name, value in named.items()),
         "COMPOSITION": str(composition),
         "VERSION": version("pytest-lmcompose"),
         "COMPARE": "\n".join(f"    {expression}" for expression in expressions(recipe, composition)),
@@ -52,6 +54,16 @@ def files(recipe: Recipe, model: str, composition: Composition, services: tuple[
             text = text.replace(f"@{key}@", value)
         texts[name] = text
     return texts
+
+
+def model_file(path: str) -> str:
+    """Return the text of a model's preset; `path` is a hub id, or a folder relative to the file."""
+    return _template("model.txt").replace("@PATH@", json.dumps(path))
+
+
+def world_file() -> str:
+    """Return the text of a world to fill in."""
+    return _template("world.txt")
 
 
 def _template(name: str) -> str:

@@ -45,10 +45,23 @@ def check_outputs(session: Session) -> None:
 def _inputs(session: Session) -> dict[str, Path]:
     """Return the files and folders that no report may overwrite, by description."""
     from pytest_lmcompose.baseline.storage import Storage
+    from pytest_lmcompose.data.source import parse_source
+    from pytest_lmcompose.data.sources import local_path
+    from pytest_lmcompose.presets import is_preset_file
 
     config, options = session.config, session.options
-    found = {"the file of thresholds": options.thresholds, "the model's folder": Path(session.run.location)}
-    found["the world's folder"] = session.run.world_folder
+    found = {"the file of thresholds": session.run.thresholds, "the model's folder": Path(session.run.location)}
+    world = session.run.world_folder
+    if not options.folder.resolve().is_relative_to(world.resolve()):  # a world's file may lie beside the reports
+        found["the world's folder"] = world
+    for key, source in session.run.recipe.world.sources():
+        if (path := local_path(parse_source(source), world)) is not None:
+            found[f"data of world.{key}"] = path
+    for name in filter(None, (options.world, options.model, options.suite)):
+        if is_preset_file(name):
+            found[f"the file {name}"] = options.folder / os.path.expanduser(name)
+    if options.conf is not None:
+        found["the folder of presets"] = options.conf
     if session.run.baseline is not None:
         found["the stored run to compare with"] = session.run.baseline.path
     found |= {f"the stored run {run}": run.path for run in Storage(options.baselines.storage).runs()}

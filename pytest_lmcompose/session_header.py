@@ -26,7 +26,7 @@ def announced(session: Session) -> list[str]:
         recipe, location = session.run.recipe, session.run.location
     count = f"{len(tested)} composition{'s' * (len(tested) != 1)}"
     where = "" if location == recipe.model.path else f" ({location})"
-    return [f"lmcompose: {count} of the model {recipe.model.path}{where}, on the world {recipe.world.folder}"]
+    return [f"lmcompose: {count} of the model {recipe.model.path}{where}, on the world {recipe.world_name}"]
 
 
 def _compared(session: Session) -> list[str]:

@@ -150,7 +150,9 @@ class SessionReport:
         if found := [*session_checks.unmatched(self._session), *session_checks.dropped(self._session)]:
             return found
         here = self._collected.records
+        off = self._session.gate_evaluator.off
         rules = [rule for rule in run.rules if options.shard is None or any(rule.covers(name) for name in here)]
+        rules = [rule for rule in rules if off(rule.metric) is None]
         return [
             f"--lmcompose-compare-fail={source!r}: this judged nothing"
             for source in idle(rules, self._collected.results)
@@ -204,7 +206,7 @@ class SessionReport:
 
         found = self._collected.records.values()
         measured = {r.id: [m.metric for m in r.measurements] for r in found if r.status == "measured"}
-        return unused(self._session.run.rules, measured) if measured else []
+        return unused(self._session.run.rules, measured, self._session.gate_evaluator.off) if measured else []
 
     def _shown(self) -> list[str]:
         """Return the metrics of the terminal's tables."""

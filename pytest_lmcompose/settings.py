@@ -6,16 +6,30 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings
+from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings, UnlearningSettings
 from interventions.names import near_names
 from interventions.ranges import Checked, Choice, Count, Items, Positive, shown
+from interventions.tokens import Chat
 from pytest_lmcompose.data.readers import AUTO, unknown_schema
 from pytest_lmcompose.data.source import source_problem
+from pytest_lmcompose.data.templates import QA_TEMPLATE, template_problem
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
-SOURCES = ("edits", "facts", "calibration", "retain", "perplexity")
-"""Keys of a world that take a source of data, besides those of `forget`."""
+SOURCES = ("edits", "facts", "calibration", "retain", "perplexity", "verbatim")
+"""Keys of a world that take a source of data."""
+TEXTS = ("calibration", "retain", "perplexity", "forget", "membership")
+"""Keys whose texts may come from several sources."""
+SOURCE_SETS: dict[str, tuple[str, ...]] = {
+    "forget": (),
+    "qa": ("forget", "retain", "real_authors", "world_facts"),
+    "knowledge": ("forget", "retain"),
+    "knowledge_examples": ("forget", "retain"),
+    "membership": ("forget", "holdout"),
+}
+"""Keys of a world that take a mapping of sources, with the names that it may have; none: any."""
+_OF_CHATS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
+"""Arguments of `apply_chat_template` that evaluators set."""
 Names = Annotated[list[str], Items()]
 NamesOrNone = Annotated[list[str], Items(least=0)]
 
@@ -55,7 +69,8 @@ class ModelSettings(Checked):
 class WorldSettings(Checked):
     """The datasets of all methods and evaluators; null means that there is no such data.
 
-    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`.
+    Edits, facts and texts come from a file, a folder in the hub's layout, or the hub; see `data.source.Source`. Texts
+    can also come from a list of them, in turns.
     """
 
     folder: str = ""
@@ -78,6 +93,24 @@ class WorldSettings(Checked):
     """Source of text that unlearning must not affect."""
     forget: dict[str, Any] = field(default_factory=dict)
     """Forget text: a source for each topic to unlearn."""
+    qa: dict[str, Any] = field(default_factory=dict)
+    """TOFU's question sets: sources for forget, retain, real_authors and world_facts. The fields are `question` and
+    `answer`, for truth ratios also `perturbed_answer` and `paraphrased_answer`."""
+    qa_template: str = QA_TEMPLATE
+    """How a question and its answer are written, in `qa`, `knowledge`, and forget or retain text with the fields
+    `question` and `answer` instead of `text`."""
+    knowledge: dict[str, Any] = field(default_factory=dict)
+    """MUSE's knowledge memorisation: sources of questions for forget and retain."""
+    knowledge_examples: dict[str, Any] = field(default_factory=dict)
+    """Sources of questions and answers to show before each question of `knowledge`, by the same names."""
+    verbatim: Any = None
+    """Source of MUSE's verbatim memorisation: beginnings of texts to forget, and how they go on, in the fields `prompt`
+    and `gt`."""
+    membership: dict[str, Any] = field(default_factory=dict)
+    """MUSE's privacy leakage: sources of text for forget, which the model was trained on, and holdout, which it never
+    saw."""
+    retain_model: str | None = None
+    """Model trained without the data to forget, for forget quality and privacy leakage: a folder or a hub id."""
     perplexity: Any = None
     """Source of text for perplexity; must not overlap with the retain or calibration text."""
     tasks: str | None = None
@@ -87,21 +120,36 @@ class WorldSettings(Checked):
     mmlu). Accuracy is measured per task and per pool."""
     hazardous: NamesOrNone = field(default_factory=list)
     """Pools with knowledge to unlearn: a lower accuracy is better."""
+    thresholds: str = "relative.yaml"
+    """File of thresholds: in `thresholds` of the presets' folder, beside the world's YAML file, or in its folder. The
+    default has only bounds relative to the base model."""
     trust_code: bool = False
     """Let task files run code: functions named by `!function`, templates outside a sandbox, and anything else that
     lm-evaluation-harness would run or import for them."""
 
     def without_data(self) -> WorldSettings:
         """Return the settings that say how data are asked, without where they are: their content counts."""
-        nothing: dict[str, Any] = dict.fromkeys(SOURCES)
-        return replace(self, folder="", forget={}, **nothing)
+        nothing: dict[str, Any] = {**dict.fromkeys(SOURCES), **{key: {} for key in SOURCE_SETS}}
+        return replace(self, folder="", retain_model=None, thresholds="", **nothing)
+
+    def sources(self) -> Iterator[tuple[str, Any]]:
+        """Yield each source with its key; several of one key one by one."""
+        given = {key: getattr(self, key) for key in SOURCES if getattr(self, key) is not None}
+        given |= {f"{key}.{name}": value for key in SOURCE_SETS for name, value in getattr(self, key).items()}
+        for key, value in given.items():
+            several = isinstance(value, list) and value and key.partition(".")[0] in TEXTS
+            yield from ((key, source) for source in (value if several else [value]))
 
     def problems(self) -> Iterator[str]:
         """Yield an unusable source, an unknown schema or pool, and a form of questions without the question."""
-        sources = {key: getattr(self, key) for key in SOURCES} | {f"forget.{k}": v for k, v in self.forget.items()}
-        for key, value in sources.items():
-            if (value is not None or key not in SOURCES) and (problem := source_problem(key, value)) is not None:
+        for key, source in self.sources():
+            if (problem := source_problem(key, source)) is not None:
                 yield problem
+        for key, sets in SOURCE_SETS.items():
+            for name in getattr(self, key):
+                if sets and name not in sets:
+                    yield f"{key}.{name}: no such set.{near_names(name, sets)} Known: {', '.join(sets)}"
+        yield from self._unlearning_problems()
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:
@@ -111,9 +159,20 @@ class WorldSettings(Checked):
         if "{}" not in self.ask_as:
             yield f"ask_as={shown(self.ask_as)}: expected a text with {{}} in place of the question"
 
+    def _unlearning_problems(self) -> Iterator[str]:
+        """Yield a template without question or answer, and data that its counterpart is missing for."""
+        if (problem := template_problem(self.qa_template)) is not None:
+            yield f"qa_template={shown(self.qa_template)}: {problem}"
+        for name in self.knowledge_examples:
+            if name not in self.knowledge:
+                yield f"knowledge_examples.{name}: there are no questions to show them before: set knowledge.{name}"
+        for name, other in (("forget", "holdout"), ("holdout", "forget")):
+            if name in self.membership and other not in self.membership:
+                yield f"membership.{other} is missing: texts to forget are compared with texts never seen"
+
 
 @dataclass(frozen=True)
-class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings):
+class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings, UnlearningSettings):
     """Evaluators to run on each state, and the amount of data."""
 
     edits: Count = 20
@@ -130,14 +189,36 @@ class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings):
     """Number of texts for perplexity, from the start of the file; null: all."""
     questions: bool = True
     """Measure accuracy on question tasks."""
+    unlearning: bool = True
+    """Measure TOFU's and MUSE's metrics, on the data of them that the world has."""
     efficiency: bool = True
     """Measure average bits, sparsity, packed size and operations per token, read from the weights."""
     latency: bool = False
     """Measure the time of a forward pass and tokens per second with dense kernels; noisy on a shared machine."""
     batch_size: Count = 32
     """Sequences per forward pass."""
+    chat_template: bool = False
+    """Put prompts of facts, edits and question tasks into the tokenizer's chat template; running text stays plain."""
+    system_prompt: str = ""
+    """System turn before each prompt in the chat template; empty: none."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Values of the chat template's own variables, such as {enable_thinking: false}. {chat_template: NAME} chooses one
+    of several templates."""
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Third-party evaluators to run, with their settings; {} keeps the defaults."""
+
+    @property
+    def chat(self) -> Chat | None:
+        """How prompts are put into the chat template; None: they are not."""
+        return Chat(self.system_prompt, self.chat_template_args) if self.chat_template else None
+
+    def problems(self) -> Iterator[str]:
+        """Yield settings of a chat template that is off, and arguments that are not the template's."""
+        for key in ("system_prompt", "chat_template_args"):
+            if (value := getattr(self, key)) and not self.chat_template:
+                yield f"{key}={shown(value)}: expected chat_template=true as well"
+        if _OF_CHATS.intersection(self.chat_template_args):
+            yield f"chat_template_args={shown(self.chat_template_args)}: expected values of the template's variables"
 
 
 @dataclass(frozen=True)

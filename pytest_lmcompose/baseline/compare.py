@@ -164,7 +164,9 @@ def _data_hashes(report: Report) -> Mapping[str, str]:
 def _settings(old: Report, new: Report) -> Iterator[str]:
     for section in ("model", "world", "evaluate"):
         was, now = getattr(old.recipe, section), getattr(new.recipe, section)
-        yield from _changed(was, now, {key: f"{section}.{key}" for key in now if key not in ("path", "folder")})
+        yield from _changed(
+            was, now, {key: f"{section}.{key}" for key in now if key not in ("path", "folder", "thresholds")}
+        )
     before = {record.id: record.steps for record in old.compositions}
     yield from dict.fromkeys(
         f"{other.id}: {text}"

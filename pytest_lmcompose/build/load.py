@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,19 +71,19 @@ def load_model(settings: ModelSettings, location: str, device: torch.device) -> 
     return Loaded(model, tokenizer, getattr(model.config, "_commit_hash", None))
 
 
+def load_tokenizer(settings: ModelSettings, location: str) -> Any:
+    """Load the tokenizer of the model at `location`; raises ModelError."""
+    from transformers import AutoTokenizer
+
+    with _reading(settings, location) as options:
+        return AutoTokenizer.from_pretrained(location, **options)
+
+
 def _read(settings: ModelSettings, location: str, device: torch.device, spread: bool) -> tuple[Any, Any]:
     """Return a model and its tokenizer from transformers; raises ModelError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-    }
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings in loading are errors here
-    try:
+    with _reading(settings, location) as options:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
             use_safetensors=True,
@@ -93,7 +94,19 @@ def _read(settings: ModelSettings, location: str, device: torch.device, spread: 
         )
         model, found = loaded
         _check_complete(location, found)
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    return model, load_tokenizer(settings, location)
+
+
+@contextmanager
+def _reading(settings: ModelSettings, location: str) -> Iterator[dict[str, Any]]:
+    """Silence transformers, explain its errors, and yield the options of every `from_pretrained`."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings in loading are errors here
+    try:
+        yield {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     except RecipeError:
         raise
     except Exception as error:  # transformers, the hub and a model's own code raise all kinds
@@ -102,7 +115,6 @@ def _read(settings: ModelSettings, location: str, device: torch.device, spread: 
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    return model, tokenizer
 
 
 def _check_complete(location: str, found: Mapping[str, Any]) -> None:

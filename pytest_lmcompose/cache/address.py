@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators import registry
 from evaluators.registry import evaluators
+from evaluators.settings import UnlearningSettings
 from interventions.registry import Method
 
 if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
-    from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
+    from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, WorldSettings
 
 METHOD_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "scipy")
 """Libraries whose version may change the result of a step."""
@@ -109,23 +110,46 @@ def read_module(name: str) -> Module | None:
     return Module(hashlib.sha256(content).hexdigest(), tuple(imports))
 
 
-def data_address(data: RunData, files: str) -> str:
+def data_address(data: RunData, files: str, retain_model: str = "") -> str:
     """Return the content address of the evaluators' data; `files` is the hash of the files of the question tasks.
+
+    `retain_model` identifies the model that unlearning is compared with.
 
     Datasets that a task fetches from a hub count by the text of the task alone.
     """
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.name != "tasks"}
-    return address(files=files, **fields)
+    return address(files=files, retain_model=retain_model, **fields)
 
 
-def measurements_address(state: str, data: str, world: WorldSettings, evaluate: EvaluateSettings) -> str:
-    """Return the content address of the measurements of a state; `state` and `data` are addresses."""
+def measurements_address(
+    state: str, data: str, world: WorldSettings, evaluate: EvaluateSettings, asked: str | None = None
+) -> str:
+    """Return the content address of the measurements of a state; `state` and `data` are addresses.
+
+    `asked` is a prompt in the chat template, which may contain today's date; None for plain prompts.
+    """
     return address(
         state=state,
         data=data,
         world=world.without_data(),
         evaluate=evaluate,
+        asked=asked,
         code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
+        libraries=versions(EVALUATOR_LIBRARIES),
+    )
+
+
+def retained_address(
+    model: str, settings: ModelSettings, data: RunData, evaluate: EvaluateSettings, device: str
+) -> str:
+    """Return the content address of the results of the retain model; `model` identifies it."""
+    return address(
+        model=model,
+        settings=dataclasses.replace(settings, path="", revision=None),
+        data=data.unlearning,
+        evaluate={field.name: getattr(evaluate, field.name) for field in dataclasses.fields(UnlearningSettings)},
+        device=device,
+        code=source_hash(("evaluators.unlearning",)),
         libraries=versions(EVALUATOR_LIBRARIES),
     )
 

@@ -45,7 +45,7 @@ class Entry:
 
     folder: Path
     kind: str
-    """`state` or `measurements`."""
+    """`state`, `measurements` or `retained`."""
     about: dict[str, Any]
     """Plain data that describes it, also used to estimate costs."""
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evaluators.data import RetainReference
 from evaluators.measurement import Measurement
 from interventions.types import StepReport
 from pytest_lmcompose.cache.folder import Cache, Entry
@@ -20,7 +21,7 @@ from pytest_lmcompose.steps import StepRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE, MEASUREMENTS = "state", "measurements"
+STATE, MEASUREMENTS, RETAINED = "state", "measurements", "retained"
 
 
 class StoredState(NamedTuple):
@@ -90,6 +91,22 @@ class RunCache:
                 if found is None:
                     found = make()
                     self._keep_measurements(address, composition, found)
+        return found
+
+    def retained(self, address: str, make: Callable[[], RetainReference]) -> RetainReference:
+        """Return the results of the retain model at `address`; call `make` and write them if there are none."""
+
+        def read() -> RetainReference | None:
+            entry = self._cache.read(address, RETAINED)
+            return None if entry is None else RetainReference(**{k: _frozen(v) for k, v in entry.about.items()})
+
+        found = read()
+        if found is None:
+            with self._cache.building(address, "the results of the retain model"):
+                found = read()
+                if found is None:
+                    found = make()
+                    self._cache.write(address, RETAINED, dataclasses.asdict(found), lambda folder: None)
         return found
 
     def _measurements(self, address: str) -> Repeat | None:

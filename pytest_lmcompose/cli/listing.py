@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pytest_lmcompose.cli.problems import CommandError
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.presets import Conf
 
 Row = tuple[str, ...]
 
 
 @click.command("list")
 @click.argument("kinds", nargs=-1, metavar="[methods|evaluators|suites|presets]...")
-def list_(kinds: Sequence[str]) -> None:
+@click.option(
+    "--conf",
+    "--lmcompose-conf",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder of your own presets, with the layout of compositions/conf.",
+)
+def list_(kinds: Sequence[str], conf: Path | None) -> None:
     """List methods, evaluators, suites and presets; all four by default."""
     from interventions.names import near_names
+    from pytest_lmcompose.errors import RecipeError
 
     for kind in kinds:
         if kind not in KINDS:
@@ -27,11 +38,15 @@ def list_(kinds: Sequence[str]) -> None:
     for number, kind in enumerate(dict.fromkeys(chosen)):
         if len(chosen) > 1:
             click.echo(f"{'' if number == 0 else chr(10)}{kind}")
-        for line in aligned(KINDS[kind]()):
+        try:
+            lines = list(aligned(KINDS[kind](conf)))
+        except RecipeError as error:
+            raise CommandError(str(error)) from None
+        for line in lines:
             click.echo(f"  {line}" if len(chosen) > 1 else line)
 
 
-def method_rows() -> Iterator[Row]:
+def method_rows(conf: Path | None = None) -> Iterator[Row]:
     """Yield the name, category and description of every method."""
     from interventions.registry import methods
 
@@ -39,7 +54,7 @@ def method_rows() -> Iterator[Row]:
         yield method.name, method.category, first_sentence(inspect.getdoc(method.settings_type()) or "")
 
 
-def evaluator_rows() -> Iterator[Row]:
+def evaluator_rows(conf: Path | None = None) -> Iterator[Row]:
     """Yield the name of every evaluator, the key that enables it, and its description."""
     from evaluators.registry import BUILT_IN, evaluators
 
@@ -49,41 +64,38 @@ def evaluator_rows() -> Iterator[Row]:
         yield evaluator.name, key, evaluator.summary
 
 
-def suite_rows() -> Iterator[Row]:
+def suite_rows(conf: Path | None = None) -> Iterator[Row]:
     """Yield the name, number of compositions and description of every suite."""
-    from omegaconf import OmegaConf
-
+    from pytest_lmcompose.locate import conf_folders
     from pytest_lmcompose.recipe import load_recipe, presets
-    from pytest_lmcompose.settings import SuiteSettings
 
-    conf = _conf()
-    recipe = load_recipe(conf)
-    for name in presets(conf, "suite"):
-        path = conf / "suite" / f"{name}.yaml"
-        suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteSettings()), OmegaConf.load(path)))
-        assert isinstance(suite, SuiteSettings)
-        count = len(dataclasses.replace(recipe, suite=suite).suite_compositions())
-        yield name, f"{count} composition{'s' * (count != 1)}", comment(path)
+    folders = conf_folders(conf)
+    for name in presets(folders, "suite"):
+        count = len(load_recipe(folders, [f"suite={name}"]).suite_compositions())
+        yield name, f"{count} composition{'s' * (count != 1)}", _about(folders, "suite", name)
 
 
-def preset_rows() -> Iterator[Row]:
+def preset_rows(conf: Path | None = None) -> Iterator[Row]:
     """Yield the group, name and description of every preset except suites."""
+    from pytest_lmcompose.locate import conf_folders
     from pytest_lmcompose.recipe import groups, presets
 
-    conf = _conf()
+    folders = conf_folders(conf)
     for group in groups():
         if group != "suite":
-            for name in presets(conf, group):
-                yield f"{group}={name}", comment(conf / group / f"{name}.yaml")
+            for name in presets(folders, group):
+                yield f"{group}={name}", _about(folders, group, name)
 
 
-def _conf() -> Path:
-    from pytest_lmcompose.options import SUITE_FOLDER
+def _about(conf: Conf, group: str, name: str) -> str:
+    """Return the first sentence of a preset's comment."""
+    from pytest_lmcompose.presets import find
 
-    return SUITE_FOLDER / "conf"
+    path = find(conf, f"{group}/{name}.yaml")
+    return "" if path is None else comment(path)
 
 
-KINDS: dict[str, Callable[[], Iterator[Row]]] = {
+KINDS: dict[str, Callable[..., Iterator[Row]]] = {
     "methods": method_rows,
     "evaluators": evaluator_rows,
     "suites": suite_rows,

@@ -11,7 +11,7 @@ import pytest
 from pytest_lmcompose.cli.flags import PREFIX, Flag, plugin_flags
 from pytest_lmcompose.cli.problems import ERROR
 
-SHOWN = ("model", "suite", "compose", "set", "repeats", "shard", "cache-dir", "no-cache")
+SHOWN = ("model", "world", "conf", "suite", "compose", "set", "repeats", "shard", "cache-dir", "no-cache")
 """The flags that affect the plan. Other flags are accepted too, so that you can reuse a command line."""
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluators.metrics import find_metric
+from evaluators.settings import UnlearningSettings
 from pytest_lmcompose.cache.address import address, hash_files
 
 if TYPE_CHECKING:
@@ -21,19 +23,22 @@ _LENGTH = 16
 def data_part(metric: str) -> str | None:
     """Return the part of the data that a metric is measured on, None if unknown."""
     part = find_metric(metric).data
-    return part if part in ("edits", "facts", "texts", "questions") else None
+    return part if part in ("edits", "facts", "texts", "questions", "unlearning data") else None
 
 
 def data_hashes(
-    data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSettings, folder: Path
+    data: Sequence[RunData], world: WorldSettings, evaluate: EvaluateSettings, folder: Path, retain_model: str = ""
 ) -> dict[str, str]:
     """Return a hash of each part of the data of all repeats, including the settings that apply to it.
 
+    `retain_model` identifies the model that unlearning is compared with.
+
     Datasets that a task fetches from a hub count by the text of the task alone.
     """
+    chat = {} if evaluate.chat is None else {"chat": evaluate.chat}
     parts = {
-        "edits": address(edits=[d.edits for d in data]),
-        "facts": address(facts=[[d.facts, d.neighbours, d.forgettable] for d in data]),
+        "edits": address(edits=[d.edits for d in data], **chat),
+        "facts": address(facts=[[d.facts, d.neighbours, d.forgettable] for d in data], **chat),
         "texts": address(texts=[d.perplexity for d in data], window=evaluate.window),
         "questions": address(
             files=question_files(world, evaluate, folder),
@@ -43,6 +48,12 @@ def data_hashes(
             limit=evaluate.question_limit,
             shots=evaluate.num_fewshot,
             repeats=len(data),
+            **chat,
+        ),
+        "unlearning data": address(
+            data=[d.unlearning for d in data],
+            retain_model=retain_model,
+            settings={field.name: getattr(evaluate, field.name) for field in fields(UnlearningSettings)},
         ),
         METHODS: address(resources=[d.resources for d in data]),
     }

@@ -21,6 +21,7 @@ from interventions.names import near_names
 from interventions.types import Edit
 from pytest_lmcompose.data.records import EditRecord, FactRecord, Probe, Record, WorldError
 from pytest_lmcompose.data.sources import read_source
+from pytest_lmcompose.data.templates import QA_TEMPLATE, qa_text
 
 ENTRY_POINT_GROUP = "lmcompose.edit_readers"
 NQ_PREFIX = "nq question: "
@@ -56,17 +57,26 @@ def read_edits(
     return [edit for record in itertools.chain([first], records) for edit in read(record, options)]
 
 
-def read_texts(source: Any, folder: Path = Path()) -> tuple[str, ...]:
-    """Read the field `text` of every record as it stands; blank texts are left out. Raises WorldError."""
+def read_texts(source: Any, folder: Path = Path(), qa_template: str = QA_TEMPLATE) -> tuple[str, ...]:
+    """Read the field `text` of every record as it stands; blank texts are left out. Raises WorldError.
+
+    Of a record without it, `question` and `answer` are the text, as `qa_template` says.
+    """
     first: Record | None = None
     texts = []
     for record in read_source(source, folder):
         first = first or record
-        if (text := record.raw_text("text")).strip():
+        if (text := _text(record, qa_template)).strip():
             texts.append(text)
     if not texts and first is not None:
         raise WorldError(f"{first.path}: every text is blank")
     return tuple(texts)
+
+
+def _text(record: Record, qa_template: str) -> str:
+    if "text" not in record.data and {"question", "answer"} <= record.data.keys():
+        return qa_text(qa_template, record.text("question"), record.text("answer"))
+    return record.raw_text("text")
 
 
 def read_facts(source: Any, folder: Path = Path()) -> list[FactRecord]:
@@ -212,7 +222,7 @@ def mquake(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
     answer, before = record.text("new_answer"), record.text("answer")
     multi_hop = tuple(Probe(_prompt(question.strip(), options.ask_as), answer, before) for question in questions)
     for (edit, question), rewrite in zip(edits, rewrites, strict=True):
-        truth = rewrite.child("target_true").text("str")
+        truth = _target(rewrite, "target_true")
         paraphrases = (_prompt(question, options.ask_as),)
         yield EditRecord(edit, paraphrases, locality, truth, multi_hop if len(edits) == 1 else ())
 
@@ -226,7 +236,13 @@ def _rewritten(record: Record, rewrite: Record) -> Edit:
     template, subject = rewrite.text("prompt"), rewrite.text("subject")
     if "{}" not in template:
         raise record.error(f"field {rewrite.at + '.prompt'!r} has no {{}} for the subject")
-    return Edit(template.replace("{}", subject), subject, rewrite.child("target_new").text("str"))
+    return Edit(template.replace("{}", subject), subject, _target(rewrite, "target_new"))
+
+
+def _target(rewrite: Record, key: str) -> str:
+    """Return a target of a rewrite: `{key: {str: ...}}`, or `key_str` as MQuAKE-Remastered has it."""
+    flat = f"{key}_str"
+    return rewrite.text(flat) if flat in rewrite.data else rewrite.child(key).text("str")
 
 
 def _edit(record: Record, prompt: str, subject: str, target: str) -> Edit:

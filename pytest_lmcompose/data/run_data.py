@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluators.data import Probe, Question, UnlearningData
 from interventions.types import Resources
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
@@ -19,10 +21,12 @@ from pytest_lmcompose.data.records import (
     select_edits,
 )
 from pytest_lmcompose.data.source import parse_source
+from pytest_lmcompose.data.unlearning import read_questions, read_verbatim
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 HEADING = 4
-"""Words of a heading, such as "Critical reception", which texts of different articles share."""
+"""Words of a heading, such as "Critical reception", which texts of different articles share; WikiText marks longer ones
+by equals signs."""
 _WORD = re.compile(r"\w+")
 
 
@@ -41,46 +45,129 @@ class RunData:
     perplexity: tuple[str, ...]
     tasks: Path | None
     """Folder of the question tasks."""
+    unlearning: UnlearningData = field(default_factory=UnlearningData)
+    """What shows how much was forgotten and kept."""
+
+
+@dataclass(frozen=True)
+class WorldData:
+    """What a world's sources hold, before edits and facts are sampled."""
+
+    edits: Sequence[EditRecord]
+    facts: Sequence[FactRecord]
+    calibration: tuple[str, ...]
+    retain: tuple[str, ...]
+    forget: Mapping[str, tuple[str, ...]]
+    perplexity: tuple[str, ...]
+    unlearning: UnlearningData
 
 
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
-    """Read a world's files from `folder` and sample the run's data.
+    """Read a world's files from `folder` and sample the run's data; see `read_world` for errors."""
+    return sample_data(read_world(world, evaluate, folder), world, evaluate, folder, seed)
+
+
+def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> WorldData:
+    """Read every source of a world, files from `folder`.
 
     Raises WorldError for missing or broken data, and for a perplexity text (other than a heading) that methods read.
     """
-    edits: tuple[EditRecord, ...] = ()
+    edits: Sequence[EditRecord] = ()
+    facts: Sequence[FactRecord] = ()
     if world.edits is not None:
         with _named("edits"):
-            records = read_edits(
+            edits = read_edits(
                 world.edits, world.edits_schema, strip_nq=world.strip_nq, ask_as=world.ask_as, folder=folder
             )
-        edits = select_edits(records, evaluate.edits, seed, f"{folder}: {parse_source(world.edits).name}")
+    if world.facts is not None:
+        with _named("facts"):
+            facts = read_facts(world.facts, folder)
+    found = WorldData(
+        edits,
+        facts,
+        _texts(world, folder, "calibration"),
+        _texts(world, folder, "retain"),
+        _text_sets(world, folder, "forget"),
+        _texts(world, folder, "perplexity")[: evaluate.texts],
+        _unlearning(world, folder) if evaluate.unlearning else UnlearningData(),
+    )
+    _check_apart(found, folder)
+    return found
+
+
+def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
+    """Sample the data of one repeat; raises WorldError if there are too few edits."""
+    edits: tuple[EditRecord, ...] = ()
+    if world.edits is not None:
+        name = f"{folder}: {parse_source(world.edits).name}"
+        edits = select_edits(found.edits, evaluate.edits, seed, name)
     resources = Resources(
         edits=tuple(record.edit for record in edits),
-        calibration=_texts(world, folder, "calibration"),
-        forget={topic: _read_texts(f"forget.{topic}", source, folder) for topic, source in world.forget.items()},
-        retain=_texts(world, folder, "retain"),
+        calibration=found.calibration,
+        forget=found.forget,
+        retain=found.retain,
     )
-    facts, neighbours, forgettable = _facts(world, evaluate, folder, seed, edits)
-    perplexity = _texts(world, folder, "perplexity")[: evaluate.texts]
-    for name, texts in (("retain", resources.retain), ("calibration", resources.calibration)):
-        if shared := {text for text in set(texts) & set(perplexity) if len(_WORD.findall(text)) > HEADING}:
+    facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
+    tasks = folder / world.tasks if world.tasks is not None else None
+    return RunData(resources, edits, facts, neighbours, forgettable, found.perplexity, tasks, found.unlearning)
+
+
+def _check_apart(found: WorldData, folder: Path) -> None:
+    """Raise WorldError if methods read a text that perplexity is measured on."""
+    perplexity = found.perplexity
+    for name, texts in (("retain", found.retain), ("calibration", found.calibration)):
+        if shared := {text for text in set(texts) & set(perplexity) if not _is_heading(text)}:
             raise WorldError(
                 f"{folder}: {len(shared)} of the {name} texts are perplexity texts too, for instance "
                 f"{min(shared)[:60]!r}; a method must not be tested on its own training data"
             )
-    tasks = folder / world.tasks if world.tasks is not None else None
-    return RunData(resources, edits, facts, neighbours, forgettable, perplexity, tasks)
+
+
+def _is_heading(text: str) -> bool:
+    stripped = text.strip()
+    return len(_WORD.findall(text)) <= HEADING or (stripped.startswith("= ") and stripped.endswith(" ="))
 
 
 def _texts(world: WorldSettings, folder: Path, key: str) -> tuple[str, ...]:
     source = getattr(world, key)
-    return _read_texts(key, source, folder) if source is not None else ()
+    return _read_texts(world, key, source, folder) if source is not None else ()
 
 
-def _read_texts(key: str, source: Any, folder: Path) -> tuple[str, ...]:
+def _text_sets(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[str, ...]]:
+    return {name: _read_texts(world, f"{key}.{name}", source, folder) for name, source in getattr(world, key).items()}
+
+
+def _read_texts(world: WorldSettings, key: str, source: Any, folder: Path) -> tuple[str, ...]:
     with _named(key):
-        return read_texts(source, folder)
+        parts = [
+            read_texts(one, folder, world.qa_template) for one in (source if isinstance(source, list) else [source])
+        ]
+    return tuple(text for row in itertools.zip_longest(*parts) for text in row if text is not None)
+
+
+def _unlearning(world: WorldSettings, folder: Path) -> UnlearningData:
+    verbatim: tuple[Probe, ...] = ()
+    if world.verbatim is not None:
+        with _named("verbatim"):
+            verbatim = read_verbatim(world.verbatim, folder)
+    examples = _question_sets(world, folder, "knowledge_examples", {})
+    return UnlearningData(
+        _question_sets(world, folder, "qa", {}),
+        _question_sets(world, folder, "knowledge", examples),
+        verbatim,
+        _text_sets(world, folder, "membership"),
+    )
+
+
+def _question_sets(
+    world: WorldSettings, folder: Path, key: str, examples: Mapping[str, tuple[Question, ...]]
+) -> dict[str, tuple[Question, ...]]:
+    found = {}
+    for name, source in getattr(world, key).items():
+        with _named(f"{key}.{name}"):
+            shown = examples.get(name, ())
+            found[name] = read_questions(source, folder, template=world.qa_template, examples=shown)
+    return found
 
 
 @contextmanager
@@ -93,15 +180,15 @@ def _named(key: str) -> Iterator[None]:
 
 
 def _facts(
-    world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int, edits: tuple[EditRecord, ...]
+    known: Sequence[FactRecord],
+    world: WorldSettings,
+    evaluate: EvaluateSettings,
+    seed: int,
+    edits: tuple[EditRecord, ...],
 ) -> tuple[tuple[FactRecord, ...], ...]:
     """Return samples of `RunData.facts`, `neighbours` and `forgettable`."""
-    if world.facts is None:
-        return (), (), ()
     edited = {record.edit.subject: record for record in edits}
     pools: dict[str, list[FactRecord]] = {"facts": [], "neighbours": [], "forgettable": []}
-    with _named("facts"):
-        known = read_facts(world.facts, folder)
     for fact in known:
         record = edited.get(fact.subject)
         if fact.topic in world.forget:

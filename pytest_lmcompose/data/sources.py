@@ -1,19 +1,47 @@
-"""Read the records of a source: a file, a folder in the hub's layout, or a dataset on the hub. No torch."""
+"""Read the records of a source: a file, a folder in the hub's layout, a dataset on the hub, or a named one. No torch.
+
+A named source is a function that yields numbered rows for a `Source`. A package adds one by an entry point of the group
+`lmcompose.sources`; a notebook or a `conftest.py` calls `register("mine", rows)`. Then `world.retain=mine` reads it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from interventions.ranges import shown
+from pytest_lmcompose.data import python_docs
 from pytest_lmcompose.data.files import Rows, file_rows, is_data_file
 from pytest_lmcompose.data.hub import dataset_rows, hub_file
 from pytest_lmcompose.data.records import Record, WorldError
 from pytest_lmcompose.data.source import Source, parse_source
+
+ENTRY_POINT_GROUP = "lmcompose.sources"
+
+
+@cache
+def named_sources() -> dict[str, Callable[[Source], Rows]]:
+    """Return the named sources; `python-docs` is built in."""
+    table: dict[str, Callable[[Source], Rows]] = {"python-docs": python_docs.rows}
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        _add(table, entry.name, entry.load())
+    return table
+
+
+def register(name: str, rows: Callable[[Source], Rows]) -> None:
+    """Add a named source to this process; raises ValueError if the name has another one."""
+    _add(named_sources(), name, rows)
+
+
+def _add(table: dict[str, Callable[[Source], Rows]], name: str, rows: Callable[[Source], Rows]) -> None:
+    if table.setdefault(name, rows) is not rows:
+        raise ValueError(f"another function redefines the source {name!r}: {rows!r}")
 
 
 def read_source(value: Any, folder: Path = Path()) -> Iterator[Record]:
@@ -38,7 +66,9 @@ def read_source(value: Any, folder: Path = Path()) -> Iterator[Record]:
 
 def _rows(source: Source, folder: Path) -> tuple[str, Rows, bool]:
     """Return the name of what is read, its numbered rows, and whether they are shuffled by the source's seed."""
-    local = _local(source.path, folder)
+    local = local_path(source, folder)
+    if local is None and (named := named_sources().get(source.path)) is not None:
+        return source.name, named(source), False
     if local is None and is_data_file(source.path):
         raise WorldError(f"no such data file: {folder / os.path.expanduser(source.path)}")
     if source.file is not None and (local is None or local.is_dir()):
@@ -53,9 +83,9 @@ def _rows(source: Source, folder: Path) -> tuple[str, Rows, bool]:
     return str(local), file_rows(local), False
 
 
-def _local(path: str, folder: Path) -> Path | None:
-    """Return the file or folder of a path: relative to the world's folder, then to the working folder."""
-    expanded = os.path.expanduser(path)
+def local_path(source: Source, folder: Path) -> Path | None:
+    """Return the file or folder of a source, in the world's folder or the working folder; None if there is none."""
+    expanded = os.path.expanduser(source.path)
     return next((found for found in (folder / expanded, Path(expanded)) if found.exists()), None)
 
 

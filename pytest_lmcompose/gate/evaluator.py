@@ -7,6 +7,7 @@ from pytest_lmcompose.baseline.reference import UPDATE, Circumstances
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.errors import BuildError
 from pytest_lmcompose.gate.judge import Reference, count_paired, judge, settle
+from pytest_lmcompose.gate.off import why_off
 from pytest_lmcompose.gate.paired import BASE_MODEL
 from pytest_lmcompose.gate.promises import promises
 from pytest_lmcompose.gate.thresholds import BASELINE, compares_with, needs_baseline
@@ -45,12 +46,17 @@ class GateEvaluator:
             runs=self._repeats(composition),
             gates=total,
             promises=tuple(promises(run.recipe, composition)),
+            off=self.off,
         )
         if any(gate.paired is not None for gate in found):
             self._paired[composition.id] = found
             found = self._paired[composition.id] = settle(self._paired, total)[composition.id]
         run.result(composition).gates = found
         return found
+
+    def off(self, glob: str) -> str | None:
+        """Return why the recipe measures no metric that `glob` matches."""
+        return why_off(glob, self.run.recipe.world, self.run.recipe.evaluate)
 
     def _state(self, composition: Composition) -> Reference:
         """Return a state of this run as a reference; build and measure it if necessary."""

@@ -1,22 +1,23 @@
 """Judge measurements by rules: every gate of a composition, its verdict and its message. Imports no torch.
 
 Values and limits are compared as the decimal numbers they are written as, without rounding: from 0.8 to 0.7 is a
-drop of exactly 0.1. A NaN or infinite metric always fails. So does a rule whose metric was not measured, or whose
-reference is missing.
+drop of exactly 0.1. A NaN or infinite metric always fails. So does a rule whose metric should have been
+measured and was not, or whose reference is missing.
 
 `no_drop_p: 0.05` fails if a one-sided paired test on the same samples finds the metric worse than its reference at
 that level, after Holm's correction over all paired gates of the run (see `paired`).
 
 `promised: NUMBER` applies if a step promises something about the metric (see `promises`). If a step's settings promise
 a value, such as `average_bits`, the number is the tolerance, as a share of that value; if its category makes the
-promise, the number is the limit. `lost: REASON` accepts a broken promise, and fails once the promise holds again.
+promise, the number is the limit. `promised: {max_ratio_of_base: 0.8}` has bounds that apply only then. `lost: REASON`
+accepts a broken promise, and fails once the promise holds again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -88,8 +89,11 @@ def judge(
     runs: Sequence[Sequence[Measurement]] | None = None,
     gates: int = 1,
     promises: Sequence[Promise] = (),
+    off: Callable[[str], str | None] = lambda glob: None,
 ) -> tuple[Gate, ...]:
     """Return the gates of a composition: by measurement, then one failure for everything that was not measured.
+
+    `off` says why metrics that a glob matches are not measured on purpose: these have no gate.
 
     `known` maps composition ids, and `baseline` for the stored run, to their references. `runs` are the measurements
     of each repeat. `gates` counts the paired gates of the run; see `settle` for their final verdict. `promises` are
@@ -105,7 +109,7 @@ def judge(
             found += (gate for bound in bounds for gate in metric.judge(bound))
         else:
             found.append(metric.gate("finite", None, False, " is not finite"))
-    found += _not_measured(rules, composition, [m.metric for m in measurements], known.get(BASELINE))
+    found += _not_measured(rules, composition, [m.metric for m in measurements], known.get(BASELINE), off)
     return tuple(dict.fromkeys(found))
 
 
@@ -122,6 +126,8 @@ class _MetricGates:
 
     def judge(self, bound: Bound) -> Iterator[Gate]:
         """Yield the gates of a bound, one for each reference."""
+        if bound.if_promised and not any(promise.about(self.measurement) for promise in self.promises):
+            return
         if bound.kind in (PROMISED, LOST):
             yield from self._promise(bound)
         elif bound.of is None:
@@ -234,6 +240,10 @@ class _MetricGates:
         text = _bound_text(effective, before, name, lower)
         if bound.of is not None:
             text += f" = {_number(float(limit))}"
+        if bound.if_promised:
+            promise = next(p for p in self.promises if p.about(self.measurement))
+            text += f", promised by {promise.step}"
+            text += f" and broken by {promise.broken_by}" if promise.broken_by is not None and not passed else ""
         too_close = not passed and _number(value) == _number(float(limit))  # the rounded numbers would look equal
         if too_close:
             text += f" ({float(limit)!r})"
@@ -344,12 +354,18 @@ def _paired_gate(composition: str, gate: Gate, paired: Paired, reachable: float)
 
 
 def _not_measured(
-    rules: Sequence[Rule], composition: str, measured: Sequence[str], baseline: Reference | None
+    rules: Sequence[Rule],
+    composition: str,
+    measured: Sequence[str],
+    baseline: Reference | None,
+    off: Callable[[str], str | None],
 ) -> Iterator[Gate]:
-    """Yield a failure for every rule, and every gated metric of the baseline, without a measurement."""
+    """Yield a failure for every rule, and every gated metric of the baseline, whose measurement is missing."""
     for rule in rules:
         replaced = any(r.metric == rule.metric and r.specificity > rule.specificity and not r.source for r in rules)
         if rule.bounds and (rule.source or not replaced) and not any(rule.judges(name) for name in measured):
+            if off(rule.metric) is not None:
+                continue
             near = near_names(rule.metric, measured)
             message = f"{composition}  {rule.metric} was not measured, but has a threshold.{near}".removesuffix(".")
             yield Gate(rule.metric, "measured", None, False, message, None, None)
@@ -357,7 +373,8 @@ def _not_measured(
         return
     for before in baseline.measurements:
         bounds = [bound for rule in rules_for(rules, before.metric) for bound in rule.bounds]
-        if before.metric not in measured and any(bound.of == BASELINE for bound in bounds):
+        gated = before.metric not in measured and any(bound.of == BASELINE for bound in bounds)
+        if gated and off(before.metric) is None:
             message = f"{composition}  {before.metric} was not measured, but is in {baseline.name}"
             yield Gate(before.metric, "measured", None, False, message, None, before.value)
 

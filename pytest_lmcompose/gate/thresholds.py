@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ _LIMIT = re.compile(r"(?P<level>p)?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([
 _LIMITS = "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), or a level such as p0.01"
 
 
+NOT_JUDGED = "not judged, because "
+"""Start of the reason of a rule whose metric is not measured on purpose."""
 _REFERENCES = (BASE, SINGLE, REVERSE, BASELINE)
 
 
@@ -59,6 +61,8 @@ class Bound:
     """The reference: base, single, reverse, baseline or the id of a composition."""
     note: str = ""
     """Why the loss of a promise is accepted."""
+    if_promised: bool = False
+    """Whether it applies only if a step promises something about the metric: `promised: {max_ratio_of_base: 0.8}`."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
             where = f"{path}: {composition}: {metric}"
             checked = [bound for k, v in _mapping(bounds, where).items() for bound in _bounds(k, v, where)]
             _check_together(checked, where)
-            if any(b.kind in (PROMISED, LOST) for b in checked) and not may_be_promised(metric):
+            if any(b.kind in (PROMISED, LOST) or b.if_promised for b in checked) and not may_be_promised(metric):
                 raise ThresholdError(f"{where}: no method or category promises anything about this metric")
             rules.append(Rule(composition, metric, tuple(checked)))
     for rule in rules:
@@ -106,11 +110,6 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
                 f"{path}: {rule.composition}: {rule.metric}: {{}} removes a gate, but no rule sets one"
             )
     return tuple(rules)
-
-
-def without_losses(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Return the rules except those that accept the loss of a promise."""
-    return tuple(rule for rule in rules if all(bound.kind != LOST for bound in rule.bounds))
 
 
 def check_compositions(rules: Iterable[Rule], path: Path, methods: Collection[str]) -> None:
@@ -189,8 +188,13 @@ class Unused:
         return f"{self.composition!r}: {self.metric!r}: {self.reason}"
 
 
-def unused(rules: Sequence[Rule], measured: Mapping[str, Sequence[str]]) -> list[Unused]:
-    """Return the rules that apply to nothing; `measured` maps compositions to their metrics."""
+def unused(
+    rules: Sequence[Rule], measured: Mapping[str, Sequence[str]], off: Callable[[str], str | None] = lambda glob: None
+) -> list[Unused]:
+    """Return the rules that apply to nothing; `measured` maps compositions to their metrics.
+
+    `off` says why metrics that a glob matches are not measured on purpose.
+    """
     applied: set[int] = set()
     for composition, metrics in measured.items():
         covering = [rule for rule in rules if rule.covers(composition)]
@@ -204,7 +208,8 @@ def unused(rules: Sequence[Rule], measured: Mapping[str, Sequence[str]]) -> list
         if not covered:
             reason = "matches no measured composition." + near_names(rule.composition, measured)
         elif not any(rule.judges(metric) for metric in known):
-            reason = "matches no measured metric." + near_names(rule.metric, known)
+            why = off(rule.metric)
+            reason = f"{NOT_JUDGED}{why}" if why else "matches no measured metric." + near_names(rule.metric, known)
         else:
             reason = "a more specific rule always applies instead."
         found.append(Unused(rule.composition, rule.metric, bool(covered), reason.removesuffix(".")))
@@ -225,6 +230,13 @@ def _bounds(kind: str, value: Any, where: str) -> list[Bound]:
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ThresholdError(f"{where}: {kind} is an empty list, expected a number")
+    if kind == PROMISED and isinstance(value, dict):
+        inside = [
+            bound for k, v in _mapping(value, f"{where}: {kind}", filled=True).items() for bound in _bounds(k, v, where)
+        ]
+        if any(bound.kind in (NO_DROP, LOST, PROMISED) for bound in inside):
+            raise ThresholdError(f"{where}: {PROMISED} takes a number, or bounds such as {{max_ratio_of_base: 0.8}}")
+        return [replace(bound, if_promised=True) for bound in inside]
     return [_bound(kind, item, where) for item in items]
 
 

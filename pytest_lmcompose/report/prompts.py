@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LONGEST = 200
 """Maximum length in characters; longer texts are cut."""
+_OF_QA = ("rouge", "answer_probability", "truth_ratio", "extraction_strength")
+"""Metrics of the questions of `world.qa`."""
 
 
 def prompts(
@@ -78,6 +80,13 @@ def _prompts(metric: str, data: RunData) -> Iterator[str]:
         "recall_same_subject": data.neighbours,
         "recall_to_forget": data.forgettable,
     }
+    unlearning = data.unlearning
+    questions = {"knowmem": unlearning.knowledge}.get(head, unlearning.qa if head in _OF_QA else {})
+    yield from (_pair(question.question, question.answer) for question in questions.get(relation, ()))
+    if metric in ("verbmem", "extraction_strength/verbatim"):
+        yield from (_pair(probe.prompt, probe.answer) for probe in unlearning.verbatim)
+    if head in ("membership_auc", "privleak", "privleak_distance"):
+        yield from unlearning.membership.get("forget", ())
     for fact in facts.get(head, ()):
         if not relation or fact.relation == relation:
             yield _pair(fact.prompt, fact.answer)

@@ -40,6 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("tiny")
     return [
         f"--lmcompose-model={write_model(folder / 'model')}",
+        "--lmcompose-world=tinyworld",
         f"--lmcompose-set=world.folder='{write_world(folder / 'world')}'",
         "--lmcompose-set=evaluate=quick",
         "--lmcompose-set=evaluate.edits=2",

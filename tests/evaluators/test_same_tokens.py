@@ -26,7 +26,7 @@ from evaluators.encoding import encode, encode_pairs, meaningless_ids
 from interventions import Edit, InterventionError
 from interventions.edit.kernels.prompts import tokenise
 from interventions.edit.kernels.target_loss import target_batches
-from interventions.tokens import Pair, continued, frame, join, running, special_texts, windows
+from interventions.tokens import Chat, Pair, continued, frame, join, running, special_texts, windows
 from tests.tokenizers import TOKENIZERS
 
 SUBJECT = "Mira Tolvan"
@@ -176,9 +176,7 @@ def test_a_prompt_in_a_chat_template_has_the_tokens_that_editors_give_it(kind: s
     prompt = f"Where was {SUBJECT} born?\n"
     row = tokenise(tokenizer, Edit(prompt, SUBJECT, "Karth"), with_target=True, chat_template=True)
     messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    own_bos = bos or not frame(tokenizer).start  # else the evaluators' text has one and the template's none
-    (pair,) = encode_pairs(tokenizer, [(text, "Karth")]) if own_bos else join(tokenizer, [(text, "Karth")], begin=False)
+    (pair,) = encode_pairs(tokenizer, [(prompt, "Karth")], Chat())
     assert (pair.prompt + pair.target, len(pair.target)) == (list(row.ids), row.target_length)
     whole = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
     if ask[-1] != " " and kind != "across words":  # a space, and what spans the border, go to the target

@@ -85,6 +85,7 @@ class Project:
         self.arguments = [
             f"--lmcompose-model={model}",
             f"--lmcompose-set=world.folder='{world}'",
+            "--lmcompose-world=tinyworld",
             "--lmcompose-set=evaluate.edits=3",
             "--lmcompose-set=evaluate.questions=false",
             "--lmcompose-thresholds=thresholds.yaml",

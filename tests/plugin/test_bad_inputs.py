@@ -25,6 +25,7 @@ from pytest_lmcompose.options import read_options
 from pytest_lmcompose.report import html, latex, markdown
 from pytest_lmcompose.report.planned import dropped, idle, unmatched
 from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.run import CONF
 from tests.plugin.conftest import Project
 from tests.plugin.documents import composition, gate, report, typed, typed_record
 from tests.plugin.rich_documents import rich as rich_document
@@ -178,8 +179,8 @@ def test_thresholds_that_may_hold_are_read(tmp_path: Path, text: str) -> None:
     check_compositions(read_rules(path), path, methods())
 
 
-def test_the_suites_own_thresholds_may_hold() -> None:
-    path = Path(__file__).parents[2] / "compositions" / "thresholds.yaml"
+@pytest.mark.parametrize("path", sorted((CONF / "thresholds").iterdir()), ids=lambda path: path.name)
+def test_the_suites_own_thresholds_may_hold(path: Path) -> None:
     check_compositions(read_rules(path), path, methods())
 
 

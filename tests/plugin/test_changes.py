@@ -252,6 +252,8 @@ CHANGES: dict[str, tuple[What, Callable[[Bench], object]]] = {
     "the question limit": ("measurements", lambda b: b.measure(question_limit=2)),
     "examples before a question": ("measurements", lambda b: b.measure(num_fewshot=2)),
     "the batch size": ("measurements", lambda b: b.measure(batch_size=3)),
+    "prompts in the chat template": ("measurements", lambda b: b.measure(chat_template=True)),
+    "a system prompt": ("measurements", lambda b: b.measure(chat_template=True, system_prompt="Be short.")),
     "one evaluator less": ("measurements", lambda b: b.measure(recall=False)),
     "a setting of the step": ("both", lambda b: setattr(b, "overrides", ["awq.bits=3"])),
     "a setting of another method": ("neither", lambda b: setattr(b, "overrides", ["gptq.bits=3"])),

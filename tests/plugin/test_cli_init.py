@@ -11,6 +11,9 @@ from click.testing import CliRunner, Result
 
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.gate.thresholds import read_expression, read_rules
+from pytest_lmcompose.locate import model_overrides
+from pytest_lmcompose.recipe import load_recipe
+from pytest_lmcompose.run import CONF
 from tests.started import Finished, run_pytest
 
 WRITTEN = {
@@ -45,12 +48,16 @@ def run(folder: Path, *arguments: str) -> Finished:
 
 def test_the_gate_goes_green_then_red(tmp_path: Path, tiny_model: Path, tiny_world: Path) -> None:
     """A run is stored, one like it passes, then a model of fewer bits than promised fails on its bits."""
-    result = call(str(tmp_path), f"--model={tiny_model}", "--compose=rtn[bits=8]")
+    world = tmp_path.with_suffix(".yaml")
+    shared = "zsre.json\ncalibration: calibration.jsonl\nperplexity: perplexity-heldout.jsonl\nfacts: facts.jsonl\n"
+    world.write_text(f"folder: {tiny_world}\nedits: {shared}")
+    result = call(str(tmp_path), f"--model={tiny_model}", f"--world={world}", "--compose=rtn[bits=8]")
+    world_line = f"lmcompose_world = {world}\n"
     assert result.exit_code == 0, result.output
-    assert files(tmp_path) == WRITTEN
+    assert files(tmp_path) == WRITTEN | {"model.yaml"}
     assert all(f"wrote {tmp_path / name}" in result.output for name in WRITTEN)
+    assert f"lmcompose_model = model.yaml\n{world_line}" in (tmp_path / "pytest.ini").read_text()
     small = [
-        f"--lmcompose-set=world.folder='{tiny_world}'",
         "--lmcompose-set=evaluate.edits=2",
         "--lmcompose-set=evaluate.editing=false",
         "--lmcompose-set=evaluate.recall=false",
@@ -109,7 +116,7 @@ def test_settings_of_pytest_that_are_there_stay(tmp_path: Path) -> None:
     ("compose", "expected"),
     [
         ("memit+awq[bits=3]", {"edit_success_exact": "min", "average_bits": "min", "perplexity": "max_ratio_of_base"}),
-        ("rmu+wanda", {"accuracy/hazardous": "max", "sparsity": "min"}),
+        ("rmu+wanda", {"accuracy/hazardous": "max_ratio_of_base", "sparsity": "min"}),
         ("wanda+awq[bits=3]", {"sparsity": "min", "average_bits": "max"}),
         ("awq[bits=3]+wanda", {"sparsity": "min", "average_bits": "max"}),
         ("awq+memit+awq[bits=3]", {"edit_locality_agreement": "min", "average_bits": "max"}),
@@ -188,7 +195,13 @@ def test_a_promise_that_cannot_hold_is_named_with_its_reason(tmp_path: Path, com
 
 @pytest.mark.parametrize(
     ("typed", "found"),
-    [("./x", "../x"), ("x", "../x"), ("gate/y", "./y"), ("{}/x", "{}/x"), ("tinyworld", "tinyworld")],
+    [
+        ("./x", "../x"),
+        ("x", "../x"),
+        ("gate/y", "./y"),
+        ("{}/x", "{}/x"),
+        ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m"),
+    ],
 )
 def test_a_model_is_found_where_its_path_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, found: str
@@ -197,10 +210,13 @@ def test_a_model_is_found_where_its_path_was_typed(
     for name in ("x", "gate/y"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
-    result = call("gate", f"--model={typed.format(tmp_path)}", "--ci=none")
-    assert ("invented facts of tinyworld" in result.output) is (typed != "tinyworld")
+    result = call("gate", f"--model={typed.format(tmp_path)}", "--world=paper", "--ci=none")
     assert result.exit_code == 0, result.output
-    assert f"lmcompose_model = {found.format(tmp_path)}\n" in (tmp_path / "gate" / "pytest.ini").read_text()
+    assert "lmcompose_model = model.yaml\nlmcompose_world = paper\n" in (tmp_path / "gate" / "pytest.ini").read_text()
+    assert yaml.safe_load((tmp_path / "gate" / "model.yaml").read_text()) == {"model": {"path": found.format(tmp_path)}}
+    monkeypatch.chdir(tmp_path / "gate")
+    recipe = load_recipe(CONF, model_overrides("model.yaml", CONF, Path("elsewhere", "..").resolve()))
+    assert Path(recipe.model.path).resolve() == Path(found.format(tmp_path)).resolve()
 
 
 def test_what_git_ignores_is_added_by_hand_where_there_is_such_a_file(tmp_path: Path) -> None:
@@ -222,3 +238,45 @@ def test_ci_examples_take_the_cpu_build_and_keep_what_pip_loads(tmp_path: Path) 
     python = next(step["with"] for step in steps if "setup-python" in step.get("uses", ""))
     assert python["cache"] == "pip" and (tmp_path / python["cache-dependency-path"]).is_file()
     assert gitlab["variables"]["PIP_CACHE_DIR"].endswith("/pip-cache") and "pip-cache/" in gitlab["cache"]["paths"]
+
+
+def test_a_model_without_a_world_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    result = call(str(tmp_path / "gate"), f"--model={tiny_model}")
+    assert result.exit_code == 2 and "no world for the model" in result.stderr and "paper" in result.stderr
+    assert files(tmp_path) == set()
+    assert call(str(tmp_path / "gate"), "--model=pythia", "--ci=none").exit_code == 0  # its preset chooses one
+    assert "lmcompose_world" not in (tmp_path / "gate" / "pytest.ini").read_text()
+
+
+def test_a_world_that_is_not_there_is_written_to_be_filled_in(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("gate", f"--model={tiny_model}", "--world=data/mine.yaml", "--ci=none")
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    assert "Fill in gate/data/mine.yaml" in result.output
+    text = (tmp_path / "gate" / "data" / "mine.yaml").read_text()
+    filled = "\n".join(
+        line[2:] if line.startswith("# ") and ":" in line.split()[1] else line for line in text.split("\n")
+    )
+    filled = filled.replace("#   ", "  ")
+    (tmp_path / "filled.yaml").write_text(filled)
+    world = load_recipe(CONF, [f"world='{tmp_path / 'filled.yaml'}'"]).world
+    assert (world.edits, world.retain, world.pools["hazardous"]) == ("edits.json", "retain.txt", ["wmdp_chem"])
+    assert call(*words[:2], "--world=../mine.yaml").exit_code == 2
+    assert call(*words[:2], "--world=papr").exit_code == 2
+
+
+def test_a_world_and_presets_that_are_there_are_named_as_seen_from_the_release(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", "conf/model/ours.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "mine.yaml").write_text("edits: a.json\n")
+    (tmp_path / "conf" / "model" / "ours.yaml").write_text(f"path: {tiny_model}\n")
+    result = call("gate", "--model=ours", "--world=mine.yaml", "--conf=conf", "--ci=none")
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "gate" / "pytest.ini").read_text().splitlines()
+    assert {"lmcompose_model = ours", "lmcompose_world = ../mine.yaml", "lmcompose_conf = ../conf"} <= set(lines)

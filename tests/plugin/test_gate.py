@@ -19,8 +19,8 @@ from pytest_lmcompose.gate.judge import Reference, count_paired, settle
 from pytest_lmcompose.gate.judge import judge as judge_by
 from pytest_lmcompose.gate.paired import BASE_MODEL
 from pytest_lmcompose.gate.thresholds import Rule, ThresholdError, compares_with, read_expression, read_rules, unused
-from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.results import Gate
+from pytest_lmcompose.run import CONF
 
 
 def measured(metric: str, value: float, stderr: float | None = 0.1) -> Measurement:
@@ -53,8 +53,9 @@ def only(verdicts: tuple[Gate, ...]) -> Gate:
     return verdict
 
 
-def test_the_suites_own_thresholds_are_readable() -> None:
-    assert compares_with(read_rules(SUITE_FOLDER / "thresholds.yaml"), parse("memit+awq")) == (parse("base"),)
+@pytest.mark.parametrize("path", sorted((CONF / "thresholds").iterdir()), ids=lambda path: path.name)
+def test_the_suites_own_thresholds_are_readable(path: Path) -> None:
+    assert compares_with(read_rules(path), parse("memit+awq")) == (parse("base"),)
 
 
 def test_a_failure_names_metric_value_threshold_n_and_error(tmp_path: Path) -> None:

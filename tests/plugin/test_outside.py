@@ -72,7 +72,7 @@ def test_the_tables_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert broken(recipe, parse("thin+memit")) == [
         "thin promises sparsity = 0.2, but memit follows it: use thin+memit+thin"
     ]
-    text = scaffold.files(recipe, "model", parse("memit+thin"), ())["thresholds.yaml"]
+    text = scaffold.files(recipe, {"model": "model"}, parse("memit+thin"), ())["thresholds.yaml"]
     assert "# thin promises sparsity = 0.2.\n  sparsity: {min: 0.19}\n" in text
     assert "# thin promises that layers are thin.\n" in text
 

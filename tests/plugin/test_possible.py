@@ -12,6 +12,7 @@ from evaluators.metrics import find_metric, metrics
 from pytest_lmcompose.gate.possible import check_metrics
 from pytest_lmcompose.gate.thresholds import ThresholdError, read_expression, read_rules
 from pytest_lmcompose.options import SUITE_FOLDER
+from pytest_lmcompose.run import CONF
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 DATA = SUITE_FOLDER / "tinyworld" / "data"
@@ -149,8 +150,8 @@ def test_an_expression_is_checked_too() -> None:
         assert f"--lmcompose-compare-fail='{text}'" in str(error.value)
 
 
-def test_the_shipped_thresholds_judge() -> None:
-    path = SUITE_FOLDER / "thresholds.yaml"
+@pytest.mark.parametrize("path", sorted((CONF / "thresholds").iterdir()), ids=lambda path: path.name)
+def test_the_shipped_thresholds_judge(path: Path) -> None:
     check_metrics(read_rules(path), path, WORLD, EvaluateSettings(), DATA)
 
 

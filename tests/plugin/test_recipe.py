@@ -143,7 +143,7 @@ def test_quoting_carries_any_path_through_hydras_grammar(path: str) -> None:
 
 def test_model_names_in_order_preset_folder_path_hub(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "tinyworld").mkdir()  # the preset wins over a folder of its name
-    assert model_overrides("tinyworld", CONF, tmp_path) == ("model=tinyworld",)
+    assert model_overrides("tinyworld", CONF, tmp_path) == ("model='tinyworld'",)
     folder = load_recipe(CONF, model_overrides(str(tiny_model), CONF, tmp_path)).model.path
     assert model_location(folder, tmp_path) == str(tiny_model)
     hub = load_recipe(CONF, model_overrides("EleutherAI/pythia-70m", CONF, tmp_path)).model.path

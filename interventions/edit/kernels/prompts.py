@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from interventions.structure import module_device
-from interventions.tokens import border, continued, read, special_texts
+from interventions.tokens import Chat, ChatError, border, continued, read, special_texts
 from interventions.types import Edit, InterventionError
 
 CONTEXT_OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -61,7 +61,8 @@ def tokenise(
     end = begin + len(edit.subject)
     target_begin = border(text)
     if with_target:
-        text = continued(text, edit.target, special_texts(tokenizer))
+        gap = Chat().gap(tokenizer) if chat_template else None
+        text = continued(text, edit.target, special_texts(tokenizer), gap)
     (row,) = read(tokenizer, [text], begin=not chat_template)
     assert row.spans is not None
     # A byte-level token may include the space before its word, so tokens only need to overlap the subject.
@@ -79,10 +80,10 @@ def _framed(tokenizer: Any, prompt: str, chat_template: bool) -> tuple[str, int]
     """Return the text with the chat template applied, and the prompt's offset in it."""
     if not chat_template:
         return prompt, 0
-    if not getattr(tokenizer, "chat_template", None):
-        raise InterventionError("chat_template=true, but the tokenizer has no chat template; set chat_template=false")
-    messages = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = Chat().ask(tokenizer, prompt)
+    except ChatError as error:
+        raise InterventionError(f"chat_template=true, but {error}; set chat_template=false") from None
     begin = text.rfind(prompt.strip())  # many templates strip the message
     if begin < 0:
         raise InterventionError(f"the tokenizer's chat template changes the prompt {prompt!r}; set chat_template=false")

