@@ -30,15 +30,6 @@ class Grid(NamedTuple):
     groups: int
 
 
-class Fit(NamedTuple):
-    """Grids of groups of weights."""
-
-    steps: Tensor
-    """(n,) whole numbers: the largest magnitude of each group in steps of its grid."""
-    levels: int
-    """Levels of the widest group."""
-
-
 def find_grid(weight: Tensor) -> Grid | None:
     """Return the coarsest grid of 2 to 8 bits that contains every value of `weight` (out, in), or None.
 
@@ -77,13 +68,7 @@ def _bits_of(weight: Tensor, size: int, most: int) -> int | None:
 
 
 def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
-    """Return the number of levels of the widest group, or None if a group fits no grid; see `fit_steps`."""
-    fit = fit_steps(groups, most, eps)
-    return None if fit is None else fit.levels
-
-
-def fit_steps(groups: Tensor, most: int, eps: float) -> Fit | None:
-    """Return how many steps the largest magnitude of each group is, or None if a group fits no grid of `most` levels.
+    """Return the number of levels of the widest group, or None if a group fits no grid of `most` levels.
 
     `groups` (n, width) are float32 without all-zero groups; `eps` is that of the stored dtype. The
     largest magnitude of a group is an integer number of steps, so integers are tried from 1 up: first
@@ -95,10 +80,10 @@ def fit_steps(groups: Tensor, most: int, eps: float) -> Fit | None:
     hopeful = _fits(probed.unsqueeze(2) * steps, eps).all(dim=1)  # (n, steps)
     if not bool(hopeful.any(dim=1).all()):
         return None
-    chosen = torch.zeros(len(groups), dtype=groups.dtype, device=groups.device)
+    fitted = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
     widest = 0
     for column in hopeful.any(dim=0).nonzero().flatten().tolist():
-        rows = (hopeful[:, column] & (chosen == 0)).nonzero().flatten()
+        rows = (hopeful[:, column] & ~fitted).nonzero().flatten()
         if not len(rows):
             continue
         numbers = shares[rows] * steps[column]
@@ -106,10 +91,10 @@ def fit_steps(groups: Tensor, most: int, eps: float) -> Fit | None:
         ends = torch.stack([numbers.amax(dim=1), -numbers.amin(dim=1)]).clamp(min=0)
         spans = (ends - _slack(ends, eps)).ceil().sum(dim=0) + 1
         fitting = _fits(numbers, eps).all(dim=1) & (spans <= most)
-        chosen[rows[fitting]] = steps[column]
+        fitted[rows[fitting]] = True
         if bool(fitting.any()):
             widest = max(widest, int(spans[fitting].max()))
-    return Fit(chosen, widest) if bool((chosen > 0).all()) else None
+    return widest if bool(fitted.all()) else None
 
 
 def _fits(numbers: Tensor, eps: float) -> Tensor:

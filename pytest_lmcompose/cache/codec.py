@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,23 +15,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from evaluators.grids import find_grid, fit_steps
+from evaluators.grids import GROUP_SIZES
+from pytest_lmcompose.cache.steps import INTEGERS, find_steps
 
 METADATA_KEY = "lmcompose"
-_INTEGERS = {2: torch.int16, 4: torch.int32}
-_CHUNK = 2**20  # values
+_CHUNK = 2**18  # values
+_SAMPLED = 2**13  # values, for the choice of an encoding
+_PROBED = 64  # groups, for a first look
 
 
 class _Coded(NamedTuple):
     parts: dict[str, Tensor]
     about: dict[str, Any]
 
+    @property
+    def size(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
 
 def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata for a safetensors file, which `decode` reads."""
     stored, about = {}, {}
     for name, tensor in tensors.items():
-        coded = _smallest(tensor)
+        coded = _smaller(tensor)
         if coded is None:
             stored[name] = tensor
         else:
@@ -50,85 +56,121 @@ def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> 
     return tensors
 
 
-def _smallest(tensor: Tensor) -> _Coded | None:
-    """Return the first encoding of `tensor` that is smaller than it and exact, or None."""
-    if not tensor.is_floating_point() or tensor.element_size() not in _INTEGERS or not tensor.numel():
+def _smaller(tensor: Tensor) -> _Coded | None:
+    """Return an encoding of `tensor` that is smaller than it and exact, or None."""
+    if tensor.dtype not in INTEGERS or not tensor.numel():
         return None
-    for coded in _candidates(tensor):
-        coded.about.update(parts=list(coded.parts), dtype=str(tensor.dtype).removeprefix("torch."))
-        size = sum(part.numel() * part.element_size() for part in coded.parts.values())
-        if size < tensor.numel() * tensor.element_size() and _same_bits(_decode_one(coded.parts, coded.about), tensor):
-            return coded
-    return None
+    used = int(torch.count_nonzero(tensor.view(INTEGERS[tensor.dtype])))
+    masked = used * tensor.element_size() + tensor.numel() / 8
+    smallest = min(masked, tensor.numel() * tensor.element_size())
+    layout = _layout(tensor, smallest / tensor.numel()) if tensor.ndim > 1 else None
+    if layout is not None:
+        coded = _on_steps(tensor, *layout)
+    elif masked == smallest:
+        coded = _masked(tensor)
+    else:
+        return None
+    coded.about.update(
+        parts=list(coded.parts), dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape)
+    )
+    smaller = coded.size < tensor.numel() * tensor.element_size()
+    return coded if smaller and _same_bits(_decode_one(coded.parts, coded.about), tensor) else None
 
 
-def _candidates(tensor: Tensor) -> Iterator[_Coded]:
-    if tensor.ndim == 2 and bool(torch.isfinite(tensor).all()):
-        for transposed in (False, True):  # Conv1D stores its weight as (in, out)
-            weight = tensor.t().contiguous() if transposed else tensor
-            grid = find_grid(weight)
-            if grid is not None:
-                yield _on_grid(weight, 2**grid.bits, grid.group_size, transposed)
-    yield _masked(tensor)
+def _layout(tensor: Tensor, limit: float) -> tuple[int, bool] | None:
+    """Return the group size, and whether to transpose, with fewest bytes on a sample; None for `limit` or more."""
+    best = None
+    for transposed in (False, True):  # Conv1D stores its weight as (in, out)
+        matrix = tensor.mT if transposed else tensor
+        cols = matrix.shape[-1]
+        rows = _sample(matrix, max(8, _SAMPLED // cols))
+        probed = _groups(rows, min(cols, GROUP_SIZES[0]))
+        places = torch.linspace(0, len(probed) - 1, min(len(probed), _PROBED)).long()
+        if not bool(find_steps(probed[places]).scales.any()):
+            continue
+        for size in (*(size for size in GROUP_SIZES if size < cols), cols):
+            spent = _on_steps(rows, size, False).size / rows.numel()
+            if spent < limit:
+                limit, best = spent, (size, transposed)
+    return best
 
 
-def _on_grid(weight: Tensor, levels: int, size: int, transposed: bool) -> _Coded:
-    """Encode a weight (out, in) as integers times the scale of their group of `size` columns."""
-    rows, cols = weight.shape
-    groups = pad(weight, (0, -cols % size)).reshape(-1, size)
-    coded = [_encode_groups(part, levels) for part in torch.split(groups, max(1, _CHUNK // size))]
-    codes, scales, zeros = (torch.cat(parts) for parts in zip(*coded, strict=True))
-    codes = codes.reshape(rows, -1)[:, :cols]
-    about = {"codec": "grid", "shape": [rows, cols], "size": size, "transposed": transposed}
-    return _Coded({"codes": _deflate(codes), "scales": scales, "zeros": _deflate(zeros)}, about)
+def _sample(matrix: Tensor, count: int) -> Tensor:
+    """Return up to `count` rows of a matrix, or of a stack of matrices."""
+    stack = matrix.shape[:-1]
+    total = int(np.prod(stack))
+    places = torch.linspace(0, total - 1, min(total, count)).long()
+    return matrix[torch.unravel_index(places, stack)]
 
 
-def _encode_groups(groups: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes (n, width), scales (n,) and zeros (n,): `groups` is (codes - zeros) * scales, rounded."""
-    magnitudes = groups.abs()
-    greatest = magnitudes.amax(dim=1, keepdim=True).float()
-    used = greatest.flatten() > 0
-    steps = torch.ones_like(greatest)
-    fitted = fit_steps(groups[used].float(), levels, torch.finfo(groups.dtype).eps)
-    if fitted is not None:
-        steps[used, 0] = fitted.steps
-    numbers = (groups.float() / greatest.masked_fill(greatest == 0, 1) * steps).round_()
-    zeros = -numbers.amin(dim=1, keepdim=True).clamp(max=0)
-    # A scale is right if it rounds to every value: the scales that do so lie between these bounds.
-    bits = magnitudes.view(_INTEGERS[groups.element_size()])
-    exact, count = magnitudes.double(), numbers.abs().double()
-    below = (exact + (bits - (bits > 0).to(bits.dtype)).view(groups.dtype).double()) / 2
-    above = (exact + (bits + 1).view(groups.dtype).double()) / 2
-    low = (below / count).nan_to_num_(nan=0, posinf=0).amax(dim=1)
-    high = (above / count).nan_to_num_(nan=torch.inf, posinf=torch.inf).amin(dim=1)
-    scales = torch.where(used, (low + high) / 2, 1).float()
-    return (numbers + zeros).clamp_(0, 255).to(torch.uint8), scales, zeros.flatten().clamp(0, 255).to(torch.uint8)
+def _groups(matrix: Tensor, size: int) -> Tensor:
+    return pad(matrix, (0, -matrix.shape[-1] % size)).reshape(-1, size)
+
+
+def _on_steps(tensor: Tensor, size: int, transposed: bool) -> _Coded:
+    """Encode a weight as whole numbers times the scale of their group of `size` columns, other groups as they are."""
+    groups = _groups(tensor.mT if transposed else tensor, size)
+    codes = torch.empty(groups.shape, dtype=torch.uint8)
+    zeros = torch.empty(len(groups), dtype=torch.uint8)
+    scales = torch.empty(len(groups))
+    count = max(1, _CHUNK // size)
+    for start in range(0, len(groups), count):
+        part = slice(start, start + count)
+        numbers, scales[part] = find_steps(groups[part])
+        codes[part] = numbers.to(torch.int16)  # modulo 256, so that zero is 0 in all groups
+        zeros[part] = -numbers.amin(dim=1).clamp_(max=0)
+    parts = {"codes": _deflate(codes), "scales": scales, "zeros": _deflate(zeros)}
+    others = scales == 0
+    if bool(others.any()):
+        parts["others"] = groups[others]
+    negative = (groups == 0) & groups.signbit()
+    if bool(negative.any()):
+        parts["negative"] = _deflate(torch.from_numpy(np.packbits(negative.numpy())))
+    return _Coded(parts, {"codec": "steps", "size": size, "transposed": transposed})
+
+
+def _from_steps(parts: Mapping[str, Tensor], about: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    shape, size = list(about["shape"]), about["size"]
+    if about["transposed"]:
+        shape[-2:] = shape[:-3:-1]
+    codes, zeros = _inflate(parts["codes"]).reshape(-1, size), _inflate(parts["zeros"]).unsqueeze(1)
+    scales = parts["scales"].unsqueeze(1)
+    groups = torch.empty(codes.shape, dtype=dtype)
+    count = max(1, _CHUNK // size)
+    for start in range(0, len(groups), count):
+        part = slice(start, start + count)
+        groups[part] = (codes[part] + zeros[part]).float().sub_(zeros[part]).mul_(scales[part])
+    if "others" in parts:
+        groups[parts["scales"] == 0] = parts["others"]
+    if "negative" in parts:
+        bits = np.unpackbits(_inflate(parts["negative"]).numpy(), count=groups.numel())
+        groups.view(-1)[torch.from_numpy(bits.view(bool))] = -0.0
+    matrix = groups.reshape(*shape[:-1], -1)[..., : shape[-1]]
+    return (matrix.mT if about["transposed"] else matrix).contiguous()
 
 
 def _masked(tensor: Tensor) -> _Coded:
     """Encode a tensor with many zeros as a mask and the other values; -0.0 is another value."""
     flat = tensor.contiguous().flatten()
-    mask = flat.view(_INTEGERS[tensor.element_size()]) != 0
+    mask = flat.view(INTEGERS[tensor.dtype]) != 0
     packed = torch.from_numpy(np.packbits(mask.numpy()))
-    return _Coded({"mask": packed, "values": flat[mask]}, {"codec": "mask", "shape": list(tensor.shape)})
+    return _Coded({"mask": packed, "values": flat[mask]}, {"codec": "mask"})
+
+
+def _from_mask(parts: Mapping[str, Tensor], about: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    flat = torch.zeros(int(np.prod(about["shape"])), dtype=dtype)
+    mask = np.unpackbits(parts["mask"].numpy(), count=len(flat)).view(bool)
+    flat[torch.from_numpy(mask)] = parts["values"]
+    return flat.reshape(about["shape"])
+
+
+_DECODERS = {"steps": _from_steps, "mask": _from_mask}
 
 
 def _decode_one(parts: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
-    shape, dtype = about["shape"], getattr(torch, about["dtype"])
-    if about["codec"] == "mask":
-        count = int(np.prod(shape))
-        mask = torch.from_numpy(np.unpackbits(parts["mask"].numpy(), count=count).view(bool))
-        flat = torch.zeros(count, dtype=dtype)
-        flat[mask] = parts["values"]
-        return flat.reshape(shape)
-    if about["codec"] != "grid":
+    if about["codec"] not in _DECODERS:
         raise ValueError(f"codec {about['codec']!r} is unknown")
-    (rows, cols), size = shape, about["size"]
-    codes = _inflate(parts["codes"]).reshape(rows, cols)
-    numbers = pad(codes, (0, -cols % size)).reshape(-1, size).float()
-    weight = numbers.sub_(_inflate(parts["zeros"]).unsqueeze(1)).mul_(parts["scales"].unsqueeze(1)).to(dtype)
-    weight = weight.reshape(rows, -1)[:, :cols]
-    return (weight.t() if about["transposed"] else weight).contiguous()
+    return _DECODERS[about["codec"]](parts, about, getattr(torch, about["dtype"]))
 
 
 def _deflate(codes: Tensor) -> Tensor:
@@ -146,5 +188,5 @@ def _inflate(data: Tensor) -> Tensor:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    integers = _INTEGERS[other.element_size()]
+    integers = INTEGERS[other.dtype]
     return torch.equal(one.view(integers), other.contiguous().view(integers))
