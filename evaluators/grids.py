@@ -78,10 +78,14 @@ def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
     probed = shares[:, torch.linspace(0, shares.shape[1] - 1, min(shares.shape[1], _PROBED)).long()]
     steps = torch.arange(1, most, device=groups.device, dtype=groups.dtype)
     hopeful = _fits(probed.unsqueeze(2) * steps, eps).all(dim=1)  # (n, steps)
+    if not bool(hopeful.any(dim=1).all()):
+        return None
     fitted = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
     widest = 0
     for column in hopeful.any(dim=0).nonzero().flatten().tolist():
         rows = (hopeful[:, column] & ~fitted).nonzero().flatten()
+        if not len(rows):
+            continue
         numbers = shares[rows] * steps[column]
         # The fewest steps that both ends of the group can represent after rounding.
         ends = torch.stack([numbers.amax(dim=1), -numbers.amin(dim=1)]).clamp(min=0)

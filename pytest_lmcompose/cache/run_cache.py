@@ -52,12 +52,14 @@ class RunCache:
         entry = self._cache.read(address, STATE)
         if entry is None:
             return None
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
+
+        from pytest_lmcompose.cache.codec import decode
 
         try:
-            changed = load_file(entry.folder / "changed.safetensors")
-        except (OSError, SafetensorError):  # evicted since it was checked
+            with safe_open(entry.folder / "changed.safetensors", framework="pt") as file:
+                changed = decode({name: file.get_tensor(name) for name in file.keys()}, file.metadata())  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError):  # evicted since it was checked, or invalid
             return None
         self.states_read += 1
         return StoredState(changed, _steps(entry), entry.about["state_hash"])
@@ -66,6 +68,9 @@ class RunCache:
         """Write a state; `step_bytes` is the size of the tensors that its last step changed."""
         from safetensors.torch import save_file
 
+        from pytest_lmcompose.cache.codec import encode
+
+        stored, metadata = encode(state.changed)
         about = {
             "model": self._model,
             "composition": str(composition),
@@ -74,7 +79,7 @@ class RunCache:
             "step_bytes": step_bytes,
         }
         self._cache.write(
-            address, STATE, about, lambda folder: save_file(state.changed, folder / "changed.safetensors")
+            address, STATE, about, lambda folder: save_file(stored, folder / "changed.safetensors", metadata)
         )
 
     def measured(self, address: str, composition: Composition, make: Callable[[], Repeat]) -> Repeat:
