@@ -90,8 +90,9 @@ def _layout(tensor: Tensor, limit: float) -> tuple[int, bool] | None:
             continue
         for size in (*(size for size in GROUP_SIZES if size < cols), cols):
             spent = _on_steps(rows, size, False).size / rows.numel()
-            if spent < limit:
-                limit, best = spent, (size, transposed)
+            if spent >= limit:
+                break  # wider groups are no better
+            limit, best = spent, (size, transposed)
     return best
 
 
@@ -123,9 +124,9 @@ def _on_steps(tensor: Tensor, size: int, transposed: bool) -> _Coded:
     others = scales == 0
     if bool(others.any()):
         parts["others"] = groups[others]
-    negative = (groups == 0) & groups.signbit()
-    if bool(negative.any()):
-        parts["negative"] = _deflate(torch.from_numpy(np.packbits(negative.numpy())))
+    bits, negative = groups.view(INTEGERS[groups.dtype]), torch.iinfo(INTEGERS[groups.dtype]).min  # -0.0
+    if int(bits.min()) == negative:
+        parts["negative"] = _deflate(torch.from_numpy(np.packbits((bits == negative).numpy())))
     return _Coded(parts, {"codec": "steps", "size": size, "transposed": transposed})
 
 

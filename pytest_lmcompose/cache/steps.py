@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 LEVELS = 256
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -51,16 +52,19 @@ def find_steps(groups: Tensor) -> Steps:
 
 
 def _least(magnitudes: Tensor) -> Tensor:
-    """Return the least magnitude of each group (n, width) that is not zero; 1 for a group of zeros."""
-    least = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(dim=1)
-    return least.masked_fill_(least == torch.inf, 1)
+    """Return the least magnitude of each float32 group (n, width) that is not zero; 1 for a group of zeros."""
+    most = torch.iinfo(torch.int32).max
+    bits = (magnitudes.view(torch.int32) - 1).bitwise_and_(most).amin(dim=1) + 1  # a zero wraps around
+    least = bits.view(torch.float32)
+    return torch.where(least == 0, 1, least)
 
 
 def _numbers(groups: Tensor, wide: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Return groups as whole numbers of steps, and which of them are exactly that."""
     column = scales.unsqueeze(1)
     numbers = (wide / column).round_()
-    exact = ((numbers * column).to(groups.dtype) == groups).all(dim=1)
+    # Elementwise comparisons are ten times as slow as arithmetic on a CPU.
+    exact = (numbers * column).to(groups.dtype).float().sub_(wide).abs_().amax(dim=1) == 0
     exact &= numbers.amax(dim=1).clamp_(min=0) - numbers.amin(dim=1).clamp_(max=0) < LEVELS
     return numbers, exact
 
@@ -71,21 +75,22 @@ def _refined(groups: Tensor, least: Tensor) -> Tensor:
     wide = groups.abs().float()
     steps = least
     for _ in range(_ROUNDS):
-        shares = wide / steps.unsqueeze(1)
+        shares = (wide / steps.unsqueeze(1)).clamp_(max=int(2 * _SLACK / eps))  # farther ones are too uncertain
         rest = (shares - shares.round()).abs_()
-        doubt = shares.mul_(eps)
-        rest.masked_fill_((rest <= doubt + _SLACK) | (doubt > 2 * _SLACK), torch.inf)
-        lowest = rest.amin(dim=1)
-        if bool((lowest == torch.inf).all()):
+        clear = threshold((rest - _SLACK).sub_(shares, alpha=eps), 0, torch.inf)
+        margin, place = clear.min(dim=1, keepdim=True)
+        found = margin.squeeze(1) < torch.inf
+        if not bool(found.any()):
             break
-        steps = torch.where(lowest == torch.inf, steps, least / (least / (lowest * steps)).round_())
-    counts = (wide / steps.unsqueeze(1)).round_()
-    counts.masked_fill_(counts > 0.25 / eps, 0)  # farther values may be rounded to a neighbour
-    steps = (wide * (counts > 0)).sum(dim=1) / counts.sum(dim=1)
+        shorter = steps * rest.gather(1, place).squeeze(1)
+        steps = torch.where(found, least / (least / shorter).round_(), steps)
+    # Values farther than this may be rounded to a neighbour.
+    near = threshold((wide / steps.unsqueeze(1)).round_().neg_(), -0.25 / eps - 0.5, 0)
+    steps = (wide * near.clamp(min=-1)).sum(dim=1) / near.sum(dim=1)
     # A scale is right if it rounds to every value: the scales that do so lie between these bounds.
     precise, integers = _PRECISE[groups.dtype]
     counts = (wide / steps.unsqueeze(1)).round_().to(precise)
     bits, half = wide.to(precise).view(integers), int(eps / torch.finfo(precise).eps / 2)
-    low = ((bits - half).view(precise) / counts).masked_fill_(counts == 0, 0).amax(dim=1)
-    high = ((bits + half).view(precise) / counts).masked_fill_(counts == 0, torch.inf).amin(dim=1)
+    low = ((bits - half).clamp_(min=0).view(precise) / counts.clamp(min=1)).amax(dim=1)
+    high = ((bits + half).view(precise) / counts).amin(dim=1)
     return torch.where(high == torch.inf, 1, (low + high) / 2).float()
