@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -144,7 +145,13 @@ def test_an_interrupt_ends_with_the_report_and_says_how_to_go_on(
     chosen = ("--lmcompose-compose=rtn", "--lmcompose-compose=awq", "--lmcompose-json=report.json", store)
     command = [sys.executable, "-m", "pytest", "-pno:cacheprovider", "-pno:hypothesispytest", *workers, *chosen]
     found = subprocess.run(
-        command, cwd=pytester.path, capture_output=True, text=True, timeout=60, start_new_session=True
+        command,
+        cwd=pytester.path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a job of the background
     )
     text = found.stdout + found.stderr
     assert found.returncode == pytest.ExitCode.INTERRUPTED, text
