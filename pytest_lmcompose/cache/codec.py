@@ -176,7 +176,7 @@ def _decode_one(parts: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor
 
 
 def _deflate(codes: Tensor) -> Tensor:
-    """Compress bytes by how often each occurs: never more than the bits of the grid, and less where zeros prevail."""
+    """Compress bytes by how often each occurs: about the bits of the grid, and less where zeros prevail."""
     packer = zlib.compressobj(level=1, strategy=zlib.Z_HUFFMAN_ONLY)
     data = packer.compress(codes.contiguous().numpy().data) + packer.flush()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from evaluators.data import RetainReference
 from evaluators.measurement import Measurement
@@ -21,6 +21,7 @@ from pytest_lmcompose.steps import StepRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 STATE, MEASUREMENTS, RETAINED = "state", "measurements", "retained"
 
 
@@ -84,30 +85,25 @@ class RunCache:
 
     def measured(self, address: str, composition: Composition, make: Callable[[], Repeat]) -> Repeat:
         """Return the measurements at `address`; call `make` and write its result if there are none."""
-        found = self._measurements(address)
-        if found is None:
-            with self.building(address, composition):
-                found = self._measurements(address)  # another process may have made them meanwhile
-                if found is None:
-                    found = make()
-                    self._keep_measurements(address, composition, found)
-        return found
+        return _once(
+            self.building(address, composition),
+            lambda: self._measurements(address),
+            make,
+            lambda found: self._keep_measurements(address, composition, found),
+        )
 
     def retained(self, address: str, make: Callable[[], RetainReference]) -> RetainReference:
         """Return the results of the retain model at `address`; call `make` and write them if there are none."""
+        return _once(
+            self._cache.building(address, "the results of the retain model"),
+            lambda: self._retained(address),
+            make,
+            lambda found: self._cache.write(address, RETAINED, dataclasses.asdict(found), lambda folder: None),
+        )
 
-        def read() -> RetainReference | None:
-            entry = self._cache.read(address, RETAINED)
-            return None if entry is None else RetainReference(**{k: _frozen(v) for k, v in entry.about.items()})
-
-        found = read()
-        if found is None:
-            with self._cache.building(address, "the results of the retain model"):
-                found = read()
-                if found is None:
-                    found = make()
-                    self._cache.write(address, RETAINED, dataclasses.asdict(found), lambda folder: None)
-        return found
+    def _retained(self, address: str) -> RetainReference | None:
+        entry = self._cache.read(address, RETAINED)
+        return None if entry is None else RetainReference(**{k: _frozen(v) for k, v in entry.about.items()})
 
     def _measurements(self, address: str) -> Repeat | None:
         entry = self._cache.read(address, MEASUREMENTS)
@@ -152,6 +148,23 @@ def costs(cache: Cache, model: str) -> Costs:
             report = last["report"]
             steps.append(StepCost(last["step"], report["method"], report["seconds"], about["step_bytes"]))
     return Costs.of(steps, evaluations)
+
+
+def _once(
+    building: AbstractContextManager[None],
+    read: Callable[[], T | None],
+    make: Callable[[], T],
+    keep: Callable[[T], None],
+) -> T:
+    """Return what `read` finds, or make and keep it under the lock `building`."""
+    found = read()
+    if found is None:
+        with building:
+            found = read()  # another process may have made it meanwhile
+            if found is None:
+                found = make()
+                keep(found)
+    return found
 
 
 def _frozen(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pytest_lmcompose.data.records import WorldError
 from pytest_lmcompose.data.source import Source
 
 SHARES = {"calibration": 0.5, "retain": 0.7, "perplexity": 1.0}
-"""Where each split ends in the whole text; 0.7 means that the split before it ends at half and this one 0.2 later."""
+"""The end of each split, as a share of the whole text."""
 _WORDS = 12
 _PROSE = re.compile(r"[A-Z(*\"].*[.:]", re.DOTALL)
 

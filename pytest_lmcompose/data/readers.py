@@ -13,17 +13,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from interventions.names import near_names
 from interventions.types import Edit
+from pytest_lmcompose.data.extensions import add, add_installed
 from pytest_lmcompose.data.records import EditRecord, FactRecord, Probe, Record, WorldError
 from pytest_lmcompose.data.sources import read_source
 from pytest_lmcompose.data.templates import QA_TEMPLATE, qa_text
 
 ENTRY_POINT_GROUP = "lmcompose.edit_readers"
+_WHAT = "edit schema"
 NQ_PREFIX = "nq question: "
 AUTO = "auto"
 """The schema of a source whose first record shows which one it is."""
@@ -44,7 +45,7 @@ Reader: TypeAlias = Callable[[Record, ReadOptions], Iterator[EditRecord]]
 def read_edits(
     source: Any, schema: str = AUTO, *, strip_nq: bool = True, ask_as: str = "{}", folder: Path = Path()
 ) -> list[EditRecord]:
-    """Read edits in a schema, such as `zsre`, `counterfact` or `mquake`. Record numbers start at 1.
+    """Read edits in a schema, such as `zsre`, `counterfact` or `mquake`.
 
     Raises WorldError for an unknown schema, a missing or empty field, and a subject that is not in its prompt. Record
     numbers in errors start at 1.
@@ -123,19 +124,12 @@ def _recognised(record: Record) -> str:
 def edit_readers() -> dict[str, Reader]:
     """Return every reader by its schema, built-in ones first."""
     table: dict[str, Reader] = {"zsre": zsre, "counterfact": counterfact, "mquake": mquake, "knowedit": knowedit}
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        _add(table, entry.name, entry.load())
-    return table
+    return add_installed(table, ENTRY_POINT_GROUP, _WHAT)
 
 
 def register(schema: str, reader: Reader) -> None:
     """Add a reader to this process; raises ValueError if the schema has another reader."""
-    _add(edit_readers(), schema, reader)
-
-
-def _add(table: dict[str, Reader], schema: str, reader: Reader) -> None:
-    if table.setdefault(schema, reader) is not reader:
-        raise ValueError(f"another reader redefines the edit schema {schema!r}: {reader!r}")
+    add(edit_readers(), schema, reader, _WHAT)
 
 
 def zsre(record: Record, options: ReadOptions) -> Iterator[EditRecord]:

@@ -11,37 +11,31 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from interventions.ranges import shown
 from pytest_lmcompose.data import python_docs
+from pytest_lmcompose.data.extensions import add, add_installed
 from pytest_lmcompose.data.files import Rows, file_rows, is_data_file
 from pytest_lmcompose.data.hub import dataset_rows, hub_file
 from pytest_lmcompose.data.records import Record, WorldError
 from pytest_lmcompose.data.source import Source, parse_source
 
 ENTRY_POINT_GROUP = "lmcompose.sources"
+_WHAT = "source"
 
 
 @cache
 def named_sources() -> dict[str, Callable[[Source], Rows]]:
     """Return the named sources; `python-docs` is built in."""
     table: dict[str, Callable[[Source], Rows]] = {"python-docs": python_docs.rows}
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        _add(table, entry.name, entry.load())
-    return table
+    return add_installed(table, ENTRY_POINT_GROUP, _WHAT)
 
 
 def register(name: str, rows: Callable[[Source], Rows]) -> None:
     """Add a named source to this process; raises ValueError if the name has another one."""
-    _add(named_sources(), name, rows)
-
-
-def _add(table: dict[str, Callable[[Source], Rows]], name: str, rows: Callable[[Source], Rows]) -> None:
-    if table.setdefault(name, rows) is not rows:
-        raise ValueError(f"another function redefines the source {name!r}: {rows!r}")
+    add(named_sources(), name, rows, _WHAT)
 
 
 def read_source(value: Any, folder: Path = Path()) -> Iterator[Record]:
