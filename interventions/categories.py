@@ -62,6 +62,7 @@ BUILT_IN = (
         compare=("accuracy/hazardous:p0.01",),
     ),
     Category("compress", "makes the weights smaller", reads=("calibration",), streams=True),
+    Category("checkpoint", "brings in weights made elsewhere", streams=True),
 )
 
 

@@ -1,9 +1,9 @@
 """The table of interventions.
 
-Every module of the folders `edit`, `unlearn` and `compress` is imported, and every `Intervention` with a name that it
-defines is a method: a new file there is a new method. (What methods compute with lies in folders below, `kernels`, and
-is not looked at.) Other packages add theirs through the entry-point group `lmcompose.interventions`, whose entries
-name an `Intervention` or a `Method`; a notebook or a `conftest.py` calls `register`. Imports no torch.
+Every module of the folders in `PACKAGES` is imported, and every `Intervention` with a name that it defines is a method:
+a new file there is a new method. (What methods compute with lies in folders below, such as `kernels`, and is not looked
+at.) Other packages add theirs through the entry-point group `lmcompose.interventions`, whose entries name an
+`Intervention` or a `Method`; a notebook or a `conftest.py` calls `register`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from interventions.intervention import Intervention
 from interventions.names import near_names
 
 ENTRY_POINT_GROUP = "lmcompose.interventions"
-PACKAGES = ("interventions.edit", "interventions.unlearn", "interventions.compress")
+PACKAGES = tuple(f"interventions.{name}" for name in ("edit", "unlearn", "compress", "checkpoint"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Read checkpoints of all kinds as full-precision weights."""

@@ -1,0 +1,1 @@
+"""Write, verify and gate checkpoint folders."""
