@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -37,6 +37,14 @@ class Intervention(Checked):
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Change the model in place and return plain data for the report; `interventions.apply` guards the call."""
         raise NotImplementedError
+
+    def may_change(self, model: Model) -> Collection[str] | None:
+        """Return the names of the parameters that the step may change; None: any.
+
+        Only these are copied before the step, to restore them if it fails. Raises InterventionError for settings that
+        do not fit the model.
+        """
+        return None
 
     def promises(self) -> Mapping[str, float]:
         """Return what these settings promise, by metric; thresholds hold it with `promised: SLACK`."""

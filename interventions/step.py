@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.anatomy import find_anatomy
 from interventions.categories import find_category
 from interventions.context import Context, silent
 from interventions.intervention import promised
@@ -22,10 +21,10 @@ from interventions.modes import keep_modes
 from interventions.names import near_names
 from interventions.ranges import SettingError, check_settings
 from interventions.registry import Method, find_method
+from interventions.safety import SafetyCopy
 from interventions.shared_statistics import SharedStatistics
 from interventions.structure import placement, streaming
 from interventions.types import Edit, InterventionError, Resources, StepReport
-from interventions.zeros import zero_mask
 
 
 def apply(
@@ -42,13 +41,15 @@ def apply(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     statistics: SharedStatistics | None = None,
+    copies: Mapping[str, Tensor] | None = None,
     **overrides: Any,
 ) -> StepReport:
     """Apply the intervention named `method` to `model` in place, and return a report.
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
     values. `edits`, `calibration`, `forget` and `retain` replace those in `resources`; `forget` is a mapping by topic
-    or the texts of a single topic. `statistics` is the cache for the model's current state.
+    or the texts of a single topic. `statistics` is the cache for the model's current state. `copies` are host tensors
+    with the current values of all parameters, if the caller has them; without, the step copies what it may change.
 
     Only weights change: parameter names, shapes, dtypes and requires_grad flags, train mode, the KV cache flag and the
     tokenizer stay the same; gradients are dropped. On any exception, including an interrupt, the original weights are
@@ -67,7 +68,7 @@ def apply(
     satisfied: list[str] = []
     context = Context(seed, progress or silent, warnings.append, satisfied.append, statistics)
     function = chosen.load()
-    before = _Weights(model)
+    before = SafetyCopy(model, _may_change(complete, model), copies)
     devices = {placement(model).device, *(parameter.device for parameter in model.parameters())}
     gpus = [device for device in devices if device.type == "cuda"]
     for gpu in gpus:
@@ -146,87 +147,16 @@ def _complete_resources(
     return dataclasses.replace(resources or Resources(), **found)
 
 
+def _may_change(settings: Any, model: nn.Module) -> Collection[str] | None:
+    """Return the parameters that a step may change, None for all: the settings of a plain dataclass do not say."""
+    found: Collection[str] | None = settings.may_change(model) if hasattr(settings, "may_change") else None
+    return found
+
+
 def _texts(name: str, texts: Sequence[str]) -> tuple[str, ...]:
     if isinstance(texts, str):
         raise InterventionError(f"{name} must be a sequence of texts, not one text")
     return tuple(texts)
-
-
-class _Weights:
-    """A host copy of a model's parameters and module structure."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = dict(model.named_parameters())
-        absent = [name for name, p in self.parameters.items() if p.is_meta]
-        if absent:
-            raise InterventionError(
-                f"{absent[0]} has no values: load the model without offloading to the host or to disk; "
-                "interventions.offload streams a model from the CPU"
-            )
-        self.copies = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
-        # To undo methods that replace modules or parameters.
-        self.places = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
-
-    @torch.no_grad()
-    def keep_zeros(self, model: nn.Module) -> dict[str, int]:
-        """Reset the weights of pruned linears that were exactly zero to zero.
-
-        Returns the number of refilled zeros as a detail of the step, or nothing if no linear was pruned.
-        """
-        now = dict(model.named_parameters())
-        filled: list[int] = []
-        for linear in (linear for block in find_anatomy(model).blocks for linear in block.linears):
-            name = linear.parameter_name
-            mask = zero_mask(self.copies[name]) if name in self.copies and name in now else None
-            if mask is None or mask.shape != now[name].shape:
-                continue
-            mask = mask.to(now[name].device)
-            filled.append(int((now[name][mask] != 0).sum()))
-            now[name].masked_fill_(mask, 0)
-        return {"zeros_refilled": sum(filled)} if filled else {}
-
-    def changed(self, model: nn.Module, method: str, *, may_be_none: bool = False) -> tuple[str, ...]:
-        """Return the names of the parameters whose values differ from the copy, sorted.
-
-        Raises InterventionError if nothing changed (unless `may_be_none`), if names, shapes or dtypes changed, or if
-        values are NaN or infinite.
-        """
-        now = dict(model.named_parameters())
-        if now.keys() != self.copies.keys():
-            names = ", ".join(sorted(now.keys() ^ self.copies.keys())[:5])
-            raise InterventionError(f"{method} changed which parameters the model has: {names}")
-        for name, copy in self.copies.items():
-            if (now[name].shape, now[name].dtype) != (copy.shape, copy.dtype):
-                raise InterventionError(
-                    f"{method} turned {name} from {tuple(copy.shape)} {copy.dtype} "
-                    f"into {tuple(now[name].shape)} {now[name].dtype}"
-                )
-        changed = sorted(name for name, copy in self.copies.items() if not _equal(now[name], copy))
-        if not changed and not may_be_none:
-            raise InterventionError(f"{method} changed no weight; check its settings and its texts or edits")
-        broken = [name for name in changed if not bool(torch.isfinite(now[name]).all())]
-        if broken:
-            raise InterventionError(f"{method} left NaN or infinity in {', '.join(broken[:5])}")
-        return tuple(changed)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Restore the modules, the parameters and their values."""
-        for module, modules, parameters in self.places:
-            module._modules.clear()
-            module._modules.update(modules)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-        for name, parameter in self.parameters.items():
-            copy = self.copies[name]
-            if (parameter.shape, parameter.dtype) == (copy.shape, copy.dtype):
-                parameter.data.copy_(copy)
-            else:
-                parameter.data = copy.to(parameter.device)
-
-
-def _equal(parameter: Tensor, copy: Tensor) -> bool:
-    return torch.equal(parameter.detach(), copy.to(parameter.device))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from interventions.intervention import Intervention
+from interventions.intervention import Intervention, Model
 from interventions.ranges import Checked, Count, Fractions, Items, Layers, Positive, Range, Weight
 
 
@@ -24,11 +24,26 @@ class ValueSettings(Checked):
     kl_factor: Weight = 0.0625
 
 
-@dataclass(frozen=True)
-class Rewriter(Intervention):
-    """What MEMIT, ROME and AlphaEdit share."""
+class OutputEditor(Intervention):
+    """A method that changes the MLP output projections of some blocks."""
 
     category = "edit"
+
+    def choose_layers(self, depth: int) -> list[int]:
+        """Return the blocks that are edited, from the number of blocks."""
+        raise NotImplementedError
+
+    def may_change(self, model: Model) -> list[str]:
+        """Return the MLP output projections of the edited blocks."""
+        from interventions.anatomy import find_anatomy
+
+        blocks = find_anatomy(model).blocks
+        return [blocks[layer].mlp_output.parameter_name for layer in self.choose_layers(len(blocks))]
+
+
+@dataclass(frozen=True)
+class Rewriter(OutputEditor):
+    """What MEMIT, ROME and AlphaEdit share."""
 
     batch_size: Count | None = None
     """Edits made at once; each batch edits the model that the previous one produced. None: all edits in one batch."""
@@ -44,10 +59,6 @@ class Rewriter(Intervention):
     z: ValueSettings = field(default_factory=ValueSettings)
     preserve_mask: bool = False
     """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
-
-    def choose_layers(self, depth: int) -> list[int]:
-        """Return the blocks that are edited, from the number of blocks."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from interventions.intervention import Context, Intervention, Model, Resources
+from interventions.edit.bases import OutputEditor
+from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Count, Fractions, Layers, Positive, Weight
 
 
 @dataclass(frozen=True)
-class FtSettings(Intervention):
+class FtSettings(OutputEditor):
     """Fine-tuning of some MLP output projections on the targets; defaults as in Kolbeinsson et al. (2025)."""
 
     name = "ft"
-    category = "edit"
 
     layers: Layers | None = None
     """Decoder blocks whose MLP output projection is trained; None: those of `layer_fractions`."""
@@ -39,6 +39,12 @@ class FtSettings(Intervention):
     preserve_mask: bool = False
     """Keep pruned weights at zero in linears with at least 5 % exact zeros."""
 
+    def choose_layers(self, depth: int) -> list[int]:
+        """Return the chosen blocks, from `layers` or `layer_fractions`."""
+        from interventions.structure import chosen_layers
+
+        return chosen_layers("ft", self.layers, self.layer_fractions, depth)
+
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train the chosen projections, in place, until the targets of `resources.edits` are likely.
 
@@ -47,13 +53,13 @@ class FtSettings(Intervention):
         from interventions.anatomy import find_anatomy
         from interventions.edit.kernels.prompts import check_edits
         from interventions.edit.kernels.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
-        from interventions.structure import chosen_layers, module_device
+        from interventions.structure import module_device
         from interventions.training import BoundedTrainer, workable_precision
 
         edits = resources.edits
         check_edits(edits)
         anatomy = find_anatomy(model)
-        layers = chosen_layers("ft", self.layers, self.layer_fractions, len(anatomy.blocks))
+        layers = self.choose_layers(len(anatomy.blocks))
         names = [anatomy.blocks[layer].mlp_output.parameter_name for layer in layers]
         batches = target_batches(
             tokenizer, edits, self.batch_size, module_device(model), chat_template=self.chat_template

@@ -92,6 +92,14 @@ class LoraSettings(Intervention):
                 "AdaLoRA could cut ranks"
             )
 
+    def may_change(self, model: Model) -> list[str]:
+        """Return the weights of the linear layers with adapters."""
+        from interventions.anatomy import find_anatomy
+
+        anatomy = find_anatomy(model)
+        linears = chosen_linears(anatomy, self, _chosen_layers(self, len(anatomy.blocks)))
+        return [linear.parameter_name for linear in linears]
+
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train adapters on `resources.edits` and add them to the weights, in place.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from interventions.intervention import Intervention
+from interventions.intervention import Intervention, Model
 from interventions.ranges import Count, Items, Layers, Positive, Range, Weight
 
 Names = Annotated[list[str], Items()]
@@ -51,6 +51,15 @@ class Trained(Intervention):
     """Maximum tokens per text; longer texts are truncated."""
     preserve_mask: bool = False
     """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
+
+    def may_change(self, model: Model) -> list[str]:
+        """Return the parameters to train."""
+        from interventions.anatomy import find_anatomy
+        from interventions.unlearn.kernels.choice import last_layers, trained_parameters
+
+        anatomy = find_anatomy(model)
+        layers = last_layers(self.name, self, len(anatomy.blocks))
+        return list(trained_parameters(self.name, model, anatomy, layers, self))
 
 
 @dataclass(frozen=True)

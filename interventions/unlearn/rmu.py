@@ -16,6 +16,9 @@ from interventions.types import InterventionError
 from interventions.unlearn.bases import Names, Tokens
 
 if TYPE_CHECKING:
+    from torch.nn import Parameter
+
+    from interventions.structure import Anatomy
     from interventions.unlearn.kernels.texts import TextBatch
 
 
@@ -56,6 +59,12 @@ class RmuSettings(Intervention):
         if self.layer is not None and self.train_layers is not None and self.train_layers[-1] > self.layer:
             yield f"train_layers={self.train_layers}: expected none above layer={self.layer}, whose output is steered"
 
+    def may_change(self, model: Model) -> list[str]:
+        """Return the parameters to train."""
+        from interventions.anatomy import find_anatomy
+
+        return list(steered_and_trained(self, model, find_anatomy(model))[1])
+
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Steer the hidden states on `resources.forget`, in place; preserve those on `resources.retain`.
 
@@ -66,7 +75,6 @@ class RmuSettings(Intervention):
         from interventions.anatomy import find_anatomy
         from interventions.structure import module_device
         from interventions.training import Trainer, workable_precision
-        from interventions.unlearn.kernels.choice import named_in_blocks
         from interventions.unlearn.kernels.steering import control_vector, forget_loss, retain_loss, states
         from interventions.unlearn.kernels.texts import choose_topics, endless, make_batches, shuffled, tokenise
 
@@ -74,9 +82,8 @@ class RmuSettings(Intervention):
         if self.alpha and not resources.retain:
             raise InterventionError("rmu needs retain text (resources.retain): give some, or set rmu.alpha=0")
         anatomy = find_anatomy(model)
-        layer, trained = chosen_layers(self, len(anatomy.blocks))
+        layer, parameters = steered_and_trained(self, model, anatomy)
         block = anatomy.blocks[layer]
-        parameters = named_in_blocks("rmu", model, [anatomy.blocks[number] for number in trained], self.parameters)
         device = module_device(model)
 
         def batches(texts: Sequence[str], source: str) -> list[TextBatch]:
@@ -120,6 +127,14 @@ class RmuSettings(Intervention):
             "updates": trainer.updates,
             "losses": losses,
         }
+
+
+def steered_and_trained(settings: RmuSettings, model: Model, anatomy: Anatomy) -> tuple[int, dict[str, Parameter]]:
+    """Return the steered block and the parameters to train, by name."""
+    from interventions.unlearn.kernels.choice import named_in_blocks
+
+    layer, trained = chosen_layers(settings, len(anatomy.blocks))
+    return layer, named_in_blocks("rmu", model, [anatomy.blocks[number] for number in trained], settings.parameters)
 
 
 def chosen_layers(settings: RmuSettings, depth: int) -> tuple[int, list[int]]:

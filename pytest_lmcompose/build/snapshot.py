@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +124,10 @@ class WorkingModel:
             same = before.digests.get(name) == digests[name]
             tensors[name] = before.changed[name] if same else _pinned_like(tensor, base)
         return self._snapshot(tensors, digests)
+
+    def values(self, snapshot: Snapshot) -> Mapping[str, Tensor]:
+        """Return all parameters of a state, on the host; read-only."""
+        return ChainMap(dict(snapshot.changed), self._base)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:

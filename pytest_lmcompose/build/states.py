@@ -218,6 +218,7 @@ class StateManager:
                 resources=self._resources,
                 seed=seed,
                 statistics=self._working.statistics.of(before.snapshot.state_hash),
+                copies=self._working.values(before.snapshot),
             )
         except Exception as error:
             self._progress(f"{label}  failed: {error}")

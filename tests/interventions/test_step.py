@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import interventions.safety as safety
 import interventions.step as step
-from interventions import Edit, InterventionError, Method, Resources, UnknownMethod, apply
+from interventions import Edit, InterventionError, Method, Resources, UnknownMethod, apply, find_method
 from interventions.context import Context
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -25,28 +26,40 @@ class FakeSettings:
 class FakeMethod(Method):
     """A method made of a function at hand."""
 
-    def __init__(self, function: Callable[..., dict[str, Any]]) -> None:
-        super().__init__("fake", "edit", "", "")
+    def __init__(self, function: Callable[..., dict[str, Any]], settings: type) -> None:
+        super().__init__("fake", "edit", settings, "")
         object.__setattr__(self, "run", function)
-
-    def settings_type(self) -> type:
-        return FakeSettings
 
     def load(self) -> Callable[..., dict[str, Any]]:
         return self.run  # type: ignore[attr-defined,no-any-return]
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], None]]:
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Make `apply(..., "fake")` call the function given."""
 
-    def install(function: Callable[..., Any]) -> None:
+    def install(function: Callable[..., Any], settings: type = FakeSettings) -> None:
         def call(*arguments: Any) -> dict[str, Any]:
             return function(*arguments) or {}
 
-        monkeypatch.setattr(step, "find_method", lambda name: FakeMethod(call))
+        monkeypatch.setattr(step, "find_method", lambda name: FakeMethod(call, settings))
 
     yield install
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the parameters that steps copy."""
+    names: list[str] = []
+    first_names = safety._first_names
+
+    def watched(model: nn.Module, wanted: Any) -> list[str]:
+        found = first_names(model, wanted)
+        names.extend(found)
+        return found
+
+    monkeypatch.setattr(safety, "_first_names", watched)
+    return names
 
 
 @pytest.fixture
@@ -262,3 +275,65 @@ def test_generators_depend_on_seed_and_purpose_alone() -> None:
     assert draw(1, "contexts") != draw(2, "contexts")
     assert draw(1, "contexts") != draw(1, "samples")
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Says(FakeSettings):
+    """Settings that say what the step may change."""
+
+    def may_change(self, model: Any) -> list[str]:
+        return ["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_only_what_a_step_may_change_is_copied(use: Any, model: Any, tokenizer: Any, copied: list[str]) -> None:
+    def method(model: Any, *_: Any) -> None:
+        nudge(model)
+        raise RuntimeError("in the middle")
+
+    use(method, Says)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        apply(model, tokenizer, "fake")
+    assert copied == ["model.layers.1.mlp.down_proj.weight"]
+    assert same_bits(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_change_that_was_not_announced_fails(use: Any, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    def method(model: Any, *_: Any) -> None:
+        nudge(model)
+        model.model.norm.weight.data.view(torch.int32 if dtype == torch.float32 else torch.int16)[3] ^= 1
+
+    model.to(dtype)
+    use(method, Says)
+    with pytest.raises(InterventionError, match=r"changed model\.norm\.weight, which its `may_change`"):
+        apply(model, tokenizer, "fake")
+
+
+def test_an_unknown_name_in_may_change_fails(use: Any, tokenizer: Any) -> None:
+    use(lambda model, *_: nudge(model), Says)
+    with pytest.raises(InterventionError, match=r"names model\.layers\.1\.mlp\.down_proj\.weight, but GPT2LMHeadModel"):
+        apply(tiny_model("gpt2"), tokenizer, "fake")
+
+
+def test_copies_of_the_caller_replace_those_of_the_step(
+    use: Any, model: Any, tokenizer: Any, copied: list[str]
+) -> None:
+    def method(model: Any, *_: Any) -> None:
+        nudge(model)
+        raise RuntimeError("in the middle")
+
+    use(method)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        apply(model, tokenizer, "fake", copies=before)
+    assert copied == []
+    assert same_bits(model, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["ft", "lora", "memit", "rome", "alphaedit", "rmu", "ga", "gd", "npo", "simnpo"])
+def test_methods_say_what_they_may_change(method: str, family: str) -> None:
+    model = tiny_model(family)
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = set(find_method(method).settings_type()().may_change(model))
+    assert names and names < every

@@ -1,0 +1,123 @@
+"""Undo a step that fails, and find out which weights a step changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from interventions.anatomy import find_anatomy
+from interventions.types import InterventionError
+from interventions.zeros import zero_mask
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class SafetyCopy:
+    """Host copies of the parameters that a step may change, checksums of the others, and the module structure."""
+
+    def __init__(
+        self, model: nn.Module, may_change: Collection[str] | None = None, copies: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Copy the parameters `may_change` (None: all), unless the caller has host `copies` of all of them.
+
+        Raises InterventionError for parameters without values.
+        """
+        self.parameters = dict(model.named_parameters())
+        absent = [name for name, p in self.parameters.items() if p.is_meta]
+        if absent:
+            raise InterventionError(
+                f"{absent[0]} has no values: load the model without offloading to the host or to disk; "
+                "interventions.offload streams a model from the CPU"
+            )
+        if copies is None:
+            names = _first_names(model, self.parameters if may_change is None else may_change)
+            copies = {name: self.parameters[name].detach().to("cpu", copy=True) for name in names}
+        self.copies = {name: copies[name] for name in self.parameters if name in copies}
+        self._checksums = {name: _checksum(p) for name, p in self.parameters.items() if name not in copies}
+        # To undo methods that replace modules or parameters.
+        self._places = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+
+    @torch.no_grad()
+    def keep_zeros(self, model: nn.Module) -> dict[str, int]:
+        """Reset the weights of pruned linears that were exactly zero to zero.
+
+        Returns the number of refilled zeros as a detail of the step, or nothing if no linear was pruned.
+        """
+        now = dict(model.named_parameters())
+        filled: list[int] = []
+        for linear in (linear for block in find_anatomy(model).blocks for linear in block.linears):
+            name = linear.parameter_name
+            mask = zero_mask(self.copies[name]) if name in self.copies and name in now else None
+            if mask is None or mask.shape != now[name].shape:
+                continue
+            mask = mask.to(now[name].device)
+            filled.append(int((now[name][mask] != 0).sum()))
+            now[name].masked_fill_(mask, 0)
+        return {"zeros_refilled": sum(filled)} if filled else {}
+
+    def changed(self, model: nn.Module, method: str, *, may_be_none: bool = False) -> tuple[str, ...]:
+        """Return the names of the parameters whose values differ from the copy, sorted.
+
+        Raises InterventionError if nothing changed (unless `may_be_none`), if names, shapes or dtypes changed, if
+        parameters without a copy changed, or if values are NaN or infinite.
+        """
+        now = dict(model.named_parameters())
+        if now.keys() != self.parameters.keys():
+            names = ", ".join(sorted(now.keys() ^ self.parameters.keys())[:5])
+            raise InterventionError(f"{method} changed which parameters the model has: {names}")
+        for name, copy in self.copies.items():
+            if (now[name].shape, now[name].dtype) != (copy.shape, copy.dtype):
+                raise InterventionError(
+                    f"{method} turned {name} from {tuple(copy.shape)} {copy.dtype} "
+                    f"into {tuple(now[name].shape)} {now[name].dtype}"
+                )
+        others = [name for name, checksum in self._checksums.items() if not _same(checksum, _checksum(now[name]))]
+        if others:
+            raise InterventionError(
+                f"{method} changed {', '.join(others[:5])}, which its `may_change` does not name, so they cannot be "
+                "restored: load the model again, and correct `may_change`"
+            )
+        changed = sorted(name for name, copy in self.copies.items() if not _same(copy, now[name]))
+        if not changed and not may_be_none:
+            raise InterventionError(f"{method} changed no weight; check its settings and its texts or edits")
+        broken = [name for name in changed if not bool(torch.isfinite(now[name]).all())]
+        if broken:
+            raise InterventionError(f"{method} left NaN or infinity in {', '.join(broken[:5])}")
+        return tuple(changed)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore the modules, the parameters and the values that were copied."""
+        for module, modules, parameters in self._places:
+            module._modules.clear()
+            module._modules.update(modules)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for name, copy in self.copies.items():
+            parameter = self.parameters[name]
+            if (parameter.shape, parameter.dtype) == (copy.shape, copy.dtype):
+                parameter.data.copy_(copy)
+            else:
+                parameter.data = copy.to(parameter.device, copy=True)
+
+
+def _first_names(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Return the names under which `named_parameters` lists `names`: a tied one has several."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    unknown = [name for name in names if name not in every]
+    if unknown:
+        raise InterventionError(f"`may_change` names {unknown[0]}, but {type(model).__name__} has no such parameter")
+    wanted = {id(every[name]) for name in names}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in wanted]
+
+
+def _checksum(parameter: Tensor) -> Tensor:
+    """Return the sums of the bit patterns of each row: any change of a single weight changes one."""
+    bits = parameter.detach().view(_BITS[parameter.element_size()])
+    return bits.sum(dim=-1, dtype=torch.int64).cpu() if bits.dim() else bits.to("cpu", copy=True)
+
+
+def _same(before: Tensor, now: Tensor) -> bool:
+    return before.shape == now.shape and torch.equal(before.to(now.device), now.detach())
