@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -337,3 +338,17 @@ def test_methods_say_what_they_may_change(method: str, family: str) -> None:
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names = set(find_method(method).settings_type()().may_change(model))
     assert names and names < every
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (150, 999)])
+def test_a_checksum_sees_every_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    size, width = math.prod(shape), torch.empty(0, dtype=dtype).element_size()
+    weight = torch.zeros(size * width, dtype=torch.uint8).random_(256).view(dtype)
+    padded = torch.cat([weight[:1].view(torch.uint8), weight.view(torch.uint8)]).view(dtype)
+    for tensor in (weight.view(shape), padded[1:]):  # the second may begin in the middle of a word
+        before = safety._checksum(tensor)
+        for place in {0, size // 2, size - 1}:
+            changed = tensor.clone()
+            changed.view(-1).view(torch.uint8)[place * width] ^= 1
+            assert not torch.equal(before, safety._checksum(changed))
