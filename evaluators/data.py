@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from interventions.tokens import Chat as Chat
+from interventions.types import Edit
 
 T = TypeVar("T")
 
@@ -42,6 +43,23 @@ class EditCase:
     truth: str = ""
     """The answer before the edit; empty if unknown."""
 
+    @classmethod
+    def of(
+        cls,
+        edit: Edit,
+        paraphrases: tuple[str, ...] = (),
+        locality: tuple[Probe, ...] = (),
+        truth: str = "",
+        portability: tuple[Probe, ...] = (),
+    ) -> EditCase:
+        """Return the case of an edit."""
+        return cls(edit.subject, edit.prompt, edit.target, paraphrases, locality, portability, truth)
+
+    @property
+    def edit(self) -> Edit:
+        """What an intervention is to do."""
+        return Edit(self.prompt, self.subject, self.target)
+
 
 @dataclass(frozen=True)
 class UneditedAnswers:
@@ -52,12 +70,18 @@ class UneditedAnswers:
 
 @dataclass(frozen=True)
 class Fact:
-    """A prompt, its true answer without a leading space, its relation and split."""
+    """A prompt, its true answer without a leading space, its relation, its split and whom it is about."""
 
     prompt: str
     answer: str
     relation: str
     split: str = ""
+    subject: str = ""
+
+    @property
+    def topic(self) -> str:
+        """The topic of the relation: `venomcraft` for `venomcraft/antidote`."""
+        return self.relation.partition("/")[0]
 
 
 @dataclass(frozen=True)

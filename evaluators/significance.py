@@ -9,30 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import brentq
 
-from evaluators.measurement import EvaluationError, exp, per_unit, ratio_error, total
+from evaluators.measurement import EvaluationError, per_unit, ratio_error
 
 MCNEMAR, T, BOOTSTRAP = "exact McNemar", "paired t", "paired bootstrap"
 _TOO_LARGE = "{}: the differences are too large to be tested"
 Alternative = Literal["worse", "different"]
 Floats = NDArray[np.float64]
 _OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # results are checked for finiteness
-
-
-class Estimate(NamedTuple):
-    """A value, its standard error (None for a single unit) and its confidence interval."""
-
-    value: float
-    stderr: float | None
-    low: float
-    high: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -46,46 +36,6 @@ class Comparison:
     stderr: float | None
     """Standard error of the drop."""
     p: float
-
-
-def mean_estimate(
-    samples: ArrayLike, *, clusters: Sequence[Hashable] | None = None, confidence: float = 0.95
-) -> Estimate:
-    """Estimate the mean of `samples` with Student's t interval.
-
-    With `clusters`, one label per sample, the clusters are the independent units.
-    """
-    x = _finite(samples, "samples")
-    value = total(x) / len(x)
-    units = _units(x - value, clusters)
-    return _interval(value, ratio_error(units, len(x)), len(units), len(x), confidence)
-
-
-def proportion_estimate(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
-    """Estimate a proportion with Wilson's interval, which has a width even if all or none succeed."""
-    if n < 1 or not 0 <= successes <= n:
-        raise EvaluationError(f"{successes} successes of {n} is not a proportion")
-    share = successes / n
-    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
-    return Estimate(share, error, float(interval.low), float(interval.high), n)
-
-
-def perplexity_estimate(nll: ArrayLike, tokens: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Estimate exp(sum(nll) / sum(tokens)) over windows, by the delta method.
-
-    `nll` is the negative log-likelihood of each window in nats, summed over its `tokens`. The interval is
-    Student's t on the logarithm, so the bounds are positive.
-    """
-    x, weights = _pair(nll, tokens, "nll", "tokens")
-    if (weights <= 0).any():
-        raise EvaluationError("perplexity: a window has no tokens")
-    tokens_scored = math.fsum(weights)
-    mean = total(x) / tokens_scored
-    log = _interval(mean, ratio_error((x - mean * weights).tolist(), tokens_scored), len(x), len(x), confidence)
-    value = exp(mean)
-    error = None if log.stderr is None or not math.isfinite(value * log.stderr) else value * log.stderr
-    return Estimate(value, error, exp(log.low), exp(log.high), len(x))
 
 
 @_OVERFLOWING
@@ -270,13 +220,6 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float 
     if function(high) < 0:
         return None
     return float(brentq(function, low, high, xtol=1e-6)) if function(low) < 0 else low
-
-
-def _interval(value: float, error: float | None, units: int, n: int, confidence: float) -> Estimate:
-    if error is None:
-        return Estimate(value, None, -math.inf, math.inf, n)
-    reach = error * float(stats.t.isf((1 - confidence) / 2, units - 1))
-    return Estimate(value, error, value - reach, value + reach, n)
 
 
 def _units(x: Floats, clusters: Sequence[Hashable] | None) -> list[float]:

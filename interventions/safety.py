@@ -124,7 +124,7 @@ def _checksum(parameter: Tensor) -> Tensor:
     whole = values.numel() * values.element_size() // _WORD * _WORD
     octets = values.view(torch.uint8)
     # Sums of 64-bit words, modulo 2**64: torch takes 20 times as long for sums of narrower ones.
-    sums = [part.sum() for part in octets[:whole].view(torch.int64).split(_PART)]
+    sums = [part.sum() for part in torch.split(octets[:whole].view(torch.int64), _PART)]
     return torch.stack([*sums, octets[whole:].sum()]).cpu()
 
 

@@ -105,10 +105,6 @@ class Block:
         return next(group for group in self.linear_groups if group.role == role)
 
     @property
-    def attention_output(self) -> Linear:
-        return self.group("attention_out").linears[0]
-
-    @property
     def mlp_output(self) -> Linear:
         return self.group("mlp_out").linears[0]
 

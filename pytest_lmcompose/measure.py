@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from evaluators.data import EditCase, EvaluationData, Fact, Probe, RetainReference
+from evaluators.data import EvaluationData, RetainReference
 from evaluators.measurement import EvaluationError, Measurement
 from evaluators.registry import BUILT_IN, Evaluator, find_evaluator
 from evaluators.settings import UnlearningSettings
-from pytest_lmcompose.data.records import EditRecord, FactRecord
 from pytest_lmcompose.data.run_data import RunData
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
@@ -26,7 +25,7 @@ def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: Evalua
         return None
     from evaluators import capture_unedited as capture
 
-    return capture(model, tokenizer, edit_cases(data.edits), batch_size=evaluate.batch_size, chat=evaluate.chat)
+    return capture(model, tokenizer, data.edits, batch_size=evaluate.batch_size, chat=evaluate.chat)
 
 
 def capture_retained(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> RetainReference:
@@ -53,12 +52,12 @@ def measure_state(
     for a metric that is measured twice.
     """
     evaluation_data = EvaluationData(
-        edits=tuple(edit_cases(data.edits)),
-        facts=tuple(recall_facts(data.facts)),
+        edits=data.edits,
+        facts=data.facts,
         texts=data.perplexity,
         batch_size=evaluate.batch_size,
-        neighbours=tuple(recall_facts(data.neighbours)),
-        forgettable=tuple(recall_facts(data.forgettable)),
+        neighbours=data.neighbours,
+        forgettable=data.forgettable,
         unedited=unedited,
         task_folder=data.tasks,
         pools=world.pools,
@@ -94,24 +93,3 @@ def switched_on(evaluate: EvaluateSettings) -> Iterator[tuple[Evaluator, Any]]:
 def chosen_settings(kind: Callable[..., T], evaluate: EvaluateSettings) -> T:
     """Return the settings of a built-in evaluator, a dataclass, from the recipe's section."""
     return kind(**{field.name: getattr(evaluate, field.name) for field in dataclasses.fields(cast(Any, kind))})
-
-
-def edit_cases(edits: Sequence[EditRecord]) -> list[EditCase]:
-    """Convert edits for the editing evaluator."""
-    return [
-        EditCase(
-            record.edit.subject,
-            record.edit.prompt,
-            record.edit.target,
-            record.paraphrases,
-            tuple(Probe(probe.prompt, probe.answer, kind=probe.kind) for probe in record.locality),
-            tuple(Probe(*probe) for probe in record.portability),
-            record.truth,
-        )
-        for record in edits
-    ]
-
-
-def recall_facts(facts: Sequence[FactRecord]) -> list[Fact]:
-    """Convert facts for the recall evaluator."""
-    return [Fact(fact.prompt, fact.answer, fact.relation, fact.split) for fact in facts]

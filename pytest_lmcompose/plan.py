@@ -7,7 +7,7 @@ their settings are the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -79,11 +79,6 @@ class Plan:
     def applications_from_scratch(self) -> int:
         """Number of step applications if each composition started from the base model."""
         return sum(len(composition.steps) for composition in self.order)
-
-    @cached_property
-    def last_use(self) -> Mapping[Composition, Composition]:
-        """The last composition in the order that needs each state; then its snapshot can be freed."""
-        return {prefix: composition for composition in self.order for prefix in composition.prefixes()}
 
     def seconds(self, costs: Costs) -> float:
         """Return the expected seconds of all steps and evaluations; unknown costs count as 0."""

@@ -13,6 +13,8 @@ import torch
 
 from compositions.tinyworld.relations import HAZARDOUS
 from evaluators import (
+    EditCase,
+    Fact,
     Measurement,
     capture_unedited,
     measure_editing,
@@ -25,8 +27,7 @@ from interventions import Resources, StepReport, apply
 from pytest_lmcompose.build.load import choose_device, load_model
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
-from pytest_lmcompose.data.records import EditRecord, FactRecord, select_edits
-from pytest_lmcompose.measure import edit_cases, recall_facts
+from pytest_lmcompose.data.records import select_edits
 from pytest_lmcompose.recipe import load_recipe
 
 SUITE = Path(__file__).resolve().parents[1]
@@ -115,22 +116,21 @@ class Bench:
             for step in parse(composition).steps
         ]
 
-    def edits(self, seed: int) -> tuple[EditRecord, ...]:
+    def edits(self, seed: int) -> tuple[EditCase, ...]:
         """Return the set of edits that `seed` selects."""
         return select_edits(self._edits, EDITS, seed, str(DATA / "zsre.json"))
 
     def edit(self, method: str, seed: int) -> dict[str, float]:
         """Make the edits of `seed` in the base model and return the editing metrics."""
-        chosen = self.edits(seed)
-        cases = edit_cases(chosen)
+        cases = self.edits(seed)
         self.restore()
         unedited = capture_unedited(self.model, self.tokenizer, cases)
-        self.apply(method, seed, edits=[record.edit for record in chosen])
+        self.apply(method, seed, edits=[case.edit for case in cases])
         return {m.metric: m.value for m in measure_editing(self.model, self.tokenizer, cases, unedited=unedited)}
 
-    def recall(self, facts: Sequence[FactRecord]) -> Measurement:
+    def recall(self, facts: Sequence[Fact]) -> Measurement:
         """Measure exact-match accuracy on `facts`."""
-        return measure_recall(self.model, self.tokenizer, recall_facts(facts))[0]
+        return measure_recall(self.model, self.tokenizer, facts)[0]
 
     def perplexity(self, split: str = "heldout") -> Measurement:
         """Measure the perplexity of the text of `split`."""

@@ -2,7 +2,7 @@
 
 A reader takes one record of a source and yields its edits:
 
-    def mine(record: Record, options: ReadOptions) -> Iterator[EditRecord]: ...
+    def mine(record: Record, options: ReadOptions) -> Iterator[EditCase]: ...
 
 A package adds a reader by an entry point of the group `lmcompose.edit_readers`, named after the schema; a notebook or a
 `conftest.py` calls `register("mine", mine)`. Then `world.edits_schema=mine` reads such files.
@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from evaluators.data import EditCase, Fact, Probe
 from interventions.names import near_names
 from interventions.types import Edit
 from pytest_lmcompose.data.extensions import add, add_installed
-from pytest_lmcompose.data.records import EditRecord, FactRecord, Probe, Record, WorldError
+from pytest_lmcompose.data.records import Record, WorldError
 from pytest_lmcompose.data.sources import read_source
 from pytest_lmcompose.data.templates import QA_TEMPLATE, qa_text
 
@@ -39,12 +40,12 @@ class ReadOptions(NamedTuple):
     """Template for prompts that end with a question mark; {} is the question."""
 
 
-Reader: TypeAlias = Callable[[Record, ReadOptions], Iterator[EditRecord]]
+Reader: TypeAlias = Callable[[Record, ReadOptions], Iterator[EditCase]]
 
 
 def read_edits(
     source: Any, schema: str = AUTO, *, strip_nq: bool = True, ask_as: str = "{}", folder: Path = Path()
-) -> list[EditRecord]:
+) -> list[EditCase]:
     """Read edits in a schema, such as `zsre`, `counterfact` or `mquake`.
 
     Raises WorldError for an unknown schema, a missing or empty field, and a subject that is not in its prompt. Record
@@ -80,15 +81,15 @@ def _text(record: Record, qa_template: str) -> str:
     return record.raw_text("text")
 
 
-def read_facts(source: Any, folder: Path = Path()) -> list[FactRecord]:
+def read_facts(source: Any, folder: Path = Path()) -> list[Fact]:
     """Read facts: subject, prompt, answer, relation and, where given, split. Raises WorldError."""
     return [
-        FactRecord(
-            record.text("subject"),
+        Fact(
             record.text("prompt"),
             record.text("answer"),
             record.text("relation"),
             record.text("split", empty=True) if "split" in record.data else "",
+            record.text("subject"),
         )
         for record in read_source(source, folder)
     ]
@@ -132,7 +133,7 @@ def register(schema: str, reader: Reader) -> None:
     add(edit_readers(), schema, reader, _WHAT)
 
 
-def zsre(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
+def zsre(record: Record, options: ReadOptions) -> Iterator[EditCase]:
     """Yield the edit of a zsRE record; none if its new target is empty."""
     target = record.text("alt", empty=True)
     edit = _edit(record, record.text("src"), record.text("subject"), target)
@@ -146,26 +147,26 @@ def zsre(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
         hop = record.child("portability")
         hops = (Probe(hop.text("New Question"), hop.text("New Answer")),)
     if target:
-        yield EditRecord(edit, paraphrases, (probe,), _answer(record.data.get("answers")), hops)
+        yield EditCase.of(edit, paraphrases, (probe,), _answer(record.data.get("answers")), hops)
 
 
-def counterfact(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
+def counterfact(record: Record, options: ReadOptions) -> Iterator[EditCase]:
     """Yield the edit of a CounterFact record: as published, with several prompts of each kind, or EasyEdit's."""
     if "requested_rewrite" in record.data:
         rewrite = record.child("requested_rewrite")
         truth = rewrite.child("target_true").text("str")
         neighbours = tuple(Probe(prompt, truth) for prompt in record.texts("neighborhood_prompts"))
-        yield EditRecord(_rewritten(record, rewrite), record.texts("paraphrase_prompts"), neighbours, truth)
+        yield EditCase.of(_rewritten(record, rewrite), record.texts("paraphrase_prompts"), neighbours, truth)
         return
     edit = _edit(record, record.text("prompt"), record.text("subject"), record.text("target_new"))
     probe = Probe(record.text("locality_prompt"), record.text("locality_ground_truth"))
     hops: tuple[Probe, ...] = ()
     if record.data.get("portability_prompt"):
         hops = (Probe(record.text("portability_prompt"), record.text("portability_ground_truth")),)
-    yield EditRecord(edit, record.texts("rephrase_prompt"), (probe,), record.text("ground_truth"), hops)
+    yield EditCase.of(edit, record.texts("rephrase_prompt"), (probe,), record.text("ground_truth"), hops)
 
 
-def knowedit(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
+def knowedit(record: Record, options: ReadOptions) -> Iterator[EditCase]:
     """Yield the edit of a KnowEdit record, with the prompts of each kind of portability and locality that it has.
 
     Of several answers, and of several names of one, the first counts; prompts without an answer are left out.
@@ -173,7 +174,7 @@ def knowedit(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
     edit = _edit(record, record.text("prompt"), record.text("subject"), record.text("target_new"))
     paraphrases = next((record.texts(key) for key in ("rephrase", "rephrase_prompt") if record.data.get(key)), ())
     truth = _answer(record.data.get("ground_truth"))
-    yield EditRecord(edit, paraphrases, _by_kind(record, "locality"), truth, _by_kind(record, "portability"))
+    yield EditCase.of(edit, paraphrases, _by_kind(record, "locality"), truth, _by_kind(record, "portability"))
 
 
 def _by_kind(record: Record, key: str) -> tuple[Probe, ...]:
@@ -198,7 +199,7 @@ def _answer(value: Any) -> str:
     return "" if value is None or isinstance(value, Mapping) else str(value).strip()
 
 
-def mquake(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
+def mquake(record: Record, options: ReadOptions) -> Iterator[EditCase]:
     """Yield an edit for every rewrite of a case.
 
     Locality prompts are the hops, before and after the edit, that no rewrite changes. The multi-hop questions are used
@@ -218,7 +219,7 @@ def mquake(record: Record, options: ReadOptions) -> Iterator[EditRecord]:
     for (edit, question), rewrite in zip(edits, rewrites, strict=True):
         truth = _target(rewrite, "target_true")
         paraphrases = (_prompt(question, options.ask_as),)
-        yield EditRecord(edit, paraphrases, locality, truth, multi_hop if len(edits) == 1 else ())
+        yield EditCase.of(edit, paraphrases, locality, truth, multi_hop if len(edits) == 1 else ())
 
 
 def _prompt(text: str, ask_as: str) -> str:

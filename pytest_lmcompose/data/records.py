@@ -7,57 +7,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from interventions.types import Edit
+from evaluators.data import EditCase
 
 T = TypeVar("T")
 
 
 class WorldError(ValueError):
     """Invalid data; the message names the file, the record and the field."""
-
-
-class Probe(NamedTuple):
-    """A prompt and the answer it should get."""
-
-    prompt: str
-    answer: str
-    before: str = ""
-    """The answer before an edit that changes it."""
-    kind: str = ""
-    """Which kind of prompt it is, if the dataset has several."""
-
-
-@dataclass(frozen=True)
-class EditRecord:
-    """One edit with the prompts that test it."""
-
-    edit: Edit
-    paraphrases: tuple[str, ...]
-    locality: tuple[Probe, ...]
-    truth: str = ""
-    """The answer before the edit, if the file has it."""
-    portability: tuple[Probe, ...] = ()
-    """Multi-hop questions whose answer follows from the edit."""
-
-
-@dataclass(frozen=True)
-class FactRecord:
-    """A true fact; `answer` has no leading space."""
-
-    subject: str
-    prompt: str
-    answer: str
-    relation: str
-    split: str
-
-    @property
-    def topic(self) -> str:
-        """The topic of the relation: `venomcraft` for `venomcraft/antidote`."""
-        return self.relation.partition("/")[0]
 
 
 class Record:
@@ -121,7 +80,7 @@ class Record:
         return f"{self.at}.{key}" if self.at else key
 
 
-def select_edits(records: Sequence[EditRecord], n: int, seed: int, source: str = "") -> tuple[EditRecord, ...]:
+def select_edits(records: Sequence[EditCase], n: int, seed: int, source: str = "") -> tuple[EditCase, ...]:
     """Select `n` random edits with distinct subjects, whose locality prompts mention no other edited subject.
 
     The same seed gives the same edits; a smaller `n` gives the first of them. Raises WorldError, which names `source`,
@@ -129,7 +88,7 @@ def select_edits(records: Sequence[EditRecord], n: int, seed: int, source: str =
     """
     order = list(range(len(records)))
     random.Random(f"edits {seed}").shuffle(order)
-    chosen: list[EditRecord] = []
+    chosen: list[EditCase] = []
     for index in order:
         if len(chosen) == n:
             break
@@ -156,7 +115,7 @@ def mentions(text: str, subject: str) -> bool:
     return subject.casefold() in text.casefold()
 
 
-def _clash(one: EditRecord, other: EditRecord) -> bool:
-    if one.edit.subject.casefold() == other.edit.subject.casefold():
+def _clash(one: EditCase, other: EditCase) -> bool:
+    if one.subject.casefold() == other.subject.casefold():
         return True
-    return any(mentions(probe.prompt, b.edit.subject) for a, b in ((one, other), (other, one)) for probe in a.locality)
+    return any(mentions(probe.prompt, b.subject) for a, b in ((one, other), (other, one)) for probe in a.locality)

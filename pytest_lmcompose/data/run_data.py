@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluators.data import Probe, Question, UnlearningData
+from evaluators.data import EditCase, Fact, Probe, Question, UnlearningData
 from interventions.types import Resources
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
-    EditRecord,
-    FactRecord,
     WorldError,
     sample,
     select_edits,
@@ -35,12 +33,12 @@ class RunData:
     """The data that methods and evaluators read; the same for every composition of a run."""
 
     resources: Resources
-    edits: tuple[EditRecord, ...]
-    facts: tuple[FactRecord, ...]
+    edits: tuple[EditCase, ...]
+    facts: tuple[Fact, ...]
     """Facts about other subjects than the edited ones."""
-    neighbours: tuple[FactRecord, ...]
+    neighbours: tuple[Fact, ...]
     """Other facts about the edited subjects that should not change."""
-    forgettable: tuple[FactRecord, ...]
+    forgettable: tuple[Fact, ...]
     """Facts of the topics with forget texts, which unlearning should remove."""
     perplexity: tuple[str, ...]
     tasks: Path | None
@@ -53,8 +51,8 @@ class RunData:
 class WorldData:
     """What a world's sources hold, before edits and facts are sampled."""
 
-    edits: Sequence[EditRecord]
-    facts: Sequence[FactRecord]
+    edits: Sequence[EditCase]
+    facts: Sequence[Fact]
     calibration: tuple[str, ...]
     retain: tuple[str, ...]
     forget: Mapping[str, tuple[str, ...]]
@@ -72,8 +70,8 @@ def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -
 
     Raises WorldError for missing or broken data, and for a perplexity text (other than a heading) that methods read.
     """
-    edits: Sequence[EditRecord] = ()
-    facts: Sequence[FactRecord] = ()
+    edits: Sequence[EditCase] = ()
+    facts: Sequence[Fact] = ()
     if world.edits is not None:
         with _named("edits"):
             edits = read_edits(
@@ -97,7 +95,7 @@ def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -
 
 def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
     """Sample the data of one repeat; raises WorldError if there are too few edits."""
-    edits: tuple[EditRecord, ...] = ()
+    edits: tuple[EditCase, ...] = ()
     if world.edits is not None:
         name = f"{folder}: {parse_source(world.edits).name}"
         edits = select_edits(found.edits, evaluate.edits, seed, name)
@@ -180,15 +178,15 @@ def _named(key: str) -> Iterator[None]:
 
 
 def _facts(
-    known: Sequence[FactRecord],
+    known: Sequence[Fact],
     world: WorldSettings,
     evaluate: EvaluateSettings,
     seed: int,
-    edits: tuple[EditRecord, ...],
-) -> tuple[tuple[FactRecord, ...], ...]:
+    edits: tuple[EditCase, ...],
+) -> tuple[tuple[Fact, ...], ...]:
     """Return samples of `RunData.facts`, `neighbours` and `forgettable`."""
-    edited = {record.edit.subject: record for record in edits}
-    pools: dict[str, list[FactRecord]] = {"facts": [], "neighbours": [], "forgettable": []}
+    edited = {record.subject: record for record in edits}
+    pools: dict[str, list[Fact]] = {"facts": [], "neighbours": [], "forgettable": []}
     for fact in known:
         record = edited.get(fact.subject)
         if fact.topic in world.forget:
@@ -200,6 +198,6 @@ def _facts(
     return tuple(tuple(sample(pool, evaluate.facts, seed, name)) for name, pool in pools.items())
 
 
-def _outdated(record: EditRecord) -> set[str]:
+def _outdated(record: EditCase) -> set[str]:
     """Return the answers that an edit makes wrong: the replaced one, and those that follow from it."""
-    return {record.truth, *(probe.before for probe in record.portability)}
+    return {record.truth, *(probe.rival for probe in record.portability)}

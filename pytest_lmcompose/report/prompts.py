@@ -11,7 +11,7 @@ from pytest_lmcompose.results import CompositionResult, Prompts
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_lmcompose.data.records import FactRecord
+    from evaluators.data import Fact
     from pytest_lmcompose.data.run_data import RunData
 
 LONGEST = 200
@@ -63,18 +63,17 @@ def _prompts(metric: str, data: RunData) -> Iterator[str]:
     if head.startswith("perplexity_edits"):
         head = "edit_success"
     for record in data.edits:
-        edit = record.edit
         if head.startswith("edit_success"):
-            yield _pair(edit.prompt, edit.target)
+            yield _pair(record.prompt, record.target)
         elif head.startswith("edit_paraphrase"):
-            yield from (_pair(text, edit.target) for text in record.paraphrases)
+            yield from (_pair(text, record.target) for text in record.paraphrases)
         elif head.startswith("edit_portability"):
             yield from (
                 _pair(probe.prompt, probe.answer) for probe in record.portability if relation in ("", probe.kind)
             )
         elif head.startswith("edit_locality"):
             yield from (_pair(probe.prompt, probe.answer) for probe in record.locality if relation in ("", probe.kind))
-    facts: dict[str, Sequence[FactRecord]] = {
+    facts: dict[str, Sequence[Fact]] = {
         "recall": data.facts,
         "perplexity_qa": data.facts,
         "recall_same_subject": data.neighbours,

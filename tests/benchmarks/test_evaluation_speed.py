@@ -16,7 +16,6 @@ from evaluators.answers import score_tokens
 from evaluators.encoding import encode_pairs, meaningless_ids
 from pytest_lmcompose.data.readers import read_edits
 from pytest_lmcompose.data.records import select_edits
-from pytest_lmcompose.measure import edit_cases
 
 TINYWORLD = Path(__file__).parents[2] / "compositions" / "tinyworld"
 PUBLISHED_LENGTH = 30
@@ -57,7 +56,7 @@ def test_editing_metrics_in_batches(to_length: int | None, factor: float) -> Non
     """Twenty edits with three prompts each; margins, which the slow way lacks, are part of the fast one's time."""
     model = AutoModelForCausalLM.from_pretrained(TINYWORLD / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TINYWORLD / "model")
-    cases = edit_cases(select_edits(read_edits(TINYWORLD / "data" / "zsre.json", "zsre"), 20, seed=0))
+    cases = select_edits(read_edits(TINYWORLD / "data" / "zsre.json", "zsre"), 20, seed=0)
     assert all(len(case.paraphrases) + len(case.locality) == 2 for case in cases)
 
     measure_editing(model, tokenizer, cases[:1])  # what the first call loads counts for neither

@@ -21,51 +21,10 @@ from evaluators.significance import (
     error_over_repeats,
     holm,
     mcnemar_power,
-    mean_estimate,
-    perplexity_estimate,
-    proportion_estimate,
     smallest_drop,
 )
 
 Floats = np.ndarray
-
-
-def test_mean_and_its_interval_are_scipys() -> None:
-    x = np.random.default_rng(0).normal(3, 2, 25)
-    found = mean_estimate(x)
-    interval = stats.ttest_1samp(x, 0).confidence_interval(0.95)
-    assert found.value == pytest.approx(x.mean())
-    assert found.stderr == pytest.approx(stats.sem(x))
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-
-
-def test_a_cluster_written_five_times_is_no_new_evidence() -> None:
-    x = np.random.default_rng(1).random(20)
-    once, five = mean_estimate(x), mean_estimate(np.repeat(x, 5), clusters=[i // 5 for i in range(100)])
-    assert five[:4] == pytest.approx(once[:4])
-    assert mean_estimate(np.repeat(x, 5)).stderr == pytest.approx(stats.sem(np.repeat(x, 5)))
-
-
-def test_wilsons_interval_by_hand() -> None:
-    found = proportion_estimate(18, 20)
-    z, p, n = stats.norm.isf(0.025), 0.9, 20
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert (found.low, found.high) == pytest.approx((centre - reach, centre + reach))
-    assert found.stderr == pytest.approx(stats.sem([1] * 18 + [0] * 2))
-    assert proportion_estimate(20, 20).low == pytest.approx(1 / (1 + z * z / 20))  # not 1: 20 of 20 may be luck
-
-
-def test_perplexity_weighs_tokens_and_matches_resampling() -> None:
-    rng = np.random.default_rng(2)
-    tokens = rng.integers(20, 129, 80).astype(float)
-    nll = tokens * rng.normal(2.0, 0.3, 80)
-    found = perplexity_estimate(nll, tokens)
-    assert found.value == pytest.approx(math.exp(nll.sum() / tokens.sum()))
-    drawn = rng.integers(80, size=(4000, 80))
-    resampled = np.exp(nll[drawn].sum(1) / tokens[drawn].sum(1))
-    assert found.stderr == pytest.approx(resampled.std(), rel=0.05)
-    assert found.low < found.value < found.high
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -145,12 +104,6 @@ def test_what_cannot_be_compared_is_an_error(before: list[float], after: list[fl
 
 def test_broken_inputs_of_the_others() -> None:
     for call in (
-        lambda: mean_estimate([]),
-        lambda: mean_estimate([math.nan]),
-        lambda: mean_estimate([1.0, 2.0], clusters=["a"]),
-        lambda: proportion_estimate(3, 2),
-        lambda: proportion_estimate(0, 0),
-        lambda: perplexity_estimate([1.0], [0.0]),
         lambda: holm([0.1, math.nan]),
         lambda: compare([0.0, 0.5], [1.0, 1.0], higher_is_better=True, test=MCNEMAR),
     ):
@@ -279,11 +232,7 @@ def test_one_repeat_keeps_its_error_and_a_nan_has_none() -> None:
     assert alike == pytest.approx(0.1 / math.sqrt(2))  # two equal means are no proof of no noise
 
 
-def test_numbers_beyond_floats_are_infinite_and_no_crash() -> None:
-    found = perplexity_estimate([800.0, 1600.0], [1, 1])
-    assert found.value == found.high == math.inf and found.stderr is None
-    high = perplexity_estimate([3.0, 1403.0], [1, 1])  # its value is a number, its upper end is not
-    assert high.value == pytest.approx(math.exp(703)) and high.high == math.inf and high.stderr is not None
+def test_numbers_beyond_floats_are_errors_in_one_line() -> None:
     assert smallest_drop([1e200, 0.0, 3.0], [0.0, 1e200, 1.0], higher_is_better=True, alpha=0.05) is None
     with pytest.raises(EvaluationError, match="differences: 1 of 2 are NaN or infinite"):
         compare([1e308, 0.0], [-1e308, 1.0], higher_is_better=True)

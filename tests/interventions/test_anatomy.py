@@ -67,7 +67,7 @@ def test_linears_of_a_group_read_the_same_input_and_compute_w_x(family: str) -> 
                 assert torch.equal(x, first)
                 bias = 0 if linear.bias is None else linear.bias
                 torch.testing.assert_close(x @ linear.weight.t() + bias, y, atol=1e-4, rtol=1e-4)
-        assert block.attention_output.out_features == block.mlp_output.out_features == 32
+        assert block.group("attention_out").linears[0].out_features == block.mlp_output.out_features == 32
 
 
 @pytest.mark.parametrize("family", FAMILIES)

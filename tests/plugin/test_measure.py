@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evaluators import EvaluationError
+from evaluators import EvaluationError, Probe
 from evaluators.metrics import find_metric
 from pytest_lmcompose.data.run_data import load_data
 from pytest_lmcompose.measure import capture_unedited, measure_state
@@ -138,8 +138,8 @@ def test_edits_with_consequences_measure_portability(loaded: tuple[Any, Any], tm
     data = load_data(world, NOTHING, tmp_path, seed=0)
     assert {fact.relation for fact in data.neighbours} == {"pet"}, "where they come from follows from the edit"
     record = data.edits[0]
-    assert record.portability[0].prompt == f"Question: In which land was {record.edit.subject} born? Answer:"
-    assert record.portability[1] == (f"{record.edit.subject} is a native of", "Veld", "Ostria", "")
+    assert record.portability[0].prompt == f"Question: In which land was {record.subject} born? Answer:"
+    assert record.portability[1] == Probe(f"{record.subject} is a native of", "Veld", "Ostria")
 
 
 def test_progress_names_each_evaluator_before_it_runs(loaded: tuple[Any, Any], tiny_world: Path) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluators import Measurement, Probe
-from interventions import Edit
+from evaluators.data import EditCase, Fact
 from interventions.types import Resources
-from pytest_lmcompose.data.records import EditRecord, FactRecord
 from pytest_lmcompose.data.run_data import RunData
 from pytest_lmcompose.report.prompts import LONGEST, prompts
 from pytest_lmcompose.results import CompositionResult, Measured, Prompts, replace
@@ -16,15 +15,17 @@ from tests.plugin.documents import measured, record, typed_record
 
 def data(*names: str) -> RunData:
     edits = tuple(
-        EditRecord(
-            Edit(f"{name} lives in", name, "Rome"),
+        EditCase(
+            name,
+            f"{name} lives in",
+            "Rome",
             (f"{name}'s home is", f"the home of {name} is"),
             (Probe(f"{name} likes", "figs"),),
-            "Paris",
+            truth="Paris",
         )
         for name in names
     )
-    facts = tuple(FactRecord(name, f"{name} was born in", "Oslo", f"people/{name}", "train") for name in names)
+    facts = tuple(Fact(f"{name} was born in", "Oslo", f"people/{name}", "train", name) for name in names)
     return RunData(Resources(), edits, facts, facts[:1], facts[1:], ("some text",), None)
 
 

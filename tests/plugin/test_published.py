@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from evaluators.data import Probe
 from interventions.types import Edit
 from pytest_lmcompose.data.readers import read_edits
-from pytest_lmcompose.data.records import Probe, WorldError, select_edits
+from pytest_lmcompose.data.records import WorldError, select_edits
 
 DATA = Path(__file__).parents[1] / "data"
 COUNTERFACT = {

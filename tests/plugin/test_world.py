@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
+from evaluators.data import EditCase, Probe
 from interventions.ranges import SettingError
 from interventions.types import Edit
 from pytest_lmcompose.data import readers
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
-    EditRecord,
-    Probe,
     WorldError,
     mentions,
     select_edits,
@@ -246,7 +245,7 @@ def test_retain_text_must_not_be_perplexity_text(tiny_world: Path) -> None:
 
 def test_a_schema_of_another_package_is_read_and_a_misspelt_one_lists_near_names(saved: Callable[[Any], Path]) -> None:
     def pairs(record: readers.Record, options: readers.ReadOptions) -> Any:
-        yield EditRecord(Edit(record.text("ask"), record.text("who"), record.text("say")), (), ())
+        yield EditCase(record.text("who"), record.text("ask"), record.text("say"))
 
     readers.register("pairs", pairs)
     try:
