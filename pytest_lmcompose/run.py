@@ -89,6 +89,7 @@ class Run(RunSetup):
                 self.run_cache,
                 doing=self._doing,
                 applied=self._applied,
+                folder=self.options.folder,
             )
         return self._manager
 

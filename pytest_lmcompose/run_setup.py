@@ -18,7 +18,7 @@ from pytest_lmcompose.cache.folder import Cache
 from pytest_lmcompose.cache.journal import Journal
 from pytest_lmcompose.cache.remote import RemoteCache
 from pytest_lmcompose.cache.run_cache import RunCache, costs
-from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.data.hashes import data_hashes, question_files
 from pytest_lmcompose.errors import ModelError
@@ -45,6 +45,7 @@ from pytest_lmcompose.options import Options
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.presets import Conf
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
+from pytest_lmcompose.step_checks import check_step
 
 if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
@@ -61,6 +62,8 @@ class RunSetup:
         self.baseline_read = False
         """Whether `baseline` has been read."""
         self._progress = progress
+        self._checked: set[Step] = set()
+        """Steps that can start."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -106,8 +109,25 @@ class RunSetup:
     def compositions(self) -> tuple[Composition, ...]:
         """The compositions to test: those given, else the suite's; raises RecipeError."""
         if self.options.compose:
-            return tuple(dict.fromkeys(self.recipe.read(text) for text in self.options.compose))
-        return self.recipe.suite_compositions()
+            found = tuple(dict.fromkeys(self.recipe.read(text) for text in self.options.compose))
+        else:
+            found = self.recipe.suite_compositions()
+        for composition in found:
+            self._check_steps(composition)
+        return found
+
+    def read(self, text: str) -> Composition:
+        """Parse a composition id and check that its steps can start; raises RecipeError."""
+        composition = self.recipe.read(text)
+        self._check_steps(composition)
+        return composition
+
+    def _check_steps(self, composition: Composition) -> None:
+        """Raise RecipeError for a step that cannot start here."""
+        for step in composition.steps:
+            if step not in self._checked:
+                check_step(step, self.recipe.settings(step), self.location, self.options)
+                self._checked.add(step)
 
     @cached_property
     def location(self) -> str:
