@@ -44,6 +44,8 @@ class Intervention(Checked):
     category: ClassVar[str]
     undoes: ClassVar[tuple[str, ...]] = ()
     """Categories whose promises this attacks; such a method promises nothing itself."""
+    function: ClassVar[str | None] = None
+    """`module:function` to call instead of `run`, with the settings after the tokenizer; for a setting of that name."""
     runs_commands: ClassVar[bool] = False
     """Whether the settings contain commands of the user, which only `--lmcompose-allow-commands` permits."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -108,38 +109,47 @@ def _read_other(location: str, revision: str | None, who: str, dtype: Any) -> tu
     otherwise they become `dtype`. Raises InterventionError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     folder = Path(location)
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings in loading are errors here
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=_stored_dtype(folder) or dtype,
-            output_loading_info=True,
-            **options,
-        )
-        other, found = loaded
-        has_tokenizer = not folder.exists() or any(folder.glob("tokenizer*"))
-        theirs = AutoTokenizer.from_pretrained(location, **options) if has_tokenizer else None
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                location,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=_stored_dtype(folder) or dtype,
+                output_loading_info=True,
+                **options,
+            )
+            other, found = loaded
+            has_tokenizer = not folder.exists() or any(folder.glob("tokenizer*"))
+            theirs = AutoTokenizer.from_pretrained(location, **options) if has_tokenizer else None
     except Exception as error:  # transformers and the hub raise all kinds
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise InterventionError(f"{who} cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "has"), ("mismatched_keys", "has another")):
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found.get(kind) or ())
         if names:
             more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
             raise InterventionError(f"{who} {problem} {names[0]}{more}: weights and config.json do not match")
     return other.eval(), theirs
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Show no progress bars and warnings of transformers."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _stored_dtype(folder: Path) -> Any:

@@ -16,8 +16,8 @@ from interventions.types import InterventionError
 
 _NAME = "default"
 _TIED = (
-    "{who} changes {one} alone, which is tied to {other}: merged, it would change both; untie the model's embeddings, or "
-    "train the adapter without them"
+    "{who} changes {one} alone, which is tied to {other}: merged, it would change both; untie the model's embeddings, "
+    "or train the adapter without them"
 )
 
 
@@ -33,7 +33,9 @@ def merge_adapter(model: nn.Module, folder: Path, weight: float, who: str) -> No
         tuner = _wrap(model, folder, who)
         wrapped = _wrapped(model, names)
         _check_ties(names, wrapped, who)
-        targets = [name for name in names if name in wrapped or name.endswith("bias")]  # biases are stored bare
+        # Biases are stored bare; of tied parameters, the first name counts.
+        again = {other for _, other in _ties(names)}
+        targets = [name for name in names if (name in wrapped or name.endswith("bias")) and name not in again]
         before = {name: names[name].detach().clone() for name in targets} if weight != 1 else {}
         _fill(tuner, folder, who)
         try:
@@ -61,7 +63,7 @@ def _wrap(model: nn.Module, folder: Path, who: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        return PeftModel(model, config, _NAME)  # type: ignore[arg-type]
+        return PeftModel(model, config, _NAME)
     except Exception as error:  # peft raises all kinds
         raise InterventionError(f"{who} does not fit the model: {_line(error)}") from error
 
@@ -79,14 +81,14 @@ def _fill(tuner: Any, folder: Path, who: str) -> None:
             raise InterventionError(f"{who} {problem} {keys[0]}{more}{where}: it was made for another model")
 
 
-def _wrapped(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+def _wrapped(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the parameters that lie inside a wrapper of peft, with the outermost one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    found: dict[str, nn.Module] = {}
+    wrappers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    found: dict[str, Any] = {}
     for name in names:
         above = (name[: match.start()] for match in re.finditer(r"\.", name))
         if (outer := next((module for module in above if module in wrappers), None)) is not None:
@@ -94,7 +96,7 @@ def _wrapped(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, nn.Modu
     return found
 
 
-def _check_ties(names: Mapping[str, Tensor], wrapped: Mapping[str, nn.Module], who: str) -> None:
+def _check_ties(names: Mapping[str, Tensor], wrapped: Mapping[str, Any], who: str) -> None:
     """Raise InterventionError if the adapter changes only one use of a parameter that the model uses twice.
 
     Those that replace rows or the whole of it in every use are fine; `_check_equal` compares them.
