@@ -82,7 +82,7 @@ class Run(RunSetup):
             check_chat(loaded.tokenizer, self.recipe.evaluate, self.location)
             self._manager = StateManager(
                 loaded,
-                self.recipe.settings,
+                self.settings,
                 data[0].resources,
                 self.seeds[0],
                 self._progress,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluators.measurement import EvaluationError
 from interventions.registry import methods
@@ -112,22 +112,24 @@ class RunSetup:
             found = tuple(dict.fromkeys(self.recipe.read(text) for text in self.options.compose))
         else:
             found = self.recipe.suite_compositions()
-        for composition in found:
-            self._check_steps(composition)
+        for step in dict.fromkeys(step for composition in found for step in composition.steps):
+            self.settings(step)
         return found
 
     def read(self, text: str) -> Composition:
         """Parse a composition id and check that its steps can start; raises RecipeError."""
         composition = self.recipe.read(text)
-        self._check_steps(composition)
+        for step in composition.steps:
+            self.settings(step)
         return composition
 
-    def _check_steps(self, composition: Composition) -> None:
-        """Raise RecipeError for a step that cannot start here."""
-        for step in composition.steps:
-            if step not in self._checked:
-                check_step(step, self.recipe.settings(step), self.location, self.options)
-                self._checked.add(step)
+    def settings(self, step: Step) -> Any:
+        """Return the settings of a step; raises RecipeError if it cannot start here."""
+        found = self.recipe.settings(step)
+        if step not in self._checked:
+            check_step(step, found, self.location, self.options)
+            self._checked.add(step)
+        return found
 
     @cached_property
     def location(self) -> str:
@@ -157,7 +159,7 @@ class RunSetup:
         check_metrics(self.rules, thresholds, recipe.world, recipe.evaluate, self.world_folder)
         for name in own_compositions(self.rules):
             try:
-                self.recipe.read(name)
+                self.read(name)
             except RecipeError as error:
                 raise RecipeError(f"{thresholds}: {error}") from None
         baseline = self.baseline

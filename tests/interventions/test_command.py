@@ -19,7 +19,7 @@ from tests.models import tiny_model, tiny_tokenizer
 
 SCRIPT = """
 import json, os, shutil, sys
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 given, wanted = sys.argv[1:3]
 assert (given, wanted) == (os.environ["LMCOMPOSE_INPUT"], os.environ["LMCOMPOSE_OUTPUT"])
 assert int(os.environ["LMCOMPOSE_SEED"]) == 3 and not any(name.startswith("PYTEST_") for name in os.environ)

@@ -20,7 +20,7 @@ from tests.plugin.test_run import by_id, read_report
 
 DOUBLE = """
 import shutil, sys
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 open("runs", "a").write("x")
 given, wanted = sys.argv[1:]
 shutil.copytree(given, wanted)
@@ -191,8 +191,8 @@ def test_steps_that_cannot_start_are_usage_errors(
 def test_no_file_permits_commands(steps: Project, refused: Callable[..., str]) -> None:
     (steps.path / "pytest.ini").write_text("[pytest]\nlmcompose_allow_commands = true\n")
     assert "permit it with --lmcompose-allow-commands" in refused(compose=(COMMAND,))
-    (steps.path / "thresholds.yaml").write_text(f"'{COMMAND}': {{perplexity: {{max: 9}}}}\n")
-    refused(compose=(COMMAND,))
+    (steps.path / "thresholds.yaml").write_text(f"round: {{perplexity: {{max_rise: {{of: '{COMMAND}', value: 9}}}}}}\n")
+    assert f"thresholds.yaml: {COMMAND} runs a command of yours" in refused(compose=("round",))
     assert "runs a command of yours" in refused(
         "--lmcompose-set=suite.compositions=['command']", "--lmcompose-suite=single"
     )
