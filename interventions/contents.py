@@ -16,6 +16,7 @@ from interventions.types import InterventionError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.safetensors.index.json", "config.json", "quant*config.json")
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_path(name: str, path: Path) -> bool:
@@ -31,22 +32,33 @@ def local(name: str, folder: Path) -> Path | None:
     return path if path.exists() or is_path(name, path) else None
 
 
-def checkpoint_content(name: str, revision: str | None, folder: Path) -> Any:
-    """Return what identifies the weights of a checkpoint, as plain data: the hash of its files, or the hub's commit.
+def checkpoint_content(name: str, revision: str | None, folder: Path) -> str:
+    """Return what identifies the weights of a checkpoint: the hash of its files, or the hub's commit.
 
     Other files, such as optimizer states and model cards, do not count. An adapter's base model does.
     """
     path = local(name, folder)
     if path is None:
         try:
-            return {"commit": hub_commit(name, revision)}
+            return hub_commit(name, revision)
         except InterventionError:  # the step says so
-            return {"absent": f"{name}@{revision}"}
+            return f"absent: {name}@{revision}"
     if path.is_file():
         return hash_files([path])
     found = hash_files(file for pattern in (*_WEIGHTS, ADAPTER) for file in sorted(path.glob(pattern)))
     base = adapter_config(path).get("base_model_name_or_path") if (path / ADAPTER).is_file() else None
-    return [found, checkpoint_content(base, None, path)] if isinstance(base, str) and base else found
+    return f"{found} on {checkpoint_content(base, None, path)}" if isinstance(base, str) and base else found
+
+
+def adapter_content(name: str, revision: str | None, folder: Path) -> str:
+    """Return what identifies a PEFT adapter without its base model: the hash of its files, or the hub's commit."""
+    path = local(name, folder)
+    if path is not None:
+        return hash_files([path / ADAPTER, path / ADAPTER_WEIGHTS])
+    try:
+        return hub_commit(name, revision, ADAPTER)
+    except InterventionError:  # the step says so
+        return f"absent: {name}@{revision}"
 
 
 def adapter_config(path: Path) -> dict[str, Any]:

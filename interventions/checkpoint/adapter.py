@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from interventions.checkpoint.load import missing
-from interventions.contents import ADAPTER, adapter_config, hash_files, hub_commit, local
+from interventions.contents import ADAPTER, ADAPTER_WEIGHTS, adapter_config, adapter_content, hub_commit, local
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.ranges import Range
 from interventions.types import InterventionError
 
-_WEIGHTS = "adapter_model.safetensors"
 _UNMERGEABLE = (
     "PROMPT_TUNING",
     "MULTITASK_PROMPT_TUNING",
@@ -42,15 +41,7 @@ class AdapterSettings(Intervention):
 
     def identity(self, folder: Path) -> Any:
         """Return the adapter's content, wherever it lies, with the rest of the settings."""
-        place, content = local(self.path, folder), None
-        try:
-            content = (
-                hub_commit(self.path, self.revision, ADAPTER)
-                if place is None
-                else hash_files([place / ADAPTER, place / _WEIGHTS])
-            )
-        except InterventionError:  # the step says so
-            content = f"absent: {self.path}@{self.revision}"
+        content = adapter_content(self.path, self.revision, folder)
         return {"content": content, "settings": dataclasses.replace(self, path="", revision=None)}
 
     def problems(self) -> Iterator[str]:
@@ -67,8 +58,8 @@ class AdapterSettings(Intervention):
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Merge the adapter into the weights, in place; each sum is rounded once to the model's dtype.
 
-        Returns the path, the kind of adapter and the base model that it names. Raises InterventionError if the adapter
-        does not fit the model or cannot be merged.
+        Returns the path, the content's hash, the kind of adapter and the base model that it names. Raises
+        InterventionError if the adapter does not fit the model or cannot be merged.
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"adapter: {problem}")
@@ -83,7 +74,8 @@ class AdapterSettings(Intervention):
         without_gradients(merge_adapter)(model, place, self.weight, f"adapter: {self.path}")
         config = adapter_config(place)
         base = config.get("base_model_name_or_path")
-        return {"path": self.path, "revision": revision, "kind": config["peft_type"], "base": base}
+        content = adapter_content(self.path, revision, context.folder)
+        return {"path": self.path, "revision": revision, "content": content, "kind": config["peft_type"], "base": base}
 
 
 def _unusable(path: str, place: Path) -> Iterator[str]:
@@ -96,8 +88,8 @@ def _unusable(path: str, place: Path) -> Iterator[str]:
         yield f"path={path}: {place / ADAPTER} has no peft_type; save the adapter again with save_pretrained"
     elif kind in _UNMERGEABLE:
         yield f"path={path}: an adapter of the kind {kind} changes inputs, not weights, and cannot be merged"
-    elif not (place / _WEIGHTS).is_file():
-        yield f"path={path}: {place} has no {_WEIGHTS}; save the adapter again with save_pretrained"
+    elif not (place / ADAPTER_WEIGHTS).is_file():
+        yield f"path={path}: {place} has no {ADAPTER_WEIGHTS}; save the adapter again with save_pretrained"
 
 
 def _download(path: str, revision: str | None) -> tuple[Path, str]:
@@ -106,6 +98,6 @@ def _download(path: str, revision: str | None) -> tuple[Path, str]:
 
     commit = hub_commit(path, revision, ADAPTER)
     try:
-        return Path(snapshot_download(path, revision=commit, allow_patterns=[ADAPTER, _WEIGHTS])), commit
+        return Path(snapshot_download(path, revision=commit, allow_patterns=[ADAPTER, ADAPTER_WEIGHTS])), commit
     except Exception as error:  # the hub and its client raise all kinds
         raise InterventionError(f"adapter: {path} cannot be downloaded: {type(error).__name__}: {error}") from error

@@ -18,7 +18,7 @@ from interventions.types import InterventionError
 
 @dataclass(frozen=True)
 class CommandSettings(Intervention):
-    """A command of yours: it reads the saved model at {input}; the model that it writes to {output} is read back."""
+    """A command of yours, which reads the saved model from {input} and writes the changed one to {output}."""
 
     name = "command"
     category = "checkpoint"
@@ -38,10 +38,13 @@ class CommandSettings(Intervention):
 
     def identity(self, folder: Path) -> Any:
         """Return the command, with the content of the files that it names and of those in `reads`."""
+        return {"run": self.run, "content": self.content(folder)}
+
+    def content(self, folder: Path) -> str:
+        """Return the hash of the files that the command names and of those in `reads`."""
         from interventions.checkpoint.kernels.running import named_files
 
-        paths = [*named_files(self.run, folder), *(folder / os.path.expanduser(path) for path in self.reads)]
-        return {"run": self.run, "reads": hash_files(paths)}
+        return hash_files([*named_files(self.run, folder), *(folder / os.path.expanduser(p) for p in self.reads)])
 
     def unready(self, folder: Path) -> Iterator[str]:
         """Yield that there is no command, or that a file or folder is missing."""
@@ -60,14 +63,15 @@ def run_step(
 ) -> dict[str, Any]:
     """Save the model, run the command, and read the model or PEFT adapter that it writes, in place.
 
-    Returns the command and the number of replaced parameters. Raises InterventionError if the command fails, or writes
-    no model of the same architecture.
+    Returns the command, the hash of the files that it names and the number of replaced parameters. Raises
+    InterventionError if the command fails, or writes no model of the same architecture.
     """
     from interventions.checkpoint.kernels.merging import merge_adapter
     from interventions.checkpoint.kernels.running import run_command
 
     for problem in settings.unready(context.folder):
         raise InterventionError(f"command: {problem}")
+    content = settings.content(context.folder)  # before the command, which may write beside its files
     scratch = None if settings.scratch is None else context.folder / os.path.expanduser(settings.scratch)
     with tempfile.TemporaryDirectory(prefix="lmcompose-command-", dir=scratch) as made:
         places = {name: Path(made) / name for name in ("input", "output")}
@@ -77,14 +81,15 @@ def run_step(
         output, who = places["output"], "the output of the command"
         if (output / ADAPTER).is_file() and not (output / "config.json").is_file():
             merge_adapter(model, output, 1.0, who)
-            return {"run": settings.run, "replaced": "adapter"}
+            return {"run": settings.run, "content": content, "replaced": "adapter"}
         if not (output / "config.json").is_file():
             found = sorted(path.name for path in output.glob("*"))[:5] if output.is_dir() else []
             what = f"only {', '.join(found)}" if found else "nothing"
             raise InterventionError(
                 f"command: it wrote {what} to {{output}}, but not a model's folder with config.json"
             )
-        return {"run": settings.run, "replaced": bring_in(model, tokenizer, str(output), who, context.warn)}
+        count = bring_in(model, tokenizer, str(output), who, context.warn)
+        return {"run": settings.run, "content": content, "replaced": count}
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

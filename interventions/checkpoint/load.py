@@ -19,7 +19,7 @@ from interventions.types import InterventionError
 
 @dataclass(frozen=True)
 class LoadSettings(Intervention):
-    """The weights of another folder or hub id, of the same architecture and vocabulary, in place of the model's."""
+    """The weights of another folder or hub id of the same architecture, in place of the model's."""
 
     name = "load"
     category = "checkpoint"
@@ -43,8 +43,8 @@ class LoadSettings(Intervention):
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Replace the weights, in place, one parameter at a time; each is rounded once to the model's dtype.
 
-        Returns the path and the number of replaced parameters. Raises InterventionError if the other model cannot be
-        read completely, or differs in more than its weights.
+        Returns the path, the content's hash and the number of replaced parameters. Raises InterventionError if the
+        other model cannot be read completely, or differs in more than its weights.
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"load: {problem}")
@@ -52,7 +52,8 @@ class LoadSettings(Intervention):
         revision = hub_commit(self.path, self.revision) if place is None else None
         location = self.path if place is None else str(place)
         count = bring_in(model, tokenizer, location, f"load: {self.path}", context.warn, revision, self.only)
-        return {"path": self.path, "revision": revision, "replaced": count}
+        content = checkpoint_content(self.path, revision, context.folder)
+        return {"path": self.path, "revision": revision, "content": content, "replaced": count}
 
 
 def missing(path: str, folder: Path) -> Iterator[str]:

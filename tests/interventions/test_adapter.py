@@ -186,6 +186,7 @@ def test_settings_and_details(tmp_path: Path) -> None:
         != AdapterSettings(path=".", weight=2).identity(tmp_path)
     )
     report = apply(model, None, "adapter", path=".", weight=-1, folder=tmp_path)
-    assert report.details == {"path": ".", "revision": None, "kind": "LORA", "base": "org/base"}
+    details = {"path": ".", "revision": None, "content": identity["content"], "kind": "LORA", "base": "org/base"}
+    assert report.details == details
     with pytest.raises(SettingError, match=r"adapter\.weight=0"):
         apply(model, None, "adapter", path=str(tmp_path), weight=0.0)

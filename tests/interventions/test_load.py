@@ -63,6 +63,7 @@ def test_shards_and_a_relative_path(tmp_path: Path, tokenizer: Any) -> None:
     report = apply(model, tokenizer, "load", path="./sft", folder=tmp_path)
     assert equal(weights(model), weights(other)) and not report.warnings
     assert report.settings["path"] == report.details["path"] == "./sft"
+    assert report.details["content"] == checkpoint_content("sft", None, tmp_path)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])

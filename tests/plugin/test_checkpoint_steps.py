@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pytest_lmcompose.baseline.compare import circumstances
+from pytest_lmcompose.baseline.storage import read_run
 from pytest_lmcompose.build.load import hash_weights
 from pytest_lmcompose.composition import parse
 from tests.plugin.conftest import NO_CACHE, Project
@@ -100,16 +102,20 @@ def test_states_are_cached_by_the_content_of_what_they_read(steps: Project, tiny
         assert result.ret == pytest.ExitCode.OK
         return "\n".join(line for line in result.stdout.lines if " s  " in line and "changed" in line)
 
-    assert applied().count("changed") == 4
+    assert applied("--lmcompose-json=before.json").count("changed") == 4
     assert applied() == "" and (steps.path / "runs").read_text() == "x"
     (steps.path / "sft" / "README.md").write_text("A card.")
     (steps.path / "sft" / "checkpoint-5").mkdir()
     assert applied() == ""
     write_checkpoint(tiny_model, steps.path / "sft", 0.02)
     (steps.path / "double.py").write_text(f"{DOUBLE}\n# another one")
-    again = applied()
+    again = applied("--lmcompose-json=after.json")
     assert again.count("changed") == 3 and "adapter" not in again
     assert (steps.path / "runs").read_text() == "xx"
+    before, after = (read_run(steps.path / f"{name}.json") for name in ("before", "after"))
+    found = [difference.message for difference in circumstances(before, after) if difference.what == "settings"]
+    text = "\n".join(found)
+    assert "load[path=./sft]: content: " in text and f"{COMMAND}: content: " in text and "adapter" not in text
 
 
 def test_the_same_composition_elsewhere_shares_the_cache(
