@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ def checkpoint_content(name: str, revision: str | None, folder: Path) -> str:
     if path.is_file():
         return hash_files([path])
     found = hash_files(file for pattern in (*_WEIGHTS, ADAPTER) for file in sorted(path.glob(pattern)))
-    base = adapter_config(path).get("base_model_name_or_path") if (path / ADAPTER).is_file() else None
-    return f"{found} on {checkpoint_content(base, None, path)}" if isinstance(base, str) and base else found
+    base = None if (path / "config.json").is_file() else adapter_config(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or local(base, path) == path:
+        return found
+    return f"{found} on {checkpoint_content(base, None, path)}"
 
 
 def adapter_content(name: str, revision: str | None, folder: Path) -> str:
@@ -56,7 +59,7 @@ def adapter_content(name: str, revision: str | None, folder: Path) -> str:
     if path is not None:
         return hash_files([path / ADAPTER, path / ADAPTER_WEIGHTS])
     try:
-        return hub_commit(name, revision, ADAPTER)
+        return hub_commit(name, revision)
     except InterventionError:  # the step says so
         return f"absent: {name}@{revision}"
 
@@ -70,16 +73,16 @@ def adapter_config(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def hub_commit(name: str, revision: str | None, *files: str) -> str:
-    """Return the commit of a repository on the hub, or in its cache; raises InterventionError if neither has it.
+def hub_commit(name: str, revision: str | None) -> str:
+    """Return the commit of a model or adapter on the hub, or in its cache.
 
-    `files` are names of which the repository has one (default: the configs of models and adapters).
+    Raises InterventionError if neither has it.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     problem: Exception | None = None
-    for file in files or ("config.json", ADAPTER):
+    for file in ("config.json", ADAPTER):
         try:
             return Path(hf_hub_download(name, file, revision=revision)).parent.name
         except EntryNotFoundError as error:
@@ -91,6 +94,27 @@ def hub_commit(name: str, revision: str | None, *files: str) -> str:
         f"{name!r} is not a local folder, and the hub or its cache does not have it ({type(problem).__name__}): name a "
         "local folder, or set HF_HOME to a cache that contains it"
     )
+
+
+def fetched(name: str, revision: str | None, folder: Path, *files: str) -> tuple[Path, str | None]:
+    """Return the folder that `name` stands for, in the hub's cache for a hub id, and the commit there.
+
+    Downloads what matches `files` (globs) at the top of the repository; raises InterventionError.
+    """
+    path = local(name, folder)
+    if path is not None:
+        return path, None
+    from huggingface_hub import snapshot_download
+
+    commit = hub_commit(name, revision)
+    only: Any = {"revision": commit, "allow_patterns": list(files), "ignore_patterns": "*/*"}
+    try:
+        return Path(snapshot_download(name, **only)), commit
+    except Exception as error:  # the hub and its client raise all kinds
+        with suppress(Exception):
+            return Path(snapshot_download(name, local_files_only=True, **only)), commit
+        reason = " ".join(str(error).split())[:300]
+        raise InterventionError(f"{name} cannot be downloaded: {type(error).__name__}: {reason}") from error
 
 
 def hash_files(paths: Iterable[Path]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from interventions.checkpoint.load import missing
-from interventions.contents import ADAPTER, ADAPTER_WEIGHTS, adapter_config, adapter_content, hub_commit, local
-from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
+from interventions.contents import ADAPTER, ADAPTER_WEIGHTS, adapter_config, adapter_content, fetched, local
+from interventions.intervention import Context, Intervention, Model, Resources
 from interventions.ranges import Range
 from interventions.types import InterventionError
 
@@ -63,15 +63,12 @@ class AdapterSettings(Intervention):
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"adapter: {problem}")
-        place = local(self.path, context.folder)
-        revision = None
-        if place is None:
-            place, revision = _download(self.path, self.revision)
-            for problem in _unusable(self.path, place):
-                raise InterventionError(f"adapter: {problem}")
+        place, revision = fetched(self.path, self.revision, context.folder, ADAPTER, ADAPTER_WEIGHTS)
+        for problem in _unusable(self.path, place):
+            raise InterventionError(f"adapter: {problem}")
         from interventions.checkpoint.kernels.merging import merge_adapter
 
-        without_gradients(merge_adapter)(model, place, self.weight, f"adapter: {self.path}")
+        merge_adapter(model, place, self.weight, f"adapter: {self.path}")
         config = adapter_config(place)
         base = config.get("base_model_name_or_path")
         content = adapter_content(self.path, revision, context.folder)
@@ -90,14 +87,3 @@ def _unusable(path: str, place: Path) -> Iterator[str]:
         yield f"path={path}: an adapter of the kind {kind} changes inputs, not weights, and cannot be merged"
     elif not (place / ADAPTER_WEIGHTS).is_file():
         yield f"path={path}: {place} has no {ADAPTER_WEIGHTS}; save the adapter again with save_pretrained"
-
-
-def _download(path: str, revision: str | None) -> tuple[Path, str]:
-    """Return the folder in the hub's cache with an adapter of the hub, and its commit; raises InterventionError."""
-    from huggingface_hub import snapshot_download
-
-    commit = hub_commit(path, revision, ADAPTER)
-    try:
-        return Path(snapshot_download(path, revision=commit, allow_patterns=[ADAPTER, ADAPTER_WEIGHTS])), commit
-    except Exception as error:  # the hub and its client raise all kinds
-        raise InterventionError(f"adapter: {path} cannot be downloaded: {type(error).__name__}: {error}") from error

@@ -10,11 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
-from interventions.contents import checkpoint_content, hub_commit, local
+from interventions.contents import checkpoint_content, fetched, local
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.names import near_names
 from interventions.ranges import Items
 from interventions.types import InterventionError
+
+_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+"""What is downloaded of a model on the hub."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,8 @@ class LoadSettings(Intervention):
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"load: {problem}")
-        place = local(self.path, context.folder)
-        revision = hub_commit(self.path, self.revision) if place is None else None
-        location = self.path if place is None else str(place)
-        count = bring_in(model, tokenizer, location, f"load: {self.path}", context.warn, revision, self.only)
+        place, revision = fetched(self.path, self.revision, context.folder, *_FILES)
+        count = bring_in(model, tokenizer, place, f"load: {self.path}", context.warn, self.only)
         content = checkpoint_content(self.path, revision, context.folder)
         return {"path": self.path, "revision": revision, "content": content, "replaced": count}
 
@@ -68,13 +69,12 @@ def missing(path: str, folder: Path) -> Iterator[str]:
 def bring_in(
     model: Model,
     tokenizer: Any,
-    location: str,
+    folder: Path,
     who: str,
     warn: Callable[[str], None],
-    revision: str | None = None,
     only: list[str] | None = None,
 ) -> int:
-    """Replace the weights of `model` with those at `location`, a folder or hub id; return how many were replaced.
+    """Replace the weights of `model` with those in `folder`; return how many were replaced.
 
     `who` starts the messages. Raises InterventionError if the model there cannot be read, or is another one.
     """
@@ -83,7 +83,7 @@ def bring_in(
     from interventions.checkpoint.kernels.sameness import check_same_model, check_same_tokenizer
 
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    other, theirs = _read_other(location, revision, who, min(dtypes, key=lambda dtype: -dtype.itemsize))
+    other, theirs = _read_other(folder, who, min(dtypes, key=lambda dtype: -dtype.itemsize))
     check_same_model(model, other, who)
     if theirs is not None:
         check_same_tokenizer(tokenizer, theirs, who, warn)
@@ -103,29 +103,26 @@ def bring_in(
     return len(chosen)
 
 
-def _read_other(location: str, revision: str | None, who: str, dtype: Any) -> tuple[Any, Any]:
-    """Return the model at `location` on the CPU, and its tokenizer, None if there is none.
+def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, Any]:
+    """Return the model in `folder` on the CPU, and its tokenizer, None if there is none.
 
     Weights keep the dtype in which they are stored if it is the same for all, so that no copy of them is made;
     otherwise they become `dtype`. Raises InterventionError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(location)
-    options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                location,
+                str(folder),
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=_stored_dtype(folder) or dtype,
                 output_loading_info=True,
-                **options,
             )
             other, found = loaded
-            has_tokenizer = not folder.exists() or any(folder.glob("tokenizer*"))
-            theirs = AutoTokenizer.from_pretrained(location, **options) if has_tokenizer else None
+            has_tokenizer = any(folder.glob("tokenizer*"))
+            theirs = AutoTokenizer.from_pretrained(str(folder)) if has_tokenizer else None
     except Exception as error:  # transformers and the hub raise all kinds
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise InterventionError(f"{who} cannot be loaded: {type(error).__name__}: {reason[:300]}") from error

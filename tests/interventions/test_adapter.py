@@ -27,6 +27,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "rank-stabilised": lambda: peft.LoraConfig(r=4, target_modules=TWO, use_rslora=True),
     "dora": lambda: peft.LoraConfig(r=4, target_modules=TWO, use_dora=True),
     "modules to save": lambda: peft.LoraConfig(r=4, target_modules=TWO, modules_to_save=["lm_head"]),
+    "pissa": lambda: peft.LoraConfig(r=4, target_modules=TWO, init_lora_weights="pissa"),
     "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TWO),
     "ia3": lambda: peft.IA3Config(target_modules=TWO, feedforward_modules=["down_proj"]),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=TWO),

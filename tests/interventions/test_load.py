@@ -216,6 +216,24 @@ def test_a_hub_id_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
         apply(tiny_model(), None, "load", path="nobody/nothing")
 
 
+def test_a_hub_id_is_read_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = tmp_path / "models--org--sft"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    other = tiny_model(seed=1)
+    other.save_pretrained(place / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = tiny_model()
+    report = apply(model, None, "load", path="org/sft")
+    assert equal(weights(model), weights(other))
+    assert report.details["revision"] == report.details["content"] == commit
+    assert LoadSettings(path="org/sft", revision="main").identity(tmp_path)["content"] == commit
+    absent = LoadSettings(path="org/sft", revision="other").identity(tmp_path)["content"]
+    assert absent == "absent: org/sft@other"
+
+
 def test_its_identity_is_the_content_wherever_it_lies(tmp_path: Path) -> None:
     tiny_model(seed=1).save_pretrained(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")

@@ -21,22 +21,19 @@ _TIED = (
 )
 
 
+@torch.no_grad()
 def merge_adapter(model: nn.Module, folder: Path, weight: float, who: str) -> None:
     """Add `weight` times the change that the adapter in `folder` makes to the parameters of `model`, in place.
 
     The change is the merged weight less the one before, whatever the kind of adapter; modules that were trained as a
     whole (`modules_to_save`) and biases count too. `who` starts the messages. Raises InterventionError.
     """
-    names = dict(model.named_parameters(remove_duplicate=False))
-    with _restored(model), warnings.catch_warnings():
+    names, own = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in own.items()} if weight != 1 else {}
+    with _restored(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # what matters in them is checked here
         tuner = _wrap(model, folder, who)
-        wrapped = _wrapped(model, names)
-        _check_ties(names, wrapped, who)
-        # Biases are stored bare; of tied parameters, the first name counts.
-        again = {other for _, other in _ties(names)}
-        targets = [name for name in names if (name in wrapped or name.endswith("bias")) and name not in again]
-        before = {name: names[name].detach().clone() for name in targets} if weight != 1 else {}
+        _check_ties(names, _wrapped(model, names), who)
         _fill(tuner, folder, who)
         try:
             tuner.merge_and_unload(safe_merge=True)
@@ -44,16 +41,17 @@ def merge_adapter(model: nn.Module, folder: Path, weight: float, who: str) -> No
             raise InterventionError(f"{who} cannot be merged: {_line(error)}") from error
         merged = dict(model.named_parameters(remove_duplicate=False))
     _check_equal(names, merged, who)
-    for name in targets:
-        new = merged[name].detach().to(names[name].device)
-        if new.shape != names[name].shape:
+    for name, parameter in own.items():
+        new = merged[name].detach().to(parameter.device)
+        if new.shape != parameter.shape:
             raise InterventionError(
-                f"{who} makes {name} of shape {tuple(new.shape)}, but the model's is {tuple(names[name].shape)}"
+                f"{who} makes {name} of shape {tuple(new.shape)}, but the model's is {tuple(parameter.shape)}"
             )
-        if weight != 1:
+        if weight != 1 and not torch.equal(new, before[name]):
             wide = torch.promote_types(new.dtype, torch.float32)
             new = before[name].to(wide).lerp(new.to(wide), weight)
-        names[name].data.copy_(new)
+        if merged[name] is not parameter or weight != 1:
+            parameter.data.copy_(new)
 
 
 def _wrap(model: nn.Module, folder: Path, who: str) -> Any:
