@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Context:
     """Explains why this step may change no weight: the message becomes a warning. Without it, such a step fails."""
     statistics: SharedStatistics | None = None
     """Statistics shared between steps that start from the same state of the model."""
+    folder: Path = Path()
+    """Where relative paths in settings start."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a new CPU generator whose seed depends on the run's seed and `purpose` alone."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from interventions.context import Context
 from interventions.ranges import Checked
 from interventions.types import Resources
 
-__all__ = ["ZEROS", "Context", "Intervention", "Model", "Resources", "promised", "without_gradients"]
+__all__ = [
+    "ZEROS",
+    "Context",
+    "Intervention",
+    "Model",
+    "Resources",
+    "identity",
+    "promised",
+    "unready",
+    "without_gradients",
+]
 
 if TYPE_CHECKING:
     from torch.nn import Module as Model
@@ -33,6 +44,10 @@ class Intervention(Checked):
     category: ClassVar[str]
     undoes: ClassVar[tuple[str, ...]] = ()
     """Categories whose promises this attacks; such a method promises nothing itself."""
+    function: ClassVar[str | None] = None
+    """`module:function` to call instead of `run`, with the settings after the tokenizer; for a setting of that name."""
+    runs_commands: ClassVar[bool] = False
+    """Whether the settings contain commands of the user, which only `--lmcompose-allow-commands` permits."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Change the model in place and return plain data for the report; `interventions.apply` guards the call."""
@@ -54,11 +69,37 @@ class Intervention(Checked):
         """Say whether a later step with these settings leaves an earlier step's promise of `metric` intact."""
         return metric in ZEROS and bool(getattr(self, "preserve_mask", False))
 
+    def identity(self, folder: Path) -> Any:
+        """Return what stands for these settings in cache addresses; it differs whenever the result may.
+
+        It has the content of the files and the versions of the programs that the settings name. Relative paths start at
+        `folder`.
+        """
+        return self
+
+    def unready(self, folder: Path) -> Iterator[str]:
+        """Yield why a step with these settings cannot start here, such as a missing file, each as `key=value: ...`.
+
+        Called before any work. Relative paths start at `folder`.
+        """
+        yield from ()
+
 
 def promised(settings: Any) -> Mapping[str, float]:
     """Return the promised values of metrics; the settings of a plain dataclass promise nothing."""
     found: Mapping[str, float] = settings.promises() if hasattr(settings, "promises") else {}
     return found
+
+
+def identity(settings: Any, folder: Path) -> Any:
+    """Return what stands for settings in cache addresses; those of a plain dataclass stand for themselves."""
+    return settings.identity(folder) if isinstance(settings, Intervention) else settings
+
+
+def unready(settings: Any, folder: Path) -> Iterator[str]:
+    """Yield why a step with these settings cannot start; a plain dataclass has no reason."""
+    if isinstance(settings, Intervention):
+        yield from settings.unready(folder)
 
 
 def without_gradients(function: Function) -> Function:

@@ -45,7 +45,7 @@ class Method:
     def modules(self) -> tuple[str, ...]:
         """The modules whose source says what the method does."""
         targets = [target for target in (self.function, self.settings) if target is not None]
-        return tuple(t.partition(":")[0] if isinstance(t, str) else t.__module__ for t in targets)
+        return tuple(dict.fromkeys(t.partition(":")[0] if isinstance(t, str) else t.__module__ for t in targets))
 
 
 class UnknownMethod(ValueError):
@@ -60,7 +60,7 @@ def register(found: type[Intervention] | Method) -> Method:
 
     Raises ValueError for a name that another method has.
     """
-    method = found if isinstance(found, Method) else Method(found.name, found.category, found)
+    method = found if isinstance(found, Method) else Method(found.name, found.category, found, found.function)
     former = _table.get(method.name, method)
     if former != method and _where(former) != _where(method):
         raise ValueError(f"{_where(method)} redefines the intervention {method.name!r} of {_where(former)}")

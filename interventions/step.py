@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def apply(
     progress: Callable[[str], None] | None = None,
     statistics: SharedStatistics | None = None,
     copies: Mapping[str, Tensor] | None = None,
+    folder: Path | None = None,
     **overrides: Any,
 ) -> StepReport:
     """Apply the intervention named `method` to `model` in place, and return a report.
@@ -50,6 +52,7 @@ def apply(
     values. `edits`, `calibration`, `forget` and `retain` replace those in `resources`; `forget` is a mapping by topic
     or the texts of a single topic. `statistics` is the cache for the model's current state. `copies` are host tensors
     with the current values of all parameters, if the caller has them; without, the step copies what it may change.
+    Relative paths in settings start at `folder` (None: the working folder).
 
     Only weights change: parameter names, shapes, dtypes and requires_grad flags, train mode, the KV cache flag and the
     tokenizer stay the same; gradients are dropped. On any exception, including an interrupt, the original weights are
@@ -66,7 +69,7 @@ def apply(
     given = _complete_resources(resources, edits, calibration, forget, retain)
     warnings: list[str] = []
     satisfied: list[str] = []
-    context = Context(seed, progress or silent, warnings.append, satisfied.append, statistics)
+    context = Context(seed, progress or silent, warnings.append, satisfied.append, statistics, folder or Path.cwd())
     function = chosen.load()
     before = SafetyCopy(model, _may_change(complete, model), copies)
     devices = {placement(model).device, *(parameter.device for parameter in model.parameters())}

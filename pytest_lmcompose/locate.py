@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from pathlib import Path
 
+from interventions.contents import is_path
 from pytest_lmcompose.build.checkpoint import check_folder
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.presets import THRESHOLDS, Conf, folders, is_preset_file
@@ -15,7 +15,6 @@ from pytest_lmcompose.settings import SOURCES
 
 CONF = SUITE_FOLDER / "conf"
 """The presets of the suite."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def conf_folders(folder: Path | None) -> Conf:
@@ -47,7 +46,7 @@ def model_overrides(name: str, conf: Conf, folder: Path) -> tuple[str, ...]:
         check_folder(path)  # raises an error that says what it is
     if path.exists():
         return ("model=any", f"model.path={quoted(str(path))}")
-    if _is_path(name, path):
+    if is_path(name, path):
         raise RecipeError(f"no such model folder: {path}.{near_names(name, known)}")
     if "/" not in name and difflib.get_close_matches(name, known, n=1, cutoff=0.8):
         raise RecipeError(
@@ -72,7 +71,7 @@ def model_location(path: str, folder: Path) -> str:
     candidate = folder / os.path.expanduser(path)
     if candidate.exists():
         check_folder(candidate)
-    if _is_path(path, candidate) or _is_path(path, SUITE_FOLDER / path):
+    if is_path(path, candidate) or is_path(path, SUITE_FOLDER / path):
         raise RecipeError(f"no such model folder: {path} (looked in {folder} and {SUITE_FOLDER})")
     return path
 
@@ -119,10 +118,3 @@ def thresholds_file(recipe: Recipe, location: str, conf: Conf, folder: Path) -> 
         if (path := place / os.path.expanduser(name)).is_file():
             return path
     raise RecipeError(f"world.thresholds={name}: no such file (looked in {', '.join(map(str, places))})")
-
-
-def _is_path(name: str, path: Path) -> bool:
-    """Return whether `name` must be a path: it is not a valid hub id, or its parent folder exists."""
-    if not _HUB_ID.fullmatch(name) or (os.sep != "/" and os.sep in name):
-        return True
-    return "/" in name and path.parent.is_dir()

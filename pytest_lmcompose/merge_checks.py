@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pytest_lmcompose.baseline.compare import circumstances
+from pytest_lmcompose.baseline.compare import circumstances, given
 from pytest_lmcompose.distribute.shard import Shard
 from pytest_lmcompose.gate.thresholds import Rule
 from pytest_lmcompose.results import CompositionResult, Outcome, Part, Plan, Report, replace
@@ -141,8 +141,8 @@ def _results(reports: Mapping[str, Report], tolerance: float) -> Iterator[str]:
     for name, report in reports.items():
         for record in report.compositions:
             for step in record.steps:
-                other, known = settings.setdefault(step.id, (name, step.settings))
-                if changes := list(_changes(known, step.settings)):
+                other, known = settings.setdefault(step.id, (name, given(step)))
+                if changes := list(_changes(known, given(step))):
                     yield _apart(other, name, f"settings of {step.id}: {', '.join(changes)}")
             where, before = records.setdefault(record.id, (name, record))
             if before is not record:

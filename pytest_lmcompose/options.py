@@ -70,6 +70,8 @@ class Options:
     cache_size: int
     """Maximum size of the cache in bytes."""
     resume: bool
+    allow_commands: bool
+    """Whether steps may run the user's commands."""
     engines: tuple[tuple[str, str], ...]
     """Default interpreters of compression engines, as pairs of environment variable and path."""
     folder: Path
@@ -141,6 +143,7 @@ def add_options(parser: pytest.Parser) -> None:
 
     flag("no-cache", "ignore the cache; store nothing")
     parser.addini("lmcompose_no_cache", "ignore the cache; store nothing", type="bool", default=False)
+    flag("allow-commands", "permit steps such as command[run=...] to run the commands in their settings")
     flag("resume", "resume an interrupted run with the same options and report its progress")
     for name, help in SWITCHES:
         flag(name, help)
@@ -194,6 +197,7 @@ def read_options(config: pytest.Config) -> Options:
         cache_url=values["cache_dir"] if is_url(values["cache_dir"] or "") else None,
         cache_size=_cache_size(values["cache_size"]),
         resume=bool(config.getoption("lmcompose_resume")),
+        allow_commands=bool(config.getoption("lmcompose_allow_commands")),
         engines=_engines(config),
         folder=folder,
         baselines=baselines,

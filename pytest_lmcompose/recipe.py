@@ -173,7 +173,7 @@ def _merge(config: DictConfig, preset: Preset, *, own: bool) -> None:
             raise RecipeError(f"{path}: {error}") from None
         if section == "world" and not own:
             given = anchored(given, path.parent, config.world.folder)
-        if section == "model" and not own and "path" in given and (path.parent / str(given["path"])).exists():
+        if given.get("path") and not own and (path.parent / str(given["path"])).exists():
             given = {**given, "path": str(path.parent / str(given["path"]))}
         with _readable(str(path)):
             _assign(config, section, given, kind)

@@ -82,13 +82,14 @@ class Run(RunSetup):
             check_chat(loaded.tokenizer, self.recipe.evaluate, self.location)
             self._manager = StateManager(
                 loaded,
-                self.recipe.settings,
+                self.settings,
                 data[0].resources,
                 self.seeds[0],
                 self._progress,
                 self.run_cache,
                 doing=self._doing,
                 applied=self._applied,
+                folder=self.options.folder,
             )
         return self._manager
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluators.measurement import EvaluationError
 from interventions.registry import methods
@@ -18,7 +18,7 @@ from pytest_lmcompose.cache.folder import Cache
 from pytest_lmcompose.cache.journal import Journal
 from pytest_lmcompose.cache.remote import RemoteCache
 from pytest_lmcompose.cache.run_cache import RunCache, costs
-from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.data.hashes import data_hashes, question_files
 from pytest_lmcompose.errors import ModelError
@@ -45,6 +45,7 @@ from pytest_lmcompose.options import Options
 from pytest_lmcompose.plan import Plan
 from pytest_lmcompose.presets import Conf
 from pytest_lmcompose.recipe import Recipe, RecipeError, load_recipe
+from pytest_lmcompose.step_checks import check_step
 
 if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
@@ -61,6 +62,8 @@ class RunSetup:
         self.baseline_read = False
         """Whether `baseline` has been read."""
         self._progress = progress
+        self._checked: set[Step] = set()
+        """Steps that can start."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -106,8 +109,27 @@ class RunSetup:
     def compositions(self) -> tuple[Composition, ...]:
         """The compositions to test: those given, else the suite's; raises RecipeError."""
         if self.options.compose:
-            return tuple(dict.fromkeys(self.recipe.read(text) for text in self.options.compose))
-        return self.recipe.suite_compositions()
+            found = tuple(dict.fromkeys(self.recipe.read(text) for text in self.options.compose))
+        else:
+            found = self.recipe.suite_compositions()
+        for step in dict.fromkeys(step for composition in found for step in composition.steps):
+            self.settings(step)
+        return found
+
+    def read(self, text: str) -> Composition:
+        """Parse a composition id and check that its steps can start; raises RecipeError."""
+        composition = self.recipe.read(text)
+        for step in composition.steps:
+            self.settings(step)
+        return composition
+
+    def settings(self, step: Step) -> Any:
+        """Return the settings of a step; raises RecipeError if it cannot start here."""
+        found = self.recipe.settings(step)
+        if step not in self._checked:
+            check_step(step, found, self.location, self.options)
+            self._checked.add(step)
+        return found
 
     @cached_property
     def location(self) -> str:
@@ -137,7 +159,7 @@ class RunSetup:
         check_metrics(self.rules, thresholds, recipe.world, recipe.evaluate, self.world_folder)
         for name in own_compositions(self.rules):
             try:
-                self.recipe.read(name)
+                self.read(name)
             except RecipeError as error:
                 raise RecipeError(f"{thresholds}: {error}") from None
         baseline = self.baseline

@@ -134,7 +134,7 @@ class Session:
     def read(self, text: str) -> Composition:
         """Parse and check a composition id; raises pytest.UsageError."""
         with usage_errors():
-            return self.run.recipe.read(text)
+            return self.run.read(text)
 
     def categories(self, composition: Composition) -> tuple[str, ...]:
         """Return the distinct categories of a composition's steps."""

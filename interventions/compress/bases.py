@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from interventions.compress.engines.table import OWN, engine_problems
 from interventions.intervention import ZEROS, Intervention
@@ -86,6 +87,12 @@ class Calibrated(Intervention):
         """Yield the settings that the engine does not support."""
         yield from super().problems()
         yield from engine_problems(self.name, self)
+
+    def identity(self, folder: Path) -> Any:
+        """Return the settings, with the versions of the engine if it is another one."""
+        from interventions.compress.engines.identity import engine_identity
+
+        return {"settings": self, "engine": engine_identity(self)}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from evaluators.measurement import EvaluationError
 from evaluators.metrics import find_metric
 from pytest_lmcompose.data.hashes import METHODS, data_part
 from pytest_lmcompose.gate.paired import change, corrected, is_exact
-from pytest_lmcompose.results import Compared, Difference, Measured, Model, Report, Row, replace
+from pytest_lmcompose.results import Compared, Difference, Measured, Model, Report, Row, Step, replace
 
 LEVEL = 0.05
 _MODEL = {"id": "name", "revision": "revision", "weight_hash": "weights", "dtype": "dtype", "device": "device"}
@@ -172,8 +172,14 @@ def _settings(old: Report, new: Report) -> Iterator[str]:
         f"{other.id}: {text}"
         for record in new.compositions
         for one, other in zip(before.get(record.id, ()), record.steps, strict=False)
-        for text in _changed(one.settings, other.settings)
+        for text in _changed(given(one), given(other))
     )
+
+
+def given(step: Step) -> dict[str, Any]:
+    """Return the settings of a step, and the hash of the files that they name if there is one."""
+    content = step.details.get("content")
+    return dict(step.settings) if content is None else {**step.settings, "content": content}
 
 
 def _named(model: Model) -> dict[str, Any]:

@@ -21,8 +21,8 @@ _LONGEST_HEADER = 100 * 2**20
 _LFS = b"version https://git-lfs"
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ModelError for the first problem that prevents loading a model from `folder`."""
+def check_folder(folder: Path, *, tokenizer: bool = True) -> None:
+    """Raise ModelError for the first problem that prevents loading a model, with its `tokenizer`, from `folder`."""
     if folder.is_file():
         kind = "a GGUF file" if folder.suffix == ".gguf" else "a file"
         raise ModelError(f"{folder} is {kind}: name a folder with config.json and {WEIGHTS}")
@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> None:
             _object(folder / name)
     for path in _weight_files(folder):
         _check_safetensors(path)
-    if not any(found for pattern in _TOKENIZERS for found in folder.glob(pattern)):
+    if tokenizer and not any(found for pattern in _TOKENIZERS for found in folder.glob(pattern)):
         raise ModelError(f"{folder} has no tokenizer: save the model's own there with tokenizer.save_pretrained")
 
 

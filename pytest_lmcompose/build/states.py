@@ -11,10 +11,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from interventions import Resources, apply, find_method
-from interventions.compress.engines.identity import engine_identity
+from interventions.intervention import identity
 from pytest_lmcompose.build.identity import base_address
 from pytest_lmcompose.build.load import Loaded
 from pytest_lmcompose.build.snapshot import Lease, Snapshot, WorkingModel, bytes_of
@@ -71,6 +72,7 @@ class StateManager:
         doing: Callable[[str], None] | None = None,
         applied: Callable[[Composition, StepRecord], None] | None = None,
         working: WorkingModel | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Take over `loaded`; `settings` returns a step's settings, `progress` takes one line per step.
 
@@ -82,6 +84,7 @@ class StateManager:
         self._run_cache = run_cache
         self._resources, self._seed, self._progress = resources, seed, progress
         self._doing, self._applied = doing, applied
+        self._folder = folder or Path.cwd()
         # Everything that all steps depend on.
         self._data = address(resources=resources, libraries=versions(METHOD_LIBRARIES))
         self._working = working or WorkingModel(loaded.model)
@@ -145,12 +148,14 @@ class StateManager:
             doing=self._doing,
             applied=self._applied,
             working=self._working,
+            folder=self._folder,
         )
 
     def address(self, composition: Composition) -> str:
         """Return the content address of a state: the hash of everything it depends on.
 
-        That is the base model, and for each step its settings, seed, data, code, and versions of libraries.
+        That is the base model, and for each step its settings and what they name (see `identity`), seed, data, code,
+        and versions of libraries.
         """
         parent = Composition()
         for prefix in composition.prefixes():
@@ -159,11 +164,10 @@ class StateManager:
                 self._addresses[prefix] = address(
                     before=self._addresses[parent],
                     method=step.method,
-                    settings=self._settings(step),
+                    settings=identity(self._settings(step), self._folder),
                     seed=step_seed(self._seed, prefix),
                     data=self._data,
                     code=method_code(find_method(step.method)),
-                    engine=engine_identity(self._settings(step)),
                 )
             parent = prefix
         return self._addresses[composition]
@@ -219,6 +223,7 @@ class StateManager:
                 seed=seed,
                 statistics=self._working.statistics.of(before.snapshot.state_hash),
                 copies=self._working.values(before.snapshot),
+                folder=self._folder,
             )
         except Exception as error:
             self._progress(f"{label}  failed: {error}")

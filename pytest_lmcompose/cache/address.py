@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from importlib.machinery import all_suffixes
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from evaluators import registry
 from evaluators.registry import evaluators
 from evaluators.settings import UnlearningSettings
+from interventions.contents import hash_files as hash_files
 from interventions.registry import Method
 
 if TYPE_CHECKING:
@@ -45,22 +46,6 @@ def address(**parts: Any) -> str:
     """
     text = json.dumps(_plain(parts), sort_keys=True, separators=(",", ":"), allow_nan=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def hash_files(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 of files, and of all files in folders with their relative names.
-
-    Hidden files and __pycache__ are ignored. A missing path counts as an empty folder.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in _files(path):
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            name = file.relative_to(path) if file != path else Path(path.name)
-            digest.update(f"{name.as_posix()}\n{content}\n".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
 
 
 def method_code(method: Method) -> str:
@@ -189,16 +174,6 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise TypeError(f"{type(value).__name__} cannot be part of a content address")
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-        return
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden:
-            yield file
 
 
 def _source(name: str) -> tuple[Path, bytes] | None:

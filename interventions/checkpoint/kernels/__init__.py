@@ -1,0 +1,1 @@
+"""What the methods of this category compute with."""

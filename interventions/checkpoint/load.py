@@ -1,0 +1,163 @@
+"""The weights of another checkpoint of the same architecture as a step: a fine-tuned or merged model, or any other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+from interventions.contents import checkpoint_content, fetched, local
+from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
+from interventions.names import near_names
+from interventions.ranges import Items
+from interventions.types import InterventionError
+
+_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+"""What is downloaded of a model on the hub."""
+
+
+@dataclass(frozen=True)
+class LoadSettings(Intervention):
+    """The weights of another folder or hub id of the same architecture, in place of the model's."""
+
+    name = "load"
+    category = "checkpoint"
+
+    path: str = ""
+    """Folder (relative to where pytest was called) or hub id of the other model; required."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    only: Annotated[list[str], Items()] | None = None
+    """Globs of the parameters to replace, such as ["*.mlp.*"]; null: all."""
+
+    def identity(self, folder: Path) -> Any:
+        """Return the other model's content, wherever it lies, with the rest of the settings."""
+        content = checkpoint_content(self.path, self.revision, folder)
+        return {"content": content, "settings": dataclasses.replace(self, path="", revision=None)}
+
+    def unready(self, folder: Path) -> Iterator[str]:
+        """Yield that there is no path, or nothing at it."""
+        yield from missing(self.path, folder)
+
+    def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
+        """Replace the weights, in place, one parameter at a time; each is rounded once to the model's dtype.
+
+        Returns the path, the content's hash and the number of replaced parameters. Raises InterventionError if the
+        other model cannot be read completely, or differs in more than its weights.
+        """
+        for problem in self.unready(context.folder):
+            raise InterventionError(f"load: {problem}")
+        place, revision = fetched(self.path, self.revision, context.folder, *_FILES)
+        count = bring_in(model, tokenizer, place, f"load: {self.path}", context.warn, self.only)
+        content = checkpoint_content(self.path, revision, context.folder)
+        return {"path": self.path, "revision": revision, "content": content, "replaced": count}
+
+
+def missing(path: str, folder: Path) -> Iterator[str]:
+    """Yield that a required `path` is not given, or that nothing is there."""
+    if not path:
+        yield "path is empty: name a folder or a hub id, as in [path=./checkpoint]"
+    elif (place := local(path, folder)) is not None and not place.exists():
+        yield f"path={path}: no such folder: {place}"
+
+
+@without_gradients
+def bring_in(
+    model: Model,
+    tokenizer: Any,
+    folder: Path,
+    who: str,
+    warn: Callable[[str], None],
+    only: list[str] | None = None,
+) -> int:
+    """Replace the weights of `model` with those in `folder`; return how many were replaced.
+
+    `who` starts the messages. Raises InterventionError if the model there cannot be read, or is another one.
+    """
+    import torch
+
+    from interventions.checkpoint.kernels.sameness import check_same_model, check_same_tokenizer
+
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    other, theirs = _read_other(folder, who, min(dtypes, key=lambda dtype: -dtype.itemsize))
+    check_same_model(model, other, who)
+    if theirs is not None:
+        check_same_tokenizer(tokenizer, theirs, who, warn)
+    held, ours = dict(other.named_parameters()), dict(model.named_parameters())
+    chosen = [name for name in ours if only is None or any(fnmatchcase(name, glob) for glob in only)]
+    for glob in only or ():
+        if not any(fnmatchcase(name, glob) for name in ours):
+            raise InterventionError(f"{who}: only={glob} matches no parameter.{near_names(glob, ours)}".rstrip("."))
+    same = True
+    for name in chosen:
+        new = held[name].to(ours[name].device, ours[name].dtype)
+        same = same and torch.equal(ours[name], new)
+        ours[name].copy_(new)
+        held[name].data = torch.empty(0, dtype=new.dtype)  # free memory as we go
+    if same:
+        raise InterventionError(f"{who} holds the weights that the model has already")
+    return len(chosen)
+
+
+def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, Any]:
+    """Return the model in `folder` on the CPU, and its tokenizer, None if there is none.
+
+    Weights keep the dtype in which they are stored if it is the same for all, so that no copy of them is made;
+    otherwise they become `dtype`. Raises InterventionError.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=_stored_dtype(folder) or dtype,
+                output_loading_info=True,
+            )
+            other, found = loaded
+            has_tokenizer = any(folder.glob("tokenizer*"))
+            theirs = AutoTokenizer.from_pretrained(str(folder)) if has_tokenizer else None
+    except Exception as error:  # transformers and the hub raise all kinds
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise InterventionError(f"{who} cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
+    for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "has"), ("mismatched_keys", "has another")):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            raise InterventionError(f"{who} {problem} {names[0]}{more}: weights and config.json do not match")
+    return other.eval(), theirs
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Show no progress bars and warnings of transformers."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _stored_dtype(folder: Path) -> Any:
+    """Return the dtype of all floating-point tensors in a folder's safetensors files; None if there are several."""
+    import torch
+    from safetensors import safe_open
+
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            found |= {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
+    return names.get(found.pop()) if len(found) == 1 else None
