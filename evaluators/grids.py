@@ -70,6 +70,24 @@ def _bits_of(weight: Tensor, size: int, most: int) -> int | None:
 def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
     """Return the number of levels of the widest group, or None if a group fits no grid of `most` levels.
 
+    See `fit_steps` for the arguments.
+    """
+    fitted = fit_steps(groups, most, eps)
+    return None if fitted is None else int(fitted.levels.max())
+
+
+class Fit(NamedTuple):
+    """The coarsest grid of each group."""
+
+    steps: Tensor
+    """(n,) steps in the largest magnitude."""
+    levels: Tensor
+    """(n,) levels from the lowest value, or zero, to the highest."""
+
+
+def fit_steps(groups: Tensor, most: int, eps: float) -> Fit | None:
+    """Return the coarsest grids, or None if a group fits no grid of `most` levels.
+
     `groups` (n, width) are float32 without all-zero groups; `eps` is that of the stored dtype. The
     largest magnitude of a group is an integer number of steps, so integers are tried from 1 up: first
     on a few values, then on all.
@@ -80,10 +98,10 @@ def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
     hopeful = _fits(probed.unsqueeze(2) * steps, eps).all(dim=1)  # (n, steps)
     if not bool(hopeful.any(dim=1).all()):
         return None
-    fitted = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
-    widest = 0
+    found = torch.zeros(len(groups), dtype=torch.long, device=groups.device)
+    levels = torch.zeros_like(found)
     for column in hopeful.any(dim=0).nonzero().flatten().tolist():
-        rows = (hopeful[:, column] & ~fitted).nonzero().flatten()
+        rows = (hopeful[:, column] & (found == 0)).nonzero().flatten()
         if not len(rows):
             continue
         numbers = shares[rows] * steps[column]
@@ -91,10 +109,9 @@ def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
         ends = torch.stack([numbers.amax(dim=1), -numbers.amin(dim=1)]).clamp(min=0)
         spans = (ends - _slack(ends, eps)).ceil().sum(dim=0) + 1
         fitting = _fits(numbers, eps).all(dim=1) & (spans <= most)
-        fitted[rows[fitting]] = True
-        if bool(fitting.any()):
-            widest = max(widest, int(spans[fitting].max()))
-    return widest if bool(fitted.all()) else None
+        found[rows[fitting]] = column + 1
+        levels[rows[fitting]] = spans[fitting].long()
+    return Fit(found, levels) if bool((found > 0).all()) else None
 
 
 def _fits(numbers: Tensor, eps: float) -> Tensor:
