@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_lmcompose.checkpoints.schemes import Codes, Format, Scheme
+from pytest_lmcompose.checkpoints.schemes import Codes, Format, Scheme, skipped
 from pytest_lmcompose.checkpoints.words import pack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -31,7 +31,8 @@ class Awq(Format):
         return f"{rows} outputs, where awq wants a multiple of 8" if rows % 8 else None
 
     def config(self, layers: Mapping[str, Scheme], left: Iterable[str]) -> dict[str, Any]:
-        """State the grid of all layers, and which modules are not packed."""
+        """State the grid of all layers, and which modules are not packed: GPTQModel's own loader reads `dynamic`."""
+        left = list(left)
         scheme = next(iter(layers.values()))
         return {
             "quant_method": "awq",
@@ -39,7 +40,8 @@ class Awq(Format):
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "zero_point": True,
-            "modules_to_not_convert": list(left),
+            "modules_to_not_convert": left,
+            "dynamic": skipped(left),
         }
 
     def store(self, codes: Codes) -> dict[str, Tensor]:

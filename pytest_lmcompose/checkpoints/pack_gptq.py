@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_lmcompose.checkpoints.schemes import WHOLE_ROW, Codes, Format, Scheme
+from pytest_lmcompose.checkpoints.schemes import WHOLE_ROW, Codes, Format, Scheme, skipped
 from pytest_lmcompose.checkpoints.words import pack_words
 
 
@@ -33,8 +33,7 @@ class Gptq(Format):
     def config(self, layers: Mapping[str, Scheme], left: Iterable[str]) -> dict[str, Any]:
         """State the most common grid, then what differs, by patterns of module names."""
         (main, _), *_ = Counter(layers.values()).most_common()
-        dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in left}
-        dynamic |= {
+        dynamic = skipped(left) | {
             f"+:^{re.escape(name)}$": {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
             for name, scheme in layers.items()
             if scheme != main

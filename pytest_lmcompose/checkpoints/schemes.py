@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -89,6 +90,11 @@ class Format(ABC):
     @abstractmethod
     def store(self, codes: Codes) -> dict[str, Tensor]:
         """Return the stored tensors by the last part of their names."""
+
+
+def skipped(modules: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return `dynamic` of GPTQModel's configurations for modules in full precision."""
+    return {f"-:^{re.escape(name)}$": {} for name in modules}
 
 
 def fitting_size(group_size: int, cols: int, format: Format) -> int | None:
