@@ -68,5 +68,5 @@ class Gptq(Format):
             "qweight": pack_words(levels, bits).t().contiguous(),
             "qzeros": pack_words((zeros - 1).t(), bits),
             "scales": scales.t().contiguous(),
-            "g_idx": torch.arange(cols, dtype=torch.int32) // size,
+            "g_idx": torch.arange(cols, dtype=torch.int32, device=scales.device) // size,
         }
