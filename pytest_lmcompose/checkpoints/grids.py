@@ -90,12 +90,13 @@ def _scales(groups: Tensor, bits: int) -> Tensor | None:
     fit = fit_steps(values.float(), 2**bits, eps)
     if fit is None:
         return None
-    magnitude = values.double().abs()
+    magnitude = values.to(torch.float64 if groups.dtype == torch.float32 else torch.float32).abs()
     scale = magnitude.amax(dim=1, keepdim=True) / fit.steps.unsqueeze(1)
-    for _ in range(3):  # The first scale has the rounding error of one value; least squares that of all.
-        numbers = (magnitude / scale).round()
-        scale = (magnitude * numbers).sum(dim=1, keepdim=True) / numbers.square().sum(dim=1, keepdim=True)
-    numbers = (magnitude / scale).round()
+    numbers = (magnitude / scale).round_()
+    if eps * 2**bits > 1e-3:  # That scale has the rounding error of one value; least squares that of all.
+        for _ in range(3):
+            scale = (magnitude * numbers).sum(dim=1, keepdim=True) / numbers.square().sum(dim=1, keepdim=True)
+            numbers = (magnitude / scale).round_()
     # A scale gives back a value if it is within half a unit in the last place of it, divided by its steps;
     # below a power of two, these units are half as large.
     mantissa, exponent = torch.frexp(magnitude)

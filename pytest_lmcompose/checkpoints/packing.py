@@ -99,8 +99,8 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     if not layers:
         reasons = "; ".join(f"{count} with {reason}" for reason, count in Counter(left.values()).most_common())
         raise CheckpointError(
-            f"{format}: no linear layer can be packed: {reasons}. Choose another format, quantise last, or export in full "
-            "precision"
+            f"{format}: no linear layer can be packed: {reasons}. Choose another format, quantise last, or "
+            "export in full precision"
         )
     modules = {name.removesuffix(".weight"): layer.scheme for name, layer in layers.items()}
     rest = [name for name in _linear_modules(model) if name not in modules]
