@@ -6,6 +6,7 @@ levels between the lowest and highest j. Scales, zero points and the group size 
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn.functional import pad
 GROUP_SIZES = (32, 64, 128, 256)
 """Usual group sizes; whole rows are tried too."""
 BITS = range(2, 9)
+SCALE_BITS = 16
+LEAST_GROUP = 16
+"""Columns of the smallest group that packed formats store."""
 _SAMPLED = 8  # rows for the first test of a group size
 _PROBED = 8  # values per group for the first test of a step
 _EVIDENCE = 8  # minimum number of non-zero values per group
@@ -28,6 +32,12 @@ class Grid(NamedTuple):
     group_size: int
     """Columns per scale; all columns for whole rows."""
     groups: int
+    """Scales as packed formats store them: where groups do not fill a row, the largest parts of groups that do."""
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits of scales and zero points, as in GPTQ's and AWQ's layouts: a zero point has as many as a weight."""
+        return (SCALE_BITS + self.bits) * self.groups
 
 
 def find_grid(weight: Tensor) -> Grid | None:
@@ -48,7 +58,8 @@ def find_grid(weight: Tensor) -> Grid | None:
         size = -negative
         found = _bits_of(weight, size, expected) or _bits_of(weight, size, max(BITS))
         if found is not None:
-            return Grid(found, size, rows * -(-cols // size))
+            even = gcd(size, cols)
+            return Grid(found, size, rows * -(-cols // (even if even >= LEAST_GROUP else size)))
     return None
 
 

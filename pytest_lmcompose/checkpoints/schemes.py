@@ -22,7 +22,7 @@ BITS: dict[str, tuple[int, ...]] = {
 """Bits that each packed format stores."""
 WHOLE_ROW = -1
 LEAST_GROUP = 16
-"""Smaller groups are not stored: their scales would take as much room as the weights."""
+"""Smaller groups are not stored; as in `evaluators.grids`, which imports torch."""
 
 
 class Scheme(NamedTuple):
@@ -137,13 +137,12 @@ def choose_schemes(found: Mapping[str, Found], format: Format) -> tuple[dict[str
 def _main_grid(layers: Iterable[Found], format: Format) -> tuple[int, int] | None:
     """Return the bits and group size that hold the most weights; None if the format stores no layer's bits."""
     layers = list(layers)
-    grids = {
-        (layer.bits, size)
-        for layer in layers
-        if layer.bits in BITS[format.name]
-        for size in (layer.group_size, *((layer.cols,) if layer.group_size == WHOLE_ROW else ()))
-        if size == WHOLE_ROW or format.group_sizes is None or size in format.group_sizes
-    }
+    grids = set()
+    for layer in layers:
+        if layer.bits in BITS[format.name]:
+            grids.add((layer.bits, layer.group_size))
+            if layer.group_size == WHOLE_ROW and not format.mixed:
+                grids |= {(layer.bits, size) for size in format.group_sizes or () if layer.cols % size == 0}
 
     def worth(grid: tuple[int, int]) -> tuple[float, ...]:
         held = sum(layer.rows * layer.cols for layer in layers if _holds(*grid, layer, format))

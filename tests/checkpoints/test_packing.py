@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
-from evaluators.efficiency import decoder_linears
+from evaluators.efficiency import decoder_linears, read_layers
 from interventions import apply
 from pytest_lmcompose.checkpoints.packing import FORMATS, Packing, plan_packing
 from pytest_lmcompose.errors import CheckpointError
 from tests.checkpoints.packed import dequantised_awq, dequantised_gptq, unpacked, write_packed
 from tests.engines.states import READ, logits_of, packable_model
-from tests.models import CONFIGS, tiny_model, tiny_tokenizer
+from tests.models import CONFIGS, VOCABULARY, tiny_model, tiny_tokenizer
 
 
 def quantised(method: str = "rtn", model: Any = None, **settings: Any) -> Any:
@@ -233,3 +233,19 @@ def test_what_a_format_cannot_store_is_said() -> None:
 def test_formats_can_be_named_without_torch() -> None:
     code = "import sys, pytest_lmcompose.checkpoints.packing; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_the_report_says_how_large_packed_layers_are(format: str, group_size: int) -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tiny_model(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes))
+    quantised(model=model, group_size=group_size)
+    layers = {layer.name: layer for layer in read_layers(decoder_linears(model))}
+    packing = plan_packing(model, format, moved)
+    same = [name for name, layer in layers.items() if layer.grid.groups == packing.layers[name].scales.numel()]
+    assert len(same) >= 6  # one width out of two has smaller groups if all layers share one size
+    for name in same:
+        parts = packing.replace(name, model.get_parameter(name).detach())
+        stored = sum(8 * part.numel() * part.element_size() for key, part in parts.items() if "g_idx" not in key)
+        assert stored == layers[name].packed_bits
