@@ -18,9 +18,6 @@ from evaluators.measurement import EvaluationError, Measurement
 from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 
-SCALE_BITS = 32
-"""A 16-bit scale and a 16-bit zero point per group."""
-
 
 class Layer(NamedTuple):
     """How a linear layer can be stored."""
@@ -52,7 +49,7 @@ class Layer(NamedTuple):
     @property
     def overhead_bits(self) -> int:
         """Bits of scales and zero points."""
-        return 0 if self.grid is None else SCALE_BITS * self.grid.groups
+        return 0 if self.grid is None else self.grid.overhead_bits
 
     @property
     def packed_bits(self) -> int:
@@ -111,7 +108,7 @@ def measure_efficiency(
     - `average_bits` per weight of the decoder's linear layers: b if all values of the layer are on a
       grid of 2**b levels, otherwise the bits of its dtype, also if a later step moved it off its grid;
       zeros of a pruned layer without a grid count 1 bit.
-    - `overhead_bits` per weight: a 16-bit scale and zero point per group of a grid.
+    - `overhead_bits` per weight: a 16-bit scale and a zero point of the grid's bits per group.
     - `sparsity`: the share of exact zeros. `sparsity_2_4`: the share of weights in layers with at
       most two non-zero values in each group of four in a row.
     - `packed_megabytes` (10^6 bytes) of all parameters, with these layers packed.
@@ -153,7 +150,7 @@ def measure_efficiency(
             sum(layer.overhead_bits for layer in layers) / total,
             [layer.overhead_bits / layer.weights for layer in layers],
             False,
-            "16-bit scale and zero point by group",
+            "16-bit scale and a zero point of the grid's bits by group",
         ),
         read(
             "sparsity",

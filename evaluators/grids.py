@@ -6,6 +6,7 @@ levels between the lowest and highest j. Scales, zero points and the group size 
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn.functional import pad
 GROUP_SIZES = (32, 64, 128, 256)
 """Usual group sizes; whole rows are tried too."""
 BITS = range(2, 9)
+SCALE_BITS = 16
+LEAST_GROUP = 16
+"""Columns of the smallest group that packed formats store."""
 _SAMPLED = 8  # rows for the first test of a group size
 _PROBED = 8  # values per group for the first test of a step
 _EVIDENCE = 8  # minimum number of non-zero values per group
@@ -28,6 +32,12 @@ class Grid(NamedTuple):
     group_size: int
     """Columns per scale; all columns for whole rows."""
     groups: int
+    """Scales as packed formats store them: where groups do not fill a row, the largest parts of groups that do."""
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits of scales and zero points, as in GPTQ's and AWQ's layouts: a zero point has as many as a weight."""
+        return (SCALE_BITS + self.bits) * self.groups
 
 
 def find_grid(weight: Tensor) -> Grid | None:
@@ -48,7 +58,8 @@ def find_grid(weight: Tensor) -> Grid | None:
         size = -negative
         found = _bits_of(weight, size, expected) or _bits_of(weight, size, max(BITS))
         if found is not None:
-            return Grid(found, size, rows * -(-cols // size))
+            even = gcd(size, cols)
+            return Grid(found, size, rows * -(-cols // (even if even >= LEAST_GROUP else size)))
     return None
 
 
@@ -70,6 +81,24 @@ def _bits_of(weight: Tensor, size: int, most: int) -> int | None:
 def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
     """Return the number of levels of the widest group, or None if a group fits no grid of `most` levels.
 
+    See `fit_steps` for the arguments.
+    """
+    fitted = fit_steps(groups, most, eps)
+    return None if fitted is None else int(fitted.levels.max())
+
+
+class Fit(NamedTuple):
+    """The coarsest grid of each group."""
+
+    steps: Tensor
+    """(n,) steps in the largest magnitude."""
+    levels: Tensor
+    """(n,) levels from the lowest value, or zero, to the highest."""
+
+
+def fit_steps(groups: Tensor, most: int, eps: float) -> Fit | None:
+    """Return the coarsest grids, or None if a group fits no grid of `most` levels.
+
     `groups` (n, width) are float32 without all-zero groups; `eps` is that of the stored dtype. The
     largest magnitude of a group is an integer number of steps, so integers are tried from 1 up: first
     on a few values, then on all.
@@ -80,10 +109,10 @@ def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
     hopeful = _fits(probed.unsqueeze(2) * steps, eps).all(dim=1)  # (n, steps)
     if not bool(hopeful.any(dim=1).all()):
         return None
-    fitted = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
-    widest = 0
+    found = torch.zeros(len(groups), dtype=torch.long, device=groups.device)
+    levels = torch.zeros_like(found)
     for column in hopeful.any(dim=0).nonzero().flatten().tolist():
-        rows = (hopeful[:, column] & ~fitted).nonzero().flatten()
+        rows = (hopeful[:, column] & (found == 0)).nonzero().flatten()
         if not len(rows):
             continue
         numbers = shares[rows] * steps[column]
@@ -91,10 +120,9 @@ def count_levels(groups: Tensor, most: int, eps: float) -> int | None:
         ends = torch.stack([numbers.amax(dim=1), -numbers.amin(dim=1)]).clamp(min=0)
         spans = (ends - _slack(ends, eps)).ceil().sum(dim=0) + 1
         fitting = _fits(numbers, eps).all(dim=1) & (spans <= most)
-        fitted[rows[fitting]] = True
-        if bool(fitting.any()):
-            widest = max(widest, int(spans[fitting].max()))
-    return widest if bool(fitted.all()) else None
+        found[rows[fitting]] = column + 1
+        levels[rows[fitting]] = spans[fitting].long()
+    return Fit(found, levels) if bool((found > 0).all()) else None
 
 
 def _fits(numbers: Tensor, eps: float) -> Tensor:

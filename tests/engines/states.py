@@ -52,7 +52,7 @@ def linears_of(model: Any, block: int = 0) -> dict[str, Linear]:
 
 def grams(model: Any) -> dict[str, Tensor]:
     """Return the Gram matrix of the input of each linear of the first block."""
-    statistics = collect_statistics(model, [_windows()], list(linears_of(model).values()))
+    statistics = collect_statistics(model, [windows()], list(linears_of(model).values()))
     return {name.rpartition(".")[2]: found.gram for name, found in statistics.items()}
 
 
@@ -66,10 +66,11 @@ def output_error(before: Tensor, after: Tensor, gram: Tensor) -> float:
 @torch.no_grad()
 def logits_of(model: Any) -> Tensor:
     """Return what a model says to the calibration text."""
-    return model(_windows()["input_ids"]).logits.float()  # type: ignore[no-any-return]
+    return model(windows()["input_ids"]).logits.float()  # type: ignore[no-any-return]
 
 
-def _windows() -> Batch:
+def windows() -> Batch:
+    """Return the calibration text as one full batch."""
     (batch,) = window_batches(tiny_tokenizer(), TEXTS, samples=len(TEXTS), max_tokens=TOKENS)
     assert bool(batch["attention_mask"].all())
     return batch

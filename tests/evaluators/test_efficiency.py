@@ -43,11 +43,11 @@ def test_hand_counted_storage() -> None:
     found = {m.metric: m for m in measure_efficiency(model, weights=weights, length=8)}
     assert found["average_bits"].samples == pytest.approx((32, 4, (256 * 1 + 256 * 32) / 512))
     assert found["average_bits"].value == pytest.approx((32 + 4 + 16.5) / 3)
-    assert found["overhead_bits"].value == pytest.approx(16 * 32 / (3 * 512))
+    assert found["overhead_bits"].value == pytest.approx(16 * 20 / (3 * 512))
     zeros = int((weights["four"] == 0).sum())
     assert found["sparsity"].value == pytest.approx((256 + zeros) / (3 * 512))
     assert found["sparsity_2_4"].value == pytest.approx(1 / 3)
-    packed = [512 * 32, 512 * 4 + 16 * 32, min(512 + 256 * 32, 256 * 34)]
+    packed = [512 * 32, 512 * 4 + 16 * 20, min(512 + 256 * 32, 256 * 34)]
     assert found["packed_megabytes"].samples == pytest.approx([bits / 8e6 for bits in packed])
     assert "1 of 3 linear layers on a grid, 4 bits in groups of 32" in found["average_bits"].note
     assert all(m.stderr == 0 for m in found.values())

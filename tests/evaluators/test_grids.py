@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,7 +55,7 @@ def test_a_rounded_weight_is_recognised(bits: int, symmetric: bool, dtype: torch
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 320])
 def test_the_size_of_groups_is_found(size: int) -> None:
     found = find_grid(rounded(noise(8, 320), 4, size))
-    assert found == Grid(4, size, 8 * -(-320 // size))
+    assert found == Grid(4, size, 8 * 320 // gcd(320, size))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

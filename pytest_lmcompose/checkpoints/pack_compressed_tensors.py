@@ -1,0 +1,83 @@
+"""The format `pack-quantized` of compressed-tensors, through its package."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_lmcompose.checkpoints.schemes import WHOLE_ROW, Codes, Format, Scheme
+from pytest_lmcompose.errors import CheckpointError
+
+
+class CompressedTensors(Format):
+    """Scales have the model's dtype, so that float32 models are stored exactly."""
+
+    name = "compressed-tensors"
+    mixed = True
+    by_width = True
+
+    def __init__(self) -> None:
+        try:
+            import compressed_tensors  # noqa: F401
+        except ImportError:
+            raise CheckpointError(
+                'compressed-tensors: the package is missing: pip install "pytest-lmcompose[checkpoints]"'
+            ) from None
+
+    def scale_dtype(self, weight: torch.dtype) -> torch.dtype:
+        """Return the model's dtype, which loaders expect."""
+        return weight
+
+    def problem(self, rows: int, cols: int, bits: int) -> str | None:
+        """Any shape can be stored."""
+        return None
+
+    def config(self, layers: Mapping[str, Scheme], left: Iterable[str]) -> dict[str, Any]:
+        """Return one config group for each grid; `ignore` names all other linear modules."""
+        import compressed_tensors
+        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+        grids: dict[Scheme, list[str]] = defaultdict(list)
+        for name, scheme in layers.items():
+            grids[scheme].append(name)
+        groups = {
+            f"group_{number}": QuantizationScheme(
+                targets=["Linear"] if len(grids) == 1 else names, weights=_arguments(scheme), format="pack-quantized"
+            )
+            for number, (scheme, names) in enumerate(grids.items())
+        }
+        config = QuantizationConfig(
+            config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=list(left)
+        )
+        return {**config.model_dump(mode="json"), "version": compressed_tensors.__version__}
+
+    def store(self, codes: Codes) -> dict[str, Tensor]:
+        """Return the tensors; levels and zero points are packed as signed numbers."""
+        from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+        bits = codes.scheme.bits
+        middle = 2 ** (bits - 1)
+        stored = {
+            "weight_packed": pack_to_int32((codes.levels - middle).to(torch.int8), bits),
+            "weight_scale": codes.scales,
+            "weight_shape": torch.tensor(codes.levels.shape),
+        }
+        if not codes.scheme.symmetric:
+            stored["weight_zero_point"] = pack_to_int32((codes.zeros - middle).to(torch.int8), bits, packed_dim=0)
+        return stored
+
+
+def _arguments(scheme: Scheme) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    whole = scheme.group_size == WHOLE_ROW
+    return QuantizationArgs(
+        num_bits=scheme.bits,
+        symmetric=scheme.symmetric,
+        strategy="channel" if whole else "group",
+        group_size=None if whole else scheme.group_size,
+    )
