@@ -13,3 +13,7 @@ class RecipeError(ValueError):
 
 class ModelError(RecipeError):
     """A stored model is unusable; the message names the file or tensor and the fix."""
+
+
+class CheckpointError(RecipeError):
+    """A checkpoint folder cannot be written or read; the message says why and how to fix it."""
