@@ -76,6 +76,8 @@ def write_settings(folder: Path, model: Any, tokenizer: Any, quantization: Mappi
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     if quantization is not None:
         config.quantization_config = dict(quantization)
     if model.is_remote_code():
