@@ -41,7 +41,10 @@ class ExportOptions:
 
 
 def folder_name(composition: str) -> str:
-    """Return a file name that is distinct for each composition and needs no quotes: `memit+awq`, `awq-bits=3+memit-1a2b3c4d`."""
+    """Return a file name that is distinct for each composition and needs no quotes.
+
+    For example `memit+awq`, and `awq-bits=3+memit-1a2b3c4d` for `awq[bits=3]+memit`.
+    """
     name = _UNSAFE.sub("-", composition.replace("]", ""))[:_LONGEST].rstrip("-.")
     if name == composition:
         return name

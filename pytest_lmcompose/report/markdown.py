@@ -51,7 +51,8 @@ def _compositions(records: Sequence[CompositionResult], metrics: Sequence[str]) 
     if len(records) > ROWS:
         records = sorted(records, key=lambda record: summarise_gates([record]).state != "failed")
     left = f"\n\nand {len(records) - ROWS} more compositions" if len(records) > ROWS else ""
-    return markdown_table(("composition", "gates", *metrics), (_row(record, metrics) for record in records[:ROWS])) + left
+    rows = (_row(record, metrics) for record in records[:ROWS])
+    return markdown_table(("composition", "gates", *metrics), rows) + left
 
 
 def _row(record: CompositionResult, metrics: Sequence[str]) -> list[str]:
@@ -111,6 +112,7 @@ def _comparison(stored: BaselineComparison | None) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; all columns but the first are aligned to the right. The cells of `rows` are escaped already."""
     aligned = ["---"] + ["--:"] * (len(head) - 1)
     lines = [[escaped(name) for name in head], aligned, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
