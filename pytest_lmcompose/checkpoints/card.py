@@ -96,6 +96,7 @@ def write_card(
     )
     write_text(folder / README, readme(card))
     card = replace(card, files={**export.files, README: file_hash(folder / README)})
+    card = msgspec.json.decode(msgspec.json.encode(card), type=Card)  # so that what is read again encodes to the same
     write_text(folder / CARD, _encoded(replace(card, checksum=_checksum(card))))
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pytest_lmcompose.checkpoints.write import Packing
     from pytest_lmcompose.run import Run
 
+
 def export_composition(run: Run, composition: Composition, options: ExportOptions) -> None:
     """Write the state of `composition` in the first repeat, unless it is written; then bring its card up to date.
 

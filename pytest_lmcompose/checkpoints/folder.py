@@ -19,6 +19,8 @@ from pytest_lmcompose.errors import CheckpointError
 
 CARD = "lmcompose.json"
 """The file that marks a folder as written by this package."""
+_MARK = b'"card_version"'
+"""Each card contains it."""
 _PREFIX = ".{}.lmcompose-"
 _OLD = "old"
 """The name, inside a temporary folder, of the folder that a new one replaces."""
@@ -71,7 +73,8 @@ def check_target(target: Path) -> None:
 
 def is_own(folder: Path) -> bool:
     """Return whether `folder` was written by this package."""
-    return (folder / CARD).is_file()
+    path = folder / CARD
+    return path.is_file() and _MARK in path.read_bytes()
 
 
 def _checked(target: Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from pytest_lmcompose.cli.cache import cache
-from pytest_lmcompose.cli.checkpoints import build, verify
+from pytest_lmcompose.cli.checkpoints import build, gate, verify
 from pytest_lmcompose.cli.health import doctor
 from pytest_lmcompose.cli.listing import list_
 from pytest_lmcompose.cli.merging import merge
@@ -49,5 +49,5 @@ def main() -> None:
     """
 
 
-for command in (build, cache, compare, doctor, init, list_, merge, plan, report, show, verify):
+for command in (build, cache, compare, doctor, gate, init, list_, merge, plan, report, show, verify):
     main.add_command(command)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import pytest
 
+from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.planning import arguments, options
 from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
+from pytest_lmcompose.cli.runs import STORAGE, load
+from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.text import visible
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.checkpoints.judge import Judged
+    from pytest_lmcompose.results import Report
 
 _MEASURED = "compositions.test_compositions"
 _BUILT = "pytest_lmcompose.checkpoints.build_only"
@@ -107,4 +114,83 @@ def verify(folder: Path, report: Path, trust_remote_code: bool) -> None:
         raise CommandError(f"{error.filename}: {error.strerror}") from None
     click.echo(visible(found.message))
     if not found.same:
+        raise click.exceptions.Exit(FAILED)
+
+
+class _Judge:
+    """A pytest plugin that judges a folder as soon as options and ini values are known, and collects no tests."""
+
+    def __init__(self, folder: Path, baseline: Path, report: Report, composition: str | None, trusts: bool) -> None:
+        self._folder, self._baseline, self._report = folder, baseline, report
+        self._composition, self._trusts = composition, trusts
+        self.found: Judged | None = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self, config: pytest.Config) -> int:
+        from evaluators.measurement import EvaluationError
+        from pytest_lmcompose.baseline.reference import Baseline
+        from pytest_lmcompose.checkpoints.judge import FolderRun, judge_folder
+        from pytest_lmcompose.data.records import WorldError
+        from pytest_lmcompose.failures import usage_errors
+        from pytest_lmcompose.options import read_options
+
+        def progress(line: str) -> None:
+            click.echo(visible(line), err=True)
+
+        baseline = Baseline(self._baseline, self._report)
+        options = read_options(config)
+        run = FolderRun(self._folder, baseline, self._composition, options, progress, trusts=self._trusts)
+        with usage_errors():
+            try:
+                self.found = judge_folder(run)
+            except (WorldError, EvaluationError) as error:
+                raise pytest.UsageError(f"lmcompose: {error}") from None
+        return 0
+
+
+@click.command(cls=_RunCommand)
+@click.argument("folder", type=_FOLDER)
+@click.option("--baseline", required=True, metavar="RUN", help="Report, or stored run, to compare with.")
+@click.option("--as", "composition", metavar="ID", help="Judge by the rules for this composition, such as memit+awq.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model.")
+@click.option("--all", "-a", "every", is_flag=True, help="Show every metric, not only those with a gate.")
+@STORAGE
+def gate(
+    folder: Path,
+    baseline: str,
+    composition: str | None,
+    trust_remote_code: bool,
+    every: bool,
+    storage: Path,
+    **values: Any,
+) -> None:
+    """Measure the model in FOLDER and judge it, whatever made it.
+
+    Seeds, data, evaluation settings and thresholds are those of the baseline's run unless you set others. Bounds
+    relative to the base model compare with the base model of that run, and bounds that name a composition with that
+    composition there. The exit code is 1 if a gate failed or none applied.
+    """
+    from pytest_lmcompose.report.terminal import write_summary
+
+    path, report = load(baseline, storage)
+    seeds = {"seed": str(report.seed), "repeats": str(report.repeats)}
+    given = arguments({**values, **{key: values.get(key) or value for key, value in seeds.items()}})
+    judge = _Judge(folder, path, report, composition, trust_remote_code)
+    code = pytest.main(
+        ["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", "-n0", *given], plugins=[judge]
+    )
+    if code or judge.found is None:
+        raise click.exceptions.Exit(ERROR)
+    record = judge.found.folder
+    console = cast(pytest.TerminalReporter, Console())
+    write_summary(console, judge.found, lambda metric: every)
+    for found in record.gates:
+        if not found.passed:
+            click.echo(visible(f"failed: {found.message}"))
+    failed = sum(not found.passed for found in record.gates)
+    if not record.gates:
+        click.echo(f"{folder}: no threshold applies to it")
+    else:
+        click.echo(visible(f"{folder}: {failed} of {counted(len(record.gates), 'gate')} failed"))
+    if failed or not record.gates:
         raise click.exceptions.Exit(FAILED)
