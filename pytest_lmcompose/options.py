@@ -202,7 +202,7 @@ def read_options(config: pytest.Config) -> Options:
         engines=_engines(config),
         folder=folder,
         baselines=baselines,
-        export=_export(values["export"], values["export_format"], folder),
+        export=_export(config, values["export"], values["export_format"], folder),
         outputs=outputs,
         given=any(values.values()) or bool(compose or overrides) or baselines.wanted or outputs.wanted,
     )
@@ -239,10 +239,12 @@ def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path |
     return path
 
 
-def _export(value: str | None, format: str | None, folder: Path) -> ExportOptions | None:
+def _export(config: pytest.Config, value: str | None, format: str | None, folder: Path) -> ExportOptions | None:
     if format is not None and format not in FORMATS:
         raise pytest.UsageError(f"--lmcompose-export-format: expected {', '.join(FORMATS)}, not {format!r}")
     path = path_of(value, folder)
+    if path is None and config.getoption("lmcompose_export_format") is not None:
+        raise pytest.UsageError("--lmcompose-export-format requires --lmcompose-export=DIR")
     return None if path is None else ExportOptions(path, format or PLAIN)
 
 

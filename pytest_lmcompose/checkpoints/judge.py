@@ -82,7 +82,7 @@ class FolderRun(Run):
             "trust_remote_code": self._trusts,
         }
         world = {} if options.world is not None else {"world": stored.world}
-        chosen = ("model=any",)
+        chosen: tuple[str, ...] = ("model=any",)
         if options.world is not None:
             chosen += preset_overrides("world", options.world, self.conf, options.folder)
         overrides = (*chosen, *options.overrides)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pytest_lmcompose.checkpoints.card import CARD, README, Card, file_hash, file_hashes, read_card
+from pytest_lmcompose.checkpoints.card import README, Card, file_hash, file_hashes, read_card
+from pytest_lmcompose.checkpoints.folder import CARD
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.errors import CheckpointError
 from pytest_lmcompose.report.numbers import counted

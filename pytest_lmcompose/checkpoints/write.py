@@ -88,6 +88,15 @@ def write_settings(folder: Path, model: Any, tokenizer: Any, quantization: Mappi
     if model.can_generate() and model.generation_config is not None:
         # Without the checks of its `save_pretrained`, which refuse the configs of some published models.
         model.generation_config.to_json_file(folder / "generation_config.json")
+    _save_tokenizer(tokenizer, folder)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer without the padding and truncation that its last call has left in it."""
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
 
 
