@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import yaml
 from safetensors import safe_open
 from torch import Tensor
 
 from pytest_lmcompose.build.load import hash_weights
-from pytest_lmcompose.checkpoints.card import read_card
 from pytest_lmcompose.checkpoints.folder import CARD, new_folder
 from pytest_lmcompose.checkpoints.options import folder_name
 from pytest_lmcompose.checkpoints.write import INDEX, WEIGHTS, write_checkpoint
@@ -329,12 +327,3 @@ def test_names_of_folders_are_safe_and_distinct() -> None:
     assert found[:2] == ids[:2] and found[2].startswith("awq-bits=3-")
     assert len(set(found)) == len(ids)
     assert all(len(name) < 100 and not set(name) & set("/[]' ") for name in found)
-
-
-def check_card(folder: Path, composition: str) -> Any:
-    card = read_card(folder)
-    assert card is not None and card.composition == composition
-    head, text = (folder / "README.md").read_text().split("---\n", 2)[1:]
-    assert yaml.safe_load(head)["library_name"] == "transformers"
-    assert f"`{composition}`" in text
-    return card
