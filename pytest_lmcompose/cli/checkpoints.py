@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 _MEASURED = "compositions.test_compositions"
 _BUILT = "pytest_lmcompose.checkpoints.build_only"
-_SHOWN = ("model", "world", "conf", "set", "thresholds", "seed", "device", "json", "cache-dir", "no-cache")
-_OWN = ("compose", "suite", "shard", "plan", "export", "export-format", "engine", "gpus-per-worker")
+_BUILD = ("model", "world", "conf", "set", "thresholds", "seed", "device", "json", "cache-dir", "no-cache")
+_GATE = ("world", "conf", "set", "thresholds", "seed", "repeats", "device")
+_NOT_BUILD = ("compose", "suite", "shard", "plan", "export", "export-format", "engine", "gpus-per-worker")
 """Flags that make no sense for a single composition, or have another name here."""
 _FOLDER = click.Path(path_type=Path)
 
@@ -30,12 +32,17 @@ _FOLDER = click.Path(path_type=Path)
 class _RunCommand(click.Command):
     """A command that also takes the plugin's flags; they are created on first use, because importing them is slow."""
 
-    _complete = False
+    def __init__(self, *args: Any, shown: Sequence[str], without: Sequence[str] | None = None, **kwargs: Any) -> None:
+        """Show the flags `shown`; take all others too, except those `without`, or none if it is None."""
+        super().__init__(*args, **kwargs)
+        self._shown, self._without = shown, without
+        self._complete = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self._complete:
-            own = {parameter.name for parameter in self.params}
-            self.params += [option for option in options(_SHOWN, _OWN) if option.name not in own]
+            without = self._without
+            found = options(self._shown, () if without is None else without)
+            self.params += [o for o in found if without is not None or not cast(click.Option, o).hidden]
             self._complete = True
         return super().get_params(ctx)
 
@@ -64,7 +71,7 @@ class _Build:
         self.written = own.has_results and any(record.export is not None for record in own.collected.results)
 
 
-@click.command(cls=_RunCommand)
+@click.command(cls=_RunCommand, shown=_BUILD, without=_NOT_BUILD)
 @click.argument("composition")
 @click.option("--output", "-o", required=True, type=_FOLDER, metavar="DIR", help="Folder to write.")
 @click.option("--format", metavar="FORMAT", help="plain, compressed-tensors, gptq or awq.  [default: plain]")
@@ -94,21 +101,22 @@ def build(composition: str, output: Path, format: str | None, measure: bool, **v
 
 @click.command()
 @click.argument("folder", type=_FOLDER)
-@click.argument("report", type=_FOLDER)
+@click.argument("report")
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model.")
-def verify(folder: Path, report: Path, trust_remote_code: bool) -> None:
+@STORAGE
+def verify(folder: Path, report: str, trust_remote_code: bool, storage: Path) -> None:
     """Say which composition of REPORT the model in FOLDER is.
 
     Hashes the weights, of a packed folder those that a loader gets, and the files that were written with them. The exit
     code is 0 if FOLDER is a composition of REPORT and unchanged, and 1 if not.
     """
-    from pytest_lmcompose.baseline.storage import StorageError, read_run
     from pytest_lmcompose.checkpoints.verify import verify as answer
     from pytest_lmcompose.errors import RecipeError
 
+    path, run = load(report, storage)
     try:
-        found = answer(folder, read_run(report), str(report), trust_remote_code=trust_remote_code)
-    except (StorageError, RecipeError) as error:
+        found = answer(folder, run, str(path), trust_remote_code=trust_remote_code)
+    except RecipeError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"{error.filename}: {error.strerror}") from None
@@ -148,7 +156,7 @@ class _Judge:
         return 0
 
 
-@click.command(cls=_RunCommand)
+@click.command(cls=_RunCommand, shown=_GATE)
 @click.argument("folder", type=_FOLDER)
 @click.option("--baseline", required=True, metavar="RUN", help="Report, or stored run, to compare with.")
 @click.option("--as", "composition", metavar="ID", help="Judge by the rules for this composition, such as memit+awq.")

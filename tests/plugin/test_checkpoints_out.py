@@ -327,3 +327,36 @@ def test_names_of_folders_are_safe_and_distinct() -> None:
     assert found[:2] == ids[:2] and found[2].startswith("awq-bits=3-")
     assert len(set(found)) == len(ids)
     assert all(len(name) < 100 and not set(name) & set("/[]' ") for name in found)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits * 2
+        return found
+"""
+
+
+def test_the_code_of_a_model_travels_with_it(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    source = tmp_path / "source"
+    tiny_model("llama").save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    (source / "own_code.py").write_text(OWN_CODE)
+    config = json.loads((source / "config.json").read_text())
+    names = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    model = load(source, trust_remote_code=True)
+    written(model, tokenizer, tmp_path / "out")
+    assert (tmp_path / "out" / "own_code.py").read_text() == OWN_CODE
+    again = load(tmp_path / "out", trust_remote_code=True)
+    assert type(again).__name__ == "OwnModel" and torch.equal(logits(model), logits(again))

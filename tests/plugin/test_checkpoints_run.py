@@ -142,7 +142,7 @@ def test_verify_says_what_it_cannot_read(exported: tuple[Project, dict[str, Any]
     for words, message in (
         ((str(here / "none"), report), "is not a folder"),
         ((str(here / "empty"), report), "has no config.json"),
-        ((str(folders["nudge"]), str(here / "none.json")), "none.json cannot be read"),
+        ((str(folders["nudge"]), str(here / "none.json")), "no stored run"),
         ((str(folders["nudge"]), str(folders["nudge"] / "config.json")), "is not a pytest-lmcompose report"),
     ):
         found = call("verify", *words)
@@ -299,6 +299,8 @@ def test_gate_says_what_it_cannot_compare(
         assert found.exit_code == 2 and message in found.output, found.output
         assert "Traceback" not in found.output
     assert call("gate", str(other), "--baseline=none.json").exit_code == 2
+    for flag in ("--model=gpt2", "--json=out.json", "--suite=main"):
+        assert "No such option" in gating(project, str(folders["nudge"]), flag).output  # it would have no effect
     document = json.loads((project.path / "report.json").read_text())
     document["compositions"] = [record for record in document["compositions"] if record["id"] != "base"]
     (project.path / "report.json").write_text(msgspec.json.encode(document).decode())
