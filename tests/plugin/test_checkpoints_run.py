@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -28,6 +27,14 @@ FOLDERS = {"nudge": "nudge", f"{FAILING}+round": "nudge-scale=0.1+round-"}
 THRESHOLDS = "'*': {perplexity: {max_ratio_of_base: 100}}\n'*+round': {edit_success_f1: {min: 1}}\n"
 
 
+class Exported(NamedTuple):
+    """A run, its records and the folders of its compositions."""
+
+    project: Project
+    records: dict[str, Any]
+    folders: dict[str, Path]
+
+
 def call(*words: str) -> Result:
     return CliRunner().invoke(main, words)
 
@@ -42,20 +49,32 @@ def card_of(folder: Path, composition: str) -> Card:
     return card
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the only run of `exported` is kept."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def exported(project: Project) -> Iterator[tuple[Project, dict[str, Any], dict[str, Path]]]:
-    """A finished run with a report and exported folders, by composition."""
-    (project.path / "thresholds.yaml").write_text(THRESHOLDS)
-    result = project.run("--lmcompose-export=out", "--lmcompose-json=report.json", compose=IDS[1:])
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
-    records = by_id(read_report(project.path / "report.json"))
-    folders = {name: Path(records[name]["export"]["folder"]) for name in IDS[1:]}
-    result.stdout.fnmatch_lines([f"lmcompose export: {folders['nudge']}"])
-    yield project, records, folders
+def exported(project: Project, kept: Path) -> Exported:
+    """A finished run with a report and exported folders."""
+    report = project.path / "report.json"
+    if not (kept / "report.json").exists():
+        (project.path / "thresholds.yaml").write_text(THRESHOLDS)
+        result = project.run("--lmcompose-export=out", "--lmcompose-json=report.json", compose=IDS[1:])
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        result.stdout.fnmatch_lines([f"lmcompose export: {project.path}/out/nudge"])
+        shutil.copytree(project.path / "out", kept / "out")
+        (kept / "report.json").write_text(report.read_text().replace(str(project.path), "HERE"))
+    else:
+        shutil.copytree(kept / "out", project.path / "out")
+        report.write_text((kept / "report.json").read_text().replace("HERE", str(project.path)))
+    records = by_id(read_report(report))
+    return Exported(project, records, {name: Path(records[name]["export"]["folder"]) for name in IDS[1:]})
 
 
 def test_a_run_exports_each_composition_with_its_verdict(
-    exported: tuple[Project, dict[str, Any], dict[str, Path]],
+    exported: Exported,
 ) -> None:
     project, records, folders = exported
     assert {path.name for path in (project.path / "out").iterdir()} == {path.name for path in folders.values()}
@@ -81,9 +100,7 @@ def test_a_run_exports_each_composition_with_its_verdict(
     assert "export" not in records["base"]
 
 
-def test_verify_knows_each_folder_and_every_changed_bit(
-    exported: tuple[Project, dict[str, Any], dict[str, Path]], tiny_model: Path
-) -> None:
+def test_verify_knows_each_folder_and_every_changed_bit(exported: Exported, tiny_model: Path) -> None:
     project, records, folders = exported
     report = str(project.path / "report.json")
     for name, gates in ((IDS[1], "all gates passed"), (IDS[2], "1 of 2 gates failed")):
@@ -111,7 +128,7 @@ def test_verify_knows_each_folder_and_every_changed_bit(
     assert call("verify", str(folder), report).exit_code == 0
 
 
-def test_verify_needs_no_card(exported: tuple[Project, dict[str, Any], dict[str, Path]]) -> None:
+def test_verify_needs_no_card(exported: Exported) -> None:
     """The report's own hashes of the files show a change; weights alone are recognised too."""
     project, _, folders = exported
     report, folder = project.path / "report.json", folders["nudge"]
@@ -135,7 +152,7 @@ def test_verify_needs_no_card(exported: tuple[Project, dict[str, Any], dict[str,
     assert found.exit_code == 1 and "is no composition of" in found.output
 
 
-def test_verify_says_what_it_cannot_read(exported: tuple[Project, dict[str, Any], dict[str, Path]]) -> None:
+def test_verify_says_what_it_cannot_read(exported: Exported) -> None:
     project, _, folders = exported
     report, here = str(project.path / "report.json"), project.path
     (here / "empty").mkdir()
@@ -149,7 +166,7 @@ def test_verify_says_what_it_cannot_read(exported: tuple[Project, dict[str, Any]
         assert found.exit_code == 2 and message in found.output and found.output.count("\n") == 1
 
 
-def test_the_card_gets_the_final_verdict(exported: tuple[Project, dict[str, Any], dict[str, Path]]) -> None:
+def test_the_card_gets_the_final_verdict(exported: Exported) -> None:
     project, _, folders = exported
     record = decode((project.path / "report.json").read_bytes()).by_id["nudge"]
     before = (folders["nudge"] / "lmcompose.json").read_bytes()
@@ -244,7 +261,7 @@ def gating(project: Project, *words: str) -> Result:
 
 
 def test_gate_judges_a_folder_like_the_composition_that_it_is(
-    exported: tuple[Project, dict[str, Any], dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project, records, folders = exported
     monkeypatch.chdir(project.path)
@@ -266,9 +283,7 @@ def test_gate_judges_a_folder_like_the_composition_that_it_is(
     assert found.exit_code == 1 and "name it with --as" in found.output
 
 
-def test_gate_compares_with_the_answers_of_the_base_model(
-    exported: tuple[Project, dict[str, Any], dict[str, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gate_compares_with_the_answers_of_the_base_model(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder's own answers would always agree with themselves."""
     project, records, folders = exported
     monkeypatch.chdir(project.path)
@@ -280,9 +295,7 @@ def test_gate_compares_with_the_answers_of_the_base_model(
     assert f"edit_locality_agreement = {expected['value']:.6g} < min 1" in found.output, found.output
 
 
-def test_gate_says_what_it_cannot_compare(
-    exported: tuple[Project, dict[str, Any], dict[str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_gate_says_what_it_cannot_compare(exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     project, _, folders = exported
     monkeypatch.chdir(project.path)
     other = tmp_path / "other"
