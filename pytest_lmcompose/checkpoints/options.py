@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_lmcompose.checkpoints.folder import check_target
+from pytest_lmcompose.checkpoints.folder import check_target, is_own
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.errors import CheckpointError
 
@@ -35,6 +35,8 @@ class ExportOptions:
         """Check that the export can be written and does not touch the folder `model`; raises CheckpointError."""
         check_target(self.folder if self.single else self.folder / "composition")
         folder = self.folder.resolve()
+        if not self.single and is_own(folder):
+            raise CheckpointError(f"{folder} is itself an exported model; choose the folder above it, or another one")
         model = model.resolve()
         if model.exists() and (folder.is_relative_to(model) or (self.single and model.is_relative_to(folder))):
             raise CheckpointError(f"{folder} is the folder of the model; choose another one")

@@ -195,11 +195,15 @@ def test_workers_export_what_they_test(project: Project) -> None:
         (("--lmcompose-export=out", "--lmcompose-export-format=gguf"), "expected plain, compressed-tensors, gptq"),
         (("--lmcompose-export-format=awq",), "requires --lmcompose-export=DIR"),
         (("--lmcompose-export={model}/out",), "is the folder of the model"),
+        (("--lmcompose-export=exported",), "is itself an exported model"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_any_work(
     project: Project, tiny_model: Path, arguments: tuple[str, ...], message: str
 ) -> None:
+    taken = project.path / "exported"
+    taken.mkdir()
+    (taken / "lmcompose.json").write_text('{"card_version": 1}')
     result = project.run(*(text.format(model=tiny_model) for text in arguments), compose=("nudge",))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert message in result.stderr.str() and "Traceback" not in result.stderr.str()
