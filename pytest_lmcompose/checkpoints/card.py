@@ -105,7 +105,9 @@ def update_card(record: CompositionResult) -> None:
     assert record.export is not None
     folder = Path(record.export.folder)
     card = read_card(folder)
-    if card is None or (card.gates, card.measurements) == (record.gates, tuple(map(_figure, record.measurements))):
+    if card is None or (card.composition, card.weights_hash) != (record.id, record.export.weights_hash):
+        return  # another run has replaced the folder
+    if (card.gates, card.measurements) == (record.gates, tuple(map(_figure, record.measurements))):
         return
     write_card(folder, record, card.model, card.environment, card.seed, card.written)
 

@@ -172,6 +172,10 @@ def test_the_card_gets_the_final_verdict(exported: Exported) -> None:
     before = (folders["nudge"] / "lmcompose.json").read_bytes()
     update_card(record)
     assert (folders["nudge"] / "lmcompose.json").read_bytes() == before
+    assert record.export is not None
+    elsewhere = replace(record.export, weights_hash="0" * 64)
+    update_card(replace(record, gates=(), export=elsewhere))  # another run has replaced the folder
+    assert (folders["nudge"] / "lmcompose.json").read_bytes() == before
     late = tuple(replace(gate, passed=False, message="failed late") for gate in record.gates)
     update_card(replace(record, gates=late))
     card = card_of(folders["nudge"], "nudge")
