@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.gate.repeats import find
-from pytest_lmcompose.results import CompositionResult, Gate, Measured, RepeatInfo, Step
+from pytest_lmcompose.results import CompositionResult, Export, Gate, Measured, RepeatInfo, Step
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
@@ -30,6 +30,7 @@ class Result:
     data: dict[str, str] | None = None
     """Hashes of the evaluation data."""
     gates: tuple[Gate, ...] | None = None
+    export: Export | None = None
     error: str | None = None
     interrupted: bool = False
 
@@ -62,6 +63,7 @@ class Result:
             self.gates or (),
             self.data,
             tuple(RepeatInfo(r.seed, r.state_hash, r.evaluate_seconds) for r in several),
+            self.export,
         )
 
 

@@ -22,6 +22,7 @@ from pytest_lmcompose.baseline.options import (
 )
 from pytest_lmcompose.cache.folder import DEFAULT_LIMIT, default_folder
 from pytest_lmcompose.cache.remote import check_url, front_folder, is_url, local_path
+from pytest_lmcompose.checkpoints.options import FORMATS, PLAIN, ExportOptions
 from pytest_lmcompose.distribute.shard import Shard, read_shard
 from pytest_lmcompose.report.files import TargetError, check_folder, is_file, path_of
 from pytest_lmcompose.report.options import FLAGS, Outputs, read_outputs
@@ -78,6 +79,8 @@ class Options:
     """Folder where pytest was called; relative paths start here."""
     baselines: BaselineOptions
     """Which runs to store and compare."""
+    export: ExportOptions | None
+    """Where to export compositions; None: nowhere."""
     outputs: Outputs
     """Reports other than JSON, and the layout of the terminal's tables."""
     given: bool
@@ -129,6 +132,8 @@ def add_options(parser: pytest.Parser) -> None:
     add("shard", "test part K of N of the compositions; `lmcompose merge` joins the reports", "K/N")
     add("engine", "where the tests run: local, ray, or an engine of another plugin (default: local)", "ENGINE")
     add("json", "write the report as JSON to this file", "PATH")
+    add("export", "write each composition to a folder in DIR that from_pretrained loads, with a model card", "DIR")
+    add("export-format", f"format of the exported weights: {', '.join(FORMATS)} (default: {PLAIN})", "FORMAT")
     for name, help, metavar in FLAGS:
         add(name, help, metavar)
     for name, help, metavar in VALUES:
@@ -157,7 +162,7 @@ def add_options(parser: pytest.Parser) -> None:
 def read_options(config: pytest.Config) -> Options:
     """Read and check the options; raises pytest.UsageError."""
     names = ("model", "world", "conf", "suite", "thresholds", "seed", "repeats", "device", "shard", "json", "cache_dir")
-    values = {name: _value(config, name) for name in (*names, "cache_size", "engine")}
+    values = {name: _value(config, name) for name in (*names, "cache_size", "engine", "export", "export_format")}
     compose, overrides = _values(config, "compose"), _values(config, "set")
     folder = config.invocation_params.dir
     thresholds, conf = path_of(values["thresholds"], folder), path_of(values["conf"], folder)
@@ -201,6 +206,7 @@ def read_options(config: pytest.Config) -> Options:
         engines=_engines(config),
         folder=folder,
         baselines=baselines,
+        export=_export(config, values["export"], values["export_format"], folder),
         outputs=outputs,
         given=any(values.values()) or bool(compose or overrides) or baselines.wanted or outputs.wanted,
     )
@@ -235,6 +241,15 @@ def _cache_dir(config: pytest.Config, value: str | None, folder: Path) -> Path |
     except TargetError as error:
         raise pytest.UsageError(f"--lmcompose-cache-dir: {error}") from None
     return path
+
+
+def _export(config: pytest.Config, value: str | None, format: str | None, folder: Path) -> ExportOptions | None:
+    if format is not None and format not in FORMATS:
+        raise pytest.UsageError(f"--lmcompose-export-format: expected {', '.join(FORMATS)}, not {format!r}")
+    path = path_of(value, folder)
+    if path is None and config.getoption("lmcompose_export_format") is not None:
+        raise pytest.UsageError("--lmcompose-export-format requires --lmcompose-export=DIR")
+    return None if path is None else ExportOptions(path, format or PLAIN)
 
 
 def _shard(value: str | None) -> Shard | None:

@@ -71,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist, config.option.tx = "no", []
     if session.writes:
         session_checks.check_outputs(session)
+        session_checks.check_exports(session)
     if session.writes and options.outputs.tracking is not None:
         from pytest_lmcompose.report.wandb import Tracker
 
@@ -195,11 +196,16 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     try:
         yield
     finally:
-        item.config.stash[SESSION].send(item)
-        if (composition := composition_of(item)) is not None:
-            item.config.stash[SESSION].describe(item, composition)
-            following = None if nextitem is None else composition_of(nextitem)
-            item.config.stash[SESSION].tested(composition, following)
+        session, composition = item.config.stash[SESSION], composition_of(item)
+        try:
+            if composition is not None:
+                session.export(composition)
+        finally:
+            session.send(item)
+            if composition is not None:
+                session.describe(item, composition)
+                following = None if nextitem is None else composition_of(nextitem)
+                session.tested(composition, following)
 
 
 @pytest.hookimpl(wrapper=True)

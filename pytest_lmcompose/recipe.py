@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,15 @@ class Recipe:
         return steps[0]
 
 
-def load_recipe(conf: Conf, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    conf: Conf, overrides: Sequence[str] = (), stored: Mapping[str, Mapping[str, Any]] | None = None
+) -> Recipe:
     """Compose the presets of `conf`, folders with the layout of compositions/conf, with `overrides` in Hydra's grammar.
 
-    Later ones win. A mapping or list replaces that of a preset; one for a section sets the keys that it has. A group
-    takes the name of a preset, or the path of a YAML file. Raises RecipeError for an unknown key or preset, or a value
-    of the wrong type or out of its range.
+    `stored` are sections of an earlier recipe, which replace those of the presets. Later overrides win. A mapping or
+    list replaces that of a preset; one for a section sets the keys that it has. A group takes the name of a preset, or
+    the path of a YAML file. Raises RecipeError for an unknown key or preset, or a value of the wrong type or out of its
+    range.
     """
     texts, values, files = [], [], Files()
     for text in overrides:
@@ -136,6 +139,13 @@ def load_recipe(conf: Conf, overrides: Sequence[str] = ()) -> Recipe:
         group, _, name = preset.name.partition("/")
         world_name = name if group == "world" else world_name
         _merge(config, preset, own=preset.path.is_relative_to(folders(conf)[-1]))
+    for name, given in (stored or {}).items():
+        try:
+            check_value(name, _SECTIONS[name], given)
+        except SettingError as error:
+            raise RecipeError(f"the stored recipe: {error}") from None
+        with _readable(f"the section {name!r} of the stored recipe"):
+            _assign(config, name, given, _SECTIONS[name])
     for text, override, hint in values:
         with _readable(repr(text)):
             _assign(config, override.key_or_group, override.value(), hint)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evaluators.measurement import Measurement
 
 SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_MINOR = 6
+SCHEMA_MINOR = 7
 """Number of compatible additions to version 1."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -266,6 +266,17 @@ class RepeatInfo(Base, frozen=True):
     evaluate_seconds: Seconds
 
 
+class Export(Base, frozen=True):
+    """The folder that a composition was written to."""
+
+    folder: str
+    format: Annotated[str, Meta(description="plain, or a packed format")]
+    weights_hash: Annotated[
+        Hash, Meta(description="of the weights that a loader gets, as state_hash; of a packed format: de-quantised")
+    ]
+    files: Annotated[dict[str, Hash], Meta(description="SHA-256 of each file, except lmcompose.json and README.md")]
+
+
 class CompositionResult(Base, frozen=True):
     """All results of one composition."""
 
@@ -284,6 +295,7 @@ class CompositionResult(Base, frozen=True):
         Meta(description="hash of each part of the data; samples with equal hashes can be paired"),
     ] = None
     repeats: Annotated[tuple[RepeatInfo, ...], Meta(description="only with several repeats")] = ()
+    export: Annotated[Export | None, Meta(description="only with --lmcompose-export")] = None
 
     @property
     def by_metric(self) -> dict[str, Measured]:

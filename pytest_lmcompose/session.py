@@ -46,6 +46,8 @@ class Session:
 
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self.options = options
+        self.exports = options.export
+        """Where to export the tested compositions; None: nowhere."""
         self.progress = Progress(config)
         self.writes = not hasattr(config, "workerinput")
         """Whether this process writes the report, as the controller or the only process."""
@@ -232,6 +234,18 @@ class Session:
         reporter.ensure_newline()
         for line in self.run.plan(self.expected):
             reporter.write_line(line)
+
+    def export(self, composition: Composition) -> None:
+        """Export the state of `composition` if that is wanted and a test has built it."""
+        result = self.run.results.get(composition) if self.exports is not None and self.in_use else None
+        if self.exports is None or result is None or result.state_hash is None or result.error is not None:
+            return
+        if not composition.steps and composition.id not in self.options.compose:
+            return
+        from pytest_lmcompose.checkpoints.export import export_composition
+
+        with self._working():
+            export_composition(self.run, composition, self.exports)
 
     def send(self, item: pytest.Item) -> None:
         """Attach new results to the reports of a test, the only channel that survives a crash."""

@@ -42,6 +42,13 @@ def check_outputs(session: Session) -> None:
         check_targets(targets, _inputs(session))
 
 
+def check_exports(session: Session) -> None:
+    """Check that exports can be written and overwrite nothing of others; raises pytest.UsageError."""
+    if session.exports is not None:
+        with usage_errors():
+            session.exports.check(Path(session.run.location))
+
+
 def _inputs(session: Session) -> dict[str, Path]:
     """Return the files and folders that no report may overwrite, by description."""
     from pytest_lmcompose.baseline.storage import Storage

@@ -66,6 +66,7 @@ class SessionReport:
         # Confidence intervals are slow: without a report, compute only those that the terminal shows.
         metrics = None if reported or junit_file(self._config) is not None else self._shown()
         self._collected.complete(self._options.seed, part=self._options.shard is not None, metrics=metrics)
+        self._update_cards(session)
         if self._session.nothing_here and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
             session.exitstatus = pytest.ExitCode.OK  # fewer compositions than shards
         self._idle = self._idle_expressions() if self._collected.records and not stopped else []
@@ -101,6 +102,19 @@ class SessionReport:
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         self._session.report = report
 
+    def _update_cards(self, session: pytest.Session) -> None:
+        """Write the final verdicts of gates into the cards of exported folders."""
+        from pytest_lmcompose.checkpoints.card import update_card
+        from pytest_lmcompose.errors import CheckpointError
+
+        for record in self._collected.results:
+            if record.export is not None:
+                try:
+                    update_card(record)
+                except (OSError, CheckpointError) as error:
+                    self._session.progress(f"lmcompose: the card of {record.export.folder} is out of date: {error}")
+                    session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+
     def _among_stored(self, session: pytest.Session, report: Report) -> Report:
         """Compare the run with the stored one and store it; return the report with the comparison."""
         if not self._collected.records:
@@ -131,6 +145,9 @@ class SessionReport:
         for path in (self._options.json, *self._options.outputs.files.values()):
             if path is not None and path.is_file():
                 reporter.write_line(f"lmcompose report: {path}")
+        for record in records:
+            if record.export is not None:
+                reporter.write_line(f"lmcompose export: {record.export.folder}")
 
     def _plan(self) -> Plan | None:
         """Return the plan of the whole run; None if collection did not finish."""

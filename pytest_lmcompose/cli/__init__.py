@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from pytest_lmcompose.cli.cache import cache
+from pytest_lmcompose.cli.checkpoints import build, gate, verify
 from pytest_lmcompose.cli.health import doctor
 from pytest_lmcompose.cli.listing import list_
 from pytest_lmcompose.cli.merging import merge
@@ -39,14 +40,14 @@ def _empty(words: Sequence[str]) -> Iterator[str]:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pytest-lmcompose")
 def main() -> None:
-    """Inspect methods, plans, stored runs and your installation; set up a release gate.
+    """Inspect methods, plans, stored runs and your installation; write and verify checkpoints; set up a release gate.
 
-    To build and measure compositions, use pytest: see `pytest compositions --help`.
+    To build and measure several compositions, use pytest: see `pytest compositions --help`.
 
     Exit codes: 0 success; 1 finished with problems, for example a failed comparison or a broken installation; 2 not
     finished, for example because of a misspelt name or an unreadable file.
     """
 
 
-for command in (cache, compare, doctor, init, list_, merge, plan, report, show):
+for command in (build, cache, compare, doctor, gate, init, list_, merge, plan, report, show, verify):
     main.add_command(command)

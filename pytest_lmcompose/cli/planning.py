@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import click
@@ -35,19 +35,22 @@ class _Plan:
         return 0
 
 
-def options() -> list[click.Parameter]:
-    """Return the plugin's flags as click options, for example `--model` and `--lmcompose-model`."""
-    return [_option(flag) for flag in plugin_flags()[0]]
+def options(shown: Collection[str], without: Collection[str] = ()) -> list[click.Parameter]:
+    """Return the plugin's flags as click options, for example `--model` and `--lmcompose-model`.
+
+    The help lists those that are `shown`; `without` leaves some out.
+    """
+    return [_option(flag, flag.name not in shown) for flag in plugin_flags()[0] if flag.name not in without]
 
 
-def _option(flag: Flag) -> click.Option:
+def _option(flag: Flag, hidden: bool) -> click.Option:
     value: dict[str, Any] = {"is_flag": True}
     if flag.metavar is not None:
         value = {"metavar": flag.metavar, "multiple": flag.repeatable}
         if flag.alone is not None:
             value |= {"is_flag": False, "flag_value": flag.alone}
     names = [f"--{flag.name}", PREFIX + flag.name, flag.name.replace("-", "_")]
-    return click.Option(names, help=flag.help, hidden=flag.name not in SHOWN, **value)
+    return click.Option(names, help=flag.help, hidden=hidden, **value)
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
@@ -83,7 +86,7 @@ class _PlanCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self.params:
-            self.params = options()
+            self.params = options(SHOWN)
         return super().get_params(ctx)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _SAMPLES = 3
 """Number of changed samples to show for each metric of a composition."""
 
-_STORAGE = click.option(
+STORAGE = click.option(
     "--storage",
     type=click.Path(file_okay=False, path_type=Path),
     default=FOLDER,
@@ -46,7 +46,7 @@ _METRICS = click.option(
 @click.option("--all", "-a", "every", is_flag=True, help="Show every metric, not only those with a gate.")
 @click.option("--sort", metavar="METRIC", help="Sort by a metric, best first, or by id; -METRIC: worst first.")
 @click.option("--group", type=click.Choice(GROUPS), help="Group by the steps' categories, or by the first step.")
-@_STORAGE
+@STORAGE
 def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group: str | None, storage: Path) -> None:
     """Show the tables that pytest prints at the end of RUN."""
     from pytest_lmcompose.report.layout import shown_metrics, sorted_records
@@ -78,7 +78,7 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
 @click.option("--all", "-a", "every", is_flag=True, help="Show every row, not only changes beyond noise.")
 @click.option("--fail", is_flag=True, help="Exit with code 1 if a metric is worse, missing, or cannot be compared.")
 @click.option("--json", "as_json", is_flag=True, help="Print all rows as JSON.")
-@_STORAGE
+@STORAGE
 def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool, as_json: bool, storage: Path) -> None:
     """Compare run NEW with run OLD, metric by metric.
 
@@ -131,7 +131,7 @@ def _answers(before: Report, after: Report, rows: Iterable[Row]) -> Iterator[str
 @click.option("--markdown", metavar="PATH", help="Write a summary, for example for a CI service.")
 @click.option("--latex", metavar="PATH", help="Write tables of order-free error and order sensitivity.")
 @click.option("--baseline", metavar="RUN", help="Compare with this run in the page and the summary.")
-@_STORAGE
+@STORAGE
 def report(
     run: str, html: str | None, markdown: str | None, latex: str | None, baseline: str | None, storage: Path
 ) -> None:

@@ -147,8 +147,8 @@ def write(path: Path, report: Report) -> None:
     write_text(path, encode(report, indent=1) + "\n")
 
 
-def _fullness(record: CompositionResult) -> tuple[int, int, int]:
-    return len(record.gates), len(record.measurements), len(record.steps)
+def _fullness(record: CompositionResult) -> tuple[int, int, int, bool]:
+    return len(record.gates), len(record.measurements), len(record.steps), record.export is not None
 
 
 def _version(name: str) -> str | None:

@@ -29,16 +29,16 @@ def render(report: Report, baseline: Report | None = None) -> str:
     records = report.compositions
     gates = summarise_gates(records)
     metrics = headline_metrics(records, judged=True)
-    model = _code(report.model.id) if report.model else "no model"
+    model = code_span(report.model.id) if report.model else "no model"
     parts = [
         f"## {_SIGNS[gates.state]} lmcompose: {gates.summary}",
-        f"{len(records)} compositions of {model}, seed {_text(report.seed)}, run {_text(report.status)}.",
-        _bullets(f"{_code(name)} {_text(message)}" for name, message in gates.failure_messages),
+        f"{len(records)} compositions of {model}, seed {escaped(report.seed)}, run {escaped(report.status)}.",
+        _bullets(f"{code_span(name)} {escaped(message)}" for name, message in gates.failure_messages),
         _compositions(records, metrics),
         _composability(report, metrics),
         _comparison(compare_with_baseline(report, baseline)),
         _bullets(
-            f"{_code(row.composition)} {_text(row.metric)} got worse over {len(row.values)} stored runs, "
+            f"{code_span(row.composition)} {escaped(row.metric)} got worse over {len(row.values)} stored runs, "
             f"by {number(row.loss)} in all"
             for row in drifting(report)
         ),
@@ -51,15 +51,16 @@ def _compositions(records: Sequence[CompositionResult], metrics: Sequence[str]) 
     if len(records) > ROWS:
         records = sorted(records, key=lambda record: summarise_gates([record]).state != "failed")
     left = f"\n\nand {len(records) - ROWS} more compositions" if len(records) > ROWS else ""
-    return _table(("composition", "gates", *metrics), (_row(record, metrics) for record in records[:ROWS])) + left
+    rows = (_row(record, metrics) for record in records[:ROWS])
+    return markdown_table(("composition", "gates", *metrics), rows) + left
 
 
 def _row(record: CompositionResult, metrics: Sequence[str]) -> list[str]:
     measured, gates = record.by_metric, summarise_gates([record])
-    outcome = _text(record.status) if gates.not_measured else gates.gate_counts or MISSING
+    outcome = escaped(record.status) if gates.not_measured else gates.gate_counts or MISSING
     marks = dict.fromkeys(record.failed_metrics, " ❌ failed") | dict.fromkeys(record.lost_metrics, " ⚠️ known loss")
-    cells = [_text(value_text(measured.get(metric))) + marks.get(metric, "") for metric in metrics]
-    return [_code(record.id), outcome, *cells]
+    cells = [escaped(value_text(measured.get(metric))) + marks.get(metric, "") for metric in metrics]
+    return [code_span(record.id), outcome, *cells]
 
 
 def _composability(report: Report, metrics: Sequence[str]) -> str:
@@ -68,11 +69,11 @@ def _composability(report: Report, metrics: Sequence[str]) -> str:
     entries = [] if composed is None else [e for e in composed.orders if e.metric in metrics]
     rows = [
         (
-            _text(" & ".join(e.steps)),
-            _text(e.metric),
+            escaped(" & ".join(e.steps)),
+            escaped(e.metric),
             interval(e.order_free_error),
             interval(e.order_sensitivity),
-            _code(best) if (best := best_order(e)) == e.best else best,
+            code_span(best) if (best := best_order(e)) == e.best else best,
         )
         for e in sorted(entries, key=lambda e: -(0.0 if e.order_sensitivity is None else e.order_sensitivity.value))
     ]
@@ -80,25 +81,25 @@ def _composability(report: Report, metrics: Sequence[str]) -> str:
         return ""
     head = ("steps", "metric", "order-free error", "order sensitivity", "best order")
     title = f"**Composability**, with {composed.confidence:.0%} intervals"
-    return f"{title}\n\n{_table(head, rows[:MOST])}{_left(len(rows))}"
+    return f"{title}\n\n{markdown_table(head, rows[:MOST])}{_left(len(rows))}"
 
 
 def _comparison(stored: BaselineComparison | None) -> str:
     """Return the metrics that got worse or better since the baseline."""
     if stored is None:
         return ""
-    title = f"**Compared with {_text(stored.name)}** of {_text(stored.started)}"
+    title = f"**Compared with {escaped(stored.name)}** of {escaped(stored.started)}"
     if stored.compared.problem:
-        return f"{title}: nothing can be compared. {_text(stored.compared.problem)}"
+        return f"{title}: nothing can be compared. {escaped(stored.compared.problem)}"
     changed = stored.changed
     better = sum(row.verdict == "better" for row in changed)
     parts = [f"{title}: {len(changed) - better} worse, {better} better"]
-    parts.append(_bullets(f"{_text(d.what)}: {_text(d.message)}" for d in stored.compared.differences))
+    parts.append(_bullets(f"{escaped(d.what)}: {escaped(d.message)}" for d in stored.compared.differences))
     rows = [
         (
-            _code(row.composition),
-            _text(row.metric),
-            _text(row.verdict),
+            code_span(row.composition),
+            escaped(row.metric),
+            escaped(row.verdict),
             *(MISSING if value is None else number(value) for value in (row.old, row.new, row.difference)),
             MISSING if row.p_holm is None else f"{row.p_holm:.2g}",
         )
@@ -106,13 +107,14 @@ def _comparison(stored: BaselineComparison | None) -> str:
     ]
     if rows:
         head = ("composition", "metric", "verdict", "before", "now", "change", "p (Holm)")
-        parts.append(_table(head, rows[:MOST]) + _left(len(rows)))
+        parts.append(markdown_table(head, rows[:MOST]) + _left(len(rows)))
     return "\n\n".join(filter(None, parts))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; all columns but the first are aligned to the right. The cells of `rows` are escaped already."""
     aligned = ["---"] + ["--:"] * (len(head) - 1)
-    lines = [[_text(name) for name in head], aligned, *rows]
+    lines = [[escaped(name) for name in head], aligned, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -125,11 +127,11 @@ def _left(n: int) -> str:
     return f"\n\nand {n - MOST} more" if n > MOST else ""
 
 
-def _text(text: object) -> str:
+def escaped(text: object) -> str:
     """Escape text for Markdown and HTML, in one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!@$])", r"\\\1", visible(" ".join(str(text).split())))
 
 
-def _code(text: object) -> str:
+def code_span(text: object) -> str:
     """Return text as inline code that is safe in a table."""
     return "`" + visible(" ".join(str(text).split())).replace("`", "'").replace("|", "\\|") + "`"
