@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 GROUP_SIZES = (32, 64, 128, 256)
 """Usual group sizes; whole rows are tried too."""
 BITS = range(2, 9)
+SCALE_BITS = 32
+"""A 16-bit scale and a 16-bit zero point per group."""
 _SAMPLED = 8  # rows for the first test of a group size
 _PROBED = 8  # values per group for the first test of a step
 _EVIDENCE = 8  # minimum number of non-zero values per group
@@ -28,6 +30,11 @@ class Grid(NamedTuple):
     group_size: int
     """Columns per scale; all columns for whole rows."""
     groups: int
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits of scales and zero points."""
+        return SCALE_BITS * self.groups
 
 
 def find_grid(weight: Tensor) -> Grid | None:

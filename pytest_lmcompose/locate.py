@@ -44,7 +44,7 @@ def model_overrides(name: str, conf: Conf, folder: Path) -> tuple[str, ...]:
         return preset_overrides("model", name, conf, folder)
     path = folder / os.path.expanduser(name)
     if path.exists() and not (path / "config.json").is_file():
-        check_folder(path)  # raises an error that says what it is
+        check_folder(path)
     if path.exists():
         return ("model=any", f"model.path={quoted(str(path))}")
     if _is_path(name, path):
@@ -58,7 +58,7 @@ def model_overrides(name: str, conf: Conf, folder: Path) -> tuple[str, ...]:
 
 
 def model_location(path: str, folder: Path) -> str:
-    """Return the absolute folder or hub id for transformers to load.
+    """Return the absolute folder, GGUF file or hub id to load.
 
     A relative folder is looked up in `folder`, then in the suite's folder. Raises RecipeError for an empty path or a
     missing folder, ModelError for a folder without a model.
@@ -72,6 +72,7 @@ def model_location(path: str, folder: Path) -> str:
     candidate = folder / os.path.expanduser(path)
     if candidate.exists():
         check_folder(candidate)
+        return str(candidate)
     if _is_path(path, candidate) or _is_path(path, SUITE_FOLDER / path):
         raise RecipeError(f"no such model folder: {path} (looked in {folder} and {SUITE_FOLDER})")
     return path

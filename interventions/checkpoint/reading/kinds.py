@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "te
 QUANTISED = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")
 """Values of `quant_method` that can be read."""
 _BASE = "base_model_name_or_path"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _EARLIER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where quantisers wrote their settings before config.json had them."""
 _PACKAGES = {"compressed-tensors": "compressed_tensors", "gguf": "gguf", "peft": "peft"}
@@ -123,9 +125,9 @@ def check_adapter(folder: Path) -> None:
             f"{folder} has only {_ADAPTER_WEIGHTS[1]}, which can run code when it is read: load it where you trust it "
             "and save it again with save_pretrained"
         )
-    for location in sources(folder):
-        if Path(location).is_dir():
-            check_readable(Path(location)) if Path(location) != folder else None
+    for base in sources(folder)[1:]:
+        if Path(base).exists():
+            check_readable(Path(base))
 
 
 def adapter_base(folder: Path) -> str:
@@ -137,16 +139,15 @@ def adapter_base(folder: Path) -> str:
     name = read_object(file).get(_BASE)
     if not isinstance(name, str) or not name:
         raise ReadingError(f"{file} has no {_BASE}: set it to the folder or hub id of the model it was trained on")
-    path = Path(name).expanduser()
-    for place in (folder, folder.parent, Path()):
-        if (found := place / path).exists():
+    places = (folder, folder.parent, Path.cwd())
+    for place in places:
+        if (found := place / Path(name).expanduser()).exists():
             return str(found.resolve())
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        looked = f" (looked in {folder}, {folder.parent} and {Path().absolute()})" if not path.is_absolute() else ""
-        if path.is_absolute() or name.startswith(".") or "/" in name:
-            raise ReadingError(
-                f"{file}: no such base model: {_BASE} is {name!r}{looked}; set it to the folder or hub id of the model"
-            )
+    if not _HUB_ID.fullmatch(name):
+        raise ReadingError(
+            f"{file}: there is no base model {name!r} (looked in {', '.join(map(str, places))}): set {_BASE} to the "
+            "folder or hub id of the model that the adapter was trained on"
+        )
     return name
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from interventions.checkpoint.reading.hub import local_copy
 from interventions.checkpoint.reading.kinds import ReadingError, check_readable, quantisation
+from interventions.checkpoint.reading.quiet import quiet
 from interventions.checkpoint.reading.stored import Lazy, Packed, Shards
 from interventions.known_grids import KnownGrid, tensor_digest
 
@@ -76,7 +76,8 @@ def _read_quantised(folder: Path, kind: str, options: Mapping[str, Any]) -> tupl
     used = {part for weight in packed.values() for part in weight.parts.values()}
     is_extra = getattr(format, "is_extra", lambda name: False)
     state = {name: shards[name] for name in shards if name not in used and not is_extra(name)}
-    state |= {name: Lazy(partial(_oriented, weight, shards, _is_transposed(empty, name))) for name, weight in packed.items()}
+    for name, weight in packed.items():
+        state[name] = Lazy(partial(_oriented, weight, shards, _is_transposed(empty, name)))
     dtype = options.get("dtype")
     if dtype in (None, "auto"):
         dtype = config.dtype or _stored_dtype(shards)
@@ -157,19 +158,3 @@ def check_complete(location: str, found: Any) -> None:
             which = names[0] + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
             what = problem.format(location, which)
             raise ReadingError(f"{what}: weights and config.json do not match; save or download both again")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers: its warnings in loading are errors here."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from typing import Any
 
 from interventions.checkpoint.reading.hub import local_copy
 from interventions.checkpoint.reading.kinds import tokenizer_source
+from interventions.checkpoint.reading.quiet import quiet
 
 
 def read(location: str, options: dict[str, Any]) -> Any:
@@ -21,4 +22,5 @@ def read(location: str, options: dict[str, Any]) -> Any:
         from interventions.checkpoint.reading.gguf_file import read_tokenizer
 
         return read_tokenizer(Path(place) / gguf)
-    return AutoTokenizer.from_pretrained(place, **options)
+    with quiet():
+        return AutoTokenizer.from_pretrained(place, **options)
