@@ -45,6 +45,5 @@ def merge(model: Any, folder: Path) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise ReadingError(f"the adapter {folder} does not fit its base model {name_or_path}: {reason}") from error
     for part in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(merged, part):
-            delattr(merged, part)
+        vars(merged).pop(part, None)
     return merged

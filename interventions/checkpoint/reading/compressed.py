@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -38,16 +39,13 @@ def find_packed(shards: Shards, settings: Mapping[str, Any]) -> dict[str, Packed
         if codes is None:
             raise ReadingError(f"{stored} has neither {name}.weight_packed nor {name}.weight: it is incomplete")
         scheme = _scheme(config, name)
-        size = scheme.weights.group_size
         shape = tuple(shards.read(held["weight_shape"]).tolist()) if "weight_shape" in held else None
         shape = shape or _shape(shards.shape(held[codes]), codes, scheme.weights.num_bits)
         _check_packed(shards, held, shape, scheme.weights.num_bits)
-        groups = 1
-        for width in shards.shape(stored):
-            groups *= width
-        columns = size if size and size > 0 else shape[-1]
+        scales = shards.shape(stored)
+        columns = -(-shape[-1] // scales[-1]) if len(scales) > 1 else shape[-1]
         unpack = partial(unpack_weight, scheme=scheme, format=_format(config, scheme))
-        found[f"{name}.weight"] = Packed(held, shape, scheme.weights.num_bits, columns, groups, unpack)
+        found[f"{name}.weight"] = Packed(held, shape, scheme.weights.num_bits, columns, prod(scales), unpack)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -32,11 +33,8 @@ def find_packed(shards: Shards, settings: Mapping[str, Any]) -> dict[str, Packed
                 f"{name} {shape} and its scales {scales} do not fit weight_block_size {block}; download the "
                 "checkpoint again"
             )
-        groups = 1
-        for width in scales:
-            groups *= width
         parts = {"weight": name, "scales": stored}
-        found[name] = Packed(parts, shape, 8, size[1], groups, partial(unpack_weight, block=size))
+        found[name] = Packed(parts, shape, 8, size[1], prod(scales), partial(unpack_weight, block=size))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,7 @@ class Shards(Mapping[str, Any]):
 
     def bits(self, name: str) -> int:
         """Return the size of a tensor in bits."""
-        count = 1
-        for width in self.shape(name):
-            count *= width
-        return count * int("".join(c for c in self[name].get_dtype().partition("_")[0] if c.isdigit()) or 8)
+        return prod(self.shape(name)) * int("".join(c for c in self[name].get_dtype().partition("_")[0] if c.isdigit()) or 8)
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,7 @@ class Packed:
 
     def overhead_bits(self, shards: Shards) -> int:
         """Return the stored bits that are not codes."""
-        count = 1
-        for width in self.shape:
-            count *= width
-        return sum(shards.bits(name) for name in self.parts.values()) - self.bits * count
+        return sum(shards.bits(name) for name in self.parts.values()) - self.bits * prod(self.shape)
 
 
 class Lazy:
