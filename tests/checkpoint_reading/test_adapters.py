@@ -86,7 +86,9 @@ def test_an_adapter_of_an_adapter_of_a_quantised_model(tmp_path: Path) -> None:
     settings = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
     write(tmp_path / "base", "llama", settings, awq_tensors)
     adapt(tiny_model(), peft.LoraConfig(**LORA), tmp_path / "one", "../base")
-    adapt(tiny_model(), peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False), tmp_path / "two", "one")
+    adapt(
+        tiny_model(), peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False), tmp_path / "two", "one"
+    )
     model, grids = read_model(tmp_path / "two", FLOAT)
     below, _ = read_model(tmp_path / "base", FLOAT)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, below.get_parameter(n))}
@@ -138,7 +140,12 @@ def test_what_cannot_be_read_is_one_line(alter: Any, message: str, tmp_path: Pat
 
 def test_adapters_that_cannot_be_merged_and_those_of_another_model(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
-    adapt(tiny_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), tmp_path / "prefix", str(folder))
+    adapt(
+        tiny_model(),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        tmp_path / "prefix",
+        str(folder),
+    )
     with pytest.raises(ReadingError, match="PREFIX_TUNING.* cannot be merged"):
         read_model(tmp_path / "prefix", FLOAT)
     adapt(tiny_model(), peft.LoraConfig(**LORA), tmp_path / "adapter", str(folder))

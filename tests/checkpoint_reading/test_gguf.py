@@ -18,10 +18,30 @@ from pytest_lmcompose.settings import ModelSettings
 from tests.models import tiny_tokenizer
 
 FLOAT = {"dtype": torch.float32}
-WORDS = ["<end>", "<begin>", "<stop>", *"abcdefghijklmnopqrstuvwxyz0123456789.'", "Ġ", "th", "the", "Ġthe", "12", "123", "1234"]
+WORDS = [
+    "<end>",
+    "<begin>",
+    "<stop>",
+    *"abcdefghijklmnopqrstuvwxyz0123456789.'",
+    "Ġ",
+    "th",
+    "the",
+    "Ġthe",
+    "12",
+    "123",
+    "1234",
+]
 MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3", "123 4"]
 WIDTH, HEADS, INNER = 32, 2, 64
-TYPES = {"attn_q": "F32", "attn_k": "Q8_0", "attn_v": "Q4_0", "attn_output": "Q5_1", "ffn_up": "Q4_1", "ffn_gate": "Q8_0", "ffn_down": "F16"}
+TYPES = {
+    "attn_q": "F32",
+    "attn_k": "Q8_0",
+    "attn_v": "Q4_0",
+    "attn_output": "Q5_1",
+    "ffn_up": "Q4_1",
+    "ffn_gate": "Q8_0",
+    "ffn_down": "F16",
+}
 NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -60,7 +80,12 @@ def write(file: Path, rules: str = "smollm", **numbers: int) -> dict[str, Any]:
     for name, weight in written.items():
         kind = gguf.GGMLQuantizationType[TYPES[name]]
         writer.add_tensor(f"blk.0.{name}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
-    plain = {"token_embd": (len(WORDS), WIDTH), "output_norm": (WIDTH,), "blk.0.attn_norm": (WIDTH,), "blk.0.ffn_norm": (WIDTH,)}
+    plain = {
+        "token_embd": (len(WORDS), WIDTH),
+        "output_norm": (WIDTH,),
+        "blk.0.attn_norm": (WIDTH,),
+        "blk.0.ffn_norm": (WIDTH,),
+    }
     for name, shape in plain.items():
         writer.add_tensor(f"{name}.weight", draw.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()

@@ -53,7 +53,9 @@ class Shards(Mapping[str, Any]):
 
     def bits(self, name: str) -> int:
         """Return the size of a tensor in bits."""
-        return prod(self.shape(name)) * int("".join(c for c in self[name].get_dtype().partition("_")[0] if c.isdigit()) or 8)
+        return prod(self.shape(name)) * int(
+            "".join(c for c in self[name].get_dtype().partition("_")[0] if c.isdigit()) or 8
+        )
 
 
 @dataclass(frozen=True)
