@@ -24,6 +24,7 @@ FLOAT = {"dtype": torch.float32}
 GROUP = {"strategy": "group", "group_size": 16}
 CHANNEL = {"strategy": "channel"}
 DYNAMIC = {"num_bits": 8, "dynamic": True, "symmetric": True, "strategy": "token"}
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
     "int4 group": ({"weights": {"num_bits": 4, "symmetric": True, **GROUP}}, "pack-quantized"),
     "int4 group, zero points": ({"weights": {"num_bits": 4, "symmetric": False, **GROUP}}, "pack-quantized"),
@@ -35,15 +36,15 @@ SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
         "int-quantized",
     ),
     "float8 channel": (
-        {"weights": {"num_bits": 8, "type": "float", "symmetric": True, **CHANNEL}, "input_activations": DYNAMIC | {"type": "float"}},
+        {"weights": {**FLOAT8, **CHANNEL}, "input_activations": DYNAMIC | {"type": "float"}},
         "float-quantized",
     ),
     "float8 tensor": (
-        {"weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}, "input_activations": DYNAMIC | {"type": "float"}},
+        {"weights": {**FLOAT8, "strategy": "tensor"}, "input_activations": DYNAMIC | {"type": "float"}},
         "float-quantized",
     ),
     "float8 blocks": (
-        {"weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [16, 16]}},
+        {"weights": {**FLOAT8, "strategy": "block", "block_structure": [16, 16]}},
         "naive-quantized",
     ),
 }  # fmt: skip

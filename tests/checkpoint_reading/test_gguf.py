@@ -1,5 +1,7 @@
 """GGUF files: weights in blocks, the tokenizer inside, and the facts that transformers reads wrong."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -33,15 +35,9 @@ WORDS = [
 ]
 MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3", "123 4"]
 WIDTH, HEADS, INNER = 32, 2, 64
-TYPES = {
-    "attn_q": "F32",
-    "attn_k": "Q8_0",
-    "attn_v": "Q4_0",
-    "attn_output": "Q5_1",
-    "ffn_up": "Q4_1",
-    "ffn_gate": "Q8_0",
-    "ffn_down": "F16",
-}
+NORMS = ("blk.0.attn_norm", "blk.0.ffn_norm")
+TYPES = {"attn_q": "F32", "attn_k": "Q8_0", "attn_v": "Q4_0", "attn_output": "Q5_1"}
+TYPES |= {"ffn_up": "Q4_1", "ffn_gate": "Q8_0", "ffn_down": "F16"}
 NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -80,12 +76,7 @@ def write(file: Path, rules: str = "smollm", **numbers: int) -> dict[str, Any]:
     for name, weight in written.items():
         kind = gguf.GGMLQuantizationType[TYPES[name]]
         writer.add_tensor(f"blk.0.{name}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
-    plain = {
-        "token_embd": (len(WORDS), WIDTH),
-        "output_norm": (WIDTH,),
-        "blk.0.attn_norm": (WIDTH,),
-        "blk.0.ffn_norm": (WIDTH,),
-    }
+    plain = {"token_embd": (len(WORDS), WIDTH), **dict.fromkeys(("output_norm", *NORMS), (WIDTH,))}
     for name, shape in plain.items():
         writer.add_tensor(f"{name}.weight", draw.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()
@@ -144,7 +135,7 @@ def test_the_tokenizer_splits_text_as_the_file_says(rules: str, tmp_path: Path) 
 
 def test_rules_that_are_not_known_need_the_models_own_tokenizer(tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", "newest")
-    with pytest.raises(ReadingError, match="splits text by the rules 'newest'.*put the tokenizer.json"):
+    with pytest.raises(ReadingError, match=r"splits text by the rules 'newest'.*put the tokenizer.json"):
         read_tokenizer(tmp_path, {})
     tiny_tokenizer().save_pretrained(tmp_path)
     assert len(read_tokenizer(tmp_path, {})) == len(tiny_tokenizer())
@@ -156,5 +147,5 @@ def test_several_files_and_damaged_ones(tmp_path: Path) -> None:
     (tmp_path / "b.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ReadingError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\): name one of them"):
         read_model(tmp_path, FLOAT)
-    with pytest.raises(ReadingError, match="b.gguf is damaged"):
+    with pytest.raises(ReadingError, match=r"b.gguf is damaged"):
         read_model(tmp_path / "b.gguf", FLOAT)

@@ -71,8 +71,8 @@ def test_a_run_counts_the_stored_bits_also_from_the_cache(folder: Path, pytester
         "--pyargs", "compositions", f"--lmcompose-model={folder}", "--lmcompose-world=none",
         "--lmcompose-compose=base", "--lmcompose-compose=rtn[bits=8,group_size=32]",
         "--lmcompose-set=evaluate.recall=false", "--lmcompose-set=evaluate.perplexity=false",
-        "--lmcompose-set=evaluate.questions=false", "--lmcompose-set=evaluate.latency_length=16", "--lmcompose-cache-dir=cache",
-        "--lmcompose-json=report.json", "-q", "-p", "no:cacheprovider",
+        "--lmcompose-set=evaluate.questions=false", "--lmcompose-set=evaluate.latency_length=16",
+        "--lmcompose-cache-dir=cache", "--lmcompose-json=report.json", "-q", "-p", "no:cacheprovider",
     )  # fmt: skip
     for _ in range(2):
         pytester.runpytest(*command)

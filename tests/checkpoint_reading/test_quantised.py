@@ -151,18 +151,14 @@ def test_fp8_with_blocks_and_with_one_scale(block: list[int] | None, tmp_path: P
 
 def test_bitsandbytes_8_bits(tmp_path: Path) -> None:
     def tensors(layer: Layer) -> dict[str, Any]:
-        return {
-            "": (layer.codes.T - 100).astype(np.int8),
-            "SCB": np.arange(1, len(layer.codes.T) + 1, dtype=np.float32),
-        }
+        rows = np.arange(1, layer.codes.shape[1] + 1, dtype=np.float32)
+        return {"": (layer.codes.T - 100).astype(np.int8), "SCB": rows}
 
     written = write(tmp_path, "llama", {"quant_method": "bitsandbytes", "load_in_8bit": True}, tensors, bits=8)
     stored = load_file(tmp_path / "model.safetensors")
     for name in written.expected:
-        rows = stored[name.replace(".weight", ".SCB")]
-        written.expected[name] = torch.stack(
-            [(row.float() * (scale / 127)) for row, scale in zip(stored[name], rows, strict=True)]
-        )
+        rows = zip(stored[name], stored[name.replace(".weight", ".SCB")], strict=True)
+        written.expected[name] = torch.stack([row.float() * (scale / 127) for row, scale in rows])
     model, grids = read_model(tmp_path, FLOAT)
     assert_read(model, written)
     assert {grid.bits for grid in grids.values()} == {8}
@@ -193,7 +189,7 @@ def test_sharded_folders_and_generation_settings(tmp_path: Path) -> None:
     assert_read(model, written)
     assert (model.generation_config.max_new_tokens, model.generation_config.eos_token_id) == (7, [1, 5])
     (tmp_path / "model-2-of-2.safetensors").unlink()
-    with pytest.raises(ReadingError, match="model-2-of-2.safetensors is missing, but .*index.json lists it"):
+    with pytest.raises(ReadingError, match=r"model-2-of-2.safetensors is missing, but .*index.json lists it"):
         read_model(tmp_path, FLOAT)
 
 

@@ -187,7 +187,7 @@ def test_a_file_and_an_absent_hub_model_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, content in (("model.gguf", b"GGML"), ("model.gguf", b"GGUF"), ("model.bin", b"GGUF")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ModelError, match="not a GGUF file|damaged|is a file: name a folder"):
+        with pytest.raises(ModelError, match=r"not a GGUF file|damaged|is a file: name a folder"):
             load_model(ModelSettings(), str(tmp_path / name), CPU)
     with pytest.raises(ModelError, match="name a local folder, or set HF_HOME"):
         load_model(ModelSettings(), "nobody/such-a-model", CPU)

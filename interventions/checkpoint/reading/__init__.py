@@ -1,7 +1,7 @@
 """Read checkpoints of all kinds as full-precision weights.
 
-A folder can hold plain safetensors, a quantised model, a GGUF file, or a PEFT adapter whose base is anywhere. All become
-ordinary models with linear layers in one dtype, and `read_model` also returns how each weight was stored.
+A folder can hold plain safetensors, a quantised model, a GGUF file, or a PEFT adapter whose base is anywhere. All
+become ordinary models with linear layers in one dtype; `read_model` also returns how each weight was stored.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from interventions.checkpoint.reading.kinds import ReadingError, adapter_base
-from interventions.checkpoint.reading.model import digest_of, read as read_any
+from interventions.checkpoint.reading.model import digest_of
+from interventions.checkpoint.reading.model import read as read_any
 from interventions.known_grids import KnownGrid
 
 

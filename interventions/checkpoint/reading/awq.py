@@ -1,7 +1,7 @@
 """AWQ checkpoints in version GEMM, AutoAWQ's layout.
 
-`qweight` (in, out / 8) and `qzeros` (groups, out / 8) hold eight 4-bit numbers in a 32-bit word, in the order of columns
-0, 2, 4, 6, 1, 3, 5, 7; `scales` (groups, out).
+`qweight` (in, out / 8) and `qzeros` (groups, out / 8) hold eight 4-bit numbers in a 32-bit word, in the order of
+columns 0, 2, 4, 6, 1, 3, 5, 7; `scales` (groups, out).
 """
 
 from __future__ import annotations

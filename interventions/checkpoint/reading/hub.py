@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from interventions.checkpoint.reading.kinds import ADAPTER
 
@@ -26,9 +25,9 @@ def local_copy(location: str, revision: str | None) -> str:
 
 def _file(location: str, name: str, revision: str | None) -> str | None:
     """Return the local path of a file on the hub or in its cache, None if it is not there."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
-    found: Any = cached_file(
+    found: str | None = cached_file(
         location,
         name,
         revision=revision,

@@ -56,9 +56,9 @@ def quantisation(folder: Path) -> dict[str, Any] | None:
     file = folder / "config.json"
     found = read_object(file).get("quantization_config") if file.is_file() else None
     if found is None:
-        for name, method in _EARLIER.items():
+        for name, earlier in _EARLIER.items():
             if (folder / name).is_file() and file.is_file():
-                return {**read_object(folder / name), "quant_method": method}
+                return {**read_object(folder / name), "quant_method": earlier}
         return None
     settings = found if isinstance(found, dict) else {"quant_method": found}
     method = settings.get("quant_method")

@@ -67,7 +67,7 @@ def _read_quantised(folder: Path, kind: str, options: Mapping[str, Any]) -> tupl
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    empty = _empty_model(config, folder, options)
+    empty: Any = _empty_model(config, options)
     shards = Shards(folder)
     format = import_module(f"interventions.checkpoint.reading.{_FORMATS[kind]}")
     packed: dict[str, Packed] = format.find_packed(shards, quantisation(folder) or {})
@@ -95,13 +95,13 @@ def _oriented(weight: Packed, shards: Shards, transposed: bool) -> Tensor:
     return found.t().contiguous() if transposed else found
 
 
-def _empty_model(config: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module:
+def _empty_model(config: Any, options: Mapping[str, Any]) -> Any:
     """Return the model of a config without weights."""
+    trusted = options.get("trust_remote_code", False)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), trust_remote_code=options.get("trust_remote_code", False)
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            copy.deepcopy(config), trust_remote_code=trusted
         )
-    return model
 
 
 def _is_transposed(model: nn.Module, name: str) -> bool:

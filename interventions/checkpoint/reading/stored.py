@@ -53,9 +53,8 @@ class Shards(Mapping[str, Any]):
 
     def bits(self, name: str) -> int:
         """Return the size of a tensor in bits."""
-        return prod(self.shape(name)) * int(
-            "".join(c for c in self[name].get_dtype().partition("_")[0] if c.isdigit()) or 8
-        )
+        kind = str(self[name].get_dtype()).partition("_")[0]  # BF16, F8_E4M3, BOOL
+        return prod(self.shape(name)) * int("".join(char for char in kind if char.isdigit()) or 8)
 
 
 @dataclass(frozen=True)
