@@ -109,6 +109,9 @@ def test_codes_in_the_order_of_activations(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.mlp.down_proj"
     order = np.random.default_rng(0).permutation(np.arange(48) // 16)
+    found = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    found["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    change_config(tmp_path, quantization_config=found)
     state[f"{name}.weight_g_idx"] = torch.from_numpy(order.astype(np.int32))
     save_file(state, tmp_path / "model.safetensors")
     model, _ = read_model(tmp_path, FLOAT)

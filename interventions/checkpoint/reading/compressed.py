@@ -23,10 +23,8 @@ def find_packed(shards: Shards, settings: Mapping[str, Any]) -> dict[str, Packed
     from compressed_tensors.quantization import QuantizationConfig
 
     try:
-        config = QuantizationConfig.model_validate(
-            {key: value for key, value in settings.items() if key not in ("sparsity_config", "transform_config")}
-        )
-    except ValueError as error:
+        config = QuantizationConfig.model_validate(_current(settings))
+    except (ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ReadingError(f"quantization_config is not one of compressed-tensors: {reason}") from None
     found = {}
@@ -47,6 +45,23 @@ def find_packed(shards: Shards, settings: Mapping[str, Any]) -> dict[str, Packed
         unpack = partial(unpack_weight, scheme=scheme, format=_format(config, scheme))
         found[f"{name}.weight"] = Packed(held, shape, scheme.weights.num_bits, columns, prod(scales), unpack)
     return found
+
+
+def _current(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without what later versions of the package refuse or unpacking does not need."""
+    found = {key: value for key, value in settings.items() if key not in ("sparsity_config", "transform_config")}
+    groups = found.get("config_groups")
+    if isinstance(groups, Mapping):
+        found["config_groups"] = {name: _without_order(group) for name, group in groups.items()}
+    return found
+
+
+def _without_order(group: Any) -> Any:
+    """Return a config group without the order of activations, which `weight_g_idx` has."""
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return group
+    return {**group, "weights": {key: value for key, value in weights.items() if key != "actorder"}}
 
 
 def is_extra(name: str) -> bool:
