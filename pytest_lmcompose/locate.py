@@ -64,7 +64,7 @@ def model_location(path: str, folder: Path) -> str:
     missing folder, ModelError for a folder without a model.
     """
     if not path:
-        raise RecipeError("model.path is empty: name a folder with config.json, or a hub id")
+        raise RecipeError("model.path is empty: name a folder with config.json, a GGUF file, or a hub id")
     for base in (folder, SUITE_FOLDER):
         candidate = base / os.path.expanduser(path)
         if (candidate / "config.json").is_file():

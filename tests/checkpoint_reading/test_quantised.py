@@ -164,6 +164,46 @@ def test_bitsandbytes_8_bits(tmp_path: Path) -> None:
     assert {grid.bits for grid in grids.values()} == {8}
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_4_bits(nested: bool, tmp_path: Path) -> None:
+    """Two numbers in a byte, the first in the upper half; the scales of blocks of 64 may be numbers themselves."""
+    block, outer, offset = 64, 256, 0.5
+    draw = np.random.default_rng(3)
+    values, levels = np.sort(draw.random(16)).astype(np.float32), np.sort(draw.random(256)).astype(np.float32)
+    expected = []
+
+    def tensors(layer: Layer) -> dict[str, Any]:
+        rows, columns = layer.codes.T.shape
+        codes = layer.codes.T.reshape(-1)
+        blocks = -(-codes.size // block)
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "float32", "shape": [rows, columns]}
+        scales, more = draw.random(blocks).astype(np.float32), {}
+        stored: Any = scales
+        if nested:
+            stored = draw.integers(0, 256, blocks).astype(np.uint8)
+            above = draw.random(-(-blocks // outer)).astype(np.float32)
+            scales = np.array(
+                [levels[number] * above[place // outer] + np.float32(offset) for place, number in enumerate(stored)]
+            )
+            state |= {"nested_blocksize": outer, "nested_dtype": "float32", "nested_offset": offset}
+            more = {"weight.nested_absmax": above, "weight.nested_quant_map": levels}
+        weight = np.array([values[code] * scales[place // block] for place, code in enumerate(codes)], np.float32)
+        expected.append(torch.from_numpy(weight.reshape(rows, columns)))
+        return {
+            "": (codes[::2] * 16 + codes[1::2]).astype(np.uint8).reshape(-1, 1),
+            "weight.absmax": stored,
+            "weight.quant_map": values,
+            "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+            **more,
+        }
+
+    written = write(tmp_path, "llama", {"quant_method": "bitsandbytes", "load_in_4bit": True}, tensors)
+    written = written._replace(expected=dict(zip(written.expected, expected, strict=True)))
+    model, grids = read_model(tmp_path, FLOAT)
+    assert_read(model, written)
+    assert {(grid.bits, grid.group_size) for grid in grids.values()} == {(4, block)}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_is_that_of_the_settings(dtype: str, tmp_path: Path) -> None:
     written = write(tmp_path, "llama", AWQ, awq_tensors)

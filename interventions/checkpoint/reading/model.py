@@ -41,7 +41,9 @@ def read(location: str, options: dict[str, Any]) -> tuple[Any, dict[str, KnownGr
     """Return a model and its grids; see `interventions.checkpoint.reading.read_model`."""
     place = local_copy(location, options.get("revision"))
     if place != location:
-        options = {**options, "revision": None}
+        model, grids = read(place, {**options, "revision": None})
+        model.config._commit_hash = Path(place).name
+        return model, grids
     kind = check_readable(Path(place)) if Path(place).exists() else None
     with quiet():
         if kind is None:
