@@ -118,6 +118,7 @@ def truncated(folder: Path) -> None:
 UNREADABLE: dict[str, tuple[Any, str]] = {
     "no base": (change(base_model_name_or_path=None), "has no base_model_name_or_path: set it to the folder"),
     "a missing base": (change(base_model_name_or_path="../gone/for/good"), "there is no base model .*: set base_model"),
+    "a base that the hub lacks": (change(base_model_name_or_path="nobody/such"), "'nobody/such' is not a folder"),
     "itself": (change(base_model_name_or_path="."), "leads back to the adapter"),
     "a base that is broken": (lambda f: (f.parent / "base" / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
@@ -130,7 +131,10 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("alter, message", UNREADABLE.values(), ids=UNREADABLE)
-def test_what_cannot_be_read_is_one_line(alter: Any, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_one_line(
+    alter: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     base(tmp_path / "base")
     adapt(tiny_model(), peft.LoraConfig(**LORA), tmp_path / "adapter", "../base")
     alter(tmp_path / "adapter")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from interventions.checkpoint.reading import ReadingError, read_kind, read_model
@@ -24,9 +25,11 @@ from tests.checkpoint_reading.folders import (
     awq_tensors,
     change_config,
     gptq_tensors,
+    random_layer,
     stream,
     write,
 )
+from tests.models import VOCABULARY, tiny_model
 
 FLOAT = {"dtype": torch.float32}
 FAMILIES = ("llama-bias", "llama-gqa", "qwen2", "gemma", "phi3", "gpt_neox", "opt", "gpt2")
@@ -122,6 +125,31 @@ def test_a_quantised_head_and_the_tie_of_an_unquantised_one(tmp_path: Path) -> N
     model, _ = read_model(tmp_path / "tied", FLOAT)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert_read(model, tied)
+
+
+def test_experts_that_the_model_keeps_in_one_tensor(tmp_path: Path) -> None:
+    """The checkpoint has a layer for each expert; transformers merges them."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(**size, vocab_size=VOCABULARY, num_local_experts=2, num_experts_per_tok=1)
+    tiny_model(config).save_pretrained(tmp_path / "plain")
+    tiny_model(config).save_pretrained(tmp_path / "packed")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    packed, draw = dict(plain), np.random.default_rng(0)
+    names = [name for name in plain if ".experts." in name]
+    assert len(names) == 6
+    for name in names:
+        outputs, inputs = plain[name].shape
+        layer = random_layer(draw, inputs, outputs, 4, act_order=True, low=1)
+        plain[name] = torch.from_numpy(layer.weight.copy())
+        del packed[name]
+        for role, tensor in gptq_tensors(layer, 4, less_one=True).items():
+            packed[name.replace("weight", role)] = torch.from_numpy(tensor.copy())
+    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    save_file(packed, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    change_config(tmp_path / "packed", quantization_config=GPTQ)
+    expected, _ = read_model(tmp_path / "plain", FLOAT)
+    found, _ = read_model(tmp_path / "packed", FLOAT)
+    assert all(torch.equal(p, found.get_parameter(name)) for name, p in expected.named_parameters())
 
 
 @pytest.mark.parametrize("block", [[16, 16], [32, 20], None])

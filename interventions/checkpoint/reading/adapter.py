@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from interventions.checkpoint.reading.kinds import ReadingError, adapter_base
+from interventions.checkpoint.reading.kinds import ADAPTER, BASE, ReadingError, adapter_base, read_object
 from interventions.checkpoint.reading.model import digest_of
 from interventions.checkpoint.reading.model import read as read_any
 from interventions.known_grids import KnownGrid
@@ -14,7 +14,17 @@ from interventions.known_grids import KnownGrid
 
 def read(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, KnownGrid]]:
     """Return the base model with the adapter merged in, and the grids of the weights that it leaves as they were."""
-    model, grids = read_any(adapter_base(folder), options)
+    base = adapter_base(folder)
+    config = read_object(folder / ADAPTER)
+    try:
+        model, grids = read_any(base, {**options, "revision": config.get("revision")})
+    except OSError as error:
+        if Path(base).exists():
+            raise
+        raise ReadingError(
+            f"{folder / ADAPTER}: its base model {base!r} is not a folder, and the hub or its cache does not have it "
+            f"({' '.join(str(error).split())[:150]}): set {BASE} to its folder, or HF_HOME to a cache that has it"
+        ) from error
     merged = merge(model, folder)
     return merged, {
         name: grid

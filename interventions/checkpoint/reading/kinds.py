@@ -19,7 +19,7 @@ TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "te
 """Globs of a tokenizer's files."""
 QUANTISED = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")
 """Values of `quant_method` that can be read."""
-_BASE = "base_model_name_or_path"
+BASE = "base_model_name_or_path"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _EARLIER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where quantisers wrote their settings before config.json had them."""
@@ -136,16 +136,16 @@ def adapter_base(folder: Path) -> str:
     A relative folder is looked up beside the adapter's files, then in its parent folder, then in the working folder.
     """
     file = folder / ADAPTER
-    name = read_object(file).get(_BASE)
+    name = read_object(file).get(BASE)
     if not isinstance(name, str) or not name:
-        raise ReadingError(f"{file} has no {_BASE}: set it to the folder or hub id of the model it was trained on")
+        raise ReadingError(f"{file} has no {BASE}: set it to the folder or hub id of the model it was trained on")
     places = (folder, folder.parent, Path.cwd())
     for place in places:
         if (found := place / Path(name).expanduser()).exists():
             return str(found.resolve())
     if not _HUB_ID.fullmatch(name):
         raise ReadingError(
-            f"{file}: there is no base model {name!r} (looked in {', '.join(map(str, places))}): set {_BASE} to the "
+            f"{file}: there is no base model {name!r} (looked in {', '.join(map(str, places))}): set {BASE} to the "
             "folder or hub id of the model that the adapter was trained on"
         )
     return name
@@ -157,7 +157,7 @@ def sources(location: str | Path) -> tuple[str, ...]:
     while (folder := Path(found[-1])).is_dir() and read_kind(folder) == "peft":
         base = adapter_base(folder)
         if base in found or Path(base) == folder.resolve():
-            raise ReadingError(f"{folder / ADAPTER}: its {_BASE} leads back to the adapter; name the model")
+            raise ReadingError(f"{folder / ADAPTER}: its {BASE} leads back to the adapter; name the model")
         found.append(base)
     return tuple(found)
 
