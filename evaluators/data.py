@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from interventions.tokens import Chat as Chat
 from interventions.types import Edit
+
+if TYPE_CHECKING:
+    from interventions.known_grids import KnownGrid
 
 T = TypeVar("T")
 
@@ -159,6 +162,8 @@ class EvaluationData:
     unlearning: UnlearningData = field(default_factory=UnlearningData)
     retained: RetainReference | None = None
     """Results of the retain model, if there is one."""
+    grids: Mapping[str, KnownGrid] = field(default_factory=dict)
+    """How the model's checkpoint stored its quantised weights, by parameter name."""
     _shared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:

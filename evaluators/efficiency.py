@@ -17,6 +17,7 @@ from evaluators.grids import Grid, find_grid
 from evaluators.measurement import EvaluationError, Measurement
 from evaluators.settings import PassSettings
 from evaluators.state import borrowed
+from interventions.known_grids import KnownGrid, tensor_digest
 
 
 class Layer(NamedTuple):
@@ -27,7 +28,7 @@ class Layer(NamedTuple):
     zeros: int
     full_bits: int
     """Bits of its dtype."""
-    grid: Grid | None
+    grid: Grid | KnownGrid | None
     two_of_four: bool
     """Whether at most two of each four neighbouring columns are non-zero."""
 
@@ -48,7 +49,7 @@ class Layer(NamedTuple):
 
     @property
     def overhead_bits(self) -> int:
-        """Bits of scales and zero points."""
+        """Bits of scales and zero points, and of what else a checkpoint stores with them."""
         return 0 if self.grid is None else self.grid.overhead_bits
 
     @property
@@ -84,44 +85,53 @@ def _linears_under(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     return weights
 
 
-def read_layers(weights: Mapping[str, Tensor]) -> list[Layer]:
-    """Analyse how each weight (out, in) can be stored."""
+def read_layers(weights: Mapping[str, Tensor], known: Mapping[str, KnownGrid] | None = None) -> list[Layer]:
+    """Analyse how each weight (out, in) can be stored; `known` are the grids of weights as they were loaded."""
     layers = []
     for name, weight in weights.items():
         zero = weight == 0
         two_of_four = weight.shape[1] % 4 == 0 and bool((zero.reshape(len(zero), -1, 4).sum(dim=2) >= 2).all())
         full = torch.finfo(weight.dtype).bits
-        layers.append(Layer(name, weight.numel(), int(zero.sum()), full, find_grid(weight), two_of_four))
+        stored = (known or {}).get(name)
+        same = stored is not None and stored.digest == tensor_digest(weight)
+        grid = stored if same else find_grid(weight)
+        layers.append(Layer(name, weight.numel(), int(zero.sum()), full, grid, two_of_four))
     return layers
 
 
 def evaluate(model: Any, tokenizer: Any, settings: PassSettings, data: EvaluationData) -> list[Measurement]:
     """Measure storage and compute; see `measure_efficiency`."""
-    return measure_efficiency(model, length=settings.latency_length)
+    return measure_efficiency(model, length=settings.latency_length, known=data.grids)
 
 
 def measure_efficiency(
-    model: Any, *, weights: Mapping[str, Tensor] | None = None, length: int = 128
+    model: Any,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    length: int = 128,
+    known: Mapping[str, KnownGrid] | None = None,
 ) -> list[Measurement]:
     """Measure storage and compute from the weights; there is one sample per layer and no randomness.
 
     - `average_bits` per weight of the decoder's linear layers: b if all values of the layer are on a
       grid of 2**b levels, otherwise the bits of its dtype, also if a later step moved it off its grid;
       zeros of a pruned layer without a grid count 1 bit.
-    - `overhead_bits` per weight: a 16-bit scale and a zero point of the grid's bits per group.
+    - `overhead_bits` per weight: a 16-bit scale and a zero point of the grid's bits per group; what a
+      checkpoint really stores, if that is known.
     - `sparsity`: the share of exact zeros. `sparsity_2_4`: the share of weights in layers with at
       most two non-zero values in each group of four in a row.
     - `packed_megabytes` (10^6 bytes) of all parameters, with these layers packed.
     - `flops_per_token` of a forward pass over `length` tokens with dense kernels.
 
-    `weights` (out, in) by parameter name replaces `decoder_linears`. Raises EvaluationError for no
+    `weights` (out, in) by parameter name replaces `decoder_linears`. `known` says how the checkpoint stored weights,
+    which counts for those whose values are still the same. Raises EvaluationError for no
     layers and for NaN or infinite weights.
     """
     linears = decoder_linears(model) if weights is None else weights
     for name, weight in linears.items():
         if not bool(torch.isfinite(weight).all()):
             raise EvaluationError(f"{name}: NaN or infinite values; the model's weights are broken")
-    layers = read_layers(linears)
+    layers = read_layers(linears, known)
     total = sum(layer.weights for layer in layers)
     zeros = sum(layer.zeros for layer in layers)
     gridded = [layer for layer in layers if layer.grid is not None]
@@ -150,7 +160,7 @@ def measure_efficiency(
             sum(layer.overhead_bits for layer in layers) / total,
             [layer.overhead_bits / layer.weights for layer in layers],
             False,
-            "16-bit scale and a zero point of the grid's bits by group",
+            "16-bit scale and a zero point of the grid's bits by group, or what the checkpoint stores",
         ),
         read(
             "sparsity",

@@ -43,7 +43,7 @@ def model_overrides(name: str, conf: Conf, folder: Path) -> tuple[str, ...]:
         return preset_overrides("model", name, conf, folder)
     path = folder / os.path.expanduser(name)
     if path.exists() and not (path / "config.json").is_file():
-        check_folder(path)  # raises an error that says what it is
+        check_folder(path)
     if path.exists():
         return ("model=any", f"model.path={quoted(str(path))}")
     if is_path(name, path):
@@ -57,13 +57,13 @@ def model_overrides(name: str, conf: Conf, folder: Path) -> tuple[str, ...]:
 
 
 def model_location(path: str, folder: Path) -> str:
-    """Return the absolute folder or hub id for transformers to load.
+    """Return the absolute folder, GGUF file or hub id to load.
 
     A relative folder is looked up in `folder`, then in the suite's folder. Raises RecipeError for an empty path or a
     missing folder, ModelError for a folder without a model.
     """
     if not path:
-        raise RecipeError("model.path is empty: name a folder with config.json, or a hub id")
+        raise RecipeError("model.path is empty: name a folder with config.json, a GGUF file, or a hub id")
     for base in (folder, SUITE_FOLDER):
         candidate = base / os.path.expanduser(path)
         if (candidate / "config.json").is_file():
@@ -71,6 +71,7 @@ def model_location(path: str, folder: Path) -> str:
     candidate = folder / os.path.expanduser(path)
     if candidate.exists():
         check_folder(candidate)
+        return str(candidate)
     if is_path(path, candidate) or is_path(path, SUITE_FOLDER / path):
         raise RecipeError(f"no such model folder: {path} (looked in {folder} and {SUITE_FOLDER})")
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from evaluators.data import EvaluationData, RetainReference
@@ -15,6 +15,7 @@ from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
+    from interventions.known_grids import KnownGrid
 
 T = TypeVar("T")
 
@@ -45,11 +46,12 @@ def measure_state(
     unedited: UneditedAnswers | None,
     progress: Callable[[str, int, int], None] | None = None,
     retained: RetainReference | None = None,
+    grids: Mapping[str, KnownGrid] | None = None,
 ) -> list[Measurement]:
     """Run the evaluators that the recipe switches on and return their measurements.
 
-    `progress` is called before each evaluator with its name, its number from 1 and the total. Raises EvaluationError
-    for a metric that is measured twice.
+    `grids` says how the checkpoint stored quantised weights. `progress` is called before each evaluator with its name,
+    its number from 1 and the total. Raises EvaluationError for a metric that is measured twice.
     """
     evaluation_data = EvaluationData(
         edits=data.edits,
@@ -66,6 +68,7 @@ def measure_state(
         chat=evaluate.chat,
         unlearning=data.unlearning,
         retained=retained,
+        grids=grids or {},
     )
     chosen = list(switched_on(evaluate))
     found: dict[str, Measurement] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluators.measurement import EvaluationError
+from interventions.checkpoint.reading import sources
 from interventions.registry import methods
 from pytest_lmcompose.baseline.history import choose
 from pytest_lmcompose.baseline.reference import Baseline, architecture_at
@@ -265,7 +266,8 @@ class RunSetup:
         found = self.retain_model
         if found is None or not Path(found).exists():
             return found or ""
-        return hash_files([Path(found)])
+        read = sources(found)  # an adapter reads its base too
+        return hash_files(Path(place) for place in read) + "".join(name for name in read if not Path(name).exists())
 
     @cached_property
     def data_addresses(self) -> tuple[str, ...]:

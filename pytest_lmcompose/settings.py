@@ -39,7 +39,8 @@ class ModelSettings(Checked):
     """The model and how to load it."""
 
     path: str = ""
-    """A folder with config.json (relative to the working folder, then to the suite's), or a hub id."""
+    """A folder (relative to the working folder, then to the suite's), a GGUF file, or a hub id. The folder may hold a
+    quantised model, or a PEFT adapter."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     dtype: Annotated[str, Choice(*DTYPES)] = "auto"

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from interventions.checkpoint.reading import ReadingError, sources
 from pytest_lmcompose.baseline.compare import other_questions, unlike
 from pytest_lmcompose.baseline.storage import read_run
 from pytest_lmcompose.gate.judge import Reference
@@ -107,8 +108,9 @@ def architecture(config: Mapping[str, Any]) -> str:
 def architecture_at(location: str) -> str | None:
     """Return the architecture of a model in a folder, None if it cannot be read, or is not a folder."""
     try:
-        return architecture(json.loads((Path(location) / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
+        folder = Path(sources(location)[-1])
+        return architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, ReadingError):
         return None
 
 

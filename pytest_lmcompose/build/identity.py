@@ -21,7 +21,8 @@ _OF_PLACES = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file", "sp
 def base_address(loaded: Loaded, weights: str) -> str:
     """Return the content address of a model before any step.
 
-    It depends on the weights, the config, the generation config, the model's own code, the tokenizer and the device.
+    It depends on the weights and how they were stored, the config, the generation config, the model's own code, the
+    tokenizer and the device.
     """
     model = loaded.model
     config = _settings_of(model.config)
@@ -32,6 +33,7 @@ def base_address(loaded: Loaded, weights: str) -> str:
     name = "+".join(sorted(names)) + ("" if where.budget is None else f", {where.budget} bytes for a block")
     return address(
         weights=weights,
+        grids=loaded.grids,
         buffers=hash_tensors(dict(model.named_buffers())),
         config=config,
         attention=str(getattr(model.config, "_attn_implementation", None)),

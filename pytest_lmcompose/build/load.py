@@ -6,13 +6,16 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from interventions.checkpoint.reading import ReadingError, read_model, read_tokenizer
+from interventions.known_grids import KnownGrid
+from interventions.known_grids import tensor_digest as tensor_digest
 from interventions.offload import offload
 from interventions.structure import limit_memory
 from pytest_lmcompose.build.checkpoint import check_folder
@@ -31,6 +34,8 @@ class Loaded:
     tokenizer: Any
     revision: str | None
     """Commit on the hub; None for a folder."""
+    grids: Mapping[str, KnownGrid] = field(default_factory=dict)
+    """How the checkpoint stored its quantised weights, by parameter name."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -45,9 +50,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(settings: ModelSettings, location: str, device: torch.device) -> Loaded:
-    """Load the model at `location`, a folder or hub id, on `device`, or as placed by `model.device_map`.
+    """Load the model at `location`, a folder, GGUF file or hub id, on `device`, or as placed by `model.device_map`.
 
-    Only safetensors files are read. The model's own code runs only with `model.trust_remote_code=true`. Raises
+    Only safetensors and GGUF files are read. The model's own code runs only with `model.trust_remote_code=true`. Raises
     ModelError if the model cannot be loaded completely.
     """
     if Path(location).exists():
@@ -56,7 +61,7 @@ def load_model(settings: ModelSettings, location: str, device: torch.device) -> 
     if threads is not None and device.type == "cpu":
         torch.set_num_threads(threads)
     spread = settings.device_map not in (None, "host")
-    model, tokenizer = _read(settings, location, device, spread)
+    model, tokenizer, grids = _read(settings, location, device, spread)
     if spread:
         _check_held(model, settings)
     elif settings.device_map is None:
@@ -68,69 +73,34 @@ def load_model(settings: ModelSettings, location: str, device: torch.device) -> 
         offload(model, device, budget)
     elif budget is not None and not spread:
         limit_memory(model, budget)
-    return Loaded(model, tokenizer, getattr(model.config, "_commit_hash", None))
+    return Loaded(model, tokenizer, getattr(model.config, "_commit_hash", None), grids)
 
 
 def load_tokenizer(settings: ModelSettings, location: str) -> Any:
     """Load the tokenizer of the model at `location`; raises ModelError."""
-    from transformers import AutoTokenizer
-
     with _reading(settings, location) as options:
-        return AutoTokenizer.from_pretrained(location, **options)
+        return read_tokenizer(location, options)
 
 
-def _read(settings: ModelSettings, location: str, device: torch.device, spread: bool) -> tuple[Any, Any]:
-    """Return a model and its tokenizer from transformers; raises ModelError."""
-    from transformers import AutoModelForCausalLM
-
+def _read(
+    settings: ModelSettings, location: str, device: torch.device, spread: bool
+) -> tuple[Any, Any, dict[str, KnownGrid]]:
+    """Return a model, its tokenizer and how its weights were stored; raises ModelError."""
     with _reading(settings, location) as options:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location,
-            use_safetensors=True,
-            dtype=_dtype(settings.dtype, device),
-            output_loading_info=True,
-            **options,
-            **_spread_over(settings, spread),
-        )
-        model, found = loaded
-        _check_complete(location, found)
-    return model, load_tokenizer(settings, location)
+        options |= {"dtype": _dtype(settings.dtype, device), **_spread_over(settings, spread)}
+        model, grids = read_model(location, options)
+    return model, load_tokenizer(settings, location), grids
 
 
 @contextmanager
 def _reading(settings: ModelSettings, location: str) -> Iterator[dict[str, Any]]:
-    """Silence transformers, explain its errors, and yield the options of every `from_pretrained`."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings in loading are errors here
+    """Explain errors of reading a model, and yield the options of every `from_pretrained`."""
     try:
         yield {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    except RecipeError:
-        raise
+    except ReadingError as error:
+        raise ModelError(str(error)) from error
     except Exception as error:  # transformers, the hub and a model's own code raise all kinds
         raise ModelError(_explained(location, error, settings.trust_remote_code)) from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _check_complete(location: str, found: Mapping[str, Any]) -> None:
-    """Raise ModelError if the stored tensors do not match the config."""
-    problems = {
-        "missing_keys": "the model {0} lacks {1}",
-        "unexpected_keys": "the model {0} stores {1}, which its config.json does not describe",
-        "mismatched_keys": "the model {0} has the wrong shape of {1}",
-        "error_msgs": "the model {0} could not be read: {1}",
-    }
-    for kind, problem in problems.items():
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found.get(kind) or ())
-        if names:
-            which = names[0] + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
-            what = problem.format(location, which)
-            raise ModelError(f"{what}: weights and config.json do not match; save or download both again")
 
 
 def _explained(location: str, error: Exception, trusted: bool) -> str:
@@ -225,14 +195,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def hash_digests(digests: Mapping[str, str]) -> str:
     """Return the result of `hash_tensors` from the digests of the tensors."""
     return hashlib.sha256("".join(f"{name}\n{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's dtype, shape and values."""
-    tensor = tensor.detach().to("cpu").contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype}\n{tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

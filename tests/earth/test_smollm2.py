@@ -47,6 +47,8 @@ def wheel(tmp_path: Path) -> Path:
     writer.add_token_types([3, 3, 3] + [1] * (len(WORDS) - 3))
     writer.add_token_merges(MERGES)
     writer.add_chat_template("{{ messages[0]['content'] }}")
+    for name, number in {"bos": 1, "eos": 2, "unk": 0, "pad": 2}.items():
+        getattr(writer, f"add_{name}_token_id")(number)
     draw = np.random.default_rng(0)
     shapes = {"token_embd": (len(WORDS), WIDTH), "output_norm": (WIDTH,)}
     shapes |= {f"blk.0.{name}": (WIDTH,) for name in ("attn_norm", "ffn_norm")}

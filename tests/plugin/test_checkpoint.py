@@ -134,7 +134,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a list as config": (lambda folder: (folder / "config.json").write_text("[]"), "is a JSON list"),
     "no kind": (lambda folder: (folder / "config.json").write_text("{}"), "has no model_type"),
     "an unknown kind": (config(model_type="lama"), "`lama`"),
-    "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "stored quantised .*'gptq'"),
+    "quantised": (
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "its weights are stored as gptq, but no tensor is",
+    ),
     "quantised somehow": (config(quantization_config={"quant_method": "newest"}), "stored quantised .*'newest'"),
     "broken generation config": (
         lambda f: (f / "generation_config.json").write_text("{,"),
@@ -153,9 +156,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "an adapter": (
         lambda f: (only()(f), (f / "adapter_config.json").write_text("{}")),
-        "is a PEFT adapter, .* merge_and_unload",
+        "has adapter_config.json but no adapter_model.safetensors",
     ),
-    "a GGUF file": (lambda f: (only()(f), (f / "model.gguf").write_bytes(b"GGUF")), "holds GGUF files"),
+    "a GGUF file": (lambda f: (only()(f), (f / "model.gguf").write_bytes(b"GGUF")), "model.gguf is damaged"),
     "an empty folder": (only(), "has no config.json"),
 }
 
@@ -182,9 +185,10 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(
 
 def test_a_file_and_an_absent_hub_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="is a GGUF file: name a folder"):
-        load_model(ModelSettings(), str(tmp_path / "model.gguf"), CPU)
+    for name, content in (("model.gguf", b"GGML"), ("model.gguf", b"GGUF"), ("model.bin", b"GGUF")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ModelError, match=r"not a GGUF file|damaged|is a file: name a folder"):
+            load_model(ModelSettings(), str(tmp_path / name), CPU)
     with pytest.raises(ModelError, match="name a local folder, or set HF_HOME"):
         load_model(ModelSettings(), "nobody/such-a-model", CPU)
 
