@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from interventions.checkpoint.load import bring_in, quiet_transformers
+from interventions.checkpoint.load import bring_in
+from interventions.checkpoint.reading.quiet import quiet
 from interventions.contents import ADAPTER, hash_files
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.ranges import Items, Positive
@@ -99,7 +100,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     check_space(folder.parent, 2 * size)
     try:
-        with quiet_transformers():
+        with quiet():
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)

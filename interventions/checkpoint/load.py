@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
+from interventions.checkpoint.reading import ReadingError, read_model, read_tokenizer
+from interventions.checkpoint.reading.kinds import has_tokenizer, tokenizer_source
 from interventions.contents import checkpoint_content, fetched, local
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.names import near_names
@@ -109,45 +110,17 @@ def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, Any]:
     Weights keep the dtype in which they are stored if it is the same for all, so that no copy of them is made;
     otherwise they become `dtype`. Raises InterventionError.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=_stored_dtype(folder) or dtype,
-                output_loading_info=True,
-            )
-            other, found = loaded
-            has_tokenizer = any(folder.glob("tokenizer*"))
-            theirs = AutoTokenizer.from_pretrained(str(folder)) if has_tokenizer else None
+        other, _ = read_model(folder, {"dtype": _stored_dtype(folder) or dtype})
+        place, gguf = tokenizer_source(str(folder))
+        absent = gguf is None and Path(place).is_dir() and not has_tokenizer(Path(place))
+        theirs = None if absent else read_tokenizer(folder, {})
+    except ReadingError as error:
+        raise InterventionError(f"{who}: {error}") from error
     except Exception as error:  # transformers and the hub raise all kinds
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise InterventionError(f"{who} cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
-    for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "has"), ("mismatched_keys", "has another")):
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found.get(kind) or ())
-        if names:
-            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-            raise InterventionError(f"{who} {problem} {names[0]}{more}: weights and config.json do not match")
     return other.eval(), theirs
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Show no progress bars and warnings of transformers."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _stored_dtype(folder: Path) -> Any:

@@ -73,6 +73,7 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     CheckpointError if no layer can be packed.
     """
     form = _format(format)
+    _check_readable(model, format)
     weights, left = _linear_weights(model)
     found: dict[str, Found] = {}
     scales: dict[str, Tensor] = {}
@@ -114,6 +115,23 @@ def _format(name: str) -> Format:
 
     formats: tuple[type[Format], ...] = (CompressedTensors, Gptq, Awq)
     return next(kind for kind in formats if kind.name == name)()
+
+
+def _check_readable(model: nn.Module, format: str) -> None:
+    """Raise CheckpointError if transformers replaces modules of the model by others when it reads the format.
+
+    It does not find their weights then, and starts with random ones.
+    """
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHED
+
+    for module in model.modules():
+        kind = type(module).__name__
+        methods: Any = PATCHED.get(kind, {}).get("quantization_methods", ())
+        if format in [method.value for method in methods]:
+            raise CheckpointError(
+                f"{format}: transformers reads the {kind} of a packed {type(model).__name__} as modules of their own, "
+                "one for each expert, which the model does not have. Choose another format, or export in full precision"
+            )
 
 
 def _linear_modules(model: nn.Module) -> list[str]:

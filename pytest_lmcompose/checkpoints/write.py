@@ -58,14 +58,18 @@ def write_checkpoint(
     write_settings(folder, model, tokenizer, None if packing is None else packing.config)
     state = model.state_dict()
     writer = _ShardWriter(folder, shard_bytes)
-    for group in _groups(model, _stored_names(model, dict(state))):
+    names = _stored_names(model, dict(state))
+    # Of a packed checkpoint, transformers reads merged weights, such as experts, as they are in the model: it does not
+    # merge them and starts with random ones.
+    as_is = packing is not None and len(_shapes_as_read(model, names)) != len(names)
+    for group in ([name] for name in names) if as_is else _groups(model, names):
         tensors: dict[str, Tensor] = {}
         for name in group:
             if packing is not None and packing.packs(name):
                 tensors |= packing.replace(name, state[name])
             else:
                 tensors[name] = state[name]
-        for name, tensor in _as_read(model, tensors).items():
+        for name, tensor in (tensors if as_is else _as_read(model, tensors)).items():
             writer.add(name, tensor)
     writer.close()
     return _weights_hash(state, packing)
@@ -121,14 +125,15 @@ def _groups(model: Any, names: list[str]) -> Iterator[list[str]]:
     for name in names:
         found = _LAYER.match(name)
         groups.setdefault(found[0] if found else "", []).append(name)
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    whole = {name: tensor.shape for name, tensor in _as_read(model, {name: shapes[name] for name in names}).items()}
-    parts = {
-        name: tensor.shape
-        for group in groups.values()
-        for name, tensor in _as_read(model, {name: shapes[name] for name in group}).items()
-    }
-    yield from groups.values() if parts == whole else [names]
+    parts = {name: shape for group in groups.values() for name, shape in _shapes_as_read(model, group).items()}
+    yield from groups.values() if parts == _shapes_as_read(model, names) else [names]
+
+
+def _shapes_as_read(model: Any, names: list[str]) -> dict[str, torch.Size]:
+    """Return the names that transformers reads for parameters `names`, with the shapes."""
+    state = model.state_dict()
+    empty = {name: torch.empty_like(state[name], device="meta") for name in names}
+    return {name: tensor.shape for name, tensor in _as_read(model, empty).items()}
 
 
 def _as_read(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
