@@ -5,24 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from interventions.checkpoint.reading.kinds import ADAPTER, ADAPTER_WEIGHTS, HUB_ID, ReadingError, sources
 from interventions.types import InterventionError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.safetensors.index.json", "config.json", "quant*config.json")
-ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_path(name: str, path: Path) -> bool:
     """Return whether `name`, which stands for `path`, is no hub id: not a valid one, or its parent folder exists."""
-    if not _HUB_ID.fullmatch(name) or (os.sep != "/" and os.sep in name):
+    if not HUB_ID.fullmatch(name) or (os.sep != "/" and os.sep in name):
         return True
     return "/" in name and path.parent.is_dir()
 
@@ -47,10 +44,10 @@ def checkpoint_content(name: str, revision: str | None, folder: Path) -> str:
     if path.is_file():
         return hash_files([path])
     found = hash_files(file for pattern in (*_WEIGHTS, ADAPTER) for file in sorted(path.glob(pattern)))
-    base = None if (path / "config.json").is_file() else adapter_config(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base or local(base, path) == path:
-        return found
-    return f"{found} on {checkpoint_content(base, None, path)}"
+    with suppress(ReadingError):  # reading it says so
+        for base in sources(path)[1:2]:
+            found += f" on {checkpoint_content(base, None, path)}"
+    return found
 
 
 def adapter_content(name: str, revision: str | None, folder: Path) -> str:

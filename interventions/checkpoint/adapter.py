@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from interventions.checkpoint.load import missing
-from interventions.contents import ADAPTER, ADAPTER_WEIGHTS, adapter_config, adapter_content, fetched, local
+from interventions.checkpoint.reading.kinds import ADAPTER, ADAPTER_WEIGHTS
+from interventions.contents import adapter_config, adapter_content, fetched, local
 from interventions.intervention import Context, Intervention, Model, Resources
 from interventions.ranges import Range
 from interventions.types import InterventionError

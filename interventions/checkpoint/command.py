@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from interventions.checkpoint.load import bring_in
+from interventions.checkpoint.reading.kinds import ADAPTER
 from interventions.checkpoint.reading.quiet import quiet
-from interventions.contents import ADAPTER, hash_files
+from interventions.contents import hash_files
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.ranges import Items, Positive
 from interventions.types import InterventionError

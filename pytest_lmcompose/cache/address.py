@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
     from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, WorldSettings
 
-METHOD_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "scipy")
+METHOD_LIBRARIES = (
+    *("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "scipy"),
+    *("compressed-tensors", "gguf"),
+)
 """Libraries whose version may change the result of a step."""
 EVALUATOR_LIBRARIES = (*METHOD_LIBRARIES, "lm_eval", "datasets")
 _UNKNOWN = secrets.token_hex()

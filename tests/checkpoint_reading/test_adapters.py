@@ -124,8 +124,8 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "pickled weights": (pickled, "can run code when it is read"),
     "cut weights": (truncated, "adapter_model.safetensors is damaged"),
-    "other modules": (change(target_modules=["query_key_value"]), "does not fit its base model .*query_key_value"),
-    "other shapes": (change(r=8), "does not fit its base model .*size mismatch"),
+    "other modules": (change(target_modules=["query_key_value"]), "does not fit the model: .*query_key_value"),
+    "other shapes": (change(r=8), "does not fit the model: .*size mismatch"),
     "an unknown kind": (change(peft_type="NEWEST"), "cannot be loaded|does not fit|NEWEST"),
 }  # fmt: skip
 
@@ -156,5 +156,5 @@ def test_adapters_that_cannot_be_merged_and_those_of_another_model(tmp_path: Pat
     adapt(tiny_model(), peft.LoraConfig(**LORA), tmp_path / "adapter", str(folder))
     shutil.rmtree(folder)
     base(folder, "llama-odd")
-    with pytest.raises(ReadingError, match=r"does not fit its base model .*base: .*size mismatch"):
+    with pytest.raises(ReadingError, match=r"base does not fit the model: .*size mismatch"):
         read_model(tmp_path / "adapter", FLOAT)

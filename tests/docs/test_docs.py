@@ -75,8 +75,8 @@ def test_every_override_and_composition_of_a_page_is_one(page: Path) -> None:
             continue
         load_recipe(conf, [override])
     recipe = load_recipe(conf)
-    for quoted, plain in re.findall(r"""--lmcompose-compose[ =](?:"([^"\n]+)"|([^\s`,"]+))""", text):
-        composition = quoted or plain
+    for words in re.findall(r"""--lmcompose-compose[ =](?:'([^'\n]+)'|"([^"\n]+)"|([^\s`,"]+))""", text):
+        composition = "".join(words)
         if composition != "ID" and not composition.startswith("clip"):
             recipe.read(composition)
 

@@ -189,4 +189,4 @@ def test_a_folder_that_is_no_model_is_a_usage_error(project: Project, refused: C
     (project.path / "adapter").mkdir()
     (project.path / "adapter" / "adapter_config.json").write_text("{}")
     project.arguments[0] = f"--lmcompose-model={project.path / 'adapter'}"
-    assert "is a PEFT adapter" in refused(compose=("nudge",))
+    assert "has adapter_config.json but no adapter_model.safetensors" in refused(compose=("nudge",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,28 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def records(folder: Path) -> list[Record]:
-    """Read the file of the only offline run back: records in the framing of LevelDB's log."""
+    """Read the file of the only offline run back; W&B's own process writes it, and may still be at it."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    end = time.monotonic() + 60
+    found = read_records(path)
+    while not any(record.HasField("exit") for record in found) and time.monotonic() < end:
+        time.sleep(0.1)
+        found = read_records(path)
+    return found
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records that are complete, in the framing of LevelDB's log."""
     data, place, parts, found = path.read_bytes(), 7, [], []
     while place < len(data):
         if BLOCK - place % BLOCK < 7:
             place += BLOCK - place % BLOCK
             continue
+        if place + 7 > len(data):
+            break
         _, size, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + size > len(data):
+            break
         parts.append(data[place + 7 : place + 7 + size])
         place += 7 + size
         if kind in (1, 4):  # whole, or the last part

@@ -122,7 +122,7 @@ def test_a_world_files_folder_is_relative_to_the_file(tmp_path: Path, tiny_world
         ("forget: a.json\n", "world.forget=a.json: expected a mapping"),
         ("edits: ${oc.env:HOME}\n", "is not resolved"),
         ("world: {edits: a.json}\n", "start the file with the line '# @package _global_'"),
-        ("# @package _global_\nwrld: {edits: a.json}\n", "unknown section 'wrld'. Did you mean world?"),
+        ("# @package _global_\nwrld: {edits: a.json}\n", "unknown section 'wrld'. Did you mean world"),
         ("# @package _global_\nworld: a.json\n", "world: expected a mapping"),
         ("defaults: [nowhere]\n", "nowhere"),
         ("defaults: tinyworld\n", "must be a list"),

@@ -61,9 +61,13 @@ def _wrap(model: nn.Module, folder: Path, who: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        return PeftModel(model, config, _NAME)
+        tuner: Any = PeftModel(model, config, _NAME)
     except Exception as error:  # peft raises all kinds
         raise InterventionError(f"{who} does not fit the model: {_line(error)}") from error
+    if not hasattr(tuner.base_model, "merge_and_unload"):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise InterventionError(f"{who} ({kind}) cannot be merged into weights")
+    return tuner
 
 
 def _fill(tuner: Any, folder: Path, who: str) -> None:

@@ -26,7 +26,7 @@ def read_model(location: str | Path, options: Mapping[str, Any]) -> tuple[Any, d
     trust_remote_code, device_map. Raises ReadingError for a checkpoint that is incomplete or cannot be read; errors of
     transformers pass.
     """
-    from interventions.checkpoint.reading.model import read
+    from interventions.checkpoint.reading.any_kind import read
 
     return read(str(location), dict(options))
 

@@ -13,6 +13,7 @@ from interventions.names import near_names
 from interventions.types import InterventionError
 
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json", "tokenization_*.py")
@@ -20,11 +21,10 @@ TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "te
 QUANTISED = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")
 """Values of `quant_method` that can be read."""
 BASE = "base_model_name_or_path"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _EARLIER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where quantisers wrote their settings before config.json had them."""
 _PACKAGES = {"compressed-tensors": "compressed_tensors", "gguf": "gguf", "peft": "peft"}
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class ReadingError(InterventionError):
@@ -118,13 +118,14 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def check_adapter(folder: Path) -> None:
     """Raise ReadingError if a PEFT adapter lacks its weights, or its base model."""
-    if not any((folder / name).exists() for name in _ADAPTER_WEIGHTS):
-        raise ReadingError(f"{folder} has {ADAPTER} but no {_ADAPTER_WEIGHTS[0]}: save the adapter again")
-    if not (folder / _ADAPTER_WEIGHTS[0]).exists():
-        raise ReadingError(
-            f"{folder} has only {_ADAPTER_WEIGHTS[1]}, which can run code when it is read: load it where you trust it "
-            "and save it again with save_pretrained"
-        )
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        pickled = folder / "adapter_model.bin"
+        if pickled.exists():
+            raise ReadingError(
+                f"{folder} has only {pickled.name}, which can run code when it is read: load it where you trust it and "
+                "save it again with save_pretrained"
+            )
+        raise ReadingError(f"{folder} has {ADAPTER} but no {ADAPTER_WEIGHTS}: save the adapter again")
     for base in sources(folder)[1:]:
         if Path(base).exists():
             check_readable(Path(base))
@@ -143,7 +144,7 @@ def adapter_base(folder: Path) -> str:
     for place in places:
         if (found := place / Path(name).expanduser()).exists():
             return str(found.resolve())
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise ReadingError(
             f"{file}: there is no base model {name!r} (looked in {', '.join(map(str, places))}): set {BASE} to the "
             "folder or hub id of the model that the adapter was trained on"

@@ -1,4 +1,4 @@
-"""Read a model of any kind. Imports torch."""
+"""Read models in full precision and quantised ones. Imports torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from interventions.checkpoint.reading.hub import local_copy
-from interventions.checkpoint.reading.kinds import ReadingError, check_readable, quantisation
-from interventions.checkpoint.reading.quiet import quiet
+from interventions.checkpoint.reading.kinds import ReadingError, quantisation
 from interventions.checkpoint.reading.stored import Lazy, Packed, Shards
 from interventions.known_grids import KnownGrid, tensor_digest
 
@@ -37,33 +35,14 @@ _PROBLEMS = {
 }
 
 
-def read(location: str, options: dict[str, Any]) -> tuple[Any, dict[str, KnownGrid]]:
-    """Return a model and its grids; see `interventions.checkpoint.reading.read_model`."""
-    place = local_copy(location, options.get("revision"))
-    if place != location:
-        model, grids = read(place, {**options, "revision": None})
-        model.config._commit_hash = Path(place).name
-        return model, grids
-    kind = check_readable(Path(place)) if Path(place).exists() else None
-    with quiet():
-        if kind is None:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                place, use_safetensors=True, output_loading_info=True, **options
-            )
-            check_complete(location, loaded[1])
-            return loaded[0], {}
-        if kind == "gguf":
-            from interventions.checkpoint.reading import gguf_file
-
-            return gguf_file.read(Path(place), options)
-        if kind == "peft":
-            from interventions.checkpoint.reading import adapter
-
-            return adapter.read(Path(place), options)
-        return _read_quantised(Path(place), kind, options)
+def read_plain(place: str, options: Mapping[str, Any]) -> Any:
+    """Return a model whose weights are stored in full precision; raises ReadingError if some are missing."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+    check_complete(place, loaded[1])
+    return loaded[0]
 
 
-def _read_quantised(folder: Path, kind: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, KnownGrid]]:
+def read_quantised(folder: Path, kind: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, KnownGrid]]:
     """Return a model from a folder of quantised weights; each is de-quantised when it is put into the model."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=options.get("trust_remote_code", False))
     for part in (config, config.get_text_config()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import nn
 
@@ -10,10 +11,22 @@ from interventions.layouts import ROLES
 from interventions.names import near_names
 from interventions.structure import Anatomy, Block, check_layers
 from interventions.types import InterventionError
-from interventions.unlearn.bases import Trained
 
 
-def last_layers(method: str, settings: Trained, depth: int) -> list[int]:
+class Choice(Protocol):
+    """The settings that say what is trained."""
+
+    @property
+    def layers(self) -> list[int] | None: ...
+    @property
+    def layer_fraction(self) -> float: ...
+    @property
+    def parameters(self) -> list[str] | None: ...
+    @property
+    def train_head(self) -> bool: ...
+
+
+def last_layers(method: str, settings: Choice, depth: int) -> list[int]:
     """Return the blocks that `settings` trains: those named, or the last ones."""
     if settings.layers is not None:
         return check_layers(f"{method}.layers", settings.layers, depth)
@@ -49,7 +62,7 @@ def named_in_blocks(
 
 
 def trained_parameters(
-    method: str, model: nn.Module, anatomy: Anatomy, layers: Sequence[int], settings: Trained
+    method: str, model: nn.Module, anatomy: Anatomy, layers: Sequence[int], settings: Choice
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that `settings` trains in the blocks `layers`, and the final norm and output head.
 
