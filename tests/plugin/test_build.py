@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evaluators.measurement import Measurement
-from interventions import Edit, Resources, StepReport, registry
+from interventions import Edit, Resources, StepReport, registry, safety
 from pytest_lmcompose.build.load import Loaded, choose_device, hash_tensors, hash_weights, load_model
 from pytest_lmcompose.build.snapshot import StateGoneError
 from pytest_lmcompose.build.states import StateManager, step_seed
@@ -99,6 +99,22 @@ def test_a_prefix_is_built_once_and_each_state_returns_exactly(manager: StateMan
         ["round+nudge", "step 1/2 round"],
         ["round+nudge", "step 2/2 nudge"],
     ]
+
+
+def test_a_step_makes_no_copy_of_weights_that_the_run_has(
+    manager: StateManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = manager.enter(parse("nudge")).state_hash
+
+    def refuse(*_: Any) -> list[str]:
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(safety, "_first_names", refuse)
+    manager.enter(parse("nudge+round"))
+    with pytest.raises(BuildError, match="layer 7 is missing"):
+        manager.enter(parse("nudge+refuse"))
+    state = manager.enter(parse("nudge"))
+    assert hash_weights(state.model) == state.state_hash == before
 
 
 def test_a_state_is_the_same_whoever_asks_first(tiny_model: Path, manager: StateManager) -> None:
