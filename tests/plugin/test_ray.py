@@ -74,6 +74,7 @@ def ids(*compositions: str) -> list[str]:
     return [f"test_inner.py::test_it[{name}]" for name in compositions]
 
 
+@pytest.mark.slow
 def test_a_part_starts_from_the_state_that_another_node_built(project: Project) -> None:
     project.arguments.remove(NO_CACHE)
     compose = ("nudge", "nudge+round")
@@ -99,6 +100,7 @@ def crash(composition):
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_kills_its_process_is_told_and_the_next_ones_run(project: Project) -> None:
     path = project.path / "test_inner.py"
     path.write_text(CRASH + path.read_text())
