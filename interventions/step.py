@@ -71,7 +71,7 @@ def apply(
     satisfied: list[str] = []
     context = Context(seed, progress or silent, warnings.append, satisfied.append, statistics, folder or Path.cwd())
     function = chosen.load()
-    before = SafetyCopy(model, _may_change(complete, model), copies)
+    before = SafetyCopy(model, _may_change(complete, model) if copies is None else None, copies)
     devices = {placement(model).device, *(parameter.device for parameter in model.parameters())}
     gpus = [device for device in devices if device.type == "cuda"]
     for gpu in gpus:

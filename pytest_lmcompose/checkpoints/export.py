@@ -13,7 +13,7 @@ from pytest_lmcompose.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pytest_lmcompose.build.states import ModelState
-    from pytest_lmcompose.checkpoints.write import Packing
+    from pytest_lmcompose.checkpoints.packing import Packing
     from pytest_lmcompose.run import Run
 
 

@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pytest_lmcompose.build.load import hash_digests, tensor_digest
+from pytest_lmcompose.checkpoints.packing import Packing
 from pytest_lmcompose.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9
@@ -26,25 +27,6 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _LAYER = re.compile(r"(?:.*?\.)?\d+\.")
 """The start of a parameter's name, up to the number of its block."""
-
-
-class Packing(Protocol):
-    """How weights are stored in a packed format."""
-
-    config: dict[str, Any]
-    """The key `quantization_config` of config.json."""
-
-    def packs(self, name: str) -> bool:
-        """Return whether the parameter `name` of the model is packed."""
-        ...
-
-    def replace(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to store in place of a weight, by name."""
-        ...
-
-    def unpacked(self, name: str, weight: Tensor) -> Tensor:
-        """Return what a loader makes of them."""
-        ...
 
 
 def write_checkpoint(
@@ -59,10 +41,11 @@ def write_checkpoint(
     state = model.state_dict()
     writer = _ShardWriter(folder, shard_bytes)
     names = _stored_names(model, dict(state))
+    empty = {name: torch.empty_like(state[name], device="meta") for name in names}
     # Of a packed checkpoint, transformers reads merged weights, such as experts, as they are in the model: it does not
     # merge them and starts with random ones.
-    as_is = packing is not None and len(_shapes_as_read(model, names)) != len(names)
-    for group in ([name] for name in names) if as_is else _groups(model, names):
+    as_is = packing is not None and len(_as_read(model, empty)) != len(names)
+    for group in ([name] for name in names) if as_is else _groups(model, empty):
         tensors: dict[str, Tensor] = {}
         for name in group:
             if packing is not None and packing.packs(name):
@@ -116,24 +99,23 @@ def _stored_names(model: Any, state: dict[str, Tensor]) -> list[str]:
         raise CheckpointError(f"transformers cannot save {type(model).__name__}: {_line(error)}") from error
 
 
-def _groups(model: Any, names: list[str]) -> Iterator[list[str]]:
+def _groups(model: Any, empty: dict[str, Tensor]) -> Iterator[list[str]]:
     """Yield the names of each block, and those outside of all blocks; a single group if blocks depend on each other.
 
-    Only the weights of one group are converted at a time, because some conversions copy them.
+    Only the weights of one group are converted at a time, because some conversions copy them. `empty` has the weights
+    to store as meta tensors.
     """
     groups: dict[str, list[str]] = {}
-    for name in names:
+    for name in empty:
         found = _LAYER.match(name)
         groups.setdefault(found[0] if found else "", []).append(name)
-    parts = {name: shape for group in groups.values() for name, shape in _shapes_as_read(model, group).items()}
-    yield from groups.values() if parts == _shapes_as_read(model, names) else [names]
-
-
-def _shapes_as_read(model: Any, names: list[str]) -> dict[str, torch.Size]:
-    """Return the names that transformers reads for parameters `names`, with the shapes."""
-    state = model.state_dict()
-    empty = {name: torch.empty_like(state[name], device="meta") for name in names}
-    return {name: tensor.shape for name, tensor in _as_read(model, empty).items()}
+    parts = {
+        name: tensor.shape
+        for group in groups.values()
+        for name, tensor in _as_read(model, {name: empty[name] for name in group}).items()
+    }
+    whole = {name: tensor.shape for name, tensor in _as_read(model, empty).items()}
+    yield from groups.values() if parts == whole else [list(empty)]
 
 
 def _as_read(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ gguf = pytest.importorskip("gguf")
 from interventions.checkpoint.reading import ReadingError, read_kind, read_model, read_tokenizer
 from pytest_lmcompose.build.load import load_model
 from pytest_lmcompose.settings import ModelSettings
+from tests.gguf_files import HEADS, INNER, WIDTH, finish, start_llama
 from tests.models import tiny_tokenizer
 
 FLOAT = {"dtype": torch.float32}
@@ -34,7 +35,6 @@ WORDS = [
     "1234",
 ]
 MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3", "123 4"]
-WIDTH, HEADS, INNER = 32, 2, 64
 NORMS = ("blk.0.attn_norm", "blk.0.ffn_norm")
 TYPES = {"attn_q": "F32", "attn_k": "Q8_0", "attn_v": "Q4_0", "attn_output": "Q5_1"}
 TYPES |= {"ffn_up": "Q4_1", "ffn_gate": "Q8_0", "ffn_down": "F16"}
@@ -51,24 +51,7 @@ NAMES = {
 
 def write(file: Path, rules: str = "smollm", **numbers: int) -> dict[str, Any]:
     """Write a random Llama, and return its weights as they were before they were stored."""
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(rules)
-    writer.add_token_list(WORDS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(WORDS) - 3))
-    writer.add_token_merges(MERGES)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    for name, number in {"bos": 1, "eos": 2, "pad": 0, **numbers}.items():
-        getattr(writer, f"add_{name}_token_id")(number)
+    writer = start_llama(file, rules, WORDS, MERGES, **{"bos": 1, "eos": 2, "pad": 0, **numbers})
     draw = np.random.default_rng(0)
     shapes = {f"attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
     shapes |= {"ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH), "ffn_down": (WIDTH, INNER)}
@@ -79,10 +62,7 @@ def write(file: Path, rules: str = "smollm", **numbers: int) -> dict[str, Any]:
     plain = {"token_embd": (len(WORDS), WIDTH), **dict.fromkeys(("output_norm", *NORMS), (WIDTH,))}
     for name, shape in plain.items():
         writer.add_tensor(f"{name}.weight", draw.standard_normal(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return written
 
 

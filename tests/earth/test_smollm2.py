@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("gguf")
 
 from compositions.earth import smollm2
+from tests.gguf_files import INNER, WIDTH, finish, start_llama
 
 WORDS = [
     "<|endoftext|>",
@@ -23,32 +24,12 @@ WORDS = [
     "Ġthe",
 ]
 MERGES = ["t h", "th e", "Ġ the"]
-WIDTH, HEADS, INNER = 32, 2, 64
 
 
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
-    import gguf
-
     file = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(WORDS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(WORDS) - 3))
-    writer.add_token_merges(MERGES)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    for name, number in {"bos": 1, "eos": 2, "unk": 0, "pad": 2}.items():
-        getattr(writer, f"add_{name}_token_id")(number)
+    writer = start_llama(file, "smollm", WORDS, MERGES, bos=1, eos=2, unk=0, pad=2)
     draw = np.random.default_rng(0)
     shapes = {"token_embd": (len(WORDS), WIDTH), "output_norm": (WIDTH,)}
     shapes |= {f"blk.0.{name}": (WIDTH,) for name in ("attn_norm", "ffn_norm")}
@@ -56,10 +37,7 @@ def wheel(tmp_path: Path) -> Path:
     shapes |= {"blk.0.ffn_gate": (INNER, WIDTH), "blk.0.ffn_up": (INNER, WIDTH), "blk.0.ffn_down": (WIDTH, INNER)}
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", draw.standard_normal(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     path = tmp_path / "llm_small-1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(file, "llm_small/model.gguf")

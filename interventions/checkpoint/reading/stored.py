@@ -107,7 +107,7 @@ def unpack_bits(words: Tensor, bits: int) -> Tensor:
     """
     width = 8 * words.element_size()
     words = words.to(torch.int64 if width == 64 else torch.int32)
-    period = next(n for n in range(1, width + 1) if n * bits % width == 0)  # integers until words begin anew
+    period = next(n for n in range(1, width + 1) if n * bits % width == 0)  # integers after which a word starts
     rows, columns = words.shape
     words = words.reshape(rows * width // (period * bits), period * bits // width, columns)
     found = torch.empty(len(words), period, columns, dtype=torch.uint8)
