@@ -17,14 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from interventions.checkpoint.reading.kinds import INDEX, WEIGHTS
 from pytest_lmcompose.build.load import hash_digests, tensor_digest
 from pytest_lmcompose.checkpoints.packing import Packing
 from pytest_lmcompose.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9
 """Default maximum size of a file of weights; a larger tensor has a file of its own."""
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 _LAYER = re.compile(r"(?:.*?\.)?\d+\.")
 """The start of a parameter's name, up to the number of its block."""
 

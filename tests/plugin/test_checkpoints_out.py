@@ -19,10 +19,11 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
+from interventions.checkpoint.reading.kinds import INDEX, WEIGHTS
 from pytest_lmcompose.build.load import hash_weights
 from pytest_lmcompose.checkpoints.folder import CARD, new_folder
 from pytest_lmcompose.checkpoints.options import folder_name
-from pytest_lmcompose.checkpoints.write import INDEX, WEIGHTS, write_checkpoint
+from pytest_lmcompose.checkpoints.write import write_checkpoint
 from pytest_lmcompose.errors import CheckpointError
 from pytest_lmcompose.options import SUITE_FOLDER
 from tests.models import _SIZE, CONFIGS, tiny_model
