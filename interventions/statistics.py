@@ -120,9 +120,9 @@ def token_batches(
     max_tokens: int,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
-    max_texts: int | None = None,
+    least_tokens: int | None = None,
 ) -> list[Batch]:
-    """Tokenise the first `max_texts` texts, cut each to `max_tokens`, batch them by length.
+    """Tokenise texts, in order, until there are `least_tokens`; cut each to `max_tokens`, batch them by length.
 
     A batch has at most `batch_size` rows and `batch_tokens` tokens including padding, but always one row; None: no
     limit.
@@ -131,9 +131,14 @@ def token_batches(
     batches come first, so that running out of memory shows early. The tokenizer's padding and truncation settings
     are neither used nor changed.
     """
-    chosen = texts if max_texts is None else texts[:max_texts]
-    _check_texts(chosen)
-    rows = [tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"][:max_tokens] for text in chosen]
+    _check_texts(texts)
+    rows: list[list[int]] = []
+    tokens = 0
+    for text in texts:
+        rows.append(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"][:max_tokens])
+        tokens += len(rows[-1])
+        if least_tokens is not None and tokens >= least_tokens:
+            break
     return _batches(rows, padding_id(tokenizer), batch_size, batch_tokens)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from interventions.early_exit import replaced_forward
+from interventions.early_exit import StopForward, replaced_forward, run_until_seen
 from interventions.statistics import Batch
 from interventions.structure import Block, Linear, LinearGroup, first_output, module_device
 
@@ -91,17 +91,18 @@ def catch_block_calls(model: nn.Module, batches: Sequence[Batch], blocks: Sequen
     """Return, for each block and each batch, how the model calls the block.
 
     Masks and position embeddings can differ between blocks, so each block has its own calls. Only the first block's
-    calls have hidden states. The blocks are not run: each returns its input.
+    calls have hidden states. The blocks are not run: each returns its input, and the last one ends the pass.
     """
     calls: list[list[Call]] = [[] for _ in blocks]
     recorder = _CallRecorder()
     device = module_device(model)
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
-            stack.enter_context(recorder.recording(block.module, calls[number], with_hidden=number == 0))
+            options = {"with_hidden": number == 0, "last": number == len(blocks) - 1}
+            stack.enter_context(recorder.recording(block.module, calls[number], **options))
         for batch in batches:
             recorder.converted.clear()
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+            run_until_seen(model, {key: value.to(device) for key, value in batch.items()})
     return calls
 
 
@@ -114,12 +115,14 @@ class _CallRecorder:
         self.as_output: Callable[[Tensor], Any] | None = None
 
     @contextmanager
-    def recording(self, module: nn.Module, calls: list[Call], *, with_hidden: bool) -> Iterator[None]:
+    def recording(self, module: nn.Module, calls: list[Call], *, with_hidden: bool, last: bool) -> Iterator[None]:
         forward = module.forward
 
         def record(*arguments: Any, **keywords: Any) -> Any:
             call = Call.of(arguments, keywords, self._as_float)
             calls.append(call if with_hidden else call.on(call.hidden.new_empty(0)))
+            if last:
+                raise StopForward
             if self.as_output is None:  # some blocks return a tuple: run the first one to find out
                 output = forward(*arguments, **keywords)
                 rest = output[1:] if isinstance(output, tuple) else None

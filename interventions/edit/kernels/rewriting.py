@@ -33,6 +33,7 @@ Solve = Callable[[Tensor, Tensor], Tensor]
 """From keys (d_k, n) and residuals (d_out, n) to the update of a weight, (d_out, d_k) float64."""
 
 _BATCH = 32
+_BATCH_TOKENS = 4096
 _PROBED = 8
 _ENOUGH = 0.9
 """A step warns about edits that reach less than this share of the wanted change of their hidden state."""
@@ -204,14 +205,7 @@ def _remedy(settings: Rewriter) -> str:
 
 def _key_batches(tokenizer: Any, texts: Sequence[str], settings: Rewriter, window: int, width: int) -> list[Batch]:
     """Tokenise texts, in order, until there are enough tokens for the second moment."""
-    wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
-    batches, tokens = [], 0
-    for start in range(0, len(texts), _BATCH):
-        batch = token_batches(tokenizer, texts[start : start + _BATCH], max_tokens=window, batch_size=_BATCH)
-        batches += batch
-        tokens += sum(int(b["attention_mask"].sum()) for b in batch)
-        if tokens >= wanted:
-            break
-    if not batches:
+    if not texts:
         raise InterventionError(f"{settings.name} needs calibration text for the second moment of keys; none was given")
-    return batches
+    wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
+    return token_batches(tokenizer, texts, max_tokens=window, batch_tokens=_BATCH_TOKENS, least_tokens=wanted)

@@ -168,7 +168,8 @@ class _Batch:
     ) -> None:
         device = module_device(model)
         rows, per_edit, count = texts.rows, texts.per_edit, len(texts.which)
-        ids = [row.ids for row in rows + texts.essence]
+        # What follows the last token whose logits are needed is not run.
+        ids = [row.ids[:-1] for row in rows] + [row.ids[: row.subject_end + 1] for row in texts.essence]
         subjects = [row.subject_end for row in rows + texts.essence]
         inside = not gain.linear
         if cached is None:
@@ -181,15 +182,15 @@ class _Batch:
         """Indices of the edits in the batch."""
         self._owner = torch.tensor([n // per_edit for n in range(len(rows))] + list(range(count)), device=device)
         # Logits are needed before each target token, and at the subject of the essence prompts.
-        wanted = [(n, place - row.subject_end) for n, row in enumerate(rows) for place in row.target_places]
-        target_rows, target_places = torch.tensor(wanted, device=device).t()
-        self._target_ids = self._tail.ids[target_rows, target_places]
+        wanted = [(n, place) for n, row in enumerate(rows) for place in row.target_places]
+        target_rows, before_targets = torch.tensor([(n, p - 1 - rows[n].subject_end) for n, p in wanted]).t().to(device)
+        self._target_ids = torch.tensor([rows[n].ids[place] for n, place in wanted], device=device)
         self._target_owner = self._owner[target_rows]
         # Mean over a row's target tokens, then over an edit's rows.
         self._weight = torch.tensor([1.0 / rows[n].target_length / per_edit for n, _ in wanted], device=device)
         essences = torch.arange(len(rows), len(rows) + count, device=device)
         self._logit_rows = torch.cat([target_rows, essences])
-        self._logit_places = torch.cat([target_places - 1, torch.zeros_like(essences)])
+        self._logit_places = torch.cat([before_targets, torch.zeros_like(essences)])
         bare = torch.arange(count, device=device) * per_edit  # each edit's first context is the empty one
         self.start = self._tail.hidden[bare, 0].float()
         """Values to change, at the subjects of the bare prompts, (edits of the batch, hidden)."""
