@@ -41,7 +41,7 @@ class StatisticsCache:
     A full cache drops the least recently written states, then stops storing entries of the current one.
     """
 
-    def __init__(self, limit: int = 1 << 30) -> None:
+    def __init__(self, limit: int = 1 << 29) -> None:
         self.limit = limit
         self._states: OrderedDict[str, dict[Key, Entry]] = OrderedDict()
         self.bytes = 0
@@ -49,6 +49,10 @@ class StatisticsCache:
     def of(self, state: str) -> SharedStatistics:
         """Return the entries of one state, by the hash of its weights."""
         return SharedStatistics(self, state)
+
+    def forget(self, state: str) -> None:
+        """Free the entries of a state."""
+        self.bytes -= sum(bytes_of(entry) for entry in self._states.pop(state, {}).values())
 
     def get(self, key: Key) -> Entry | None:
         """Return an entry or None; do not change it."""

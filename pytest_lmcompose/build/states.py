@@ -121,8 +121,8 @@ class StateManager:
         """
         self._working.lease = None
         for prefix in prefixes:
-            if prefix.steps:
-                self._states.pop(prefix, None)
+            if prefix.steps and (built := self._states.pop(prefix, None)) is not None:
+                self._working.statistics.forget(built.snapshot.state_hash)
 
     def steps_built(self, composition: Composition) -> tuple[StepRecord, ...]:
         """Return the steps of the longest prefix of `composition` in memory."""

@@ -162,6 +162,9 @@ def test_what_is_kept_stays_within_bounds() -> None:
     cache.put(keys[6], entry)
     assert cache.bytes == 100
     assert cache.get(keys[6]) is not None
+    cache.forget("third")
+    cache.forget("third")
+    assert (cache.bytes, cache.get(keys[6])) == (0, None)
 
 
 def test_a_cache_too_small_for_all_is_of_some_use(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from interventions.early_exit import replaced_forward
-from interventions.edit.kernels.logits import logits_at
+from interventions.edit.kernels.logits import head_on_one_token, logits_at
 from interventions.padding import pad_left, pad_right
 from interventions.structure import Anatomy, first_output, module_device
 from interventions.types import InterventionError
@@ -51,7 +51,7 @@ class Tail:
         self.ids, after_mask = pad_right([row[begin:] for row, begin in zip(rows, begins, strict=True)], pad, device)
         """Token ids of the suffixes, (rows, longest suffix)."""
         self._begins = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), head_on_one_token(self._head):
             if cached:
                 self._arguments = self._after_prefixes(rows, begins, pad, after_mask)
             else:

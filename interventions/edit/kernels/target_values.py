@@ -23,6 +23,9 @@ from interventions.padding import padding_id
 from interventions.structure import Anatomy, module_device
 from interventions.types import Edit, InterventionError
 
+_PART_TOKENS = 512
+"""Tokens, padding included, whose activations are kept for the gradient at once."""
+
 
 @dataclass(frozen=True)
 class TargetValues:
@@ -73,8 +76,8 @@ def optimise_values(
     arrival = None if gain.linear else Arrival(model, anatomy.blocks[layer], prompts, padding_id(tokenizer))
 
     def make_batch(which: list[int]) -> _Batch:
-        texts = _Texts(tokenizer, edits, contexts, which, chat_template)
-        return _Batch(model, anatomy, layer, texts, gain, padding_id(tokenizer), cached)
+        texts = _texts(tokenizer, edits, contexts, which, chat_template)
+        return _Batch(model, anatomy, layer, which, texts, gain, padding_id(tokenizer), cached)
 
     batch = make_batch(list(range(len(edits))))
     cached = batch.cached
@@ -84,127 +87,210 @@ def optimise_values(
     owner = torch.tensor([subjects[edit.subject] for edit in edits], device=start.device)
     smallest = torch.full((len(subjects),), torch.inf, device=start.device)
     largest = settings.clamp_norm_factor * smallest.scatter_reduce(0, owner, start_norm, "amin")
-    delta = torch.zeros(len(subjects), start.shape[1], device=start.device, requires_grad=True)
+    delta = torch.zeros(len(subjects), start.shape[1], device=start.device)
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
-    said_before: Tensor | None = None
+    said_before = batch.says()
     active = torch.ones(len(edits), dtype=torch.bool, device=start.device)
     loss, nll = torch.zeros_like(start_norm), torch.zeros_like(start_norm)
     steps = torch.zeros_like(active, dtype=torch.int64)
 
     for step in range(settings.steps):
-        changes = delta[owner]  # (edits, hidden)
-        new_nll, says = batch(changes)
-        said_before = says.detach() if said_before is None else said_before
+        last = step == settings.steps - 1
+        changes = delta[owner].requires_grad_(not last)  # (edits, hidden)
         which = batch.which
-        divergence = (said_before[which].exp() * (said_before[which] - says)).sum(dim=1)
+        new_nll, divergence = batch(changes, said_before[which], settings.kl_factor)
         decay = settings.weight_decay * changes[which].norm(dim=1) / start_norm[which] ** 2
-        new_loss = new_nll + settings.kl_factor * divergence + decay
+        new_loss = new_nll + settings.kl_factor * divergence + decay.detach()
         _check_finite(new_loss, which, edits, first)
         running = active[which]
-        loss[which] = torch.where(running, new_loss.detach(), loss[which])
-        nll[which] = torch.where(running, new_nll.detach(), nll[which])
+        loss[which] = torch.where(running, new_loss, loss[which])
+        nll[which] = torch.where(running, new_nll, nll[which])
         wanting = torch.zeros(len(subjects), dtype=torch.bool, device=start.device)
         wanting.index_fill_(0, owner[active & (loss >= settings.stop_loss)], True)
         active = wanting[owner]
-        if not bool(active.any()) or step == settings.steps - 1:
+        if last or not bool(active.any()):
             break
-        optimizer.zero_grad()
-        new_loss.sum().backward(inputs=[delta])
-        before = delta.detach().clone()
+        decay.sum().backward(inputs=[changes])
+        assert changes.grad is not None
+        delta.grad = torch.zeros_like(delta).index_add_(0, owner, changes.grad)
+        before = delta.clone()
         optimizer.step()
-        with torch.no_grad():
-            delta *= (largest / delta.norm(dim=1).clamp_min(1e-12)).clamp(max=1.0)[:, None]
-            delta[~wanting] = before[~wanting]  # finished edits do not change
+        delta *= (largest / delta.norm(dim=1).clamp_min(1e-12)).clamp(max=1.0)[:, None]
+        delta[~wanting] = before[~wanting]  # finished edits do not change
         steps += active
         left = int(active.sum())
         if step % 10 == 0:
             progress(f"z: step {step}, mean loss {float(loss.mean()):.3f}, {left} of {len(edits)} edits left")
         if left <= len(which) // 2:  # worth a pass through the model to drop finished edits
             batch = make_batch(active.nonzero()[:, 0].tolist())
-    found = delta.detach()[owner]
+    found = delta[owner]
     z = start + found if arrival is None else arrival.outputs(found / gain.factor)
     return TargetValues(z, start, found / gain.factor, loss, nll, steps, cached)
 
 
-class _Texts:
-    """The texts of some edits: every context with prompt and target, then the prompts "{subject} is a"."""
+@dataclass(frozen=True)
+class _Text:
+    """A text that is run from its subject's last token on."""
 
-    def __init__(
-        self, tokenizer: Any, edits: Sequence[Edit], contexts: Sequence[str], which: list[int], chat_template: bool
-    ) -> None:
-        chosen = [edits[number] for number in which]
-        self.which = which
-        self.per_edit = len(contexts)
-        self.rows = [
-            tokenise(tokenizer, edit, context, with_target=True, chat_template=chat_template)
-            for edit in chosen
-            for context in contexts
-        ]
-        for number, row in enumerate(self.rows):
+    owner: int
+    """The edit, as an index into the batch."""
+    ids: tuple[int, ...]
+    """What follows the last token whose logits are needed is left out."""
+    subject_end: int
+    targets: tuple[int, ...]
+    """Token ids whose likelihood counts, the last one not in the text; none: logits at the subject are wanted."""
+    weight: float
+    """Weight of the likelihood of one of these tokens."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that are run."""
+        return len(self.ids) - self.subject_end
+
+    @property
+    def places(self) -> range:
+        """Positions, counted from the subject's last token, whose logits are needed."""
+        return range(self.length - max(1, len(self.targets)), self.length)
+
+
+def _texts(
+    tokenizer: Any, edits: Sequence[Edit], contexts: Sequence[str], which: Sequence[int], chat_template: bool
+) -> list[_Text]:
+    """Return the texts of some edits: in every context the prompt and target, and "{subject} is a"."""
+    texts = []
+    for owner, edit in enumerate(edits[number] for number in which):
+        for context in contexts:
+            row = tokenise(tokenizer, edit, context, with_target=True, chat_template=chat_template)
             if row.subject_end >= row.target_places.start:
-                edit = chosen[number // len(contexts)]
                 raise InterventionError(
                     f"edit {edit.prompt!r}: the tokenizer ends the subject {edit.subject!r} in a token of the target "
                     f"{edit.target!r}; put words between the two"
                 )
-        self.essence = [
-            tokenise(tokenizer, Edit(f"{edit.subject} is a", edit.subject, ""), chat_template=chat_template)
-            for edit in chosen
-        ]
+            # Mean over a row's target tokens, then over an edit's rows.
+            weight = 1.0 / row.target_length / len(contexts)
+            texts.append(_Text(owner, row.ids[:-1], row.subject_end, row.ids[-row.target_length :], weight))
+        essence = Edit(f"{edit.subject} is a", edit.subject, "")
+        row = tokenise(tokenizer, essence, chat_template=chat_template)
+        texts.append(_Text(owner, row.ids[: row.subject_end + 1], row.subject_end, (), 0.0))
+    return texts
 
 
 class _Batch:
-    """Runs the texts of some edits with changes at their subjects."""
+    """Runs the texts of some edits with changes at their subjects, in parts of equal length that fit the memory."""
 
     def __init__(
         self,
         model: nn.Module,
         anatomy: Anatomy,
         layer: int,
-        texts: _Texts,
+        which: Sequence[int],
+        texts: Sequence[_Text],
         gain: Gain,
         pad: int,
         cached: bool | None,
     ) -> None:
-        device = module_device(model)
-        rows, per_edit, count = texts.rows, texts.per_edit, len(texts.which)
-        # What follows the last token whose logits are needed is not run.
-        ids = [row.ids[:-1] for row in rows] + [row.ids[: row.subject_end + 1] for row in texts.essence]
-        subjects = [row.subject_end for row in rows + texts.essence]
+        self.which = torch.tensor(which, device=module_device(model))
+        """Indices of the edits in the batch."""
         inside = not gain.linear
         if cached is None:
-            cached = open_tail(model, anatomy, layer, ids, subjects, pad, inside=inside)
+            rows, subjects = [text.ids for text in texts], [text.subject_end for text in texts]
+            cached = open_tail(model, anatomy, layer, rows, subjects, pad, inside=inside)
         self.cached = cached
-        # In the tail's suffixes, the subject's last token is the first.
-        self._tail = Tail(model, anatomy, layer, ids, subjects, pad, inside=inside, cached=cached)
-        self._unit = gain.factor if inside else 1.0
-        self.which = torch.tensor(texts.which, device=device)
-        """Indices of the edits in the batch."""
-        self._owner = torch.tensor([n // per_edit for n in range(len(rows))] + list(range(count)), device=device)
-        # Logits are needed before each target token, and at the subject of the essence prompts.
-        wanted = [(n, place) for n, row in enumerate(rows) for place in row.target_places]
-        target_rows, before_targets = torch.tensor([(n, p - 1 - rows[n].subject_end) for n, p in wanted]).t().to(device)
-        self._target_ids = torch.tensor([rows[n].ids[place] for n, place in wanted], device=device)
-        self._target_owner = self._owner[target_rows]
-        # Mean over a row's target tokens, then over an edit's rows.
-        self._weight = torch.tensor([1.0 / rows[n].target_length / per_edit for n, _ in wanted], device=device)
-        essences = torch.arange(len(rows), len(rows) + count, device=device)
-        self._logit_rows = torch.cat([target_rows, essences])
-        self._logit_places = torch.cat([before_targets, torch.zeros_like(essences)])
-        bare = torch.arange(count, device=device) * per_edit  # each edit's first context is the empty one
-        self.start = self._tail.hidden[bare, 0].float()
+        unit = gain.factor if inside else 1.0
+        self._parts = [_Part(model, anatomy, layer, part, unit, pad, inside, cached) for part in _by_length(texts)]
+        bare = {
+            text.owner: text for text in reversed(texts) if text.targets
+        }  # an edit's first context is the empty one
+        starts = {id(text): start for part in self._parts for text, start in zip(part.texts, part.starts, strict=True)}
+        self.start = torch.stack([starts[id(bare[owner])] for owner in range(len(which))])
         """Values to change, at the subjects of the bare prompts, (edits of the batch, hidden)."""
 
-    def __call__(self, changes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each edit's NLL and log-probabilities at the subject, with `changes` (all edits, hidden) added."""
-        hidden = self._tail.hidden.clone()
-        hidden[:, 0] += (changes[self.which[self._owner]] / self._unit).to(hidden.dtype)
-        logits = self._tail.logits(hidden, self._logit_rows, self._logit_places)
-        targets = len(self._target_ids)
-        log_p = logits[:targets].log_softmax(dim=1).gather(1, self._target_ids[:, None])[:, 0]
+    @torch.no_grad()
+    def says(self) -> Tensor:
+        """Return each edit's log-probabilities at the subject of "{subject} is a", (edits, vocabulary), unchanged."""
+        found: dict[int, Tensor] = {}
+        for part in self._parts:
+            if len(part.essences):
+                _, says = part(torch.zeros_like(self.start))
+                found |= zip(part.essences.tolist(), says, strict=True)
+        return torch.stack([found[owner] for owner in range(len(found))])
+
+    def __call__(self, changes: Tensor, said_before: Tensor, kl_factor: float) -> tuple[Tensor, Tensor]:
+        """Return each edit's NLL and divergence from `said_before` with `changes` (all edits, hidden) added.
+
+        The gradient of NLL + kl_factor * divergence is added to that of `changes`, if it takes one.
+        """
         nll = torch.zeros(len(self.which), device=changes.device)
-        nll = nll.index_add(0, self._target_owner, -log_p * self._weight)
-        return nll, logits[targets:].log_softmax(dim=1)
+        divergence = torch.zeros_like(nll)
+        for part in self._parts:
+            with torch.set_grad_enabled(changes.requires_grad):
+                part_nll, says = part(changes[self.which])
+                before = said_before[part.essences]
+                part_divergence = (before.exp() * (before - says)).sum(dim=1)
+                objective = part_nll.sum() + kl_factor * part_divergence.sum()
+            if changes.requires_grad:
+                objective.backward(inputs=[changes])  # type: ignore[no-untyped-call]
+            nll += part_nll.detach()
+            divergence.index_add_(0, part.essences, part_divergence.detach())
+        return nll, divergence
+
+
+def _by_length(texts: Sequence[_Text]) -> list[list[_Text]]:
+    """Cut the texts, longest first, into parts of at most `_PART_TOKENS` with padding."""
+    rest = sorted(texts, key=lambda text: -text.length)
+    parts = []
+    while rest:
+        size = max(1, _PART_TOKENS // rest[0].length)
+        parts.append(rest[:size])
+        rest = rest[size:]
+    return parts
+
+
+class _Part:
+    """Texts of about equal length, which are run together."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        layer: int,
+        texts: Sequence[_Text],
+        unit: float,
+        pad: int,
+        inside: bool,
+        cached: bool,
+    ) -> None:
+        def tensor(values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=module_device(model))
+
+        self.texts = texts
+        rows, subjects = [text.ids for text in texts], [text.subject_end for text in texts]
+        # In the tail's suffixes, the subject's last token is the first.
+        self._tail = Tail(model, anatomy, layer, rows, subjects, pad, inside=inside, cached=cached)
+        self.starts = self._tail.hidden[:, 0].float()
+        self._unit = unit
+        self._owner = tensor([text.owner for text in texts])
+        self.essences = tensor([text.owner for text in texts if not text.targets])
+        # Logits are needed before each target token, and at the subject of the essence prompts.
+        wanted = [(row, place) for row, text in enumerate(texts) if text.targets for place in text.places]
+        wanted += [(row, place) for row, text in enumerate(texts) if not text.targets for place in text.places]
+        self._rows, self._places = tensor([row for row, _ in wanted]), tensor([place for _, place in wanted])
+        self._targets = tensor([target for text in texts for target in text.targets])
+        self._weight = tensor([text.weight for text in texts for _ in text.targets], torch.float32)
+
+    def __call__(self, changes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the part's share of each edit's NLL, and log-probabilities at the subjects of its essence prompts.
+
+        `changes` (edits of the batch, hidden) are added at the subjects.
+        """
+        hidden = self._tail.hidden.clone()
+        hidden[:, 0] += (changes[self._owner] / self._unit).to(hidden.dtype)
+        logits = self._tail.logits(hidden, self._rows, self._places)
+        count = len(self._targets)
+        log_p = logits[:count].log_softmax(dim=1).gather(1, self._targets[:, None])[:, 0]
+        nll = torch.zeros(len(changes), device=logits.device)
+        nll = nll.index_add(0, self._owner[self._rows[:count]], -log_p * self._weight)
+        return nll, logits[count:].log_softmax(dim=1)
 
 
 def _check_finite(loss: Tensor, which: Tensor, edits: Sequence[Edit], first: int) -> None:
