@@ -15,7 +15,7 @@ blocks. Unlike there, padding is left out of every sum, clipping is judged on al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,11 @@ from interventions.intervention import Context, Model, Resources, without_gradie
 from interventions.ranges import Count
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from interventions.compress.kernels.awq_search import Seen
     from interventions.compress.kernels.capture import Call
+    from interventions.compress.kernels.grid import Grid
     from interventions.structure import LinearGroup
 
 
@@ -69,10 +72,12 @@ class AwqSettings(Calibrated, Quantiser):
         from interventions.compress.engines.run import run_engine
         from interventions.compress.kernels.awq_search import Seen
         from interventions.compress.kernels.blockwise import float_blocks
+        from interventions.compress.kernels.chosen import chosen_grids
         from interventions.statistics import InputStatistics
 
         if self.engine != OWN:
             return run_engine("awq", model, tokenizer, self, resources, context)
+        grids = chosen_grids(model, self)
         groups: list[dict[str, Any]] = []
         tokens = 0
         options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "scaled": True}
@@ -80,17 +85,24 @@ class AwqSettings(Calibrated, Quantiser):
             scope_calls: dict[str, list[Call]] = {}
             seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
             tokens = seen.statistics["attention_in"].count
-            groups += quantise_block_(block.groups, seen, self)
+            groups += quantise_block_(block.groups, grids, seen, self)
         return {"calibration_tokens": tokens, "groups": groups}
 
 
-def quantise_block_(groups: Sequence[LinearGroup], seen: Seen, settings: AwqSettings) -> list[dict[str, Any]]:
-    """Scale, clip and round the linears of a float32 block in place; return what was chosen."""
+def quantise_block_(
+    groups: Sequence[LinearGroup], grids: Mapping[str, Grid | None], seen: Seen, settings: AwqSettings
+) -> list[dict[str, Any]]:
+    """Scale, clip and round the linears of a float32 block in place; return what was chosen.
+
+    Groups of which no linear has a grid stay as they are.
+    """
     from interventions.compress.kernels.awq_search import clip_weight, search_scales
     from interventions.compress.kernels.folding import fold_
     from interventions.compress.kernels.grid import fake_quantise
 
-    choices = [search_scales(group, seen, settings) for group in groups]
+    kept = [linear.module for group in groups for linear in group.linears if grids[linear.name] is None]
+    groups = [group for group in groups if any(grids[linear.name] is not None for linear in group.linears)]
+    choices = [search_scales(group, grids, seen, settings, may_scale=not touches(group, kept)) for group in groups]
     grams = {role: statistics.gram for role, statistics in seen.statistics.items()}
     for group, choice in zip(groups, choices, strict=True):
         if choice.scales is not None:
@@ -101,11 +113,13 @@ def quantise_block_(groups: Sequence[LinearGroup], seen: Seen, settings: AwqSett
     for group, choice in zip(groups, choices, strict=True):
         clipped = []
         for number, linear in enumerate(group.linears):
-            weight = linear.weight
+            weight, grid = linear.weight, grids[linear.name]
+            if grid is None:
+                continue
             if settings.clip and may_clip(group, number):
-                weight, share = clip_weight(weight, grams[group.role], settings)
+                weight, share = clip_weight(weight, grams[group.role], grid)
                 clipped.append(share)
-            linear.set_weight_(fake_quantise(weight, settings.bits, settings.group_size))
+            linear.set_weight_(fake_quantise(weight, grid))
         report.append(
             {
                 "linears": [linear.name for linear in group.linears],
@@ -116,6 +130,11 @@ def quantise_block_(groups: Sequence[LinearGroup], seen: Seen, settings: AwqSett
             }
         )
     return report
+
+
+def touches(group: LinearGroup, kept: Sequence[Module]) -> bool:
+    """Tell whether scaling the input of a group would change one of these layers."""
+    return any(module in (group.previous, *(linear.module for linear in group.linears)) for module in kept)
 
 
 def may_clip(group: LinearGroup, number: int) -> bool:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from interventions.compress.engines.table import OWN, engine_problems
+from interventions.compress.keep import Exceptions, keep_problems
+from interventions.compress.schemes import SCHEMES, Scheme, conflicts, scheme_problem
 from interventions.intervention import ZEROS, Intervention
 from interventions.ranges import Count, Range, Share, shown
 
@@ -25,10 +27,39 @@ class Quantiser(Intervention):
     bits: Annotated[int, Range(2, 8)] = 4
     group_size: Annotated[int, Range(1, also=(-1,))] = 128
     """Weights of a row that share a scale and zero point, the last ones of a row maybe fewer; -1: the whole row."""
+    symmetric: bool = False
+    """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
+    scheme: str | None = None
+    """The number format by a name of compressed-tensors, such as NVFP4A16, instead of the three settings above."""
+    keep: Exceptions | None = None
+    """Layers with other bits or another scheme, each as `layers:bits`, 16 to leave them as they are; the last one that
+    matches counts. Layers are `first` or `last` (blocks), `first-2`, `last-2`, a role or a glob of names:
+    `["*.mlp_out:8", "first:16", "*.q_proj:W8A16"]`."""
+
+    @property
+    def number_format(self) -> Scheme:
+        """The scheme, or what the single settings say."""
+        if self.scheme is not None:
+            return SCHEMES[self.scheme]
+        return Scheme(self.bits, self.group_size, self.symmetric, scales="sixteen")
+
+    def problems(self) -> Iterator[str]:
+        """Yield an unknown scheme, settings that contradict it, and exceptions that cannot be read."""
+        yield from super().problems()
+        if self.scheme is not None:
+            problem = scheme_problem(self.scheme)
+            if problem is not None:
+                yield f"scheme={shown(self.scheme)}: {problem}"
+                return
+            default = type(self)()
+            settings = {key: getattr(self, key) for key in ("bits", "group_size", "symmetric")}
+            changed = {key: value for key, value in settings.items() if value != getattr(default, key)}
+            yield from conflicts(self.scheme, changed)
+        yield from keep_problems(self.keep or [])
 
     def promises(self) -> Mapping[str, float]:
         """Return the bits of a weight."""
-        return {"average_bits": self.bits}
+        return {"average_bits": self.number_format.bits}
 
     def keeps(self, metric: str) -> bool:
         """Zero is rounded to zero, unless rounding is compensated and `preserve_mask` is off."""

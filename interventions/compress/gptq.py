@@ -17,6 +17,7 @@ from interventions.intervention import Context, Model, Resources, without_gradie
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from interventions.compress.kernels.grid import Grid
     from interventions.statistics import InputStatistics
     from interventions.structure import Linear, LinearGroup
 
@@ -27,8 +28,6 @@ class GptqSettings(Sequential, Quantiser):
 
     name = "gptq"
 
-    symmetric: bool = False
-    """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
     act_order: bool = False
     """Round the columns with the largest inputs first. Groups still have neighbouring columns: implies
     `static_groups`."""
@@ -55,6 +54,7 @@ class GptqSettings(Sequential, Quantiser):
 
         from interventions.compress.engines.run import run_engine
         from interventions.compress.kernels.blockwise import walk_blocks
+        from interventions.compress.kernels.chosen import chosen_grids
         from interventions.compress.kernels.gptq_kernel import gptq_quantise
         from interventions.compress.kernels.grid import fake_quantise
         from interventions.statistics import InputStatistics
@@ -63,37 +63,45 @@ class GptqSettings(Sequential, Quantiser):
         if self.engine != OWN:
             return run_engine("gptq", model, tokenizer, self, resources, context)
 
+        grids = chosen_grids(model, self)
+
         def work(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
-            weights = [linear.weight for linear in group.linears]
+            outcomes = []
+            for grid in dict.fromkeys(grids[linear.name] for linear in group.linears):
+                linears = [linear for linear in group.linears if grids[linear.name] == grid]
+                if grid is not None:
+                    outcomes += quantise(linears, grid, statistics)
+            return outcomes
+
+        def quantise(linears: list[Linear], grid: Grid, statistics: InputStatistics) -> list[dict[str, Any]]:
+            weights = [linear.weight for linear in linears]
+            parts = [len(weight) for weight in weights]
             result = gptq_quantise(
                 torch.cat(weights),
                 statistics.gram,
-                bits=self.bits,
-                group_size=self.group_size,
-                symmetric=self.symmetric,
+                grid,
+                parts=parts,
                 act_order=self.act_order,
                 static_groups=self.static_groups,
                 damping=self.damping,
                 zeros=zero_masks(weights) if self.preserve_mask else None,
             )
-            names = ", ".join(linear.name for linear in group.linears)
+            names = ", ".join(linear.name for linear in linears)
             if result is None:
                 context.warn(
                     f"gptq: {names}: rounded to nearest, as the Gram matrix of the input cannot be factored even with "
                     "a damping of 1: give more or other calibration text (samples, max_tokens)"
                 )
-                rounded = [fake_quantise(w, self.bits, self.group_size, self.symmetric) for w in weights]
-                return [_outcome(linear, new, None) for linear, new in zip(group.linears, rounded, strict=True)]
+                return [_outcome(linear, fake_quantise(linear.weight, grid), None) for linear in linears]
             if result.damping > self.damping:
                 context.warn(
                     f"gptq: {names}: damping raised to {result.damping:g}; set damping to that, or give more "
                     "calibration text"
                 )
-            parts = [len(weight) for weight in weights]
             news, errors = torch.split(result.weight, parts), torch.split(result.errors, parts)
             return [
                 _outcome(linear, new, float(error.mean()) / statistics.count)
-                for linear, new, error in zip(group.linears, news, errors, strict=True)
+                for linear, new, error in zip(linears, news, errors, strict=True)
             ]
 
         linears = walk_blocks(model, tokenizer, self, resources, context, work, InputStatistics)

@@ -15,8 +15,6 @@ class RtnSettings(Quantiser):
 
     name = "rtn"
 
-    symmetric: bool = False
-    """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
 
     @without_gradients
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
@@ -26,12 +24,16 @@ class RtnSettings(Quantiser):
         far its weights moved, as a share of their norm.
         """
         from interventions.compress.kernels.blockwise import each_linear
+        from interventions.compress.kernels.chosen import chosen_grids
         from interventions.compress.kernels.grid import fake_quantise
         from interventions.compress.kernels.outcomes import replace_
 
+        grids = chosen_grids(model, self)
         linears = []
         for linear in each_linear(model, context, "rtn"):
-            rounded = fake_quantise(linear.weight, self.bits, self.group_size, self.symmetric)
-            linears.append({"linear": linear.name, "moved": replace_(linear, rounded)})
+            grid = grids[linear.name]
+            if grid is not None:
+                moved = replace_(linear, fake_quantise(linear.weight, grid))
+                linears.append({"linear": linear.name, "moved": moved})
         context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
         return {"linears": linears}

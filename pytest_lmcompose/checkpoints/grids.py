@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from evaluators.grids import fit_steps
 
 _CHUNK = 2**20  # values per chunk
+_BLURRED = 2  # steps that the largest value of a group may be off
 _NEIGHBOURS = 2  # float32 numbers on either side of the middle of an interval that are tried
 
 
@@ -48,7 +49,13 @@ def recover(weight: Tensor, bits: int, group_size: int) -> Recovered | None:
 
 def steps(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """Return how many steps each value is from zero, (rows, cols) int16, for scales (rows, groups)."""
-    return (weight.float() / spread(scales, group_size, weight.shape[1])).round_().to(torch.int16)
+    scales = spread(scales, group_size, weight.shape[1])
+    numbers = (weight.float() / scales).round_()
+    if weight.dtype != torch.float32:  # A product that was rounded to a power of two may have come from farther above.
+        above = numbers + weight.sign().float()
+        missed = ((numbers * scales).to(weight.dtype) != weight) & ((above * scales).to(weight.dtype) == weight)
+        numbers = torch.where(missed, above, numbers)
+    return numbers.to(torch.int16)
 
 
 def zero_points(numbers: Tensor, group_size: int, bits: int) -> Tensor:
@@ -107,18 +114,24 @@ def _scales(groups: Tensor, bits: int) -> Tensor | None:
     most = (magnitude + half) / numbers
     least = least.masked_fill_(~used, 0).amax(dim=1, keepdim=True)
     most = most.masked_fill_(~used, float("inf")).amin(dim=1, keepdim=True)
-    scales[filled] = _choose(values, scale, least, most)
+    scales[filled] = _choose(values, scale, least, most, fit.steps, bits)
     return scales
 
 
-def _choose(values: Tensor, scale: Tensor, least: Tensor, most: Tensor) -> Tensor:
+def _choose(
+    values: Tensor, scale: Tensor, least: Tensor, most: Tensor, most_steps: Tensor, bits: int
+) -> Tensor:
     """Return the first float32 number between `least` and `most` that gives back all values of its group.
 
-    16-bit numbers are tried first, because packed formats store such scales. Without any, it is `scale`.
+    16-bit numbers are tried first, because packed formats store such scales: those of the model's dtype, else float16.
+    Where values of half precision have so many steps that `most_steps`, those of the largest one, may be a few off, the
+    numbers of that dtype around it are tried too. Without any, it is `scale`.
     """
     middle = torch.where(least <= most, (least + most) / 2, scale)
     single = middle.float()
-    candidates = [middle.half().float(), middle.bfloat16().float(), single]
+    sixteen = [middle.bfloat16().float(), middle.half().float()]
+    first, second = sixteen if values.dtype == torch.bfloat16 else reversed(sixteen)
+    candidates = [second, single]
     up = down = single
     for _ in range(_NEIGHBOURS):
         up = torch.nextafter(up, torch.full_like(up, float("inf")))
@@ -126,13 +139,29 @@ def _choose(values: Tensor, scale: Tensor, least: Tensor, most: Tensor) -> Tenso
         candidates += [up, down]
     chosen = single.clone()
     open_ = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    _try(values, first, open_ & ((least <= first) & (first <= most)).squeeze(1), chosen, open_, bits)
+    if torch.finfo(values.dtype).eps * 2**bits > 0.25 and bool(open_.any()):
+        largest = values.float().abs().amax(dim=1, keepdim=True)
+        for count in range(-_BLURRED, _BLURRED + 1):
+            candidate = (largest / (most_steps.unsqueeze(1) + count).clamp(min=1)).to(values.dtype)
+            for off in (0, -1, 1):
+                near = (candidate.view(torch.int16) + off).view(values.dtype)
+                _try(values, near.float(), open_, chosen, open_, bits)
     for candidate in candidates:
-        hopeful = (open_ & ((least <= candidate) & (candidate <= most)).squeeze(1)).nonzero().flatten()
-        if not len(hopeful):
-            continue
-        part, tried = values[hopeful], candidate[hopeful]
-        width = part.shape[1]
-        same = (multiply(steps(part, tried, width), tried, width).to(part.dtype) == part).all(dim=1)
-        chosen[hopeful[same]] = tried[same]
-        open_[hopeful[same]] = False
+        _try(values, candidate, open_ & ((least <= candidate) & (candidate <= most)).squeeze(1), chosen, open_, bits)
     return chosen
+
+
+def _try(values: Tensor, candidate: Tensor, where: Tensor, chosen: Tensor, open_: Tensor, bits: int) -> None:
+    """Choose a scale for the groups `where` it gives back all values."""
+    hopeful = (where & (candidate > 0).squeeze(1)).nonzero().flatten()
+    if not len(hopeful):
+        return
+    part, tried = values[hopeful], candidate[hopeful]
+    width = part.shape[1]
+    numbers = steps(part, tried, width)
+    zeros = zero_points(numbers, width, bits)
+    numbers = numbers.clamp(-zeros, 2**bits - 1 - zeros)  # as stored
+    same = (multiply(numbers, tried, width).to(part.dtype) == part).all(dim=1)
+    chosen[hopeful[same]] = tried[same]
+    open_[hopeful[same]] = False

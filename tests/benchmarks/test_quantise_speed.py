@@ -17,6 +17,7 @@ from torch import Tensor
 
 from interventions.compress.kernels.gptq_kernel import gptq_quantise
 from interventions.compress.kernels.grid import fake_quantise
+from interventions.compress.kernels.integers import Integers
 
 pytestmark = pytest.mark.benchmark
 SIZE, BITS, GROUP = 2048, 4, 128
@@ -48,11 +49,11 @@ def compare(benchmark: Any, ours: Callable[[], Any], plain: Callable[[], Any], r
 
 
 def column_loop(W: Tensor, H: Tensor, block: int) -> Tensor:
-    """Return the levels of the published algorithm; a column's error reaches its block at once, the rest later."""
+    """Return the weights of the published algorithm; a column's error reaches its block at once, the rest later."""
     W = W.clone()
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(SIZE)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    values = torch.empty_like(W)
+    rounded = torch.empty_like(W)
     for start in range(0, SIZE, block):
         end = start + block
         part = W[:, start:end].clone()
@@ -63,11 +64,12 @@ def column_loop(W: Tensor, H: Tensor, block: int) -> Tensor:
                 low, high = group.min(dim=1).values.clamp(max=0), group.max(dim=1).values.clamp(min=0)
                 scale = (high - low) / (2**BITS - 1)
                 zero = torch.round(-low / scale)
-            values[:, start + i] = (torch.round(part[:, i] / scale) + zero).clamp(0, 2**BITS - 1)
-            errors[:, i] = (part[:, i] - (values[:, start + i] - zero) * scale) / U[start + i, start + i]
+            levels = (torch.round(part[:, i] / scale) + zero).clamp(0, 2**BITS - 1)
+            rounded[:, start + i] = (levels - zero) * scale
+            errors[:, i] = (part[:, i] - rounded[:, start + i]) / U[start + i, start + i]
             part[:, i:] -= torch.outer(errors[:, i], U[start + i, start + i : end])
         W[:, end:] -= errors @ U[start:end, end:]
-    return values
+    return rounded
 
 
 @pytest.mark.parametrize(("block", "at_least"), [(SIZE, 5.0), (GROUP, 2.0)], ids=["plain", "in-blocks"])
@@ -80,18 +82,18 @@ def test_gptq_against_a_column_loop(benchmark: Any, layer: tuple[Tensor, Tensor]
     H = X.t() @ X / len(X)
 
     def ours() -> Tensor:
-        result = gptq_quantise(W, H, bits=BITS, group_size=GROUP)
+        result = gptq_quantise(W, H, Integers(BITS, GROUP))
         assert result is not None
-        return result.quantised.values
+        return result.weight
 
-    assert float((ours() == column_loop(W, H, block)).float().mean()) > 0.999
+    assert float(torch.isclose(ours(), column_loop(W, H, block)).float().mean()) > 0.999
     assert compare(benchmark, ours, lambda: column_loop(W, H, block), rounds=2) >= at_least
 
 
 def test_awqs_grid_against_outputs_computed_again(benchmark: Any, layer: tuple[Tensor, Tensor]) -> None:
     """20 scales, judged by the output of the one linear that reads them; the Gram matrix is computed once."""
     W, X = layer
-    rounded = [fake_quantise(W * s, BITS, GROUP) / s for s in (X.abs().mean(dim=0) ** (r / 20) for r in range(20))]
+    rounded = [fake_quantise(W * s, Integers(BITS, GROUP)) / s for s in (X.abs().mean(dim=0) ** (r / 20) for r in range(20))]
 
     def plain() -> list[float]:
         wanted = X @ W.t()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evaluators.grids import find_grid
 from interventions.compress.kernels.grid import fake_quantise
+from interventions.compress.kernels.integers import Integers
 from pytest_lmcompose.checkpoints.grids import multiply, recover, spread, steps, zero_points
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,14 +39,14 @@ def given_back(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_quantised_weights_are_given_back_bit_for_bit(dtype: torch.dtype, size: int, symmetric: bool) -> None:
     for bits in range(2, 9 if dtype == torch.float32 else 8):
-        weight = fake_quantise(noise(16, 320), bits, size, symmetric).to(dtype)
+        weight = fake_quantise(noise(16, 320), Integers(bits, size, symmetric)).to(dtype)
         assert torch.equal(given_back(weight)[0], weight), bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_half_precision_blurs_eight_bits_by_its_rounding_alone(dtype: torch.dtype, symmetric: bool) -> None:
-    weight = fake_quantise(noise(48, 320), 8, 64, symmetric).to(dtype)
+    weight = fake_quantise(noise(48, 320), Integers(8, 64, symmetric)).to(dtype)
     back = given_back(weight)[0]
     assert bool(((back - weight).abs() <= torch.finfo(dtype).eps * weight.abs()).all())
 
@@ -90,7 +91,7 @@ def test_scales_of_sixteen_bits_are_found_again() -> None:
 
 
 def test_groups_of_zeros_have_any_scale() -> None:
-    weight = fake_quantise(noise(8, 128), 4, 32)
+    weight = fake_quantise(noise(8, 128), Integers(4, 32))
     weight[3, 32:64] = 0
     weight[5] = 0
     back, scales, zeros = given_back(weight)
@@ -101,7 +102,7 @@ def test_groups_of_zeros_have_any_scale() -> None:
 
 def test_a_weight_without_a_grid_has_no_scales() -> None:
     assert recover(noise(8, 128), 4, 32) is None
-    assert recover(fake_quantise(noise(8, 128), 4, 32), 3, 32) is None
+    assert recover(fake_quantise(noise(8, 128), Integers(4, 32)), 3, 32) is None
 
 
 def test_zero_is_in_the_middle_where_all_levels_fit() -> None:

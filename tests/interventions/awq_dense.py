@@ -11,12 +11,13 @@ from interventions.structure import LinearGroup
 
 
 def dense_round(W: Tensor, bits: int, group_size: int) -> Tensor:
+    """Round to grids whose steps are float16 numbers."""
     columns = []
     for start in range(0, W.shape[1], group_size):
         part = W[:, start : start + group_size]
         low = part.min(dim=1, keepdim=True).values.clamp(max=0)
         high = part.max(dim=1, keepdim=True).values.clamp(min=0)
-        step = (high - low) / (2**bits - 1)
+        step = ((high - low) / (2**bits - 1)).half().float()
         zero = torch.round(-low / step)
         columns.append(((torch.round(part / step) + zero).clamp(0, 2**bits - 1) - zero) * step)
     return torch.cat(columns, dim=1)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
-from interventions.compress.awq import AwqSettings
 from interventions.compress.kernels.awq_search import clip_weight, mean_relative_magnitude, scales_of
 from interventions.compress.kernels.folding import gain_offset
+from interventions.compress.kernels.integers import Integers
+from interventions.compress.schemes import Scheme
 from interventions.statistics import token_batches, window_batches
 from interventions.structure import Block
 from tests.engines.states import TEXTS as LONG_TEXTS
@@ -208,8 +209,7 @@ def test_clipping_takes_the_best_threshold_of_each_group() -> None:
     generator = torch.Generator().manual_seed(5)
     W = torch.randn(6, 20, generator=generator) ** 3
     x = torch.randn(50, 20, generator=generator) * torch.rand(20, generator=generator)
-    settings = AwqSettings(bits=3, group_size=8)
-    clipped, share = clip_weight(W, x.t() @ x, settings)
+    clipped, share = clip_weight(W, x.t() @ x, Integers(3, 8, scales=torch.float16))
     expected, shrunk = dense_clip(W, x, 3, 8)
     torch.testing.assert_close(clipped, expected)
     assert share == pytest.approx(shrunk / 18)
@@ -329,7 +329,11 @@ def test_blocks_err_no_more_than_those_of_autoawq(
     ) -> Any:  # what AutoAWQ was given: a row a text
         return token_batches(tokenizer, texts[:samples], **options)
 
+    def grid(scheme: Scheme, weights: torch.dtype) -> Integers:  # AutoAWQ searched with float32 scales
+        return Integers(scheme.bits, scheme.group_size, scheme.symmetric)
+
     monkeypatch.setattr("interventions.compress.kernels.blockwise.window_batches", read)
+    monkeypatch.setattr("interventions.compress.kernels.chosen.grid_of", grid)
     before, after = packable_model(recorded["seed"]), packable_model(recorded["seed"])
     settings = {key: recorded[key] for key in ("bits", "group_size")}
     apply(after, tokenizer, "awq", calibration=LONG_TEXTS, max_tokens=TOKENS, **settings)

@@ -18,6 +18,7 @@ from interventions.anatomy import find_anatomy
 from interventions.compress.kernels import gptq_kernel
 from interventions.compress.kernels.gptq_kernel import GptqResult, gptq_quantise
 from interventions.compress.kernels.grid import fake_quantise
+from interventions.compress.kernels.integers import Integers
 from tests.models import CONFIGS, SENTENCES, tiny_model
 
 TEXTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
@@ -40,8 +41,10 @@ def layer(rows: int, cols: int, seed: int = 0, dead: int = 0) -> tuple[Tensor, T
     return W, X.t() @ X / len(X)
 
 
-def quantised(W: Tensor, H: Tensor, **options: Any) -> GptqResult:
-    result = gptq_quantise(W, H, **options)
+def quantised(
+    W: Tensor, H: Tensor, *, bits: int, group_size: int, symmetric: bool = False, **options: Any
+) -> GptqResult:
+    result = gptq_quantise(W, H, Integers(bits, group_size, symmetric), **options)
     assert result is not None
     return result
 
@@ -132,10 +135,10 @@ def output_error(Q: Tensor, W: Tensor, H: Tensor) -> Tensor:
 
 
 def published_loop(W: Tensor, H: Tensor, bits: int, group_size: int) -> Tensor:
-    """Return the levels of the published algorithm, in its order of operations, float32."""
+    """Return the weights of the published algorithm, in its order of operations, float32."""
     W = W.clone()
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(H))), upper=True)
-    values = torch.zeros_like(W)
+    rounded = torch.zeros_like(W)
     for start in range(0, W.shape[1], 128):
         end = min(start + 128, W.shape[1])
         part = W[:, start:end].clone()
@@ -143,19 +146,19 @@ def published_loop(W: Tensor, H: Tensor, bits: int, group_size: int) -> Tensor:
         for i in range(end - start):
             if (start + i) % group_size == 0:
                 scale, zero, _, top = dense_grid(W[:, start + i : start + i + group_size], bits, False)
-            values[:, start + i] = (torch.round(part[:, i] / scale) + zero).clamp(0, top)
-            error = (part[:, i] - (values[:, start + i] - zero) * scale) / U[start + i, start + i]
+            rounded[:, start + i] = ((torch.round(part[:, i] / scale) + zero).clamp(0, top) - zero) * scale
+            error = (part[:, i] - rounded[:, start + i]) / U[start + i, start + i]
             part[:, i:] -= torch.outer(error, U[start + i, start + i : end])
             errors[:, i] = error
         W[:, end:] -= errors @ U[start:end, end:]
-    return values
+    return rounded
 
 
 @pytest.mark.parametrize(("bits", "group_size", "seed"), [(4, 128, 0), (3, 64, 1), (2, 32, 2), (4, 384, 3)])
 def test_levels_are_those_of_the_published_loop(bits: int, group_size: int, seed: int) -> None:
     W, H = layer(200, 384, seed=seed)
     found = quantised(W, H, bits=bits, group_size=group_size)
-    assert float((found.quantised.values == published_loop(W, H, bits, group_size)).float().mean()) > 0.999
+    assert float(torch.isclose(found.weight, published_loop(W, H, bits, group_size)).float().mean()) > 0.999
 
 
 REFERENCE = json.loads((Path(__file__).parent / "gptq_reference.json").read_text())
@@ -207,7 +210,7 @@ def test_weights_lie_on_their_grids_and_the_error_is_told(
 def test_the_output_error_is_below_that_of_rounding(bits: int, symmetric: bool) -> None:
     W, H = layer(64, 96)
     options: dict[str, Any] = {"bits": bits, "group_size": 32, "symmetric": symmetric}
-    rounded = fake_quantise(W, bits, 32, symmetric)
+    rounded = fake_quantise(W, Integers(bits, 32, symmetric))
     found, ordered = (quantised(W, H, act_order=order, **options).weight for order in (False, True))
     assert output_error(found, W, H) < 0.8 * output_error(rounded, W, H)
     assert output_error(ordered, W, H) < 0.8 * output_error(rounded, W, H)
@@ -228,7 +231,7 @@ def test_damping_grows_until_the_matrix_can_be_factored() -> None:
     assert quantised(W, X.t() @ X, bits=4, group_size=-1, damping=0.02).damping == 0.02
     no_gram = torch.eye(32)
     no_gram[0, 1] = no_gram[1, 0] = 3.0
-    assert gptq_quantise(W, no_gram, bits=4, group_size=-1) is None
+    assert gptq_quantise(W, no_gram, Integers(4)) is None
 
 
 # The step.

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from interventions.compress.kernels.grid import dequantise, fake_quantise, join_groups, quantise, split_groups
+from interventions.compress.kernels.grid import fake_quantise, join_groups, split_groups
+from interventions.compress.kernels.integers import Integers
 
 SIZES = st.integers(1, 12)
 BITS = st.integers(2, 8)
@@ -29,26 +30,49 @@ def matrices(draw: st.DrawFn) -> Tensor:
     return torch.randn(rows, cols, generator=generator) * scale + draw(st.sampled_from([0.0, scale, -3 * scale]))
 
 
-def expand(per_group: Tensor, W: Tensor, group_size: int) -> Tensor:
-    width = split_groups(W, group_size).shape[2]
-    return per_group.repeat_interleave(width, dim=1)[:, : W.shape[1]]
+def steps_of(W: Tensor, grid: Integers, refit: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W's values on its grid in steps, the step of each, and the smallest number of steps in its group."""
+    groups = split_groups(W, grid.group_size)
+    scales, least, _ = grid.scaling(groups, refit=refit)
+    least = torch.full_like(scales, least) if isinstance(least, int) else least
+    step, least = (join_groups(x.expand_as(groups), W.shape[1]) for x in (scales, least))
+    return fake_quantise(W, grid, refit=refit) / step, step, least
 
 
 @settings(max_examples=200)
 @given(matrices(), BITS, GROUPS, st.booleans())
 def test_no_weight_moves_by_more_than_half_a_step(W: Tensor, bits: int, group_size: int, symmetric: bool) -> None:
-    quantised = quantise(W, bits, group_size, symmetric)
-    step = expand(quantised.scales, W, group_size)
-    error = (dequantise(quantised) - W).abs()
+    numbers, step, _ = steps_of(W, Integers(bits, group_size, symmetric))
+    error = (numbers * step - W).abs()
     assert bool((error <= 0.5 * step * (1 + 1e-4) + 1e-30).all())
+
+
+@settings(max_examples=200)
+@given(matrices(), BITS, GROUPS, st.booleans(), st.sampled_from([torch.float16, torch.bfloat16]))
+@example(torch.tensor([[-1.0, -3.0, -2.5]]), 8, -1, False, torch.bfloat16)  # the zero point is the last level
+@example(torch.full((1, 4), 3e-7), 4, -1, True, torch.float16)  # a scale with one digit
+@example(torch.tensor([[1e-9, 2e-9]]), 4, -1, False, torch.float16)  # and none
+@example(torch.tensor([[1e9, 2e9]]), 4, -1, False, torch.float16)  # beyond float16
+def test_scales_of_new_grids_have_sixteen_bits(
+    W: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    grid = Integers(bits, group_size, symmetric, scales=dtype)
+    numbers, step, _ = steps_of(W, grid, refit=True)
+    fits = step.to(dtype).isfinite()
+    assert torch.equal(step[fits].to(dtype).float(), step[fits])
+    assert bool((step > 0).all())
+    # A weight at the end of its group lies beyond the last level by the rounding of as many steps.
+    beyond = 2**bits * max(torch.finfo(dtype).eps / 2, 2**-9)
+    assert bool(((numbers * step - W).abs() <= step * (0.5 + beyond) * (1 + 1e-4)).all())
 
 
 @settings(max_examples=200)
 @given(matrices(), BITS, GROUPS, st.booleans())
 @example(torch.tensor([[-0.5, 2.5, 1.0]]), 2, -1, False)  # the zero point is half-way between two levels
 def test_a_matrix_on_its_grid_stays_there(W: Tensor, bits: int, group_size: int, symmetric: bool) -> None:
-    once = fake_quantise(W, bits, group_size, symmetric)
-    twice = fake_quantise(once, bits, group_size, symmetric)
+    grid = Integers(bits, group_size, symmetric)
+    once = fake_quantise(W, grid)
+    twice = fake_quantise(once, grid)
     torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-5 * float(W.abs().max()))
 
 
@@ -58,14 +82,13 @@ def test_values_are_integers_of_that_many_bits_and_zero_stays_zero(
     W: Tensor, bits: int, group_size: int, symmetric: bool
 ) -> None:
     W[0, 0] = 0.0
-    quantised = quantise(W, bits, group_size, symmetric)
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-    assert quantised.values.shape == W.shape
-    assert low <= int(quantised.values.min()) and int(quantised.values.max()) <= high
-    assert bool((quantised.zeros == quantised.zeros.round()).all())
-    assert bool((quantised.scales > 0).all())
-    assert dequantise(quantised)[0, 0] == 0
-    torch.testing.assert_close(dequantise(quantised), fake_quantise(W, bits, group_size, symmetric))
+    numbers, step, least = steps_of(W, Integers(bits, group_size, symmetric))
+    levels = numbers - least
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    assert -1e-3 <= float(levels.min()) and float(levels.max()) <= 2**bits - 1 + 1e-3
+    assert torch.equal(least, least.round())
+    assert bool((step > 0).all())
+    assert numbers[0, 0] == 0
 
 
 @settings(max_examples=100)
@@ -78,30 +101,29 @@ def test_groups_fall_apart_and_together_again(W: Tensor, group_size: int) -> Non
 
 def test_each_group_is_rounded_by_itself() -> None:
     W = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
-    whole = fake_quantise(W, 3, 4)
+    whole = fake_quantise(W, Integers(3, 4))
     for start in (0, 4, 8):  # the last group has two columns
         part = W[:, start : start + 4]
-        assert torch.equal(whole[:, start : start + 4], fake_quantise(part, 3, -1))
+        assert torch.equal(whole[:, start : start + 4], fake_quantise(part, Integers(3)))
 
 
 def test_a_known_row() -> None:
-    quantised = quantise(torch.tensor([[-1.0, -0.3, 0.6, 2.0]]), 2, -1)
-    assert quantised.values.tolist() == [[0, 1, 2, 3]]
-    assert quantised.scales.tolist() == [[1.0]]
-    assert quantised.zeros.tolist() == [[1.0]]
-    assert dequantise(quantised).tolist() == [[-1.0, 0.0, 1.0, 2.0]]
+    W = torch.tensor([[-1.0, -0.3, 0.6, 2.0]])
+    scales, least, greatest = Integers(2).scaling(W.unsqueeze(1))
+    assert (scales.tolist(), least.tolist(), greatest.tolist()) == ([[[1.0]]], [[[-1.0]]], [[[2.0]]])
+    assert fake_quantise(W, Integers(2)).tolist() == [[-1.0, 0.0, 1.0, 2.0]]
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42, 3.0, -7.5])
 def test_constant_rows(value: float) -> None:
     W = torch.full((2, 6), value)
     for symmetric in (False, True):
-        torch.testing.assert_close(fake_quantise(W, 4, 4, symmetric), W, rtol=1e-6, atol=1e-40)
+        torch.testing.assert_close(fake_quantise(W, Integers(4, 4, symmetric)), W, rtol=1e-6, atol=1e-40)
 
 
 def test_an_empty_matrix() -> None:
-    assert fake_quantise(torch.zeros(3, 0), 4, 128).shape == (3, 0)
-    assert fake_quantise(torch.zeros(0, 5), 4, 2).shape == (0, 5)
+    assert fake_quantise(torch.zeros(3, 0), Integers(4, 128)).shape == (3, 0)
+    assert fake_quantise(torch.zeros(0, 5), Integers(4, 2)).shape == (0, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -112,11 +134,11 @@ def test_a_grid_with_room_beyond_the_weights_is_found_again(symmetric: bool, dty
     low, high = (-6, 5) if symmetric else (-4, 9)
     levels = torch.randint(low, high + 1, (50, 64), generator=generator)
     W = (levels * torch.rand(50, 1, generator=generator).add(0.1)).to(dtype).float()
-    assert float((fake_quantise(W, 4, 32, symmetric) - W).norm() / W.norm()) < 4 * torch.finfo(dtype).eps
+    assert float((fake_quantise(W, Integers(4, 32, symmetric)) - W).norm() / W.norm()) < 4 * torch.finfo(dtype).eps
 
 
 def test_the_greatest_weight_lies_half_a_step_beyond_a_symmetric_grid() -> None:
     W = torch.linspace(-0.99, 1, 64).view(1, -1)
-    quantised = quantise(W, 3, -1, symmetric=True)
-    assert float(quantised.scales) == pytest.approx(2 / 7)
-    assert quantised.values.unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]
+    numbers, step, _ = steps_of(W, Integers(3, symmetric=True))
+    assert float(step[0, 0]) == pytest.approx(2 / 7)
+    assert numbers.round().unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from evaluators.efficiency import decoder_linears, read_layers
 from interventions import apply
 from interventions.compress.kernels.grid import fake_quantise
+from interventions.compress.kernels.integers import Integers
 from pytest_lmcompose.cache.codec import decode, encode
 from pytest_lmcompose.locate import SUITE_FOLDER
 from tests.models import SENTENCES, VOCABULARY, tiny_model, tiny_tokenizer
@@ -59,7 +60,7 @@ def test_quantised_weight_takes_its_packed_size(
     dtype: torch.dtype, bits: int, group: int, symmetric: bool, transposed: bool
 ) -> None:
     torch.manual_seed(0)
-    weight = fake_quantise(torch.randn(96, 320), bits, group, symmetric).to(dtype)
+    weight = fake_quantise(torch.randn(96, 320), Integers(bits, group, symmetric)).to(dtype)
     packed = read_layers({"w": weight})[0].packed_bits / 8
     stored = check_round_trip({"w": weight.t().contiguous() if transposed else weight})
     assert size(stored) <= 1.2 * packed
@@ -93,14 +94,14 @@ def test_pruned_and_quantised_weight_takes_its_packed_size(dtype: torch.dtype, p
     small = weight.abs() < 0.7
     if pruned_first:
         weight[small] = 0
-    weight = fake_quantise(weight, 4, 128).to(dtype).masked_fill(small, 0)
+    weight = fake_quantise(weight, Integers(4, 128)).to(dtype).masked_fill(small, 0)
     stored = check_round_trip({"w": weight})
     assert size(stored) <= 1.2 * read_layers({"w": weight})[0].packed_bits / 8
 
 
 def test_groups_on_no_grid_are_stored_as_they_are() -> None:
     torch.manual_seed(0)
-    weight = fake_quantise(torch.randn(64, 256), 4, 128)
+    weight = fake_quantise(torch.randn(64, 256), Integers(4, 128))
     packed = read_layers({"w": weight})[0].packed_bits / 8
     weight[3] = torch.randn(256)
     weight[40, 7] = math.nan
@@ -112,7 +113,7 @@ def test_groups_on_no_grid_are_stored_as_they_are() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_signs_of_zeros_survive(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    weight = fake_quantise(torch.randn(64, 256), 4, 128).to(dtype) * (torch.rand(64, 256) > 0.5)
+    weight = fake_quantise(torch.randn(64, 256), Integers(4, 128)).to(dtype) * (torch.rand(64, 256) > 0.5)
     assert bool((weight.signbit() & (weight == 0)).any())
     stored = check_round_trip({"w": weight})
     assert size(stored) < weight.numel()
@@ -120,7 +121,7 @@ def test_signs_of_zeros_survive(dtype: torch.dtype) -> None:
 
 def test_stack_of_quantised_matrices_takes_its_packed_size() -> None:
     torch.manual_seed(0)
-    weight = fake_quantise(torch.randn(96, 128), 4, 64).reshape(3, 32, 128)
+    weight = fake_quantise(torch.randn(96, 128), Integers(4, 64)).reshape(3, 32, 128)
     for stack in (weight, weight.mT.contiguous()):
         assert size(check_round_trip({"w": stack})) <= 1.2 * weight.numel() * (4 + 32 / 64) / 8
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from interventions.compress.kernels.capture import Call
-from interventions.compress.kernels.grid import fake_quantise, fake_quantise_groups, join_groups, split_groups
+from interventions.compress.kernels.grid import Grid, fake_quantise, fake_quantise_groups, join_groups, split_groups
 from interventions.statistics import STRIP, InputStatistics
 from interventions.structure import LinearGroup
 
@@ -35,10 +35,6 @@ class Search(Protocol):
     """The settings of the searches."""
 
     @property
-    def bits(self) -> int: ...
-    @property
-    def group_size(self) -> int: ...
-    @property
     def grid(self) -> int: ...
     @property
     def duo_scaling(self) -> bool: ...
@@ -56,21 +52,30 @@ class Choice:
     loss: float
 
 
-def search_scales(group: LinearGroup, seen: Seen, settings: Search) -> Choice:
-    """Try every exponent of the grid and return the one with the smallest error."""
+def search_scales(
+    group: LinearGroup, grids: Mapping[str, Grid | None], seen: Seen, settings: Search, *, may_scale: bool = True
+) -> Choice:
+    """Try every exponent of the grid and return the one with the smallest error.
+
+    `grids` has the grid of each linear by name, of at least one; the others keep their values, and with `may_scale`
+    there are none.
+    """
     statistics = seen.statistics[group.role]
     weights = [linear.weight.clone() for linear in group.linears]
     measure = _ScopeLoss(group, seen, settings) if group.scope is not None else _LinearLoss(weights[0], statistics)
+    own = [grids[linear.name] for linear in group.linears]
 
     def loss_of(scales: Tensor) -> float:
-        scaled = (w * scales for w in weights)
-        rounded = [fake_quantise(w, settings.bits, settings.group_size, refit=True).div_(scales) for w in scaled]
+        rounded = [
+            w if grid is None else fake_quantise(w * scales, grid, refit=True).div_(scales)
+            for w, grid in zip(weights, own, strict=True)
+        ]
         return measure(rounded)
 
     rounding_loss = loss_of(torch.ones_like(statistics.abs_sum))
     best = Choice(None, None, rounding_loss, rounding_loss)
-    if group.previous is not None:
-        w_mean = mean_relative_magnitude(weights, settings.group_size)
+    if may_scale and group.previous is not None:
+        w_mean = mean_relative_magnitude(weights, next(grid.group_size for grid in own if grid is not None))
         for step in range(settings.grid):
             ratio = step / settings.grid
             scales = scales_of(ratio, statistics.mean_abs(), w_mean if settings.duo_scaling else None)
@@ -167,21 +172,21 @@ def spread(size: int, limit: int | None) -> list[int]:
     return [i * size // limit for i in range(limit)]
 
 
-def clip_weight(weight: Tensor, gram: Tensor, settings: Search) -> tuple[Tensor, float]:
+def clip_weight(weight: Tensor, gram: Tensor, grid: Grid) -> tuple[Tensor, float]:
     """Clip each group of a weight (out, in) if that reduces its quantisation error.
 
     The error of a group is that of its own part of the output, d G d^T with G the group's block
     of the input's Gram matrix (in, in). Returns the clipped weight and the share of groups that
     were clipped.
     """
-    groups = split_groups(weight, settings.group_size)  # (out, groups, width)
+    groups = split_groups(weight, grid.group_size)  # (out, groups, width)
     G = diagonal_blocks(gram, groups.shape[1], groups.shape[2])  # (groups, width, width)
     greatest = groups.abs().amax(dim=2, keepdim=True)  # (out, groups, 1)
     best = greatest.clone()
     least = torch.full_like(greatest, float("inf"))
     for step in range(CLIP_STEPS):
         limit = greatest * (1 - step * CLIP_STEP)
-        delta = fake_quantise_groups(groups.clamp(-limit, limit), settings.bits, refit=True).sub_(groups)
+        delta = fake_quantise_groups(groups.clamp(-limit, limit), grid, refit=True).sub_(groups)
         by_group = delta.transpose(0, 1)  # (groups, out, width)
         error = (torch.bmm(by_group, G) * by_group).sum(dim=2).t().unsqueeze(2)
         better = error < least

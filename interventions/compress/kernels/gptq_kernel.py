@@ -17,13 +17,14 @@ matrix product, the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from interventions.compress.kernels.gram_factor import gram_factor
-from interventions.compress.kernels.grid import Quantised, dequantise, find_grid, limits, width_of_group
+from interventions.compress.kernels.grid import Grid, split_groups, width_of_group
 
 BLOCK = 128
 """Columns per block, as in the reference implementation. It changes results, not only speed: the grids of all groups
@@ -34,25 +35,20 @@ STRIP = 32
 class GptqResult(NamedTuple):
     """A quantised matrix and its error."""
 
-    quantised: Quantised
+    weight: Tensor
+    """(rows, cols) float32."""
     errors: Tensor
     """(rows,) squared error of each output, summed over the tokens in H, damping included."""
     damping: float
     """Damping used, as a share of H's mean diagonal; larger than requested if that was too small."""
 
-    @property
-    def weight(self) -> Tensor:
-        """(rows, cols) float32."""
-        return dequantise(self.quantised)
-
 
 def gptq_quantise(
     W: Tensor,
     H: Tensor,
+    grid: Grid,
     *,
-    bits: int,
-    group_size: int,
-    symmetric: bool = False,
+    parts: Sequence[int] | None = None,
     act_order: bool = False,
     static_groups: bool = False,
     damping: float = 0.01,
@@ -60,25 +56,25 @@ def gptq_quantise(
 ) -> GptqResult | None:
     """Round W (rows, cols) for inputs whose Gram matrix is H (cols, cols), float32, without changing either.
 
-    `group_size` neighbouring columns (-1: all) of a row share a grid. It is found when their turn
-    comes, or beforehand with `static_groups`. With `act_order` the columns with the largest inputs
-    come first, and groups are static. Weights where `zeros` (rows, cols) is true become zero.
+    W may be several matrices that read one input on top of each other, of `parts` rows; they share no scales. The
+    scales of a group are found when its turn comes, or beforehand with `static_groups`. With `act_order` the columns
+    with the largest inputs come first, and groups are static. Weights where `zeros` (rows, cols) is true become zero.
     Columns whose input is always zero become zero.
 
     Returns None where H cannot be factored, whatever the damping.
     """
     rows, cols = W.shape
-    width = width_of_group(cols, group_size)
+    width = width_of_group(cols, grid.group_size)
     groups = -(-cols // width)
     static = static_groups or act_order or groups == 1
     Wt = W.float().t().clone(memory_format=torch.contiguous_format)
     dead = H.diagonal() == 0
-    grid = Wt.new_empty(4, groups, rows)
+    fit = _Fit(grid, Wt, width, [rows] if parts is None else list(parts))
     if groups == 1:  # as in the reference implementation, before dead columns are removed
-        _find_grids_(grid, Wt, 0, 1, width, bits, symmetric)
+        fit.find(Wt, 0, 1)
     Wt[dead] = 0
     if static and groups > 1:
-        _find_grids_(grid, Wt, 0, groups, width, bits, symmetric)
+        fit.find(Wt, 0, groups)
     order = torch.arange(cols)
     zeros_t = None if zeros is None else zeros.t()
     if act_order:
@@ -101,19 +97,19 @@ def gptq_quantise(
         if not static and first < last:
             span = slice(start, min(last * width, cols))
             best = _best_completion(R[span, span], Wt[span], E[span])
-            _find_grids_(grid, best[first * width - start :], first, last, width, bits, symmetric)
-        scales = [g.unbind() for g in grid.unbind(1)]
+            fit.find(best[first * width - start :], first, last)
+        scalings = [group.unbind() for group in fit.found.unbind(1)]
         for low in range(start, end, STRIP):
             high = min(low + STRIP, end)
             strip_R = R[low:high, low:high].t().contiguous()
             strip_E = E[low:high].t()
             for j in range(low, high):
                 w, e, step = columns[j]
-                scale, _, least, greatest = scales[group_of[j]]
+                scale, least, greatest = scalings[group_of[j]]
                 if j > low:
                     w.addmv_(strip_E[:, : j - low], strip_R[j - low, : j - low])
                 torch.div(w, scale, out=step)
-                torch.clamp(step.round_(), least, greatest, out=step)
+                grid.round_(step, least, greatest)
                 if zeros_t is not None:
                     step.masked_fill_(zeros_t[j], 0)
                 e.addcmul_(step, scale, value=-1)
@@ -121,12 +117,11 @@ def gptq_quantise(
                 Wt[high:end].addmm_(R[low:high, high:end].t(), E[low:high])
         if end < cols:
             Wt[end:].addmm_(R[start:end, end:].t(), E[start:end])
-        rest = Wt[start:end].addcmul_(steps[start:end], grid[0, group_of[start:end]], value=-1)
-        errors += rest.mul_(diagonal[start:end].unsqueeze(1)).square_().sum(dim=0)
+        rounded = steps[start:end].mul_(fit.found[0, group_of[start:end]])
+        errors += Wt[start:end].sub_(rounded).mul_(diagonal[start:end].unsqueeze(1)).square_().sum(dim=0)
     if act_order:
         steps = torch.empty_like(steps).index_copy_(0, order, steps)
-    values = steps.add_(grid[1].repeat_interleave(width, dim=0)[:cols]).to(torch.int16).t()
-    return GptqResult(Quantised(values, grid[0].t(), grid[1].t(), group_size), errors, factor.damping)
+    return GptqResult(steps.t(), errors, factor.damping)
 
 
 def _best_completion(R: Tensor, Wt: Tensor, E: Tensor) -> Tensor:
@@ -142,14 +137,22 @@ def _best_completion(R: Tensor, Wt: Tensor, E: Tensor) -> Tensor:
     return torch.mm(inverse.t(), sums).sub_(sums).add_(Wt)  # the first column is bit-identical to Wt's
 
 
-def _find_grids_(grid: Tensor, Wt: Tensor, first: int, last: int, width: int, bits: int, symmetric: bool) -> None:
-    """Fill in groups `first` to `last` of grid (4, groups, rows): scales, zeros, smallest and largest step.
+class _Fit:
+    """The scales of all groups of a transposed matrix (cols, rows), as they are found."""
 
-    Wt (cols, rows) begins with the first one's columns.
-    """
-    lowest, highest = limits(bits, symmetric)
-    for place, group in enumerate(range(first, last)):
-        scales, offsets = find_grid(Wt[place * width : (place + 1) * width], bits, symmetric, dim=0)
-        grid[0, group], grid[1, group] = scales[0], offsets[0]
-    grid[2, first:last] = lowest - grid[1, first:last]
-    grid[3, first:last] = highest - grid[1, first:last]
+    def __init__(self, grid: Grid, Wt: Tensor, width: int, parts: list[int]) -> None:
+        self.grid = grid
+        self.width = width
+        self.parts = parts
+        self.largest = [part.abs().amax().expand(part.shape[1], 1, 1) for part in torch.split(Wt, parts, dim=1)]
+        self.found = Wt.new_empty(3, -(-len(Wt) // width), Wt.shape[1])
+        """(3, groups, rows): scale, smallest and largest number."""
+
+    def find(self, Wt: Tensor, first: int, last: int) -> None:
+        """Find the scales of groups `first` to `last`; Wt (cols, rows) begins with the first one's columns."""
+        groups = split_groups(Wt[: (last - first) * self.width].t(), self.width)
+        row = 0
+        for part, largest in zip(torch.split(groups, self.parts), self.largest, strict=True):
+            rows = slice(row, row := row + len(part))
+            for kind, value in enumerate(self.grid.scaling(part, largest)):
+                self.found[kind, first:last, rows] = value[:, :, 0].t() if isinstance(value, Tensor) else value
