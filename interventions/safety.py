@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
+from interventions.tying import say_tied_, tied_head
 from interventions.types import InterventionError
 from interventions.zeros import zero_mask
 
@@ -39,6 +40,8 @@ class SafetyCopy:
             copies = {name: self.parameters[name].detach().to("cpu", copy=True) for name in names}
         self.copies = {name: copies[name] for name in self.parameters if name in copies}
         self._checksums = {name: _checksum(p) for name, p in self.parameters.items() if name not in copies}
+        self._tied_head = tied_head(model)
+        self._model = model
         # To undo methods that replace modules or parameters.
         self._places = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
 
@@ -63,12 +66,14 @@ class SafetyCopy:
     def changed(self, model: nn.Module, method: str, *, may_be_none: bool = False) -> tuple[str, ...]:
         """Return the names of the parameters whose values differ from the copy, sorted.
 
-        Raises InterventionError if nothing changed (unless `may_be_none`), if names, shapes or dtypes changed, if
+        A head that shared the weights of the embeddings may have its own now; they count as changed. Raises
+        InterventionError if nothing changed (unless `may_be_none`), if other names, shapes or dtypes changed, if
         parameters without a copy changed, or if values are NaN or infinite.
         """
         now = dict(model.named_parameters())
-        if now.keys() != self.parameters.keys():
-            names = ", ".join(sorted(now.keys() ^ self.parameters.keys())[:5])
+        untied = now.keys() & {self._tied_head} - self.parameters.keys()
+        if now.keys() - untied != self.parameters.keys():
+            names = ", ".join(sorted(now.keys() - untied ^ self.parameters.keys())[:5])
             raise InterventionError(f"{method} changed which parameters the model has: {names}")
         for name, copy in self.copies.items():
             if (now[name].shape, now[name].dtype) != (copy.shape, copy.dtype):
@@ -82,7 +87,7 @@ class SafetyCopy:
                 f"{method} changed {', '.join(others[:5])}, which its `may_change` does not name, so they cannot be "
                 "restored: load the model again, and correct `may_change`"
             )
-        changed = sorted(name for name, copy in self.copies.items() if not _same(copy, now[name]))
+        changed = sorted({name for name, copy in self.copies.items() if not _same(copy, now[name])} | untied)
         if not changed and not may_be_none:
             raise InterventionError(f"{method} changed no weight; check its settings and its texts or edits")
         broken = [name for name in changed if not bool(torch.isfinite(now[name]).all())]
@@ -93,11 +98,14 @@ class SafetyCopy:
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the modules, the parameters and the values that were copied."""
+        untied = self._tied_head is not None and tied_head(self._model) is None
         for module, modules, parameters in self._places:
             module._modules.clear()
             module._modules.update(modules)
             module._parameters.clear()
             module._parameters.update(parameters)
+        if untied:
+            say_tied_(self._model, True)
         for name, copy in self.copies.items():
             parameter = self.parameters[name]
             if (parameter.shape, parameter.dtype) == (copy.shape, copy.dtype):

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from interventions.statistics import Batch, InputNorms, InputStatistics, collect_statistics
+from interventions.statistics import Batch, InputMaxima, InputNorms, InputStatistics, collect_statistics
 from interventions.structure import Block, Linear, LinearGroup, module_device, streaming
 
-Sums = TypeVar("Sums", InputStatistics, InputNorms)
-Entry = InputStatistics | InputNorms
+Sums = TypeVar("Sums", InputStatistics, InputNorms, InputMaxima)
+Entry = InputStatistics | InputNorms | InputMaxima
 
 
 class Key(NamedTuple):
@@ -146,7 +146,7 @@ class BlockStatistics:
         entry = self._shared.cache.get(self._key(self._shared, group, kind))
         if entry is None and kind is InputNorms:  # InputStatistics include the norms
             larger = self._shared.cache.get(self._key(self._shared, group, InputStatistics))
-            return None if larger is None else InputNorms(larger.square_sum, larger.count)
+            return InputNorms(larger.square_sum, larger.count) if isinstance(larger, InputStatistics) else None
         return entry
 
     def _key(self, shared: SharedStatistics, group: LinearGroup, kind: type) -> Key:

@@ -54,6 +54,34 @@ class InputNorms:
 
 
 @dataclass
+class InputMaxima:
+    """Greatest magnitudes for SmoothQuant over the inputs of a linear layer of width d."""
+
+    abs_max: Tensor
+    """(d,) float32: the greatest |x|."""
+    count: int
+    """Tokens, padding left out."""
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | None = None) -> Self:
+        return cls(torch.zeros(width, device=device), 0)
+
+    def add_(self, x: Tensor) -> None:
+        """Add tokens `x` of shape (n, d), in float32."""
+        if len(x):
+            self.abs_max = torch.maximum(self.abs_max, x.detach().float().abs().amax(dim=0))
+        self.count += x.shape[0]
+
+    def to(self, device: torch.device) -> InputMaxima:
+        """Return the same maxima on a device; those that are there are shared."""
+        return InputMaxima(self.abs_max.to(device), self.count)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.abs_max,)
+
+
+@dataclass
 class InputStatistics:
     """Sums over the inputs of a linear layer of width d."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.shared_statistics import StatisticsCache
+from interventions.tying import tie_head_, tied_head, untie_head_
 from pytest_lmcompose.build.load import hash_digests, tensor_digest
 
 
@@ -20,7 +21,8 @@ class Snapshot:
     """A state of the model; unchanged tensors are shared with the snapshot that its last step started from."""
 
     changed: Mapping[str, Tensor]
-    """Parameters that differ from the base model, on the host; read-only."""
+    """Parameters that differ from the base model, on the host; read-only. A head's weight is there, too, if a step gave
+    the head its own, which it shares with the embeddings in the base model."""
     digests: Mapping[str, str]
     """SHA-256 of each changed parameter."""
     state_hash: str
@@ -68,6 +70,7 @@ class WorkingModel:
         entries = model.state_dict(keep_vars=True).items()  # tied weights are listed under every name
         self._parameter_of = {entry: first_name.get(id(tensor)) for entry, tensor in entries}
         self._base_digests = {entry: tensor_digest(tensor) for entry, tensor in entries}
+        self._tied_head = tied_head(model)
         self.base = self._snapshot({}, {})
         self.statistics = StatisticsCache()
         """Statistics that steps collected, by the state they started from."""
@@ -118,7 +121,7 @@ class WorkingModel:
         digests = {name: tensor_digest(tensor) for name, tensor in changed.items()}
         tensors = {}
         for name, tensor in changed.items():
-            base = self._base[name]
+            base = self._base[self._in_base(name)]
             if (tensor.shape, tensor.dtype) != (base.shape, base.dtype):
                 raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}")
             same = before.digests.get(name) == digests[name]
@@ -135,13 +138,19 @@ class WorkingModel:
 
         Write the parameters that differ from the current state, or all of them after `distrust`.
         """
+        if self._tied_head is not None and (tied := self._tied_head not in snapshot.changed) != (
+            tied_head(self.model) is not None
+        ):
+            (tie_head_ if tied else untie_head_)(self.model)
+            self.distrust()
         if not self._trusted:
             self._parameters = dict(self.model.named_parameters())
         for name, parameter in self._parameters.items():
-            wanted = snapshot.changed.get(name, self._base[name])
-            if not self._trusted or wanted is not self._present.changed.get(name, self._base[name]):
+            base = self._base[self._in_base(name)]
+            wanted = snapshot.changed.get(name, base)
+            if not self._trusted or wanted is not self._present.changed.get(name, base):
                 parameter.copy_(wanted, non_blocking=True)
-            parameter.requires_grad_(self._flags[name])
+            parameter.requires_grad_(self._flags[self._in_base(name)])
             parameter.grad = None
         _wait(self.model)
         if self.model.training or not self._trusted:
@@ -150,10 +159,16 @@ class WorkingModel:
             self.model.config.use_cache = self._use_cache
         self._present, self._trusted = snapshot, True
 
+    def _in_base(self, name: str) -> str:
+        """Return the name of a parameter in the base model, where the head may share another one; raises KeyError."""
+        return name if name in self._base else self._parameter_of[name] or name
+
     def _snapshot(self, changed: Mapping[str, Tensor], digests: Mapping[str, str]) -> Snapshot:
         names = self._parameter_of.items()
         # Steps never change buffers.
-        every = {entry: digests.get(name or "", self._base_digests[entry]) for entry, name in names}
+        every = {
+            entry: digests.get(entry) or digests.get(name or "", self._base_digests[entry]) for entry, name in names
+        }
         return Snapshot(changed, digests, hash_digests(every))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,10 @@ from interventions.compress.kernels.precision import pass_precision
 from interventions.compress.kernels.working_memory import WorkingMemory, working_memory
 from interventions.context import Context
 from interventions.early_exit import StopForward
-from interventions.shared_statistics import BlockStatistics
-from interventions.statistics import Batch, InputNorms, InputStatistics, scarce, window_batches
+from interventions.shared_statistics import BlockStatistics, Entry, Sums
+from interventions.statistics import Batch, scarce, window_batches
 from interventions.structure import Block, Linear, LinearGroup, module_device, placement, within_context
 from interventions.types import InterventionError, Resources
-
-Sums = TypeVar("Sums", InputStatistics, InputNorms)
 
 
 @torch.no_grad()
@@ -268,8 +266,8 @@ class FloatBlock:
                     stack.enter_context(module.replaying(batch))
             return call.to(self.device)(self.block.module).to(self.resting)
 
-    def _check_inputs(self, group: LinearGroup, statistics: InputStatistics | InputNorms) -> None:
-        if not bool(torch.isfinite(statistics.square_sum).all()):
+    def _check_inputs(self, group: LinearGroup, statistics: Entry) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in statistics.tensors):
             raise InterventionError(
                 f"{self.method}: the inputs of {group.linears[0].name} on the calibration text are NaN or infinite "
                 "in float32: check that the model still works after the earlier steps"
