@@ -18,6 +18,7 @@ from evaluators.measurement import EvaluationError, Measurement
 from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 from interventions.known_grids import KnownGrid, tensor_digest
+from interventions.rounding import rounding_of
 
 
 class Layer(NamedTuple):
@@ -121,6 +122,7 @@ def measure_efficiency(
     - `sparsity`: the share of exact zeros. `sparsity_2_4`: the share of weights in layers with at
       most two non-zero values in each group of four in a row.
     - `packed_megabytes` (10^6 bytes) of all parameters, with these layers packed.
+    - `input_bits`, `kv_cache_bits` where the model rounds inputs, keys and values as it runs: see `measure_rounding`.
     - `flops_per_token` of a forward pass over `length` tokens with dense kernels.
 
     `weights` (out, in) by parameter name replaces `decoder_linears`. `known` says how the checkpoint stored weights,
@@ -132,6 +134,7 @@ def measure_efficiency(
         if not bool(torch.isfinite(weight).all()):
             raise EvaluationError(f"{name}: NaN or infinite values; the model's weights are broken")
     layers = read_layers(linears, known)
+    named = {layer.name: layer for layer in layers}
     total = sum(layer.weights for layer in layers)
     zeros = sum(layer.zeros for layer in layers)
     gridded = [layer for layer in layers if layer.grid is not None]
@@ -183,8 +186,33 @@ def measure_efficiency(
             False,
             f"samples: the {len(layers)} linear layers; all other parameters as they are",
         ),
+        *measure_rounding(model, {name.removesuffix(".weight"): layer.weights for name, layer in named.items()}),
         measure_flops(model, length=length),
     ]
+
+
+def measure_rounding(model: nn.Module, sizes: Mapping[str, int]) -> list[Measurement]:
+    """Measure `input_bits` and `kv_cache_bits` of a model that rounds them while it runs.
+
+    `input_bits` is the mean over the linear layers, weighted by their `sizes`: those whose inputs are not rounded count
+    with the bits of the model's dtype.
+    """
+    rounding = rounding_of(model)
+    full = torch.finfo(next(model.parameters()).dtype).bits
+    found = []
+    if rounding.inputs:
+        bits = {name: rounding.inputs[name].scheme.bits if name in rounding.inputs else full for name in sizes}
+        mean = sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        samples = tuple(map(float, bits.values()))
+        note = f"{len(rounding.inputs)} of {len(sizes)} linear layers; read, not sampled"
+        found.append(Measurement("input_bits", mean, 0.0, len(sizes), False, samples, note))
+    if rounding.caches:
+        samples = tuple(
+            (cached.keys.scheme.bits + cached.values.scheme.bits) / 2 for cached in rounding.caches.values()
+        )
+        note = "attention that rounds keys and values; read, not sampled"
+        found.append(Measurement("kv_cache_bits", sum(samples) / len(samples), 0.0, len(samples), False, samples, note))
+    return found
 
 
 def measure_flops(model: Any, *, length: int = 128) -> Measurement:

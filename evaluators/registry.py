@@ -210,6 +210,8 @@ BUILT_IN = (
             _weights("sparsity", "share", True, 1, headline=True, by_settings=True),
             _weights("sparsity_2_4", "share", True, 1, by_settings=True),
             _weights("packed_megabytes", "MB", False),
+            _weights("input_bits", "bits", False, 64, by_settings=True),
+            _weights("kv_cache_bits", "bits", False, 64, by_settings=True),
             _weights("flops_per_token", "FLOPs", False, advice=""),
         ),
     ),

@@ -33,3 +33,14 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         del module.__dict__["forward"]
         if own is not None:
             module.__dict__["forward"] = own
+
+
+@contextmanager
+def head_on_one_token(head: nn.Module) -> Iterator[None]:
+    """Let the output head run on the first token of each row only, in passes whose logits are not needed."""
+
+    def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][..., :1, :], *args[1:])
+
+    with head.register_forward_pre_hook(cut):
+        yield

@@ -22,6 +22,7 @@ from interventions.modes import keep_modes
 from interventions.names import near_names
 from interventions.ranges import SettingError, check_settings
 from interventions.registry import Method, find_method
+from interventions.rounding import rounding_of, set_rounding_
 from interventions.safety import SafetyCopy
 from interventions.shared_statistics import SharedStatistics
 from interventions.structure import placement, streaming
@@ -54,9 +55,9 @@ def apply(
     with the current values of all parameters, if the caller has them; without, the step copies what it may change.
     Relative paths in settings start at `folder` (None: the working folder).
 
-    Only weights change: parameter names, shapes, dtypes and requires_grad flags, train mode, the KV cache flag and the
-    tokenizer stay the same; gradients are dropped. On any exception, including an interrupt, the original weights are
-    restored and the exception is raised again.
+    Only weights change, and what the model rounds as it runs: parameter names, shapes, dtypes and requires_grad flags,
+    train mode, the KV cache flag and the tokenizer stay the same; gradients are dropped. On any exception, including an
+    interrupt, the original weights are restored and the exception is raised again.
 
     Raises InterventionError if the step changes no weight, leaves NaN or infinity in one, or changes anything else;
     UnknownMethod for an unknown name. If the method reports that nothing was left to do, an unchanged model is only a
@@ -71,6 +72,7 @@ def apply(
     satisfied: list[str] = []
     context = Context(seed, progress or silent, warnings.append, satisfied.append, statistics, folder or Path.cwd())
     function = chosen.load()
+    rounding = rounding_of(model)
     before = SafetyCopy(model, _may_change(complete, model) if copies is None else None, copies)
     devices = {placement(model).device, *(parameter.device for parameter in model.parameters())}
     gpus = [device for device in devices if device.type == "cuda"]
@@ -86,12 +88,14 @@ def apply(
         for gpu in gpus:
             torch.cuda.synchronize(gpu)
         seconds = time.perf_counter() - start
-        changed = before.changed(model, method, may_be_none=bool(satisfied))
+        rounds = rounding_of(model)
+        changed = before.changed(model, method, may_be_none=bool(satisfied) or rounds != rounding)
         if not changed:
             warnings += satisfied
         details = _plain(details, method)
     except BaseException:
         before.restore()
+        set_rounding_(model, rounding)
         raise
     finally:
         for parameter in model.parameters():
@@ -105,6 +109,7 @@ def apply(
         seconds=seconds,
         peak_memory_bytes=_peak_memory(gpus),
         promises=dict(promised(complete)),
+        rounding=rounds.plain() if rounds else None,
     )
 
 

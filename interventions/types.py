@@ -53,3 +53,5 @@ class StepReport:
     """Peak resident memory of the process on CPU; where GPUs compute, peak allocated memory, of the one with most."""
     promises: Mapping[str, float] = field(default_factory=dict)
     """Values of metrics that the settings promise."""
+    rounding: Mapping[str, Any] | None = None
+    """What the model rounds while it runs, after the step: `interventions.rounding.Rounding.plain`; None: nothing."""

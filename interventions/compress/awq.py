@@ -73,6 +73,7 @@ class AwqSettings(Calibrated, Quantiser):
         from interventions.compress.kernels.awq_search import Seen
         from interventions.compress.kernels.blockwise import float_blocks
         from interventions.compress.kernels.chosen import chosen_grids
+        from interventions.compress.kernels.run_time import round_as_it_runs_
         from interventions.statistics import InputStatistics
 
         if self.engine != OWN:
@@ -86,7 +87,8 @@ class AwqSettings(Calibrated, Quantiser):
             seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
             tokens = seen.statistics["attention_in"].count
             groups += quantise_block_(block.groups, grids, seen, self)
-        return {"calibration_tokens": tokens, "groups": groups}
+        rounded = round_as_it_runs_(model, tokenizer, self, resources, context)
+        return {"calibration_tokens": tokens, "groups": groups} | rounded
 
 
 def quantise_block_(

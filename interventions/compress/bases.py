@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from interventions.compress.engines.table import OWN, engine_problems
 from interventions.compress.keep import Exceptions, keep_problems
-from interventions.compress.schemes import SCHEMES, Scheme, conflicts, scheme_problem
+from interventions.compress.schemes import CACHES, SCHEMES, Scheme, conflicts, scheme_problem
 from interventions.intervention import ZEROS, Intervention
-from interventions.ranges import Count, Range, Share, shown
+from interventions.ranges import Choice, Count, Range, Share, shown
 
 Damping = Annotated[float, Range(0, 1)]
 _PATTERN = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
@@ -36,6 +36,9 @@ class Quantiser(Intervention):
     matches counts. Layers are `first` or `last` (blocks), `first-2`, `last-2`, a role or a glob of names:
     `["*.mlp_out:8", "first:16", "*.q_proj:W8A16"]`."""
 
+    kv_cache: Annotated[str, Choice(*CACHES)] | None = None
+    """Round keys and values of attention as the model runs, with one scale a layer from calibration text."""
+
     @property
     def number_format(self) -> Scheme:
         """The scheme, or what the single settings say."""
@@ -58,8 +61,11 @@ class Quantiser(Intervention):
         yield from keep_problems(self.keep or [])
 
     def promises(self) -> Mapping[str, float]:
-        """Return the bits of a weight."""
-        return {"average_bits": self.number_format.bits}
+        """Return the bits of a weight, and of what is rounded as the model runs."""
+        promised: dict[str, float] = {"average_bits": self.number_format.bits}
+        if self.number_format.inputs is not None and not self.keep:
+            promised["input_bits"] = self.number_format.inputs.bits
+        return promised | ({} if self.kv_cache is None else {"kv_cache_bits": CACHES[self.kv_cache].bits})
 
     def keeps(self, metric: str) -> bool:
         """Zero is rounded to zero, unless rounding is compensated and `preserve_mask` is off."""

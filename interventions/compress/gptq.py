@@ -57,6 +57,7 @@ class GptqSettings(Sequential, Quantiser):
         from interventions.compress.kernels.chosen import chosen_grids
         from interventions.compress.kernels.gptq_kernel import gptq_quantise
         from interventions.compress.kernels.grid import fake_quantise
+        from interventions.compress.kernels.run_time import round_as_it_runs_
         from interventions.statistics import InputStatistics
         from interventions.zeros import zero_masks
 
@@ -106,7 +107,7 @@ class GptqSettings(Sequential, Quantiser):
 
         linears = walk_blocks(model, tokenizer, self, resources, context, work, InputStatistics)
         context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
-        return {"linears": linears}
+        return {"linears": linears} | round_as_it_runs_(model, tokenizer, self, resources, context)
 
 
 def _outcome(linear: Linear, weight: Tensor, loss: float | None) -> dict[str, Any]:

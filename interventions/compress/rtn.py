@@ -15,7 +15,6 @@ class RtnSettings(Quantiser):
 
     name = "rtn"
 
-
     @without_gradients
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Quantise the linear layers of every decoder block, in place, as de-quantised weights.
@@ -27,6 +26,7 @@ class RtnSettings(Quantiser):
         from interventions.compress.kernels.chosen import chosen_grids
         from interventions.compress.kernels.grid import fake_quantise
         from interventions.compress.kernels.outcomes import replace_
+        from interventions.compress.kernels.run_time import round_as_it_runs_
 
         grids = chosen_grids(model, self)
         linears = []
@@ -36,4 +36,4 @@ class RtnSettings(Quantiser):
                 moved = replace_(linear, fake_quantise(linear.weight, grid))
                 linears.append({"linear": linear.name, "moved": moved})
         context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
-        return {"linears": linears}
+        return {"linears": linears} | round_as_it_runs_(model, tokenizer, self, resources, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from interventions.names import near_names
@@ -24,6 +24,10 @@ class Scheme:
     """16-bit numbers, numbers of the model's dtype, powers of two, or FP8 numbers over a float32 one of the layer."""
     rows: int = 1
     """Rows that share a scale; -1: all."""
+    calibrated: bool = False
+    """Of inputs: whether one scale for all of them (of two levels: the upper one) is found on calibration text."""
+    inputs: Scheme | None = None
+    """How the inputs of the layer are rounded as the model runs: in groups of a token's channels; None: not."""
 
 
 _INTEGERS = {f"W{bits}A16": Scheme(bits, 128) for bits in range(2, 9)}
@@ -37,29 +41,38 @@ SCHEMES = _INTEGERS | {
     "MXFP6A16": Scheme(6, 32, floats=True, scales="power"),
     "MXFP8A16": Scheme(8, 32, floats=True, scales="power"),
 }
-"""As in compressed-tensors 0.20, but for FP8A16 and its forms, which it has with rounded activations only."""
-ACTIVATIONS = {
-    **{f"W{bits}A{also}": f"scheme=W{bits}A16" for bits in range(2, 8) for also in (4, 8) if bits <= also},
-    **dict.fromkeys(("W8A8", "INT8"), "bits=8,group_size=-1,symmetric=true"),
-    "W4AFP8": "scheme=W4A16",
-    "FP8": "scheme=FP8A16",
-    "FP8_DYNAMIC": "scheme=FP8A16_CHANNEL",
-    "FP8_BLOCK": "scheme=FP8A16_BLOCK",
-    "NVFP4": "scheme=NVFP4A16",
-    **dict.fromkeys(("MXFP4", "MXFP4XFP8"), "scheme=MXFP4A16"),
-    "MXFP6A8": "scheme=MXFP6A16",
-    "MXFP8": "scheme=MXFP8A16",
+_INTS = {bits: Scheme(bits) for bits in (4, 8)}
+_FP8 = Scheme(8, floats=True)
+_MXFP8 = Scheme(8, 32, floats=True, scales="power")
+
+
+def _with_inputs(name: str, inputs: Scheme) -> Scheme:
+    return replace(SCHEMES[name], inputs=inputs)
+
+
+SCHEMES |= {
+    **{f"W{w}A{x}": _with_inputs(f"W{w}A16", _INTS[x]) for w in range(2, 8) for x in (4, 8) if w <= x},
+    "W4AFP8": _with_inputs("W4A16", _FP8),
+    **dict.fromkeys(("W8A8", "INT8"), Scheme(8, inputs=_INTS[8])),
+    "FP8": _with_inputs("FP8A16", replace(_FP8, calibrated=True)),
+    "FP8_DYNAMIC": _with_inputs("FP8A16_CHANNEL", _FP8),
+    "FP8_BLOCK": _with_inputs("FP8A16_BLOCK", replace(_FP8, group_size=128)),
+    "NVFP4": _with_inputs("NVFP4A16", Scheme(4, 16, floats=True, scales="two-level", calibrated=True)),
+    "MXFP4": _with_inputs("MXFP4A16", Scheme(4, 32, floats=True, scales="power")),
+    "MXFP4XFP8": _with_inputs("MXFP4A16", replace(_FP8, group_size=128)),
+    "MXFP6A8": _with_inputs("MXFP6A16", _MXFP8),
+    "MXFP8": _with_inputs("MXFP8A16", _MXFP8),
 }
-"""Presets that also round the inputs of layers, and the settings that round the weights alone in the same way."""
+"""As in compressed-tensors 0.20, which has FP8A16 and its forms with rounded inputs only."""
+CACHES = {"fp8": replace(_FP8, calibrated=True), "int8": replace(_INTS[8], calibrated=True)}
+"""How keys and values of attention are rounded."""
 
 
 def scheme_problem(name: str) -> str | None:
     """Say why a name is no usable scheme, or return None."""
     if name in SCHEMES:
         return None
-    if name in ACTIVATIONS:
-        return f"it also rounds the inputs of layers, which is not supported; {ACTIVATIONS[name]} rounds the weights alone"
-    near = near_names(name, [*SCHEMES, *ACTIVATIONS])
+    near = near_names(name, list(SCHEMES))
     return f"expected one of {', '.join(SCHEMES)}, or null.{near}".removesuffix(".")
 
 

@@ -17,6 +17,7 @@ from interventions.checkpoint.reading import ReadingError, read_model, read_toke
 from interventions.known_grids import KnownGrid
 from interventions.known_grids import tensor_digest as tensor_digest
 from interventions.offload import offload
+from interventions.rounding import rounding_of
 from interventions.structure import limit_memory
 from pytest_lmcompose.build.checkpoint import check_folder
 from pytest_lmcompose.devices import check_device
@@ -183,8 +184,9 @@ def _check_held(model: nn.Module, settings: ModelSettings) -> None:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's state: sorted names, dtypes, shapes and bytes."""
-    return hash_tensors(model.state_dict())
+    """Return the SHA-256 of a model's state: sorted names, dtypes, shapes and bytes, and what it rounds as it runs."""
+    digests = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
+    return hash_digests({**digests, **rounding_of(model).digests()})
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interventions.rounding import Rounding, rounding_of, set_rounding_
 from interventions.shared_statistics import StatisticsCache
 from interventions.tying import tie_head_, tied_head, untie_head_
 from pytest_lmcompose.build.load import hash_digests, tensor_digest
@@ -26,7 +27,9 @@ class Snapshot:
     digests: Mapping[str, str]
     """SHA-256 of each changed parameter."""
     state_hash: str
-    """SHA-256 of all weights, see `load.hash_weights`."""
+    """SHA-256 of all weights and of the rounding, see `load.hash_weights`."""
+    rounding: Rounding
+    """What the model rounds while it runs."""
 
 
 class StateGoneError(RuntimeError):
@@ -71,7 +74,7 @@ class WorkingModel:
         self._parameter_of = {entry: first_name.get(id(tensor)) for entry, tensor in entries}
         self._base_digests = {entry: tensor_digest(tensor) for entry, tensor in entries}
         self._tied_head = tied_head(model)
-        self.base = self._snapshot({}, {})
+        self.base = self._snapshot({}, {}, rounding_of(model))
         self.statistics = StatisticsCache()
         """Statistics that steps collected, by the state they started from."""
         self.lease: Lease | None = None
@@ -108,12 +111,13 @@ class WorkingModel:
         copies = {name: _to_host(self._parameters[name]) for name in names}
         _wait(self.model)
         digests = {name: tensor_digest(copy) for name, copy in copies.items()}
-        self._present = self._snapshot({**before.changed, **copies}, {**before.digests, **digests})
+        changed = {**before.changed, **copies}
+        self._present = self._snapshot(changed, {**before.digests, **digests}, rounding_of(self.model))
         self._trusted = True
         return self._present
 
-    def adopt(self, before: Snapshot, changed: Mapping[str, Tensor]) -> Snapshot:
-        """Return the snapshot of a state that differs from the base model in `changed` (host tensors).
+    def adopt(self, before: Snapshot, changed: Mapping[str, Tensor], rounding: Rounding) -> Snapshot:
+        """Return the snapshot of a state that differs from the base model in `changed` (host tensors) and `rounding`.
 
         Tensors equal to those of `before` are shared with it. The model does not change. Raises KeyError or ValueError
         for tensors of another model.
@@ -126,7 +130,7 @@ class WorkingModel:
                 raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}")
             same = before.digests.get(name) == digests[name]
             tensors[name] = before.changed[name] if same else _pinned_like(tensor, base)
-        return self._snapshot(tensors, digests)
+        return self._snapshot(tensors, digests, rounding)
 
     def values(self, snapshot: Snapshot) -> Mapping[str, Tensor]:
         """Return all parameters of a state, on the host; read-only."""
@@ -153,6 +157,8 @@ class WorkingModel:
             parameter.requires_grad_(self._flags[self._in_base(name)])
             parameter.grad = None
         _wait(self.model)
+        if not self._trusted or snapshot.rounding != self._present.rounding:
+            set_rounding_(self.model, snapshot.rounding)
         if self.model.training or not self._trusted:
             self.model.eval()
         if self._use_cache is not None:
@@ -163,13 +169,13 @@ class WorkingModel:
         """Return the name of a parameter in the base model, where the head may share another one; raises KeyError."""
         return name if name in self._base else self._parameter_of[name] or name
 
-    def _snapshot(self, changed: Mapping[str, Tensor], digests: Mapping[str, str]) -> Snapshot:
+    def _snapshot(self, changed: Mapping[str, Tensor], digests: Mapping[str, str], rounding: Rounding) -> Snapshot:
         names = self._parameter_of.items()
         # Steps never change buffers.
         every = {
             entry: digests.get(entry) or digests.get(name or "", self._base_digests[entry]) for entry, name in names
         }
-        return Snapshot(changed, digests, hash_digests(every))
+        return Snapshot(changed, digests, hash_digests(every | rounding.digests()), rounding)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from interventions import Resources, apply, find_method
 from interventions.intervention import identity
+from interventions.rounding import read_rounding
 from pytest_lmcompose.build.identity import base_address
 from pytest_lmcompose.build.load import Loaded
 from pytest_lmcompose.build.snapshot import Lease, Snapshot, WorkingModel, bytes_of
@@ -246,7 +247,8 @@ class StateManager:
             return False
         near = max((p for p in (Composition(), *prefix.prefixes()) if p in self._states), key=lambda p: len(p.steps))
         try:
-            snapshot = self._working.adopt(self._states[near].snapshot, stored.changed)
+            rounding = read_rounding(stored.steps[-1].report.rounding)
+            snapshot = self._working.adopt(self._states[near].snapshot, stored.changed, rounding)
         except (KeyError, ValueError):
             return False
         if snapshot.state_hash != stored.state_hash:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pytest_lmcompose.build.load import hash_weights
+from interventions.rounding import Rounding
 from pytest_lmcompose.build.snapshot import WorkingModel
 from tests.models import tiny_model
 
@@ -95,13 +96,13 @@ def test_a_state_read_back_is_the_same_and_shares_what_is_there() -> None:
     first = working.take(working.base, NAMES[:1])
     change(working, NAMES[1])
     second = working.take(first, NAMES[1:])
-    adopted = working.adopt(first, {name: tensor.clone() for name, tensor in second.changed.items()})
+    adopted = working.adopt(first, {name: tensor.clone() for name, tensor in second.changed.items()}, Rounding())
     assert adopted.state_hash == second.state_hash
     assert adopted.changed[NAMES[0]] is first.changed[NAMES[0]]
     working.restore(working.base)
     working.restore(adopted)
     assert hash_weights(working.model) == second.state_hash
     with pytest.raises(KeyError):
-        working.adopt(first, {"unknown": torch.zeros(1)})
+        working.adopt(first, {"unknown": torch.zeros(1)}, Rounding())
     with pytest.raises(ValueError, match=r"is \(1,\)"):
-        working.adopt(first, {NAMES[0]: torch.zeros(1)})
+        working.adopt(first, {NAMES[0]: torch.zeros(1)}, Rounding())

@@ -1,35 +1,19 @@
-"""The grid of every linear layer, as the settings of a quantiser say."""
+"""The scheme and the grid of every linear layer, as the settings of a quantiser say."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from interventions.anatomy import find_anatomy
 from interventions.compress.bases import Quantiser
 from interventions.compress.keep import UNTOUCHED, rules
-from interventions.compress.kernels.floating import Floats
+from interventions.compress.kernels.formats import grid_of
 from interventions.compress.kernels.grid import Grid
-from interventions.compress.kernels.integers import Integers
 from interventions.compress.schemes import SCHEMES, Scheme
-from interventions.floats import E2M1, E2M3, E4M3
 from interventions.types import InterventionError
-
-_FLOATS = {4: E2M1, 6: E2M3, 8: E4M3}
-
-
-def grid_of(scheme: Scheme, weights: torch.dtype) -> Grid:
-    """Return the grid for weights that are stored in a dtype."""
-    if scheme.floats:
-        kind = "number" if scheme.scales == "sixteen" else scheme.scales
-        return Floats(scheme.bits, scheme.group_size, _FLOATS[scheme.bits], kind, scheme.rows, weights)
-    # GPTQ's and AWQ's layouts store float16 scales, compressed-tensors those of the model's dtype.
-    sixteen = torch.bfloat16 if weights == torch.bfloat16 else torch.float16
-    scales = sixteen if scheme.scales == "sixteen" else weights
-    return Integers(scheme.bits, scheme.group_size, scheme.symmetric, weights, scales)
 
 
 def chosen_grids(model: nn.Module, settings: Quantiser) -> Mapping[str, Grid | None]:
@@ -37,10 +21,23 @@ def chosen_grids(model: nn.Module, settings: Quantiser) -> Mapping[str, Grid | N
 
     Raises InterventionError for an exception that no layer matches.
     """
+    modules = {linear.name: linear for block in find_anatomy(model).blocks for linear in block.linears}
+    schemes = chosen_schemes(model, settings)
+    return {
+        name: None if scheme is None else grid_of(scheme, modules[name].weight.dtype)
+        for name, scheme in schemes.items()
+    }
+
+
+def chosen_schemes(model: nn.Module, settings: Quantiser) -> Mapping[str, Scheme | None]:
+    """Return the scheme of each linear layer of the blocks, by name; None for layers that stay as they are.
+
+    Raises InterventionError for an exception that no layer matches.
+    """
     blocks = find_anatomy(model).blocks
     exceptions = rules(settings.keep)
     unused = set(exceptions)
-    found: dict[str, Grid | None] = {}
+    found: dict[str, Scheme | None] = {}
     for block in blocks:
         for group in block.linear_groups:
             role = f"{block.name}.{group.role}"
@@ -48,8 +45,7 @@ def chosen_grids(model: nn.Module, settings: Quantiser) -> Mapping[str, Grid | N
                 names = (linear.name, linear.parameter_name, role, group.role)
                 matching = [rule for rule in exceptions if rule.holds(block.index, len(blocks), names)]
                 unused.difference_update(matching)
-                scheme = _scheme(matching[-1].format, settings) if matching else settings.number_format
-                found[linear.name] = None if scheme is None else grid_of(scheme, linear.weight.dtype)
+                found[linear.name] = _scheme(matching[-1].format, settings) if matching else settings.number_format
     for rule in exceptions:
         if rule in unused:
             raise InterventionError(

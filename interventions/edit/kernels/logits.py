@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-
-
-@contextmanager
-def head_on_one_token(head: nn.Module) -> Iterator[None]:
-    """Let the output head run on the first token of each row only, in passes whose logits are not needed."""
-
-    def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][..., :1, :], *args[1:])
-
-    with head.register_forward_pre_hook(cut):
-        yield
 
 
 def logits_at(model: nn.Module, head: nn.Module, arguments: Mapping[str, Any], rows: Tensor, places: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from interventions.early_exit import replaced_forward
-from interventions.edit.kernels.logits import head_on_one_token, logits_at
+from interventions.early_exit import head_on_one_token, replaced_forward
+from interventions.edit.kernels.logits import logits_at
 from interventions.padding import pad_left, pad_right
 from interventions.structure import Anatomy, first_output, module_device
 from interventions.types import InterventionError

@@ -1,0 +1,168 @@
+"""Numbers that are rounded while a model runs: inputs of linear layers, and keys and values of attention.
+
+How they are rounded belongs to the state of a model, as its weights do: set by `set_rounding_`, read by `rounding_of`.
+The model's class, modules and weights keep their names. Gradients pass as if nothing were rounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from interventions.compress.kernels.floating import Floats
+from interventions.compress.kernels.formats import grid_of
+from interventions.compress.kernels.grid import join_groups, positive, split_groups, stored_scales
+from interventions.compress.kernels.integers import Integers
+from interventions.compress.schemes import Scheme
+
+ENTRY = "rounding while the model runs"
+_HELD = "lmcompose_rounding"
+"""The attribute of an attention module that holds its `Cached`."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """How one tensor is rounded."""
+
+    scheme: Scheme
+    greatest: float | None = None
+    """The greatest magnitude on calibration text; None where scales are found as the model runs."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x (..., channels) rounded; its gradient is that of the identity."""
+        return cast(Tensor, _StraightThrough.apply(x, self._round))  # type: ignore[no-untyped-call]
+
+    def _round(self, x: Tensor) -> Tensor:
+        grid = grid_of(self.scheme, x.dtype)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if self.greatest is None or self.scheme.scales != "number":
+            groups = split_groups(rows, grid.group_size)
+            largest = None if self.greatest is None else torch.tensor(self.greatest, device=x.device)
+            scales, least, greatest = grid.scaling(groups, largest, refit=True)
+            return join_groups(grid.round_(groups / scales, least, greatest).mul_(scales), x.shape[-1]).view_as(x).to(x)
+        most = grid.format.greatest if isinstance(grid, Floats) else cast(Integers, grid).limits[1] + 0.5
+        scale = stored_scales(positive(torch.tensor(self.greatest / most)), x.dtype).to(x.device)
+        least, greatest = (-most, most) if isinstance(grid, Floats) else cast(Integers, grid).limits
+        return grid.round_(rows / scale, least, greatest).mul_(scale).view_as(x).to(x)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+@dataclass(frozen=True)
+class Cached:
+    """How the keys and values of one attention are rounded."""
+
+    keys: Rounded
+    values: Rounded
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a model rounds while it runs."""
+
+    inputs: Mapping[str, Rounded] = field(default_factory=dict)
+    """By the name of the linear layer."""
+    caches: Mapping[str, Cached] = field(default_factory=dict)
+    """By the name of the attention module."""
+
+    def __bool__(self) -> bool:
+        return bool(self.inputs or self.caches)
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain data, which `read_rounding` reads; equal roundings give equal data."""
+        return {
+            "inputs": {name: asdict(rounded) for name, rounded in sorted(self.inputs.items())},
+            "caches": {name: asdict(cached) for name, cached in sorted(self.caches.items())},
+        }
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of this rounding as an entry beside those of weights; none if nothing is rounded."""
+        plain = json.dumps(self.plain(), sort_keys=True)
+        return {ENTRY: hashlib.sha256(plain.encode()).hexdigest()} if self else {}
+
+
+def read_rounding(data: Mapping[str, Any] | None) -> Rounding:
+    """Read what `Rounding.plain` returned; None: nothing is rounded."""
+
+    def rounded(fields: Mapping[str, Any]) -> Rounded:
+        return Rounded(Scheme(**fields["scheme"]), fields["greatest"])
+
+    data = data or {"inputs": {}, "caches": {}}
+    return Rounding(
+        {name: rounded(fields) for name, fields in data["inputs"].items()},
+        {name: Cached(rounded(both["keys"]), rounded(both["values"])) for name, both in data["caches"].items()},
+    )
+
+
+@dataclass(frozen=True)
+class _InputHook:
+    """A forward pre-hook that rounds the first argument of a linear layer."""
+
+    rounded: Rounded
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.rounded(arguments[0]), *arguments[1:])
+
+
+def rounding_of(model: nn.Module) -> Rounding:
+    """Return what the model rounds while it runs."""
+    inputs: dict[str, Rounded] = {}
+    caches: dict[str, Cached] = {}
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _InputHook):
+                inputs[name] = hook.rounded
+        if _HELD in module.__dict__:
+            caches[name] = module.__dict__[_HELD]
+    return Rounding(inputs, caches)
+
+
+def set_rounding_(model: nn.Module, rounding: Rounding) -> None:
+    """Make the model round so, and nothing else; raises AttributeError for a module that it lacks."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _InputHook)]:
+            del module._forward_pre_hooks[key]
+        module.__dict__.pop(_HELD, None)
+    for name, rounded in rounding.inputs.items():
+        # Before other hooks: they see what the layer computes with.
+        model.get_submodule(name).register_forward_pre_hook(_InputHook(rounded), prepend=True)
+    for name, cached in rounding.caches.items():
+        model.get_submodule(name).__dict__[_HELD] = cached
+    if rounding.caches:
+        from interventions.rounded_attention import let_attention_round
+
+        let_attention_round(model)
+
+
+@contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """Let the model run as its weights say."""
+    rounding = rounding_of(model)
+    if not rounding:
+        yield
+        return
+    set_rounding_(model, Rounding())
+    try:
+        yield
+    finally:
+        set_rounding_(model, rounding)
+
+
+def cached_of(module: nn.Module) -> Cached | None:
+    """Return how an attention module rounds keys and values, None if it does not."""
+    return cast("Cached | None", module.__dict__.get(_HELD))
