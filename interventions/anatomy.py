@@ -15,14 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from interventions.block_search import BlockList, find_blocks, same
+from interventions.block_search import BlockList, find_blocks
 from interventions.compress.kernels.fold_proof import FoldProof
 from interventions.experts import ExpertLayer, find_experts
 from interventions.layouts import ENTRY_POINT_GROUP, GroupLayout, Layout, Role
 from interventions.modes import keep_modes
 from interventions.roles import find_groups
 from interventions.structure import Anatomy, Block, Linear, LinearGroup, is_linear
-from interventions.trace import ModuleCall, Trace, trace
+from interventions.trace import ModuleCall, Trace, same, trace
 from interventions.types import InterventionError
 from interventions.wiring import wire
 
@@ -81,7 +81,10 @@ def _find(model: nn.Module) -> Anatomy:
             else:
                 blocks.append(_block(index, name, call, inner, seen.tokens, weights, shared, proof))
     if not any(block.linear_groups for block in blocks):
-        raise InterventionError(f"{found.name}: the decoder blocks have no linear layer that can be changed. {_HOW}")
+        reasons = ", ".join(sorted({reason for block in blocks for reason in block.left.values()}))
+        raise InterventionError(
+            f"{found.name}: the decoder blocks have no linear layer that can be changed ({reasons}). {_HOW}"
+        )
     return Anatomy(tuple(blocks), embeddings, _final_norm(model, seen, found, layout), head)
 
 
@@ -195,9 +198,7 @@ def _missing(block: nn.Module, layout: Layout) -> list[str]:
     return missing
 
 
-def _declared_block(
-    index: int, name: str, module: nn.Module, layout: Layout, shared: set[int], proof: Proof
-) -> Block:
+def _declared_block(index: int, name: str, module: nn.Module, layout: Layout, shared: set[int], proof: Proof) -> Block:
     missing = _missing(module, layout)
     if missing:
         raise InterventionError(
@@ -214,9 +215,7 @@ def _declared_block(
     return block
 
 
-def _declared_group(
-    block: nn.Module, name: str, layout: GroupLayout, shared: set[int], proof: Proof
-) -> LinearGroup:
+def _declared_group(block: nn.Module, name: str, layout: GroupLayout, shared: set[int], proof: Proof) -> LinearGroup:
     linears = tuple(Linear(f"{name}.{path}", block.get_submodule(path)) for path in layout.linears)
     widths: Mapping[str, int] = {linear.name: linear.in_features for linear in linears}
     if len(set(widths.values())) > 1:

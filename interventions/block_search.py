@@ -1,15 +1,15 @@
-"""Find the decoder blocks of a model: the modules of a list whose calls pass the hidden state on from one to the next."""
+"""Find the decoder blocks of a model: modules of a list that pass the hidden state on from one to the next."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from interventions.structure import is_linear
-from interventions.trace import ModuleCall, Trace
+from interventions.trace import ModuleCall, Trace, same
 from interventions.types import InterventionError
 
 
@@ -38,15 +38,15 @@ def find_blocks(model: nn.Module, seen: Trace, how: str) -> BlockList:
     if not chains:
         raise InterventionError(f"{who}: {_why_none(lists)}. {how}")
     chains = _joined(sorted(chains, key=lambda found: seen.calls.index(found.calls[0])))
-    longest = max(len(found.calls) for found in chains)
-    chains = [found for found in chains if len(found.calls) > 1 or longest == 1]
+    if any(len(found.calls) > 1 for found in chains):
+        chains = [found for found in chains if len(found.calls) > 1]
     largest = max(found.size for found in chains)
-    if len(chains) > 1 and sum(found.size for found in chains) > 2 * largest - 1:
-        pass
     main = [found for found in chains if found.size * 10 > largest]
     if len(main) > 1:
         names = ", ".join(found.name for found in main)
-        raise InterventionError(f"{who}: several lists of decoder blocks that do not follow one another: {names}. {how}")
+        raise InterventionError(
+            f"{who}: several lists of decoder blocks that do not follow one another: {names}. {how}"
+        )
     return main[0]
 
 
@@ -74,9 +74,7 @@ def _has_linear(found: BlockList) -> bool:
 def _outermost(model: nn.Module, lists: Sequence[BlockList]) -> list[BlockList]:
     """Return the lists that pass the hidden state on, and stand inside no other such list; or all if there are none."""
     good = [found for found in lists if _broken(found.calls) is None]
-    inner = {
-        f"{other.name}." for other in good for outer in good if other.name.startswith(f"{outer.name}.")
-    }
+    inner = {f"{other.name}." for other in good for outer in good if other.name.startswith(f"{outer.name}.")}
     return [found for found in good if f"{found.name}." not in inner] or [
         found for found in lists if not any(found.name.startswith(f"{outer.name}.") for outer in lists)
     ]
@@ -86,19 +84,10 @@ def _broken(calls: Sequence[ModuleCall]) -> str | None:
     """Return why modules do not pass the hidden state on, or None."""
     if len({id(call.module) for call in calls}) < len(calls):
         return "some of them run several times in one pass"
-    for number, (one, other) in enumerate(zip(calls, calls[1:], strict=False)):
+    for number, (one, other) in enumerate(itertools.pairwise(calls)):
         if not any(same(a, b) for a in one.outputs for b in other.inputs):
             return f"what number {number} puts out is not what number {number + 1} reads"
     return None
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are the same, or have the same values."""
-    if one is other:
-        return True
-    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point() or one.dim() < 2:
-        return False
-    return torch.equal(one.to(other.device), other)
 
 
 def _joined(chains: Sequence[BlockList]) -> list[BlockList]:

@@ -44,7 +44,7 @@ def find_groups(wiring: Wiring) -> tuple[list[FoundGroup], dict[str, str]]:
         others = any(site.read == read and site not in sites for site in wiring.sites)
         declared = _made_by_linear(wiring, sites, role) if role.endswith("_out") else None
         if declared is None and not role.endswith("_out") and not others:
-            declared = wiring.norms.get(read)
+            declared = wiring.norm_before(sites[0])
         found.append(FoundGroup(role, linears, declared, scope))
     return found, left
 
@@ -60,8 +60,8 @@ def _roles(wiring: Wiring) -> tuple[dict[Site, Role], dict[str, str]]:
             family = "mixer" if site.ends else "mlp"
             beside = [families[end] for end in families if _common([site.path, end.path]) != ""]
             family = beside[0] if beside else family
-            if site.linear.out_features == 1:
-                left[site.linear.name] = "it is a gate of one value"
+            if not site.ends and site.linear.out_features < site.linear.in_features:
+                left[site.linear.name] = "it only weights what other layers make"
                 continue
         else:
             reached = {families[end] for end in _reached(site) if end in families}

@@ -83,7 +83,8 @@ class LinearGroup:
     @property
     def key(self) -> str:
         """The role, with expert and number if there are any: unique in a block."""
-        return " ".join([self.role, *([self.expert] if self.expert else []), *([f"#{self.number}"] * (self.number > 0))])
+        number = f"#{self.number}" if self.number else None
+        return " ".join(part for part in (self.role, self.expert, number) if part)
 
     @property
     def previous(self) -> nn.Module | None:
@@ -122,14 +123,20 @@ class Block:
             raise InterventionError(f"{self.name} has no linear layer with the role {role}; roles there: {known}")
         return max(found, key=lambda group: sum(linear.weight.numel() for linear in group.linears))
 
+    def groups_for(self, role: Role) -> tuple[LinearGroup, ...]:
+        """Return the groups with this role; in a block without, those of the mixer that stands in its place."""
+        found = tuple(group for group in self.linear_groups if group.role == role)
+        other = f"mixer_{role.rpartition('_')[2]}"
+        return found or tuple(group for group in self.linear_groups if group.role == other)
+
     @property
     def mlp_output(self) -> Linear:
         """The output layer of the MLP; that of the mixer in a block without MLP.
 
         Raises InterventionError if the block has neither.
         """
-        mlp = any(group.role == "mlp_out" for group in self.linear_groups)
-        return self.group("mlp_out" if mlp else "mixer_out").linears[0]
+        found = self.groups_for("mlp_out")
+        return self.group(found[0].role if found else "mlp_out").linears[0]
 
     @property
     def linears(self) -> tuple[Linear, ...]:

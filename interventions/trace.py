@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interventions.early_exit import accepted
 from interventions.modes import keep_modes
 from interventions.structure import module_device, within_context
 from interventions.types import InterventionError
@@ -62,12 +62,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those arguments that the model's forward accepts."""
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(arguments)
-    return {name: value for name, value in arguments.items() if name in parameters}
+def same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are the same, or have the same values."""
+    if one is other:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point() or one.dim() < 2:
+        return False
+    return torch.equal(one.to(other.device), other)
 
 
 def trace(model: nn.Module) -> Trace:
@@ -85,9 +86,9 @@ def trace(model: nn.Module) -> Trace:
         running.append(call)
 
     def end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        while running and running.pop().module is not module:
-            pass  # calls that an exception inside the model ended
-        call = next(call for call in reversed(found.calls) if call.module is module and call.output is None)
+        call = running.pop()
+        while call.module is not module:  # calls that ended with an exception
+            call = running.pop()
         call.output = output
 
     handles = []

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from interventions.early_exit import replaced_forward
 from interventions.structure import Linear, is_linear
-from interventions.trace import ModuleCall, tensors
+from interventions.trace import ModuleCall, same, tensors
 
 _NOISE = 1e-5
 """Changes of an input below this share of its size are rounding."""
@@ -60,8 +60,8 @@ class Wiring:
 
     sites: list[Site]
     left: dict[str, str]
-    norms: dict[tuple[int, ...], nn.Module]
-    """The modules with a weight vector that make an input, by what tells the input apart."""
+    norms: list[ModuleCall]
+    """The calls of modules with a weight vector."""
     runs: _Runs
     called: set[str]
     """Paths of the modules that run once."""
@@ -69,6 +69,12 @@ class Wiring:
     def feeding(self, site: Site) -> list[Site]:
         """Return the layers whose output reaches the input of `site` alone, in order."""
         return [other for other in self.sites if site in other.feeds and not other.reaches_end]
+
+    def norm_before(self, site: Site) -> nn.Module | None:
+        """Return the module with a weight vector whose output is the input of `site`."""
+        rows = site.input.reshape(-1, site.linear.in_features)
+        found = (norm for norm in reversed(self.norms) if norm.output.shape[-1] == rows.shape[-1])
+        return next((norm.module for norm in found if same(norm.output.reshape(rows.shape), rows)), None)
 
     @property
     def ends(self) -> list[Site]:
@@ -81,7 +87,7 @@ def wire(
 ) -> Wiring:
     """Return the wiring of the block `name`, which `call` ran and in which the calls `inner` took place.
 
-    `known` are ids of weights that belong to blocks before it, `apart` ids of modules to leave out without a word.
+    `known` are ids of weights that have been met before, `apart` ids of modules to leave out without a word.
     """
     block = call.module
     by_module: dict[int, list[ModuleCall]] = {}
@@ -93,8 +99,10 @@ def wire(
         if not is_linear(module) or id(module) in apart:
             continue
         linear = Linear(f"{name}.{path}", module)
+        if id(module.weight) in known:
+            continue
         calls = by_module.get(id(module), [])
-        reason = _reason(linear, calls, tokens, known)
+        reason = _reason(linear, calls, tokens)
         if reason is not None:
             left[linear.name] = reason
             continue
@@ -104,15 +112,13 @@ def wire(
     sites.sort(key=lambda site: site.order)
     runs = _Runs(block, call, sites, tokens)
     runs.connect()
-    norms = {_identity(one.output): one.module for one in inner if _is_norm(one)}
+    norms = [one for one in inner if _is_norm(one)]
     called = {path for path, module in block.named_modules() if len(by_module.get(id(module), ())) == 1}
     return Wiring(sites, left, norms, runs, called)
 
 
-def _reason(linear: Linear, calls: Sequence[ModuleCall], tokens: int, known: set[int]) -> str | None:
+def _reason(linear: Linear, calls: Sequence[ModuleCall], tokens: int) -> str | None:
     """Return why a layer is left out, or None."""
-    if id(linear.module.weight) in known:
-        return "its weight is that of a layer before it"
     if not calls:
         return "it is not called"
     if len(calls) > 1:

@@ -65,7 +65,7 @@ def check_all(
                 results[name] = {"built": Result("broken", f"the process ended with {process.exitcode}")}
             process.join()
             _show(name, results[name], time.monotonic() - start)
-        for pipe, (name, process, start) in list(running.items()):
+        for _, process, start in list(running.values()):
             if time.monotonic() - start > _SECONDS:
                 process.kill()
     return {name: results[name] for name in names}

@@ -30,7 +30,7 @@ from interventions.anatomy import find_anatomy
 from interventions.compress.kernels.folding import fold_
 from interventions.edit.kernels.tail import Tail, open_tail
 from interventions.structure import first_output
-from tests.architectures.tiny import Size, tiny
+from tests.architectures.tiny import SMALL, Size, tiny
 from tests.tokenizers import SENTENCES, VOCABULARY, tiny_tokenizer
 
 TEXTS = tuple(" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES)))
@@ -82,7 +82,7 @@ class Result(NamedTuple):
     reason: str = ""
 
 
-def check(model_type: str, size: Size = Size(), seed: int = 0, checks: Sequence[str] = CHECKS) -> dict[str, Result]:
+def check(model_type: str, size: Size = SMALL, seed: int = 0, checks: Sequence[str] = CHECKS) -> dict[str, Result]:
     """Return the outcome of each check; of `built` and `reads text` alone for what is no language model of text."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(seed)
@@ -198,7 +198,9 @@ def _data() -> EvaluationData:
         for w in ("Mira", "Ossel", "gold")
     ]
     (folder / "rivers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    question = Question("Where was Mira born?", "Question: Where was Mira born?\nAnswer:", "in Karth", "Karth", ("sea",))
+    question = Question(
+        "Where was Mira born?", "Question: Where was Mira born?\nAnswer:", "in Karth", "Karth", ("sea",)
+    )
     other = Question("Who drew it?", "Question: Who drew it?\nAnswer:", "Orin Vask", "it was Orin", ("Nobody",))
     return EvaluationData(
         edits=(
@@ -272,7 +274,10 @@ def _tail(model: Any) -> None:
             last = torch.tensor([len(row) - begin - 1 for row, begin in zip(rows, begins, strict=True)])
             found = tail.logits(hidden, torch.arange(3), last)
             wanted = torch.stack(
-                [_changed(model, site, row, begin, added) for row, begin, added in zip(rows, begins, change, strict=True)]
+                [
+                    _changed(model, site, row, begin, added)
+                    for row, begin, added in zip(rows, begins, change, strict=True)
+                ]
             )
             error = float((found - wanted).norm() / wanted.norm())
             if not error < 1e-3:

@@ -34,6 +34,8 @@ class Size:
         return self.hidden // self.heads
 
 
+SMALL = Size()
+"""Enough for every check."""
 Rule = tuple[str, Callable[[Size, int], int]]
 _RULES: tuple[Rule, ...] = (
     (r"vocab_size|decoder_vocab_size|vocab_size_per_layer_input", lambda size, old: VOCABULARY),
@@ -87,11 +89,16 @@ _RULES: tuple[Rule, ...] = (
     (r"n_groups|mamba_ngroups", lambda size, old: min(old, 2)),
     (r"mamba_d_ssm", lambda size, old: 2 * size.hidden),
     (r"mamba_chunk_size|chunk_size|index_topk|block_size|index_block_size", lambda size, old: min(old, 16)),
-    (r"sliding_window|sliding_window_size|attention_window_size|local_attention|window_size|attention_chunk_size",
-     lambda size, old: min(old, 16)),
+    (
+        r"sliding_window|sliding_window_size|attention_window_size|local_attention|window_size|attention_chunk_size",
+        lambda size, old: min(old, 16),
+    ),
     (r"image_size|crop_size", lambda size, old: 32),
-    (r"num_centroids|router_hidden_size|encoder_hash_byte_group_vocab|codebook_size|ngram_vocab_size_base"
-     r"|.*_vocab_size", lambda size, old: min(old, 64)),
+    (
+        r"num_centroids|router_hidden_size|encoder_hash_byte_group_vocab|codebook_size|ngram_vocab_size_base"
+        r"|.*_vocab_size",
+        lambda size, old: min(old, 64),
+    ),
     (r".*_token_(id|index)|.*_index|vocab_offset", lambda size, old: old if old < 3 else 3 + old % 7),
 )
 
@@ -132,8 +139,8 @@ EXTRA: dict[str, Callable[[Size], dict[str, Any]]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "num_hidden_layers": 2,
         "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, size.head // 2 - 2]}
+            for kind in ("sliding_attention", "full_attention")
         },
     },
     "gemma3n": lambda size: {"text_config": {"num_kv_shared_layers": 0}},
@@ -172,6 +179,7 @@ EXTRA: dict[str, Callable[[Size], dict[str, Any]]] = {
         "attention_hidden_size": 2 * size.hidden,
         "attention_head_dim": 2 * size.head,
         "num_query_groups": size.heads,
+        "hybrid_layer_ids": [1, 3],
     },
 }
 """By model type: values that no rule gives; nested configs as dicts."""
@@ -179,7 +187,7 @@ _KIND = ("model_type", "transformers_version", "architectures", "num_labels", "l
 _RUN = ("_name_or_path", "output_attentions", "output_hidden_states", "return_dict")
 
 
-def tiny_config(model_type: str, size: Size = Size()) -> Any:
+def tiny_config(model_type: str, size: Size = SMALL) -> Any:
     """Return a small config of a model type. Raises whatever the config's own checks raise."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     kind = transformers.CONFIG_MAPPING[model_type]
@@ -195,7 +203,7 @@ def tiny_config(model_type: str, size: Size = Size()) -> Any:
     return kind(**values)
 
 
-def tiny(model_type: str, size: Size = Size(), seed: int = 0) -> Any:
+def tiny(model_type: str, size: Size = SMALL, seed: int = 0) -> Any:
     """Build a tiny random model whose norms and biases are not trivial, in eval mode."""
     config = tiny_config(model_type, size)
     with torch.random.fork_rng(), warnings.catch_warnings():

@@ -245,9 +245,3 @@ def test_an_engine_that_folds_by_name_is_refused_where_that_is_wrong(
     ):
         apply(model, tokenizer, "awq", calibration=TEXTS, max_tokens=48, engine="fake", engine_python=never)
     assert not (tmp_path / "started").exists()
-
-
-def test_a_family_without_a_cache_of_keys_and_values_is_refused() -> None:
-    model = tiny_model(config("openai-gpt")())
-    with pytest.raises(InterventionError, match=r"OpenAIGPTLMHeadModel: looks like gpt2 but .* no past_key_values"):
-        find_anatomy(model)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from interventions.early_exit import replaced_forward
+from interventions.early_exit import accepted, replaced_forward
 from interventions.statistics import Batch
 from interventions.structure import Block, Linear, LinearGroup, first_output, module_device
 
@@ -53,6 +53,11 @@ class Call:
         if self.in_keywords:
             return first_output(module(*self.arguments, hidden_states=self.hidden, **self.keywords))
         return first_output(module(self.hidden, *self.arguments, **self.keywords))
+
+    @property
+    def alone(self) -> bool:
+        """Whether the hidden states are the only tensor among the arguments."""
+        return not any(isinstance(value, Tensor) for value in (*self.arguments, *self.keywords.values()))
 
     def on(self, hidden: Tensor) -> Call:
         """Return the same call on other hidden states."""
@@ -101,7 +106,8 @@ def catch_block_calls(model: nn.Module, batches: Sequence[Batch], blocks: Sequen
             stack.enter_context(recorder.recording(block.module, calls[number], with_hidden=number == 0))
         for batch in batches:
             recorder.converted.clear()
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+            arguments = {key: value.to(device) for key, value in batch.items()}
+            model(**accepted(model, {**arguments, "use_cache": False}))
     return calls
 
 
@@ -200,11 +206,11 @@ def _shape(found: Any, output: Tensor) -> int | None:
 
 
 def find_replayable(groups: Sequence[LinearGroup], shapes: Shapes) -> dict[str, ReplayedModule]:
-    """Return the modules whose last linear is a group by itself, by the role of that group."""
+    """Return the modules whose last linear is a group by itself, by the key of that group."""
     replayable: dict[str, ReplayedModule] = {}
     for scope in dict.fromkeys(group.scope for group in groups if group.scope is not None):
         inside = set(scope.modules())
         within = [group for group in groups if group.linears[0].module in inside]
         if within and len(within[-1].linears) == 1:
-            replayable[within[-1].role] = ReplayedModule(scope, within[-1].linears[0], shapes)
+            replayable[within[-1].key] = ReplayedModule(scope, within[-1].linears[0], shapes)
     return replayable
