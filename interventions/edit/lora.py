@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.layouts import ROLES
 from interventions.ranges import Choice, Count, Items, Layers, Positive, Share, Weight
+from interventions.types import InterventionError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel

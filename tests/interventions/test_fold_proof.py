@@ -226,9 +226,9 @@ def test_compression_at_eight_bits_is_about_as_good_as_rounding(family: str, tok
         report = apply(model, tokenizer, method, bits=8, group_size=16, calibration=TEXTS, **texts)
         errors[method] = relative_error(logits(model), wanted)
         if method == "awq":
-            (warning,) = report.warnings
-            lost = next(g for g in find_anatomy(model).blocks[0].linear_groups if g.declared and not g.previous)
-            assert f"awq: no scales for {lost.linears[0].name} and " in warning
+            lost = [g for g in find_anatomy(model).blocks[0].linear_groups if g.declared and not g.previous]
+            assert bool(lost) == bool(report.warnings) == (family != "gpt_bigcode")
+            assert all(f"awq: no scales for {lost[0].linears[0].name} and " in text for text in report.warnings)
     assert 0 < errors["rtn"] < 0.03
     assert errors["awq"] < 1.25 * errors["rtn"]
     assert errors["gptq"] < 1.25 * errors["rtn"]
