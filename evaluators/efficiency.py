@@ -15,6 +15,7 @@ from evaluators.data import EvaluationData
 from evaluators.encoding import check_length
 from evaluators.grids import Grid, find_grid
 from evaluators.measurement import EvaluationError, Measurement
+from evaluators.passes import arguments
 from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 from interventions.known_grids import KnownGrid, tensor_digest
@@ -225,7 +226,7 @@ def measure_flops(model: Any, *, length: int = 128) -> Measurement:
     ids = torch.zeros((1, length), dtype=torch.long, device=model.device)
     # The counter does not know every fused attention kernel, so use plain matrix products.
     with borrowed(model, None), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, **({"use_cache": False} if "use_cache" in arguments(model) else {}))
     value = counter.get_total_flops() / length
     if not value:
         raise EvaluationError(f"flops: {type(model).__name__} ran no matrix product that torch counts")

@@ -1,59 +1,185 @@
 """Find a language model's decoder blocks and, in each, the linear layers grouped by shared input.
 
-`interventions.layouts` declares the structure of a block; this module searches the model for it, so that
-methods need not name modules.
+The parts are found by running the model once on a few tokens, not by names: see `block_search`, `wiring` and `roles`.
+Where that fails, a declared `interventions.layouts.Layout` says where they are.
 """
 
 from __future__ import annotations
 
 import collections
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
+from interventions.block_search import BlockList, find_blocks
 from interventions.compress.kernels.fold_proof import FoldProof
-from interventions.layouts import ENTRY_POINT_GROUP, LAYOUTS, GroupLayout, Layout
+from interventions.experts import ExpertLayer, find_experts
+from interventions.layouts import ENTRY_POINT_GROUP, GroupLayout, Layout, Role
+from interventions.modes import keep_modes
+from interventions.roles import find_groups
+from interventions.rounding import unrounded
 from interventions.structure import Anatomy, Block, Linear, LinearGroup, is_linear
+from interventions.trace import ModuleCall, Trace, same, trace
 from interventions.types import InterventionError
-
-
-def find_anatomy(model: nn.Module) -> Anatomy:
-    """Find the parts of `model` by structure.
-
-    Raises InterventionError, naming the part that was not found and how to describe an
-    architecture, if no layout fits.
-    """
-    layouts = _layouts_for(model)
-    for layout in layouts:
-        lists = [found for found in _lists_of_blocks(model) if not _missing(found[1][0], layout)]
-        if len(lists) > 1:
-            names = ", ".join(name for name, _ in lists)
-            raise InterventionError(f"several lists of decoder blocks look like {layout.name}: {names}. {_HOW}")
-        if lists:
-            return _build(model, layout, *lists[0])
-    raise InterventionError(_not_found(model, layouts))
-
+from interventions.wiring import wire
 
 _HOW = (
     "Describe the architecture with an interventions.layouts.Layout, set as the model's attribute "
     f"`lmcompose_layout` or named by an entry point of the group {ENTRY_POINT_GROUP!r}."
 )
+_found: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
+"""By model: what its anatomy depends on, and the anatomy."""
+
+Proof = Callable[[LinearGroup], bool]
 
 
-def _layouts_for(model: nn.Module) -> tuple[Layout, ...]:
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """Find the parts of `model`; again only if its modules, parameters or hooks are others than the last time.
+
+    The model is run on a few tokens and stays as it is. Raises InterventionError, naming the part that was not found
+    and how to declare it.
+    """
+    shape = _shape(model)
+    known = _found.get(model)
+    if known is None or known[0] != shape:
+        with unrounded(model):  # what is rounded no longer is the same tensor
+            known = _found[model] = (shape, _find(model))
+    return known[1]
+
+
+def _shape(model: nn.Module) -> Any:
+    """Return what the anatomy of a model depends on, by identity."""
+    parts: list[Any] = [id(getattr(model, "lmcompose_layout", None))]
+    for module in model.modules():
+        parts += (id(module), id(module.__dict__.get("forward")))
+        parts += map(id, module._parameters.values())
+        parts += (*map(id, module._forward_hooks.values()), *map(id, module._forward_pre_hooks.values()))
+    return parts
+
+
+def _find(model: nn.Module) -> Anatomy:
+    layouts = _layouts_for(model)
+    embeddings, head = (_part(model, part) for part in ("input embeddings", "output embeddings"))
+    seen = trace(model)
+    uses = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = {key for key, count in uses.items() if count > 1}
+    blocks: list[Block] = []
+    found = find_blocks(model, seen, _HOW)
+    layout = next((layout for layout in layouts if not _missing(found.calls[0].module, layout)), None)
+    if layout is None and getattr(model, "lmcompose_layout", None) is not None:
+        missing = ", ".join(_missing(found.calls[0].module, layouts[0]))
+        raise InterventionError(f"{found.names[0]}: its layout {layouts[0].name} names what it lacks: {missing}")
+    proof = FoldProof(model, blocks, found.calls)
+    weights: set[int] = set()
+    inside = _inside(seen, found)
+    with keep_modes(model), torch.no_grad(), torch.random.fork_rng(_devices(model)):
+        for index, (name, call, inner) in enumerate(zip(found.names, found.calls, inside, strict=True)):
+            if layout is not None:
+                blocks.append(_declared_block(index, name, call.module, layout, shared, proof))
+            else:
+                blocks.append(_block(index, name, call, inner, seen.tokens, weights, shared, proof))
+    if not any(block.linear_groups for block in blocks):
+        reasons = ", ".join(sorted({reason for block in blocks for reason in block.left.values()}))
+        raise InterventionError(
+            f"{found.name}: the decoder blocks have no linear layer that can be changed ({reasons}). {_HOW}"
+        )
+    return Anatomy(tuple(blocks), embeddings, _final_norm(model, seen, found, layout), head)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _layouts_for(model: nn.Module) -> list[Layout]:
     own = getattr(model, "lmcompose_layout", None)
     if own is not None:
-        return (own,)
-    added = [entry.load() for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name)]
-    return (*added, *LAYOUTS)
+        return [own]
+    return [entry.load() for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name)]
 
 
-def _lists_of_blocks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            yield name, module
+def _part(model: nn.Module, part: str) -> nn.Module:
+    function = getattr(model, f"get_{part.replace(' ', '_')}", None)
+    found: nn.Module | None = function() if callable(function) else None
+    if found is None:
+        raise InterventionError(f"{type(model).__name__}: no {part} found; is it a causal language model?")
+    return found
+
+
+def _inside(seen: Trace, found: BlockList) -> Iterator[Sequence[ModuleCall]]:
+    """Yield the calls inside each block."""
+    starts = [seen.calls.index(call) for call in found.calls]
+    for start, end in zip(starts, [*starts[1:], len(seen.calls)], strict=True):
+        inside = {id(module) for module in seen.calls[start].module.modules()}
+        yield [call for call in seen.calls[start + 1 : end] if id(call.module) in inside]
+
+
+def _block(
+    index: int,
+    name: str,
+    call: ModuleCall,
+    inner: Sequence[ModuleCall],
+    tokens: int,
+    weights: set[int],
+    shared: set[int],
+    proof: Proof,
+) -> Block:
+    """Find the groups of a block by running it."""
+    experts = find_experts(name, call.module)
+    apart = {id(linear.module) for layer in experts for group in layer.groups for linear in group.linears}
+    apart |= {id(layer.router.module) for layer in experts if layer.router is not None}
+    wiring = wire(name, call, inner, tokens, weights, apart)
+    found, left = find_groups(wiring)
+    groups = []
+    numbers: collections.Counter[tuple[Role, str | None]] = collections.Counter()
+    for group in found:
+        declared = group.declared if _fits(group.declared, group.linears, None, shared) else None
+        scope = None if group.scope is None else call.module.get_submodule(group.scope)
+        expert = _beside(group.linears, name, experts) if group.role.startswith("mlp") else None
+        number = numbers[group.role, expert]
+        numbers[group.role, expert] += 1
+        groups.append(LinearGroup(group.role, group.linears, declared, scope, proof, expert=expert, number=number))
+    groups += [group for layer in experts for group in layer.groups]
+    return Block(index, name, call.module, tuple(groups), wiring.left | left)
+
+
+def _beside(linears: Sequence[Linear], name: str, experts: Sequence[ExpertLayer]) -> str | None:
+    """Return the path of the module that layers beside routed experts stand in."""
+    return linears[0].name.removeprefix(f"{name}.").rpartition(".")[0] if experts else None
+
+
+def _fits(declared: nn.Module | None, linears: tuple[Linear, ...], parts: int | None, shared: set[int]) -> bool:
+    """Return whether scaling `declared` reaches all channels of these linears, and no other part of the model."""
+    if declared is None or not isinstance(getattr(declared, "weight", None), Tensor):
+        return False  # a norm without gain
+    modules = (declared, *(linear.module for linear in linears))
+    if any(id(p) in shared for module in modules for p in module.parameters(recurse=False)):
+        return False  # the same tensor works elsewhere too
+    if not is_linear(declared):
+        return declared.weight.shape == (linears[0].in_features,)  # type: ignore[union-attr]
+    # Under grouped-query attention a value channel feeds several input channels of the output layer.
+    width = Linear("", declared).out_features
+    return width % linears[0].in_features == 0 if parts is None else width == parts * linears[0].in_features
+
+
+def _final_norm(model: nn.Module, seen: Trace, found: BlockList, layout: Layout | None) -> nn.Module:
+    """Return the module that reads what the last block puts out, if its parameters are all vectors."""
+    if layout is not None:
+        declared = _submodule(model.get_submodule(found.name.rpartition(".")[0]), layout.final_norm)
+        if declared is not None:
+            return declared
+    last = found.calls[-1]
+    inside = {id(module) for module in last.module.modules()}
+    for call in seen.calls[seen.calls.index(last) + 1 :]:
+        parameters = list(call.module.parameters())
+        if id(call.module) in inside or not parameters or any(p.dim() != 1 for p in parameters):
+            continue
+        if any(same(a, b) for a in last.outputs for b in call.inputs):
+            return call.module
+    return nn.Identity()
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -74,106 +200,30 @@ def _missing(block: nn.Module, layout: Layout) -> list[str]:
     return missing
 
 
-def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleList) -> Anatomy:
-    uses = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    shared = {key for key, count in uses.items() if count > 1}
-    blocks: list[Block] = []
-    proof = FoldProof(model, blocks)
-    for index, module in enumerate(modules):
-        name = f"{list_name}.{index}"
-        missing = _missing(module, layout)
-        if missing:
-            raise InterventionError(
-                f"{name}: looks like {layout.name} but lacks {', '.join(missing)}, unlike block 0. {_HOW}"
-            )
-        groups = tuple(_group(module, name, group, shared, proof) for group in layout.groups)
-        block = Block(index, name, module, groups)
-        _check_coverage(block, layout)
-        blocks.append(block)
-    parent = model.get_submodule(list_name.rpartition(".")[0])
-    if "past_key_values" not in inspect.signature(parent.forward).parameters:
+def _declared_block(index: int, name: str, module: nn.Module, layout: Layout, shared: set[int], proof: Proof) -> Block:
+    missing = _missing(module, layout)
+    if missing:
         raise InterventionError(
-            f"{type(model).__name__}: looks like {layout.name} but {type(parent).__name__} takes no past_key_values: "
-            "models without a cache of keys and values are not supported"
+            f"{name}: looks like {layout.name} but lacks {', '.join(missing)}, unlike block 0. {_HOW}"
         )
-    final_norm = _submodule(parent, layout.final_norm) or _norm_after(parent, modules)
-    parts = {
-        "input embeddings": _call(model, "get_input_embeddings"),
-        "output head": _call(model, "get_output_embeddings"),
-    }
-    for part, found in parts.items():
-        if found is None:
-            raise InterventionError(f"{type(model).__name__}: no {part} found; is it a causal language model?")
-    return Anatomy(
-        tuple(blocks),
-        parts["input embeddings"],  # type: ignore[arg-type]
-        final_norm if final_norm is not None else nn.Identity(),
-        parts["output head"],  # type: ignore[arg-type]
-    )
+    groups = tuple(_declared_group(module, name, group, shared, proof) for group in layout.groups)
+    block = Block(index, name, module, groups)
+    named = {id(linear.module) for linear in block.linears}
+    others = [path for path, part in module.named_modules() if is_linear(part) and id(part) not in named]
+    if others:
+        raise InterventionError(
+            f"{name}: looks like {layout.name} but has more linear layers: {', '.join(others)}. {_HOW}"
+        )
+    return block
 
 
-def _norm_after(parent: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:
-    """Return the first sibling after the list of blocks whose parameters are all vectors: the final norm."""
-    siblings = list(parent.children())
-    for module in siblings[siblings.index(blocks) + 1 :]:
-        parameters = list(module.parameters())
-        if parameters and all(p.dim() == 1 for p in parameters):
-            return module
-    return None
-
-
-def _call(model: nn.Module, method: str) -> nn.Module | None:
-    function = getattr(model, method, None)
-    return function() if callable(function) else None
-
-
-def _group(
-    block: nn.Module, name: str, layout: GroupLayout, shared: set[int], proof: Callable[[LinearGroup], bool]
-) -> LinearGroup:
+def _declared_group(block: nn.Module, name: str, layout: GroupLayout, shared: set[int], proof: Proof) -> LinearGroup:
     linears = tuple(Linear(f"{name}.{path}", block.get_submodule(path)) for path in layout.linears)
-    widths = {linear.name: linear.in_features for linear in linears}
+    widths: Mapping[str, int] = {linear.name: linear.in_features for linear in linears}
     if len(set(widths.values())) > 1:
         raise InterventionError(f"linear layers said to share one input have different widths: {widths}")
     declared = None if layout.previous is None else block.get_submodule(layout.previous)
-    if declared is not None and not _fits(declared, linears, layout, shared):
+    if not _fits(declared, linears, layout.previous_parts, shared):
         declared = None
     scope = None if layout.scope is None else block.get_submodule(layout.scope)
     return LinearGroup(layout.role, linears, declared, scope, proof)
-
-
-def _fits(declared: nn.Module, linears: tuple[Linear, ...], layout: GroupLayout, shared: set[int]) -> bool:
-    """Return whether scaling `declared` reaches all channels of these linears, and no other part of the model."""
-    if not isinstance(getattr(declared, "weight", None), Tensor):
-        return False  # a norm without gain
-    modules = (declared, *(linear.module for linear in linears))
-    if any(id(p) in shared for module in modules for p in module.parameters(recurse=False)):
-        return False  # the same tensor works elsewhere too
-    if not is_linear(declared):
-        return True
-    # Under grouped-query attention a value channel feeds several input channels of the output layer.
-    return Linear("", declared).out_features == layout.previous_parts * linears[0].in_features
-
-
-def _check_coverage(block: Block, layout: Layout) -> None:
-    named = {id(linear.module) for linear in block.linears}
-    others = [name for name, module in block.module.named_modules() if is_linear(module) and id(module) not in named]
-    if others:
-        raise InterventionError(
-            f"{block.name}: looks like {layout.name} but has more linear layers: {', '.join(others)}. {_HOW}"
-        )
-
-
-def _not_found(model: nn.Module, layouts: tuple[Layout, ...]) -> str:
-    """Return a message that names the closest layout and list of modules, and the missing parts."""
-    config = getattr(model, "config", None)
-    who = f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r})"
-    candidates = [
-        (len(missing) / len(layout.groups), layout.name, name, missing)
-        for name, modules in _lists_of_blocks(model)
-        for layout in layouts
-        for missing in [_missing(modules[0], layout)]
-    ]
-    if not candidates:
-        return f"{who}: no list of decoder blocks found (no nn.ModuleList). {_HOW}"
-    _, layout_name, name, missing = min(candidates, key=lambda candidate: candidate[0])
-    return f"{who}: the blocks at {name} come nearest to {layout_name} but lack {', '.join(missing)}. {_HOW}"

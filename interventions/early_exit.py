@@ -1,12 +1,21 @@
-"""End a forward pass early, or replace the forward function of a module."""
+"""Run a model with the arguments it accepts, end a pass early, or replace the forward function of a module."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those arguments that the model's forward accepts."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 class StopForward(Exception):
@@ -16,7 +25,7 @@ class StopForward(Exception):
 def run_until_seen(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
     """Run `model` on `batch` without KV cache; return whether a hook raised StopForward."""
     try:
-        model(**batch, use_cache=False)
+        model(**accepted(model, {**batch, "use_cache": False}))
     except StopForward:
         return True
     return False

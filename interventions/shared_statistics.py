@@ -124,17 +124,17 @@ class BlockStatistics:
     def find(
         self, block: Block, groups: Sequence[LinearGroup], kind: type[Sums], device: torch.device
     ) -> dict[str, Sums]:
-        """Return the cached statistics of a block's groups, by role; do not change them."""
+        """Return the cached statistics of a block's groups, by key; do not change them."""
         if not self._cacheable(block):
             return {}
-        found: dict[str, Any] = {group.role: self._get(group, kind) for group in groups}
+        found: dict[str, Any] = {group.key: self._get(group, kind) for group in groups}
         return {role: entry.to(device) for role, entry in found.items() if entry is not None}
 
     def keep(self, block: Block, entries: dict[str, Sums]) -> None:
-        """Store statistics of an unchanged block, by role."""
+        """Store statistics of an unchanged block, by key."""
         if self._shared is not None and self._cacheable(block):
             for role, entry in entries.items():
-                group = next(group for group in block.linear_groups if group.role == role)
+                group = next(group for group in block.linear_groups if group.key == role)
                 self._shared.cache.put(self._key(self._shared, group, type(entry)), entry)
 
     def _cacheable(self, block: Block) -> bool:

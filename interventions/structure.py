@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,11 +70,21 @@ class LinearGroup:
     role: Role
     linears: tuple[Linear, ...]
     declared: nn.Module | None
-    """The operation that the layout names as the one that makes the group's input, where it has the right shape."""
+    """The operation that seems to make the group's input, where it has the right shape."""
     scope: nn.Module | None
     """The module of the block (attention, MLP) that the group stands in; None: compare the linear itself."""
     can_scale: Callable[[LinearGroup], bool]
     """Proves that the declared operation can absorb a scaling of the group's input."""
+    expert: str | None = None
+    """Path inside the block of the expert that the group stands in; None: in no expert."""
+    number: int = 0
+    """Its number among the groups of the block with the same role and expert."""
+
+    @property
+    def key(self) -> str:
+        """The role, with expert and number if there are any: unique in a block."""
+        number = f"#{self.number}" if self.number else None
+        return " ".join(part for part in (self.role, self.expert, number) if part)
 
     @property
     def previous(self) -> nn.Module | None:
@@ -99,14 +109,34 @@ class Block:
     """Dotted path from the model."""
     module: nn.Module
     linear_groups: tuple[LinearGroup, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
+    """The linear layers that no method changes, by name, with the reason."""
 
     def group(self, role: Role) -> LinearGroup:
-        """Return the group of linears with this role."""
-        return next(group for group in self.linear_groups if group.role == role)
+        """Return the group of linears with this role, the one with most weights.
+
+        Raises InterventionError if the block has none.
+        """
+        found = [group for group in self.linear_groups if group.role == role]
+        if not found:
+            known = ", ".join(dict.fromkeys(group.role for group in self.linear_groups)) or "none"
+            raise InterventionError(f"{self.name} has no linear layer with the role {role}; roles there: {known}")
+        return max(found, key=lambda group: sum(linear.weight.numel() for linear in group.linears))
+
+    def groups_for(self, role: Role) -> tuple[LinearGroup, ...]:
+        """Return the groups with this role; in a block without, those of the mixer that stands in its place."""
+        found = tuple(group for group in self.linear_groups if group.role == role)
+        other = f"mixer_{role.rpartition('_')[2]}"
+        return found or tuple(group for group in self.linear_groups if group.role == other)
 
     @property
     def mlp_output(self) -> Linear:
-        return self.group("mlp_out").linears[0]
+        """The output layer of the MLP; that of the mixer in a block without MLP.
+
+        Raises InterventionError if the block has neither.
+        """
+        found = self.groups_for("mlp_out")
+        return self.group(found[0].role if found else "mlp_out").linears[0]
 
     @property
     def linears(self) -> tuple[Linear, ...]:

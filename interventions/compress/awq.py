@@ -85,7 +85,7 @@ class AwqSettings(Calibrated, Quantiser):
         for block in float_blocks(model, tokenizer, self, resources, context, self.quantised_inputs, **options):
             scope_calls: dict[str, list[Call]] = {}
             seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
-            tokens = seen.statistics["attention_in"].count
+            tokens = next(iter(seen.statistics.values())).count
             groups += quantise_block_(block.groups, grids, seen, self)
         rounded = round_as_it_runs_(model, tokenizer, self, resources, context)
         return {"calibration_tokens": tokens, "groups": groups} | rounded
@@ -105,12 +105,12 @@ def quantise_block_(
     kept = [linear.module for group in groups for linear in group.linears if grids[linear.name] is None]
     groups = [group for group in groups if any(grids[linear.name] is not None for linear in group.linears)]
     choices = [search_scales(group, grids, seen, settings, may_scale=not touches(group, kept)) for group in groups]
-    grams = {role: statistics.gram for role, statistics in seen.statistics.items()}
+    grams = {key: statistics.gram for key, statistics in seen.statistics.items()}
     for group, choice in zip(groups, choices, strict=True):
         if choice.scales is not None:
             fold_(group, choice.scales)
             # The group now reads x / s. (The statistics themselves may be others' as well.)
-            grams[group.role] = grams[group.role] / choice.scales / choice.scales.unsqueeze(1)
+            grams[group.key] = grams[group.key] / choice.scales / choice.scales.unsqueeze(1)
     report = []
     for group, choice in zip(groups, choices, strict=True):
         clipped = []
@@ -119,7 +119,7 @@ def quantise_block_(
             if grid is None:
                 continue
             if settings.clip and may_clip(group, number):
-                weight, share = clip_weight(weight, grams[group.role], grid)
+                weight, share = clip_weight(weight, grams[group.key], grid)
                 clipped.append(share)
             linear.set_weight_(fake_quantise(weight, grid))
         report.append(
@@ -143,6 +143,8 @@ def may_clip(group: LinearGroup, number: int) -> bool:
     """Tell whether clipping the linear at `number` is judged well by its own output.
 
     Not so for queries and keys, which are multiplied with each other, nor for a layer that is
-    fused from them.
+    fused from them, nor for what a mixer reads.
     """
+    if group.role == "mixer_in":
+        return False
     return group.role != "attention_in" or (len(group.linears) == 3 and number == 2)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.layouts import ROLES
 from interventions.ranges import Choice, Count, Items, Layers, Positive, Share, Weight
+from interventions.types import InterventionError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
@@ -167,11 +168,12 @@ def chosen_linears(anatomy: Anatomy, settings: LoraSettings, layers: Sequence[in
     linears: dict[str, Linear] = {}
     for target in settings.targets:
         role: Any = "attention_in" if target in IN_ATTENTION else target
-        for layer in layers:
-            found = anatomy.blocks[layer].group(role).linears
+        for found in (group.linears for layer in layers for group in anatomy.blocks[layer].groups_for(role)):
             if target in IN_ATTENTION and len(found) == len(IN_ATTENTION):
                 found = (found[IN_ATTENTION.index(target)],)
             linears |= {linear.name: linear for linear in found}
+    if not linears:
+        raise InterventionError(f"lora.targets={settings.targets}: the chosen blocks have no such linear layer")
     return list(linears.values())
 
 

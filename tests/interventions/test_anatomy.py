@@ -137,32 +137,44 @@ def test_weights_are_written_in_place_in_the_stored_dtype_and_orientation() -> N
             linear.set_weight_(new.t())
 
 
-def test_an_unknown_architecture_names_what_is_missing_and_what_to_do() -> None:
+def renamed() -> Any:
+    """A model whose MLP output has a name of its own."""
     model = tiny_model("llama")
     for block in model.model.layers:
         block.mlp.down = block.mlp.down_proj
         del block.mlp.down_proj
-    with pytest.raises(InterventionError, match=r"(?s)'llama'.*model\.layers.*mlp\.down_proj.*lmcompose_layout"):
+        block.mlp.forward = lambda x, mlp=block.mlp: mlp.down(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    return model
+
+
+def test_a_layout_that_does_not_fit_names_what_is_missing() -> None:
+    model = renamed()
+    model.lmcompose_layout = Layout("mine", "norm", (GroupLayout("mlp_out", ("mlp.down_proj",)),))
+    with pytest.raises(InterventionError, match=r"model\.layers\.0.*mine.*mlp\.down_proj"):
         find_anatomy(model)
 
 
-def test_linear_layers_that_no_group_names_are_an_error() -> None:
+def test_a_model_that_cannot_run_says_why() -> None:
+    model = renamed()
+    del model.model.layers[0].mlp.down
+    with pytest.raises(InterventionError, match=r"LlamaForCausalLM cannot be run .* no attribute 'down'"):
+        find_anatomy(model)
+
+
+def test_a_linear_layer_that_does_not_run_is_left_out() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.router = nn.Linear(32, 2)
-    with pytest.raises(InterventionError, match=r"model\.layers\.1.*mlp\.router"):
-        find_anatomy(model)
+    first, second = find_anatomy(model).blocks
+    assert (dict(first.left), dict(second.left)) == ({}, {"model.layers.1.mlp.router": "it is not called"})
 
 
 def test_a_model_without_blocks_is_an_error() -> None:
-    with pytest.raises(InterventionError, match="no list of decoder blocks"):
+    with pytest.raises(InterventionError, match="no input embeddings found"):
         find_anatomy(nn.Linear(2, 2))
 
 
 def test_a_model_may_carry_its_own_layout() -> None:
-    model = tiny_model("llama")
-    for block in model.model.layers:
-        block.mlp.down = block.mlp.down_proj
-        del block.mlp.down_proj
+    model = renamed()
     model.lmcompose_layout = Layout(
         "mine",
         "norm",

@@ -226,9 +226,9 @@ def test_compression_at_eight_bits_is_about_as_good_as_rounding(family: str, tok
         report = apply(model, tokenizer, method, bits=8, group_size=16, calibration=TEXTS, **texts)
         errors[method] = relative_error(logits(model), wanted)
         if method == "awq":
-            (warning,) = report.warnings
-            lost = next(g for g in find_anatomy(model).blocks[0].linear_groups if g.declared and not g.previous)
-            assert f"awq: no scales for {lost.linears[0].name} and " in warning
+            lost = [g for g in find_anatomy(model).blocks[0].linear_groups if g.declared and not g.previous]
+            assert bool(lost) == bool(report.warnings) == (family != "gpt_bigcode")
+            assert all(f"awq: no scales for {lost[0].linears[0].name} and " in text for text in report.warnings)
     assert 0 < errors["rtn"] < 0.03
     assert errors["awq"] < 1.25 * errors["rtn"]
     assert errors["gptq"] < 1.25 * errors["rtn"]
@@ -245,9 +245,3 @@ def test_an_engine_that_folds_by_name_is_refused_where_that_is_wrong(
     ):
         apply(model, tokenizer, "awq", calibration=TEXTS, max_tokens=48, engine="fake", engine_python=never)
     assert not (tmp_path / "started").exists()
-
-
-def test_a_family_without_a_cache_of_keys_and_values_is_refused() -> None:
-    model = tiny_model(config("openai-gpt")())
-    with pytest.raises(InterventionError, match=r"OpenAIGPTLMHeadModel: looks like gpt2 but .* no past_key_values"):
-        find_anatomy(model)

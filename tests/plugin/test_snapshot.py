@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pytest_lmcompose.build.load import hash_weights
 from interventions.rounding import Rounding
+from pytest_lmcompose.build.load import hash_weights
 from pytest_lmcompose.build.snapshot import WorkingModel
 from tests.models import tiny_model
 

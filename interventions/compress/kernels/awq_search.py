@@ -24,11 +24,16 @@ class Seen:
     """Inputs and calls recorded from the float block on the calibration text."""
 
     statistics: dict[str, InputStatistics]
-    """By role: the input of each group of linears."""
+    """By key: the input of each group of linears."""
     scope_calls: dict[str, list[Call]]
-    """By role: the calls of the module that contains the group, one per batch."""
+    """By key: the calls of the module that contains the group, one per batch."""
     masks: list[Tensor]
     """(batch, tokens) bool each: false for padding."""
+
+    def has_calls(self, group: LinearGroup) -> bool:
+        """Return whether the module that contains the group was called with the hidden states of every batch."""
+        calls = self.scope_calls.get(group.key, [])
+        return [call.hidden.shape[:2] for call in calls] == [mask.shape for mask in self.masks]
 
 
 class Search(Protocol):
@@ -60,9 +65,9 @@ def search_scales(
     `grids` has the grid of each linear by name, of at least one; the others keep their values, and with `may_scale`
     there are none.
     """
-    statistics = seen.statistics[group.role]
+    statistics = seen.statistics[group.key]
     weights = [linear.weight.clone() for linear in group.linears]
-    measure = _ScopeLoss(group, seen, settings) if group.scope is not None else _LinearLoss(weights[0], statistics)
+    measure = _ScopeLoss(group, seen, settings) if seen.has_calls(group) else _LinearLoss(weights[0], statistics)
     own = [grids[linear.name] for linear in group.linears]
 
     def loss_of(scales: Tensor) -> float:
@@ -140,8 +145,8 @@ class _ScopeLoss:
         assert group.scope is not None
         self.group = group
         self.scope = group.scope
-        calls = seen.scope_calls[group.role]
-        if group.role == "mlp_in":  # works token by token, so a sample of tokens is enough
+        calls = seen.scope_calls[group.key]
+        if group.role == "mlp_in" and all(call.alone for call in calls):  # token by token: a sample of them is enough
             real = [mask.to(call.hidden.device) for call, mask in zip(calls, seen.masks, strict=True)]
             tokens = torch.cat([call.hidden[mask] for call, mask in zip(calls, real, strict=True)])
             tokens = tokens[spread(len(tokens), settings.search_tokens)].unsqueeze(0).to(seen.masks[0].device)

@@ -62,12 +62,12 @@ def walk_blocks(
     for block in float_blocks(model, tokenizer, settings, resources, context, settings.sequential, **options):
         if true_sequential:
             for group in block.groups:
-                details += work(group, block.collect([group], sums=sums)[group.role])
+                details += work(group, block.collect([group], sums=sums)[group.key])
                 block.finish(group)
         else:
             statistics = block.collect(block.groups, sums=sums)
             for group in block.groups:
-                details += work(group, statistics.pop(group.role))
+                details += work(group, statistics.pop(group.key))
     return details
 
 
@@ -102,6 +102,7 @@ def float_blocks(
     affordable = affordable_tokens(blocks[0], memory)
     most = affordable if batch_tokens is None else min(batch_tokens, affordable)
     batches = calibration_batches(model, tokenizer, settings, resources, context, blocks, batch_tokens=most)
+    warn_of_left(blocks, method, context)
     if scaled:
         warn_of_unscaled(unscaled(blocks, method, context), method, context)
     known = BlockStatistics(context.statistics, batches, sequential=sequential)
@@ -182,8 +183,8 @@ class FloatBlock:
     def finish(self, group: LinearGroup) -> None:
         """Mark the weights of this group, and of the groups before it, as final."""
         self.changed = True
-        if group.role in self.replayed:
-            self.replayed[group.role].final = True
+        if group.key in self.replayed:
+            self.replayed[group.key].final = True
 
     def collect(
         self,
@@ -192,25 +193,25 @@ class FloatBlock:
         *,
         sums: type[Sums],
     ) -> dict[str, Sums]:
-        """Run the block in its current state and return the groups' statistics by role, without padding.
+        """Run the block in its current state and return the groups' statistics by key, without padding.
 
-        `scopes` receives the calls of the modules that contain the groups, by role. The pass ends at the last group,
+        `scopes` receives the calls of the modules that contain the groups, by key. The pass ends at the last group,
         unless the block's outputs are still needed. Statistics may come from the cache: do not change them. Raises
         InterventionError for inputs that are NaN or infinite.
         """
         to_end = self.keep_outputs and not self.outputs
         statistics = {} if self.changed else self.known.find(self.block, groups, sums, self.device)
-        wanted = [group for group in groups if group.role not in statistics]
-        fresh: dict[str, Sums] = {group.role: sums.zeros(group.in_features, self.device) for group in wanted}
+        wanted = [group for group in groups if group.key not in statistics]
+        fresh: dict[str, Sums] = {group.key: sums.zeros(group.in_features, self.device) for group in wanted}
         statistics |= fresh
         observed = groups if scopes is not None else wanted
         if observed or to_end:
             self._observe(observed, fresh, scopes, to_end=to_end)
         for group in wanted:
-            self._check_inputs(group, statistics[group.role])
+            self._check_inputs(group, statistics[group.key])
         if not self.changed:
             self.known.keep(self.block, fresh)
-        return {group.role: statistics[group.role] for group in groups}
+        return {group.key: statistics[group.key] for group in groups}
 
     def _observe(
         self,
@@ -238,17 +239,17 @@ class FloatBlock:
 
             return add
 
-        handles = [group.linears[0].module.register_forward_pre_hook(observe(group.role)) for group in groups]
+        handles = [group.linears[0].module.register_forward_pre_hook(observe(group.key)) for group in groups]
         if scopes is not None:
             handles += [
-                keep_calls(group.scope, scopes.setdefault(group.role, []), self.resting)
+                keep_calls(group.scope, scopes.setdefault(group.key, []), self.resting)
                 for group in groups
                 if group.scope
             ]
         try:
             for number in range(len(self.calls)):
                 rows = self.rows[number]  # for the hooks
-                waiting.update(group.role for group in groups)
+                waiting.update(group.key for group in groups)
                 with suppress(StopForward):
                     output = self._run(number, self.calls[number])
                     if to_end:
@@ -354,7 +355,7 @@ def check_enough(
                 f"{group.linears[0].name}: give more or longer texts, or raise samples or max_tokens"
             )
     all_read = sum(len(batch["input_ids"]) for batch in batches) < samples
-    columns: dict[str, int] = {group.role: group.in_features for block in blocks for group in block.linear_groups}
+    columns: dict[str, int] = {group.key: group.in_features for block in blocks for group in block.linear_groups}
     remedy = "give more calibration text" if all_read else f"raise {method}.samples or {method}.max_tokens"
     warning = scarce(method, tokens, columns, remedy)
     if warning is not None:
@@ -380,6 +381,14 @@ def warn_of_unscaled(names: Sequence[str], method: str, context: Context) -> Non
         )
 
 
+def warn_of_left(blocks: Sequence[Block], method: str, context: Context) -> None:
+    """Warn, in one sentence, about the linear layers of the blocks that stay as they are."""
+    left = [f"{name} ({reason})" for block in blocks for name, reason in block.left.items()]
+    if left:
+        others = f" and {len(left) - 1} more layers" if len(left) > 1 else ""
+        context.warn(f"{method}: {left[0]}{others} of the decoder blocks stay as they are")
+
+
 def each_linear(model: nn.Module, context: Context, method: str) -> Iterator[Linear]:
     """Yield every linear of the decoder blocks, in order, after checking that all weights are finite.
 
@@ -388,6 +397,7 @@ def each_linear(model: nn.Module, context: Context, method: str) -> Iterator[Lin
     blocks = find_anatomy(model).blocks
     for block in blocks:
         check_weights(block, method)
+    warn_of_left(blocks, method, context)
     for block in blocks:
         context.progress(f"{method}: block {block.index + 1} of {len(blocks)}")
         yield from block.linears

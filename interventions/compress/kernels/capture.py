@@ -54,6 +54,11 @@ class Call:
             return first_output(module(*self.arguments, hidden_states=self.hidden, **self.keywords))
         return first_output(module(self.hidden, *self.arguments, **self.keywords))
 
+    @property
+    def alone(self) -> bool:
+        """Whether the hidden states are the only tensor among the arguments."""
+        return not any(isinstance(value, Tensor) for value in (*self.arguments, *self.keywords.values()))
+
     def on(self, hidden: Tensor) -> Call:
         """Return the same call on other hidden states."""
         return Call(hidden, self.arguments, self.keywords, self.in_keywords)
@@ -203,11 +208,11 @@ def _shape(found: Any, output: Tensor) -> int | None:
 
 
 def find_replayable(groups: Sequence[LinearGroup], shapes: Shapes) -> dict[str, ReplayedModule]:
-    """Return the modules whose last linear is a group by itself, by the role of that group."""
+    """Return the modules whose last linear is a group by itself, by the key of that group."""
     replayable: dict[str, ReplayedModule] = {}
     for scope in dict.fromkeys(group.scope for group in groups if group.scope is not None):
         inside = set(scope.modules())
         within = [group for group in groups if group.linears[0].module in inside]
         if within and len(within[-1].linears) == 1:
-            replayable[within[-1].role] = ReplayedModule(scope, within[-1].linears[0], shapes)
+            replayable[within[-1].key] = ReplayedModule(scope, within[-1].linears[0], shapes)
     return replayable

@@ -16,14 +16,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from interventions.compress.kernels.capture import Call, catch_block_calls
+from interventions.compress.kernels.capture import Call
 from interventions.compress.kernels.folding import move_scales_
 from interventions.compress.kernels.precision import matmul_precision
 from interventions.modes import keep_modes
-from interventions.structure import Block, Linear, LinearGroup, is_linear, module_device, placement, within_context
+from interventions.rounding import Rounding, set_rounding_
+from interventions.structure import Block, Linear, LinearGroup, is_linear, module_device, placement
+from interventions.trace import ModuleCall
 from interventions.types import InterventionError
 
-TOKENS = 16
 MAGNITUDES = 3.0
 """Scales range from 10 ** -MAGNITUDES to 10 ** MAGNITUDES."""
 TOLERANCE = 1e-3
@@ -34,12 +35,12 @@ below 1e-5, wrong ones above 0.1."""
 class FoldProof:
     """Tells which groups of linears can be scaled; tests a block at the first question about one of its groups."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
-        self._model = model
-        self._all = blocks
-        self._blocks: dict[str, tuple[Block, Call]] = {}
-        """By the first linear of a group: its block and the model's call of that block."""
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], calls: Sequence[ModuleCall]) -> None:
+        """Take the model's blocks, which may be added later, and a call of each."""
+        self._where = placement(model)
+        self._blocks, self._calls = blocks, calls
         self._proven: dict[str, bool] = {}
+        """By the first linear of a group."""
 
     def __deepcopy__(self, memo: object) -> FoldProof:
         return self  # copies of a block have the same structure
@@ -48,22 +49,17 @@ class FoldProof:
         """Return whether the group's input can be scaled; copies of a group share its result."""
         name = group.linears[0].name
         if name not in self._proven:
-            block, call = (self._blocks or self._find_blocks())[name]
-            where = placement(self._model)
-            self._proven |= prove_block(block, call, where.device if where.streamed else module_device(block.module))
+            block, seen = next(
+                (block, seen)
+                for block, seen in zip(self._blocks, self._calls, strict=True)
+                if any(own.linears[0].name == name for own in block.linear_groups)
+            )
+            where = self._where.device if self._where.streamed else module_device(block.module)
+            call = Call.of(seen.arguments, seen.keywords)
+            hidden = torch.randn(call.hidden.shape, generator=torch.Generator().manual_seed(0))
+            with keep_modes(block.module):
+                self._proven |= prove_block(block, call.on(hidden), where)
         return self._proven[name]
-
-    def _find_blocks(self) -> dict[str, tuple[Block, Call]]:
-        embeddings = self._model.get_input_embeddings()  # type: ignore[operator]
-        vocabulary = next(embeddings.parameters()).shape[0]
-        ids = torch.arange(within_context(self._model, TOKENS)).remainder(vocabulary).unsqueeze(0)
-        with keep_modes(self._model):
-            calls = catch_block_calls(self._model, [{"input_ids": ids}], self._all)
-        hidden = torch.randn(calls[0][0].hidden.shape, generator=torch.Generator().manual_seed(0))
-        for block, (call,) in zip(self._all, calls, strict=True):
-            for group in block.linear_groups:
-                self._blocks[group.linears[0].name] = (block, call.on(hidden))
-        return self._blocks
 
 
 @torch.no_grad()
@@ -73,6 +69,7 @@ def prove_block(block: Block, call: Call, device: torch.device) -> dict[str, boo
     Groups are named by their first linear. The block runs on `call`, as a float32 copy on `device`.
     """
     block = copy.deepcopy(block)
+    set_rounding_(block.module, Rounding())
     block.module.to(device).float().eval()
     call = call.to(device)
     candidates = [(g.declared, g.linears) for g in block.linear_groups if g.declared is not None]

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from interventions.early_exit import accepted
+
 
 def logits_at(model: nn.Module, head: nn.Module, arguments: Mapping[str, Any], rows: Tensor, places: Tensor) -> Tensor:
     """Run `model` on `arguments`; return its logits (n, vocabulary) float32 at n pairs of a row and a position.
@@ -22,6 +24,6 @@ def logits_at(model: nn.Module, head: nn.Module, arguments: Mapping[str, Any], r
         return (args[0].reshape(count, -1, args[0].shape[-1])[rows, places][None], *args[1:])
 
     with head.register_forward_pre_hook(pick):
-        logits: Tensor = model(**arguments).logits
+        logits: Tensor = model(**accepted(model, arguments)).logits
     # Some models use the head's weights without calling it.
     return (logits[0] if picked else logits[rows, places]).float()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from interventions.early_exit import accepted
 from interventions.structure import module_device
 from interventions.tokens import Chat, ChatError, border, continued, read, special_texts
 from interventions.types import Edit, InterventionError
@@ -106,11 +107,13 @@ def sample_contexts(
             ids = torch.tensor([read(tokenizer, [opening])[0].ids], device=device)
             written, cache = ids, None
             for _ in range(length):
-                output = model(input_ids=written, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output = model(**accepted(model, {"input_ids": written, "past_key_values": cache, "use_cache": True}))
+                cache = getattr(output, "past_key_values", None)
                 values, tokens = output.logits[0, -1].float().topk(_TOP_K)
                 choice = torch.multinomial(values.softmax(dim=0).cpu(), 1, generator=generator)
                 written = tokens[choice.to(device)].reshape(1, 1)
                 ids = torch.cat([ids, written], dim=1)
+                if cache is None:  # without a cache of keys and values, the whole text is read again
+                    written = ids
             contexts.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip() + ". ")
     return contexts

@@ -6,7 +6,6 @@ of earlier tokens are cached. Everything else is the model's own forward pass, s
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from interventions.early_exit import head_on_one_token, replaced_forward
+from interventions.early_exit import accepted, head_on_one_token, replaced_forward
 from interventions.edit.kernels.logits import logits_at
 from interventions.padding import pad_left, pad_right
 from interventions.structure import Anatomy, first_output, module_device
@@ -59,7 +58,7 @@ class Tail:
                 # A row of padding, long enough to leave room for the longest suffix in every row.
                 room = [pad] * (max(begins) + self.ids.shape[1])
                 ids, mask = (padded[:-1] for padded in pad_right([*rows, room], pad, device))
-                self._arguments = _known(model, input_ids=ids, attention_mask=mask, use_cache=False)
+                self._arguments = accepted(model, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
             kept: dict[nn.Module, Any] = {}
             with _watching([*below, self._site], kept):
                 model(**self._arguments)
@@ -83,9 +82,12 @@ class Tail:
         places = (whole.cumsum(dim=1) - 1).clamp_min(0)
         cache = DynamicCache(config=model.config)
         arguments = {"attention_mask": before_mask, "position_ids": places[:, :width]}
-        model(**_known(model, input_ids=before, **arguments, past_key_values=cache, use_cache=True))
+        cached = {"past_key_values": cache, "use_cache": True}
+        if accepted(model, cached).keys() != cached.keys():
+            raise InterventionError(f"{type(model).__name__} takes no cache of keys and values")
+        model(**accepted(model, {"input_ids": before, **arguments, **cached}))
         arguments = {"attention_mask": whole, "position_ids": places[:, width:]}
-        return _known(model, input_ids=self.ids, **arguments, past_key_values=_Fixed(cache), use_cache=True)
+        return accepted(model, {"input_ids": self.ids, **arguments, **cached, "past_key_values": _Fixed(cache)})
 
     def logits(self, hidden: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         """Return the logits (n, vocabulary) float32 at n pairs of a row and a position in its suffix.
@@ -123,7 +125,9 @@ def open_tail(
     network: Any = model
     with torch.no_grad():
         passes = [
-            network(input_ids=torch.tensor([row], device=numbers.device), use_cache=False).logits[0, begin:]
+            network(
+                **accepted(model, {"input_ids": torch.tensor([row], device=numbers.device), "use_cache": False})
+            ).logits[0, begin:]
             for row, begin in zip(*some, strict=True)
         ]
         own = torch.cat(passes).float()
@@ -157,14 +161,6 @@ class _Fixed(Cache):
         layer: Any = self.layers[layer_idx]
         keys = torch.cat([layer.keys, key_states], dim=-2)
         return keys, torch.cat([layer.values, value_states], dim=-2)
-
-
-def _known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Return those arguments that the model's forward accepts."""
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def _by_rows(values: Tensor, rows: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -43,12 +43,8 @@ def named_in_blocks(
         inside = [name for name, _ in block.module.named_parameters()]
         for name in names:
             if name in ROLES:
-                found = [
-                    linear.parameter_name
-                    for group in block.linear_groups
-                    for linear in group.linears
-                    if group.role == name
-                ]
+                role: Any = name
+                found = [linear.parameter_name for group in block.groups_for(role) for linear in group.linears]
             elif name in inside:
                 found = [f"{block.name}.{name}"]
             else:
@@ -58,6 +54,8 @@ def named_in_blocks(
                     f"Known: {', '.join(known)}."
                 )
             chosen |= {full: every[full] for full in found}
+    if not chosen:
+        raise InterventionError(f"{method}.parameters={list(names)}: the chosen blocks have no such linear layer")
     return chosen
 
 

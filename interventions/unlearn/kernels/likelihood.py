@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from interventions.anatomy import find_anatomy
 from interventions.context import Context
+from interventions.early_exit import accepted
 from interventions.structure import module_device
 from interventions.training import Trainer, workable_precision
 from interventions.types import InterventionError, Resources
@@ -28,9 +29,8 @@ Prepare = Callable[[nn.Module, Sequence[TextBatch]], TextLosses]
 
 def text_nll(model: nn.Module, batch: TextBatch) -> Tensor:
     """Return each text's negative log-likelihood in nats, summed over all tokens but the first, (texts,) float32."""
-    logits = model(
-        input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
-    ).logits  # (texts, length, vocabulary)
+    arguments = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+    logits = model(**accepted(model, arguments)).logits  # (texts, length, vocabulary)
     scored = batch.mask[:, 1:].bool()
     losses = cross_entropy(logits[:, :-1][scored].float(), batch.ids[:, 1:][scored], reduction="none")
     return losses.new_zeros(scored.shape).masked_scatter(scored, losses).sum(dim=1)
