@@ -90,7 +90,7 @@ def test_editors_warn_of_few_keys(method: str) -> None:
     assert warned(calibration=MUCH) == []
     assert warned(calibration=SENTENCES[:4])[0].endswith("fewer than 4: give more calibration text")
     (found,) = warned(calibration=MUCH, covariance_tokens=60, covariance_window=4)
-    assert found.startswith(f"{method}: 128 calibration tokens are 2.67 for each of the 48 columns of ")
+    assert found.startswith(f"{method}: 60 calibration tokens are 1.25 for each of the 48 columns of ")
     assert found.endswith(f"fewer than 4: raise {method}.covariance_tokens, or give more calibration text")
 
 
