@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from torch import Tensor, nn
 
 from interventions.compress.kernels.fold_proof import FoldProof
+from interventions.experts import ExpertLayer, find_experts
 from interventions.layouts import ENTRY_POINT_GROUP, LAYOUTS, GroupLayout, Layout
 from interventions.structure import Anatomy, Block, Linear, LinearGroup, is_linear
 from interventions.types import InterventionError
@@ -64,9 +65,12 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _missing(block: nn.Module, layout: Layout) -> list[str]:
-    """Return the parts of the layout that the block lacks."""
+    """Return the parts of the layout that the block lacks; experts stand for an MLP."""
     missing = []
+    routed = bool(find_experts("", block))
     for group in layout.groups:
+        if routed and group.role.startswith("mlp"):
+            continue
         missing += [path for path in group.linears if not is_linear(_submodule(block, path))]
         for path in (group.previous, group.scope):
             if path is not None and _submodule(block, path) is None:
@@ -86,9 +90,13 @@ def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleL
             raise InterventionError(
                 f"{name}: looks like {layout.name} but lacks {', '.join(missing)}, unlike block 0. {_HOW}"
             )
-        groups = tuple(_group(module, name, group, shared, proof) for group in layout.groups)
-        block = Block(index, name, module, groups)
-        _check_coverage(block, layout)
+        experts = find_experts(name, module)
+        chosen = [group for group in layout.groups if not experts or not group.role.startswith("mlp")]
+        groups = [_group(module, name, group, shared, proof) for group in chosen]
+        groups += [*_beside_experts(name, module, experts, proof), *(g for layer in experts for g in layer.groups)]
+        block = Block(index, name, module, tuple(groups))
+        if not experts:
+            _check_coverage(block, layout)
         blocks.append(block)
     parent = model.get_submodule(list_name.rpartition(".")[0])
     if "past_key_values" not in inspect.signature(parent.forward).parameters:
@@ -110,6 +118,21 @@ def _build(model: nn.Module, layout: Layout, list_name: str, modules: nn.ModuleL
         final_norm if final_norm is not None else nn.Identity(),
         parts["output head"],  # type: ignore[arg-type]
     )
+
+
+def _beside_experts(
+    name: str, block: nn.Module, experts: list[ExpertLayer], proof: Callable[[LinearGroup], bool]
+) -> Iterator[LinearGroup]:
+    """Yield the groups of MLPs with the usual three layers that stand beside routed experts."""
+    inside = {id(linear.module) for layer in experts for group in layer.groups for linear in group.linears}
+    layers = ("gate_proj", "up_proj", "down_proj")
+    for path, module in block.named_modules() if experts else ():
+        found = [getattr(module, layer, None) for layer in layers]
+        if not all(is_linear(layer) and id(layer) not in inside for layer in found):
+            continue
+        gate, up, down = (Linear(f"{name}.{path}.{layer}", getattr(module, layer)) for layer in layers)
+        yield LinearGroup("mlp_in", (gate, up), None, None, proof, path)
+        yield LinearGroup("mlp_out", (down,), up.module, None, proof, path)
 
 
 def _norm_after(parent: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:

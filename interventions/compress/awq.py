@@ -78,7 +78,8 @@ class AwqSettings(Calibrated, Quantiser):
         options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "scaled": True}
         for block in float_blocks(model, tokenizer, self, resources, context, self.quantised_inputs, **options):
             scope_calls: dict[str, list[Call]] = {}
-            seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
+            statistics = block.collect(block.groups, scope_calls, sums=InputStatistics)
+            seen = Seen(statistics, scope_calls, block.masks, block.unreached)
             tokens = seen.statistics["attention_in"].count
             groups += quantise_block_(block.groups, seen, self)
         return {"calibration_tokens": tokens, "groups": groups}
@@ -91,19 +92,19 @@ def quantise_block_(groups: Sequence[LinearGroup], seen: Seen, settings: AwqSett
     from interventions.compress.kernels.grid import fake_quantise
 
     choices = [search_scales(group, seen, settings) for group in groups]
-    grams = {role: statistics.gram for role, statistics in seen.statistics.items()}
+    grams = {key: statistics.gram for key, statistics in seen.statistics.items()}
     for group, choice in zip(groups, choices, strict=True):
         if choice.scales is not None:
             fold_(group, choice.scales)
             # The group now reads x / s. (The statistics themselves may be others' as well.)
-            grams[group.role] = grams[group.role] / choice.scales / choice.scales.unsqueeze(1)
+            grams[group.key] = grams[group.key] / choice.scales / choice.scales.unsqueeze(1)
     report = []
     for group, choice in zip(groups, choices, strict=True):
         clipped = []
         for number, linear in enumerate(group.linears):
             weight = linear.weight
-            if settings.clip and may_clip(group, number):
-                weight, share = clip_weight(weight, grams[group.role], settings)
+            if settings.clip and may_clip(group, number) and group.key not in seen.unreached:
+                weight, share = clip_weight(weight, grams[group.key], settings)
                 clipped.append(share)
             linear.set_weight_(fake_quantise(weight, settings.bits, settings.group_size))
         report.append(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from interventions.early_exit import replaced_forward
+from interventions.parts import PartsWatch, Product
 from interventions.statistics import Batch
 from interventions.structure import Block, Linear, LinearGroup, first_output, module_device
 
@@ -144,6 +145,30 @@ def keep_calls(module: nn.Module, found: list[Call], device: torch.device) -> Re
     return module.register_forward_pre_hook(keep, with_kwargs=True)
 
 
+@contextmanager
+def inputs_of(groups: Sequence[LinearGroup], see: Callable[[LinearGroup, Tensor], None]) -> Iterator[None]:
+    """Call `see` with every input of every group, while the modules run."""
+    whole = [group for group in groups if group.linears[0].part is None]
+    parts = {group.linears[0].name: group for group in groups if group.linears[0].part is not None}
+    linears = [group.linears[0] for group in parts.values()]
+    stacks = {linear.parameter_name: getattr(linear.module, linear.part.parameter) for linear in linears if linear.part}
+
+    def product(found: Product) -> None:
+        group = parts.get(f"{found.parameter}.{found.place.index}")
+        if group is not None:
+            see(group, found.inputs)
+
+    def hook(group: LinearGroup) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, arguments: see(group, arguments[0])
+
+    with ExitStack() as stack:
+        for group in whole:
+            stack.callback(group.linears[0].module.register_forward_pre_hook(hook(group)).remove)
+        if stacks:
+            stack.enter_context(PartsWatch(stacks, product))
+        yield
+
+
 Shapes = dict[type, int | None]
 """By module class: the number of values it returns, 0 for a tensor; None if its output is not its last linear's."""
 
@@ -200,11 +225,11 @@ def _shape(found: Any, output: Tensor) -> int | None:
 
 
 def find_replayable(groups: Sequence[LinearGroup], shapes: Shapes) -> dict[str, ReplayedModule]:
-    """Return the modules whose last linear is a group by itself, by the role of that group."""
+    """Return the modules whose last linear is a group by itself, by the key of that group."""
     replayable: dict[str, ReplayedModule] = {}
     for scope in dict.fromkeys(group.scope for group in groups if group.scope is not None):
         inside = set(scope.modules())
         within = [group for group in groups if group.linears[0].module in inside]
         if within and len(within[-1].linears) == 1:
-            replayable[within[-1].role] = ReplayedModule(scope, within[-1].linears[0], shapes)
+            replayable[within[-1].key] = ReplayedModule(scope, within[-1].linears[0], shapes)
     return replayable
