@@ -153,8 +153,8 @@ def window_batches(
 ) -> list[Batch]:
     """Join the texts with blank lines and batch the first `samples` windows of `max_tokens` tokens.
 
-    Each window starts with the tokenizer's special tokens. The last window may be shorter, and has a batch to itself
-    then: no batch has padding. Otherwise batches are like those of `token_batches`.
+    Each window starts with the tokenizer's special tokens. The last window may be shorter. Batches are like those of
+    `token_batches`; with `batch_tokens`, a shorter window has a batch to itself, so that no batch has padding.
     """
     _check_texts(texts)
     size = max_tokens - len(frame(tokenizer).start)
@@ -163,11 +163,9 @@ def window_batches(
             f"max_tokens={max_tokens} leaves no room for text beside the tokenizer's special tokens: raise it"
         )
     rows = windows(tokenizer, running(tokenizer, texts, most=samples * size), size)
-    return [
-        batch
-        for length in sorted({len(row) for row in rows}, reverse=True)
-        for batch in _batches([row for row in rows if len(row) == length], padding_id(tokenizer), None, batch_tokens)
-    ]
+    lengths = sorted({len(row) for row in rows}, reverse=True)
+    parts = [rows] if batch_tokens is None else [[row for row in rows if len(row) == length] for length in lengths]
+    return [batch for part in parts for batch in _batches(part, padding_id(tokenizer), None, batch_tokens)]
 
 
 def scarce(method: str, tokens: int, columns: Mapping[str, int], remedy: str) -> str | None:

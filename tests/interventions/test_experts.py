@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from interventions import apply
-from interventions.anatomy import find_anatomy
 from interventions.compress.gptq import GptqSettings
 from interventions.compress.kernels.blockwise import walk_stages
 from interventions.context import Context

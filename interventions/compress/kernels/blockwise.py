@@ -42,6 +42,8 @@ from interventions.types import InterventionError, Resources
 Sums = TypeVar("Sums", InputStatistics, InputNorms)
 
 
+BUNCH = 2**26
+"""Elements of Gram matrices that are worked on at a time."""
 Work = Callable[[LinearGroup, Sums], list[dict[str, Any]]]
 StageWork = Callable[[Sequence[LinearGroup], Sequence[Sums]], list[dict[str, Any]]]
 
@@ -95,6 +97,24 @@ def walk_stages(
             if true_sequential:
                 block.finish(groups)
     return details
+
+
+def in_bunches(work: StageWork[Sums], *, together: bool) -> StageWork[Sums]:
+    """Give `work` the groups of a stage in bunches of the same shapes: as many as fit in memory, or one by one."""
+
+    def bunched(groups: Sequence[LinearGroup], statistics: Sequence[Sums]) -> list[dict[str, Any]]:
+        details: list[dict[str, Any]] = []
+        by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
+        for number, group in enumerate(groups):
+            by_shape.setdefault(tuple(linear.weight.shape for linear in group.linears), []).append(number)
+        for numbers in by_shape.values():
+            size = max(1, BUNCH // groups[numbers[0]].in_features ** 2) if together else 1
+            for low in range(0, len(numbers), size):
+                chosen = numbers[low : low + size]
+                details += work([groups[number] for number in chosen], [statistics[number] for number in chosen])
+        return details
+
+    return bunched
 
 
 @torch.no_grad()
