@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from interventions.compress.kernels.expert_proof import ExpertProof
 from interventions.early_exit import replaced_forward
 from interventions.layouts import Role
 from interventions.modes import keep_modes
-from interventions.parts import PartsWatch, Place, Product, plain_experts
+from interventions.parts import PartsWatch, Place, Product, plain_experts, stacks, stacks_under
 from interventions.structure import Linear, LinearGroup, Part, first_output, is_linear
 from interventions.types import InterventionError
 
@@ -48,7 +47,7 @@ class ExpertLayer:
 
 def find_experts(block_name: str, block: nn.Module) -> list[ExpertLayer]:
     """Return the layers of routed experts in a block, in order; those that cannot be run by themselves are left out."""
-    if not any(_stacks(module) or isinstance(module, nn.ModuleList) for module in block.modules()):
+    if not any(stacks(module) or isinstance(module, nn.ModuleList) for module in block.modules()):
         return []
     found: list[ExpertLayer] = []
     with keep_modes(block), plain_experts(block), torch.no_grad():
@@ -104,14 +103,6 @@ def _innermost_first(block: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(modules, key=lambda pair: -pair[0].count(".") - bool(pair[0]))
 
 
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the module's own parameters that may stack matrices: one of three dimensions, or several of two."""
-    if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd):
-        return {}
-    own = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)}
-    return own if any(p.dim() == 3 for p in own.values()) or len(own) > 1 else {}
-
-
 class _Trace(PartsWatch):
     """Records the products with parts of parameters, and the biases that are added to them."""
 
@@ -135,10 +126,8 @@ class _Trace(PartsWatch):
 
 
 def _fused(block_name: str, block: nn.Module, path: str, module: nn.Module) -> ExpertLayer | None:
-    owners = {name: child for name, child in module.named_modules() if _stacks(child)}
-    parameters = {
-        f"{name}.{key}" if name else key: p for name, child in owners.items() for key, p in _stacks(child).items()
-    }
+    parameters = stacks_under(module)
+    owners = sorted({name.rpartition(".")[0] for name in parameters})
     if not parameters:
         return None
     widths = sorted({size for p in parameters.values() for size in p.shape[-2:]})
@@ -153,7 +142,7 @@ def _fused(block_name: str, block: nn.Module, path: str, module: nn.Module) -> E
                 continue
             stages = _stages(trace.products, width)
             if stages is not None:
-                where = path if set(owners) == {""} or len(owners) > 1 else f"{path}.{next(iter(owners))}"
+                where = path if len(owners) > 1 or owners == [""] else f"{path}.{owners[0]}"
                 return _layer(block_name, block, path, module, form, width, where, _parts(module, trace, stages))
     return None
 

@@ -41,10 +41,27 @@ class Product(NamedTuple):
     """(tokens, out), without the bias."""
 
 
+def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the module's own parameters that may stack matrices: one of three dimensions, or several of two."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {}
+    own = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)}
+    return own if any(p.dim() == 3 for p in own.values()) or len(own) > 1 else {}
+
+
+def stacks_under(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
+    """Return the parameters of a module and of those in it that may stack matrices, by name."""
+    return {
+        f"{name}.{key}" if name else key: parameter
+        for name, child in module.named_modules(prefix=prefix)
+        for key, parameter in stacks(child).items()
+    }
+
+
 class PartsWatch(TorchDispatchMode):
     """While active, calls `see` for every matrix product with a part of one of the parameters."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], see: Callable[[Product], None]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], see: Callable[[Product], object]) -> None:
         super().__init__()
         self._see = see
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
