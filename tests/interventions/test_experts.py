@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from interventions import apply
 from interventions.compress.gptq import GptqSettings
 from interventions.compress.kernels.blockwise import walk_stages
 from interventions.context import Context
-from interventions.experts import ExpertLayer, find_experts
+from interventions.experts import ExpertLayer, every_token, find_experts
 from interventions.statistics import InputStatistics, window_batches
-from interventions.types import Resources
+from interventions.types import InterventionError, Resources
 from tests.experts import CONFIGS, tiny_experts
 from tests.models import SENTENCES, tiny_tokenizer
 
@@ -123,7 +124,7 @@ def seen_statistics(model: Any, texts: list[str], **settings: Any) -> dict[str, 
         found.update({group.linears[0].name: sums for group, sums in zip(groups, statistics, strict=True)})
         return []
 
-    given = {"samples": 3, "max_tokens": 48, "true_sequential": False} | settings
+    given = {"samples": 3, "max_tokens": 48, "true_sequential": False, "sequential": False} | settings
     resources = Resources(calibration=tuple(texts))
     walk_stages(model, tiny_tokenizer(), GptqSettings(**given), resources, Context(), work, InputStatistics)
     return found
@@ -199,3 +200,68 @@ def test_rounding_at_eight_bits_hardly_moves_the_logits() -> None:
         logits = model(torch.arange(20).unsqueeze(0)).logits
         apply(model, tiny_tokenizer(), "rtn", bits=8, group_size=8)
         assert (model(torch.arange(20).unsqueeze(0)).logits - logits).norm() < 0.02 * logits.norm()
+
+
+@pytest.fixture
+def lonely() -> Any:
+    """Return a model whose router never chooses expert 3."""
+    model = tiny_experts("gpt_oss")
+    for block in model.model.layers:
+        block.mlp.router.bias.data[3] = -1e4
+    return model
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_an_expert_that_no_token_reached_is_rounded_to_nearest(lonely: Any, method: str) -> None:
+    rounded = copy.deepcopy(lonely)
+    apply(rounded, tiny_tokenizer(), "rtn", bits=3, group_size=8)
+    report = apply(lonely, tiny_tokenizer(), method, calibration=TEXTS, **METHODS[method])
+    for ours, nearest in zip(layers_of(lonely), layers_of(rounded), strict=True):
+        for expert in (3, 8 + 3):
+            one, other = ours.groups[expert].linears[0].weight, nearest.groups[expert].linears[0].weight
+            assert torch.allclose(one, other, atol=1e-6)
+        assert not torch.allclose(ours.groups[2].linears[0].weight, nearest.groups[2].linears[0].weight, atol=1e-3)
+    (warning,) = [line for line in report.warnings if "no calibration token" in line]
+    assert " of 16 experts (" in warning
+    assert "such as model.layers.0.mlp.experts.3: their weights" in warning
+    assert f"{method}.calibrate_all_experts=true" in warning
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_an_expert_that_no_token_reached_is_pruned_by_magnitude(lonely: Any, method: str) -> None:
+    before = [layer.groups[3].linears[0].weight.clone() for layer in layers_of(lonely)]
+    report = apply(lonely, tiny_tokenizer(), method, calibration=TEXTS, **METHODS[method])
+    for layer, old in zip(layers_of(lonely), before, strict=True):
+        new = layer.groups[3].linears[0].weight
+        kept = new != 0
+        assert torch.equal(new[kept], old[kept])
+        rows = list(zip(old, kept, strict=True)) if method == "wanda" else [(old.flatten(), kept.flatten())]
+        assert all(row[~stays].abs().max() <= row[stays].abs().min() for row, stays in rows)
+    assert any("no calibration token" in line for line in report.warnings)
+
+
+def test_experts_with_few_tokens_are_no_error() -> None:
+    report = apply(tiny_experts(), tiny_tokenizer(), "gptq", calibration=TEXTS, bits=4, samples=1, max_tokens=40)
+    (warning,) = [line for line in report.warnings if "fewer calibration tokens" in line]
+    assert "of 16 experts" in warning
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "glm4_moe"])
+def test_every_expert_may_be_calibrated_on_all_tokens(family: str) -> None:
+    model = tiny_experts(family)
+    routed = seen_statistics(tiny_experts(family), TEXTS)
+    every = seen_statistics(model, TEXTS, calibrate_all_experts=True)
+    for layer in layers_of(model):
+        x = [every[group.linears[0].name] for group in layer.groups]
+        assert {sums.count for sums in x} == {3 * 48}
+        assert all(torch.allclose(sums.gram, x[0].gram) for sums in x[:8])  # all read the same tokens
+    for name, sums in every.items():
+        if "experts" not in name:
+            assert torch.allclose(sums.gram, routed[name].gram, rtol=1e-4, atol=1e-3)
+
+
+def test_experts_that_their_module_chooses_cannot_all_be_calibrated() -> None:
+    layers = layers_of(tiny_experts("llama4"))
+    wanted = pytest.raises(InterventionError, match=r"chooses the experts itself.*calibrate_all_experts=false")
+    with wanted, every_token(nn.Module(), layers, "gptq"):
+        pass
