@@ -2,11 +2,12 @@
 
 The weights rounded later compensate for the output error of each rounded weight, as well as the inputs
 of the calibration text allow. Linears that share an input share its Gram matrix and its factor, and
-are quantised together.
+are quantised together; so are experts of the same shape, each with its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class GptqSettings(Sequential, Quantiser):
         import torch
 
         from interventions.compress.engines.run import run_engine
-        from interventions.compress.kernels.blockwise import walk_blocks
+        from interventions.compress.kernels.blockwise import in_bunches, walk_stages
         from interventions.compress.kernels.gptq_kernel import gptq_quantise
         from interventions.compress.kernels.grid import fake_quantise
         from interventions.statistics import InputStatistics
@@ -63,11 +64,12 @@ class GptqSettings(Sequential, Quantiser):
         if self.engine != OWN:
             return run_engine("gptq", model, tokenizer, self, resources, context)
 
-        def work(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
-            weights = [linear.weight for linear in group.linears]
+        def work(groups: Sequence[LinearGroup], statistics: Sequence[InputStatistics]) -> list[dict[str, Any]]:
+            linears = [linear for group in groups for linear in group.linears]
+            weights = [linear.weight for linear in linears]
             result = gptq_quantise(
                 torch.cat(weights),
-                statistics.gram,
+                torch.stack([own.gram for own in statistics]),
                 bits=self.bits,
                 group_size=self.group_size,
                 symmetric=self.symmetric,
@@ -76,14 +78,18 @@ class GptqSettings(Sequential, Quantiser):
                 damping=self.damping,
                 zeros=zero_masks(weights) if self.preserve_mask else None,
             )
-            names = ", ".join(linear.name for linear in group.linears)
+            names = ", ".join(linear.name for linear in linears)
+            if result is None and len(groups) > 1:
+                return [
+                    done for pair in zip(groups, statistics, strict=True) for done in work(*([one] for one in pair))
+                ]
             if result is None:
                 context.warn(
                     f"gptq: {names}: rounded to nearest, as the Gram matrix of the input cannot be factored even with "
                     "a damping of 1: give more or other calibration text (samples, max_tokens)"
                 )
                 rounded = [fake_quantise(w, self.bits, self.group_size, self.symmetric) for w in weights]
-                return [_outcome(linear, new, None) for linear, new in zip(group.linears, rounded, strict=True)]
+                return [_outcome(linear, new, None) for linear, new in zip(linears, rounded, strict=True)]
             if result.damping > self.damping:
                 context.warn(
                     f"gptq: {names}: damping raised to {result.damping:g}; set damping to that, or give more "
@@ -91,12 +97,14 @@ class GptqSettings(Sequential, Quantiser):
                 )
             parts = [len(weight) for weight in weights]
             news, errors = torch.split(result.weight, parts), torch.split(result.errors, parts)
+            counts = [own.count for group, own in zip(groups, statistics, strict=True) for _ in group.linears]
             return [
-                _outcome(linear, new, float(error.mean()) / statistics.count)
-                for linear, new, error in zip(group.linears, news, errors, strict=True)
+                _outcome(linear, new, float(error.mean()) / count)
+                for linear, new, error, count in zip(linears, news, errors, counts, strict=True)
             ]
 
-        linears = walk_blocks(model, tokenizer, self, resources, context, work, InputStatistics)
+        bunched = in_bunches(work, together=not self.act_order)
+        linears = walk_stages(model, tokenizer, self, resources, context, bunched, InputStatistics)
         context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
         return {"linears": linears}
 
