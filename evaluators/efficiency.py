@@ -19,6 +19,7 @@ from evaluators.passes import arguments
 from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 from interventions.known_grids import KnownGrid, tensor_digest
+from interventions.parts import PartsWatch, Place, plain_experts, stacks_under
 from interventions.rounding import rounding_of
 
 
@@ -64,18 +65,50 @@ class Layer(NamedTuple):
 
 
 def decoder_linears(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights (out, in), by parameter name, of the linear layers inside the decoder blocks.
+    """Return the weights (out, in) of the linear layers inside the decoder blocks, by name.
 
-    The decoder is the outermost module list with the most linear weights. Raises EvaluationError if
-    there is none.
+    Each layer of an expert counts for itself; where a parameter stacks those of all experts, its name is followed by
+    the expert's number. Routers and other gates of experts are left out. The decoder is the outermost module list with
+    the most linear weights. Raises EvaluationError if there is none.
     """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     found = {name: _linears_under(model.get_submodule(name), name) for name in outer}
-    sizes = {name: sum(weight.numel() for weight in linears.values()) for name, linears in found.items()}
+    stacked = {name: stacks_under(model.get_submodule(name), name) for name in outer}
+    sizes = {
+        name: sum(weight.numel() for weight in (*linears.values(), *stacked[name].values()))
+        for name, linears in found.items()
+    }
     if not any(sizes.values()):
         raise EvaluationError(f"{type(model).__name__}: no list of blocks with linear layers; pass `weights` by name")
-    return found[max(sizes, key=lambda name: sizes[name])]
+    decoder = max(sizes, key=lambda name: sizes[name])
+    if not stacked[decoder]:
+        return found[decoder]
+    places = _places(model, stacked[decoder])
+    counts = {_block(name, decoder): place.count for name, place in places.items()}
+    linears = {
+        name: weight
+        for name, weight in found[decoder].items()
+        if len(weight) not in (1, counts.get(_block(name, decoder)))
+    }
+    for name, place in places.items():
+        for expert in range(place.count):
+            linears[f"{name}.{expert}"] = place._replace(index=expert).within(stacked[decoder][name].detach())
+    return linears
+
+
+def _block(name: str, decoder: str) -> str:
+    return name.removeprefix(f"{decoder}.").partition(".")[0]
+
+
+def _places(model: nn.Module, stacked: Mapping[str, Tensor]) -> dict[str, Place]:
+    """Return how the parameters that a short run uses part by part are stored."""
+    places: dict[str, Place] = {}
+    device = next(iter(stacked.values())).device
+    ids = torch.arange(4, device=device).unsqueeze(0)
+    with borrowed(model, None), plain_experts(model), PartsWatch(stacked, lambda p: places.setdefault(*p[:2])):
+        model(input_ids=ids, use_cache=False)
+    return places
 
 
 def _linears_under(module: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -225,7 +258,12 @@ def measure_flops(model: Any, *, length: int = 128) -> Measurement:
     check_length(model, length, f"flops: a text of {length} tokens")
     ids = torch.zeros((1, length), dtype=torch.long, device=model.device)
     # The counter does not know every fused attention kernel, so use plain matrix products.
-    with borrowed(model, None), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        borrowed(model, None),
+        plain_experts(model),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         model(input_ids=ids, **({"use_cache": False} if "use_cache" in arguments(model) else {}))
     value = counter.get_total_flops() / length
     if not value:

@@ -190,9 +190,12 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _missing(block: nn.Module, layout: Layout) -> list[str]:
-    """Return the parts of the layout that the block lacks."""
+    """Return the parts of the layout that the block lacks; experts stand for an MLP."""
     missing = []
+    routed = bool(find_experts("", block))
     for group in layout.groups:
+        if routed and group.role.startswith("mlp"):
+            continue
         missing += [path for path in group.linears if not is_linear(_submodule(block, path))]
         for path in (group.previous, group.scope):
             if path is not None and _submodule(block, path) is None:
@@ -206,11 +209,13 @@ def _declared_block(index: int, name: str, module: nn.Module, layout: Layout, sh
         raise InterventionError(
             f"{name}: looks like {layout.name} but lacks {', '.join(missing)}, unlike block 0. {_HOW}"
         )
-    groups = tuple(_declared_group(module, name, group, shared, proof) for group in layout.groups)
-    block = Block(index, name, module, groups)
+    experts = find_experts(name, module)
+    chosen = [group for group in layout.groups if not experts or not group.role.startswith("mlp")]
+    groups = [_declared_group(module, name, group, shared, proof) for group in chosen]
+    block = Block(index, name, module, (*groups, *(group for layer in experts for group in layer.groups)))
     named = {id(linear.module) for linear in block.linears}
     others = [path for path, part in module.named_modules() if is_linear(part) and id(part) not in named]
-    if others:
+    if others and not experts:
         raise InterventionError(
             f"{name}: looks like {layout.name} but has more linear layers: {', '.join(others)}. {_HOW}"
         )

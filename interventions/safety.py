@@ -55,12 +55,14 @@ class SafetyCopy:
         filled: list[int] = []
         for linear in (linear for block in find_anatomy(model).blocks for linear in block.linears):
             name = linear.parameter_name
-            mask = zero_mask(self.copies[name]) if name in self.copies and name in now else None
-            if mask is None or mask.shape != now[name].shape:
+            if name not in self.copies or name not in now or self.copies[name].shape != now[name].shape:
                 continue
-            mask = mask.to(now[name].device)
-            filled.append(int((now[name][mask] != 0).sum()))
-            now[name].masked_fill_(mask, 0)
+            weight = linear.within(now[name])
+            mask = zero_mask(linear.within(self.copies[name]))
+            if mask is not None:
+                mask = mask.to(weight.device)
+                filled.append(int((weight[mask] != 0).sum()))
+                weight.masked_fill_(mask, 0)
         return {"zeros_refilled": sum(filled)} if filled else {}
 
     def changed(self, model: nn.Module, method: str, *, may_be_none: bool = False) -> tuple[str, ...]:

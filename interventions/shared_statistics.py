@@ -110,9 +110,13 @@ class BlockStatistics:
     `sequential` is off.
     """
 
-    def __init__(self, shared: SharedStatistics | None, batches: Sequence[Batch], *, sequential: bool) -> None:
+    def __init__(
+        self, shared: SharedStatistics | None, batches: Sequence[Batch], *, sequential: bool, every: bool = False
+    ) -> None:
+        """With `every`, the statistics are those of experts that every token reaches."""
         self._shared = shared
         self._sequential = sequential
+        self._pass = "float32 blocks, every expert" if every else "float32 blocks"
         self._tokens = "" if shared is None else hash_batches(batches)
 
     def cover(self, blocks: Sequence[Block], kind: type) -> bool:
@@ -128,14 +132,14 @@ class BlockStatistics:
         if not self._cacheable(block):
             return {}
         found: dict[str, Any] = {group.key: self._get(group, kind) for group in groups}
-        return {role: entry.to(device) for role, entry in found.items() if entry is not None}
+        return {key: entry.to(device) for key, entry in found.items() if entry is not None}
 
     def keep(self, block: Block, entries: dict[str, Sums]) -> None:
         """Store statistics of an unchanged block, by key."""
         if self._shared is not None and self._cacheable(block):
-            for role, entry in entries.items():
-                group = next(group for group in block.linear_groups if group.key == role)
-                self._shared.cache.put(self._key(self._shared, group, type(entry)), entry)
+            groups = {group.key: group for group in block.linear_groups}
+            for key, entry in entries.items():
+                self._shared.cache.put(self._key(self._shared, groups[key], type(entry)), entry)
 
     def _cacheable(self, block: Block) -> bool:
         return self._shared is not None and (block.index == 0 or not self._sequential)
@@ -150,7 +154,7 @@ class BlockStatistics:
         return entry
 
     def _key(self, shared: SharedStatistics, group: LinearGroup, kind: type) -> Key:
-        return Key(shared.state, self._tokens, f"float32 blocks, {kind.__name__}", group.linears[0].name)
+        return Key(shared.state, self._tokens, f"{self._pass}, {kind.__name__}", group.linears[0].name)
 
 
 def hash_batches(batches: Sequence[Batch]) -> str:

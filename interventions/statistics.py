@@ -39,6 +39,11 @@ class InputNorms:
     def zeros(cls, width: int, device: torch.device | None = None) -> Self:
         return cls(torch.zeros(width, device=device), 0)
 
+    @classmethod
+    def even(cls, width: int, device: torch.device | None = None) -> Self:
+        """Return the sums over one unit vector per column: all columns count the same."""
+        return cls(torch.ones(width, device=device), width)
+
     def add_(self, x: Tensor) -> None:
         """Add tokens `x` of shape (n, d), in float32."""
         self.square_sum.add_(x.detach().float().square().sum(dim=0))
@@ -65,6 +70,11 @@ class InputMaxima:
     @classmethod
     def zeros(cls, width: int, device: torch.device | None = None) -> Self:
         return cls(torch.zeros(width, device=device), 0)
+
+    @classmethod
+    def even(cls, width: int, device: torch.device | None = None) -> Self:
+        """Return the maxima over one unit vector per column: all columns count the same."""
+        return cls(torch.ones(width, device=device), width)
 
     def add_(self, x: Tensor) -> None:
         """Add tokens `x` of shape (n, d), in float32."""
@@ -100,6 +110,12 @@ class InputStatistics:
             return torch.zeros(width, device=device)
 
         return cls(torch.zeros(width, width, device=device), vector(), vector(), 0)
+
+    @classmethod
+    def even(cls, width: int, device: torch.device | None = None) -> Self:
+        """Return the sums over one unit vector per column: all columns count the same, and none replaces another."""
+        ones = torch.ones(width, device=device)
+        return cls(torch.eye(width, device=device), ones, ones.clone(), width)
 
     def add_(self, x: Tensor) -> None:
         """Add tokens `x` of shape (n, d), in float32."""
@@ -176,7 +192,7 @@ def window_batches(
     """Join the texts with blank lines and batch the first `samples` windows of `max_tokens` tokens.
 
     Each window starts with the tokenizer's special tokens. The last window may be shorter. Batches are like those of
-    `token_batches`.
+    `token_batches`; with `batch_tokens`, a shorter window has a batch to itself, so that no batch has padding.
     """
     _check_texts(texts)
     size = max_tokens - len(frame(tokenizer).start)
@@ -185,7 +201,9 @@ def window_batches(
             f"max_tokens={max_tokens} leaves no room for text beside the tokenizer's special tokens: raise it"
         )
     rows = windows(tokenizer, running(tokenizer, texts, most=samples * size), size)
-    return _batches(rows, padding_id(tokenizer), None, batch_tokens)
+    lengths = sorted({len(row) for row in rows}, reverse=True)
+    parts = [rows] if batch_tokens is None else [[row for row in rows if len(row) == length] for length in lengths]
+    return [batch for part in parts for batch in _batches(part, padding_id(tokenizer), None, batch_tokens)]
 
 
 def scarce(method: str, tokens: int, columns: Mapping[str, int], remedy: str) -> str | None:

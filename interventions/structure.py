@@ -8,17 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from interventions.layouts import Role
+from interventions.parts import Place
 from interventions.types import InterventionError
 
 PLACEMENT = "lmcompose_placement"
 """The attribute of a model that says where it is computed."""
+
+
+class Part(NamedTuple):
+    """One of the equal matrices that a parameter stacks: the weight of one expert."""
+
+    parameter: str
+    """Name of the parameter in its module."""
+    place: Place
+    bias: str | None = None
+    """Name of the parameter (count, out) that stacks the biases."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +37,35 @@ class Linear:
     """A linear layer, stored either way round: `y = W x + b` with `weight` W as (out, in)."""
 
     name: str
-    """Dotted path from the model."""
+    """Dotted path from the model; for a part, that of the parameter and the part's number."""
     module: nn.Module
+    part: Part | None = None
+    """Which part of the module's parameter it is; None: the module is a linear layer."""
 
     @property
     def weight(self) -> Tensor:
         """The stored weight, detached, as a view of (out, in)."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
-        return weight.t() if isinstance(self.module, Conv1D) else weight
+        name = "weight" if self.part is None else self.part.parameter
+        return self.within(getattr(self.module, name).detach())
+
+    def within(self, values: Tensor) -> Tensor:
+        """Return this layer's part, (out, in), of a tensor of its parameter's shape, as a view."""
+        if self.part is not None:
+            return self.part.place.within(values)
+        return values.t() if isinstance(self.module, Conv1D) else values
 
     @property
     def bias(self) -> Tensor | None:
         """The stored bias (out,), detached, or None."""
-        bias = getattr(self.module, "bias", None)
-        return bias.detach() if isinstance(bias, Tensor) else None
+        bias = getattr(self.module, "bias" if self.part is None else self.part.bias or "", None)
+        if not isinstance(bias, Tensor):
+            return None
+        return bias.detach() if self.part is None else bias.detach()[self.part.place.index]
 
     @property
     def parameter_name(self) -> str:
-        return f"{self.name}.weight"
+        """Name of the parameter that holds the weight, maybe with those of other experts."""
+        return f"{self.name}.weight" if self.part is None else self.name.rpartition(".")[0]
 
     @property
     def in_features(self) -> int:
@@ -57,7 +79,7 @@ class Linear:
         """Write `weight` (out, in) in place, cast once to the stored dtype."""
         if weight.shape != self.weight.shape:
             raise InterventionError(
-                f"{self.parameter_name}: a weight of shape {tuple(weight.shape)} cannot replace one of "
+                f"{self.name}: a weight of shape {tuple(weight.shape)} cannot replace one of "
                 f"{tuple(self.weight.shape)} (out, in)"
             )
         self.weight.copy_(weight.detach())
@@ -69,7 +91,7 @@ class LinearGroup:
 
     role: Role
     linears: tuple[Linear, ...]
-    declared: nn.Module | None
+    declared: nn.Module | Linear | None
     """The operation that seems to make the group's input, where it has the right shape."""
     scope: nn.Module | None
     """The module of the block (attention, MLP) that the group stands in; None: compare the linear itself."""
@@ -77,6 +99,8 @@ class LinearGroup:
     """Proves that the declared operation can absorb a scaling of the group's input."""
     expert: str | None = None
     """Path inside the block of the expert that the group stands in; None: in no expert."""
+    routed: bool = False
+    """Whether a router chooses the tokens that reach the group."""
     number: int = 0
     """Its number among the groups of the block with the same role and expert."""
 
@@ -87,7 +111,7 @@ class LinearGroup:
         return " ".join(part for part in (self.role, self.expert, number) if part)
 
     @property
-    def previous(self) -> nn.Module | None:
+    def previous(self) -> nn.Module | Linear | None:
         """The operation whose output channels can absorb a scaling of the group's input.
 
         A norm, or a linear layer, of which the last `in_features` rows feed the group. None where none can: asked
@@ -130,13 +154,32 @@ class Block:
         return found or tuple(group for group in self.linear_groups if group.role == other)
 
     @property
-    def mlp_output(self) -> Linear:
-        """The output layer of the MLP; that of the mixer in a block without MLP.
+    def stages(self) -> list[tuple[LinearGroup, ...]]:
+        """The groups, those of routed experts with the same role together: none of them feeds another."""
+        found: list[tuple[LinearGroup, ...]] = []
+        for group in self.linear_groups:
+            if group.routed and found and found[-1][0].routed and found[-1][0].role == group.role:
+                found[-1] += (group,)
+            else:
+                found.append((group,))
+        return found
 
-        Raises InterventionError if the block has neither.
+    @property
+    def mlp_output(self) -> Linear:
+        """The output layer of the MLP, or of the shared expert: one that every token reaches.
+
+        That of the mixer in a block without MLP. Raises InterventionError where a router chooses the tokens of every
+        output layer, and where there is none.
         """
-        found = self.groups_for("mlp_out")
-        return self.group(found[0].role if found else "mlp_out").linears[0]
+        found = [group for group in self.groups_for("mlp_out") if not group.routed]
+        if not found and any(group.routed for group in self.linear_groups):
+            raise InterventionError(
+                f"{self.name}: no MLP output layer that every token reaches, only those of routed experts: choose "
+                "other layers, or a method that does not change the MLP output"
+            )
+        if not found:
+            return self.group("mlp_out").linears[0]
+        return max((group.linears[0] for group in found), key=lambda linear: linear.weight.numel())
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -84,7 +84,8 @@ class AwqSettings(Calibrated, Quantiser):
         options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "scaled": True}
         for block in float_blocks(model, tokenizer, self, resources, context, self.quantised_inputs, **options):
             scope_calls: dict[str, list[Call]] = {}
-            seen = Seen(block.collect(block.groups, scope_calls, sums=InputStatistics), scope_calls, block.masks)
+            statistics = block.collect(block.groups, scope_calls, sums=InputStatistics)
+            seen = Seen(statistics, scope_calls, block.masks, block.unreached)
             tokens = next(iter(seen.statistics.values())).count
             groups += quantise_block_(block.groups, grids, seen, self)
         rounded = round_as_it_runs_(model, tokenizer, self, resources, context)
@@ -118,7 +119,7 @@ def quantise_block_(
             weight, grid = linear.weight, grids[linear.name]
             if grid is None:
                 continue
-            if settings.clip and may_clip(group, number):
+            if settings.clip and may_clip(group, number) and group.key not in seen.unreached:
                 weight, share = clip_weight(weight, grams[group.key], grid)
                 clipped.append(share)
             linear.set_weight_(fake_quantise(weight, grid))

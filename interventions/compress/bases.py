@@ -115,6 +115,8 @@ class Calibrated(Intervention):
     """Windows of calibration text read, the first ones."""
     max_tokens: Count = 2048
     """Tokens of a window, as many as the model reads at most: calibration texts run on, a blank line between them."""
+    calibrate_all_experts: bool = False
+    """In a mixture of experts, collect the statistics of every expert on all tokens, not on those routed to it."""
     engine: str = OWN
     """Whose implementation: `own`, or one that has the method; see docs/engines.md."""
     engine_python: str | None = None

@@ -2,11 +2,12 @@
 
 The weights rounded later compensate for the output error of each rounded weight, as well as the inputs
 of the calibration text allow. Linears that share an input share its Gram matrix and its factor, and
-are quantised together.
+are quantised together; so are experts of the same shape, each with its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class GptqSettings(Sequential, Quantiser):
         import torch
 
         from interventions.compress.engines.run import run_engine
-        from interventions.compress.kernels.blockwise import walk_blocks
+        from interventions.compress.kernels.blockwise import in_bunches, walk_stages
         from interventions.compress.kernels.chosen import chosen_grids
         from interventions.compress.kernels.gptq_kernel import gptq_quantise
         from interventions.compress.kernels.grid import fake_quantise
@@ -66,20 +67,26 @@ class GptqSettings(Sequential, Quantiser):
 
         grids = chosen_grids(model, self)
 
-        def work(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
+        def work(groups: Sequence[LinearGroup], statistics: Sequence[InputStatistics]) -> list[dict[str, Any]]:
+            wanted = [[grids[linear.name] for linear in group.linears] for group in groups]
+            if any(own != wanted[0] for own in wanted):
+                return [done for group, own in zip(groups, statistics, strict=True) for done in work([group], [own])]
             outcomes = []
-            for grid in dict.fromkeys(grids[linear.name] for linear in group.linears):
-                linears = [linear for linear in group.linears if grids[linear.name] == grid]
+            for grid in dict.fromkeys(wanted[0]):
                 if grid is not None:
+                    linears = [[linear for linear in group.linears if grids[linear.name] == grid] for group in groups]
                     outcomes += quantise(linears, grid, statistics)
             return outcomes
 
-        def quantise(linears: list[Linear], grid: Grid, statistics: InputStatistics) -> list[dict[str, Any]]:
+        def quantise(
+            groups: Sequence[list[Linear]], grid: Grid, statistics: Sequence[InputStatistics]
+        ) -> list[dict[str, Any]]:
+            linears = [linear for group in groups for linear in group]
             weights = [linear.weight for linear in linears]
             parts = [len(weight) for weight in weights]
             result = gptq_quantise(
                 torch.cat(weights),
-                statistics.gram,
+                torch.stack([own.gram for own in statistics]),
                 grid,
                 parts=parts,
                 act_order=self.act_order,
@@ -88,6 +95,12 @@ class GptqSettings(Sequential, Quantiser):
                 zeros=zero_masks(weights) if self.preserve_mask else None,
             )
             names = ", ".join(linear.name for linear in linears)
+            if result is None and len(groups) > 1:
+                return [
+                    done
+                    for group, own in zip(groups, statistics, strict=True)
+                    for done in quantise([group], grid, [own])
+                ]
             if result is None:
                 context.warn(
                     f"gptq: {names}: rounded to nearest, as the Gram matrix of the input cannot be factored even with "
@@ -100,12 +113,14 @@ class GptqSettings(Sequential, Quantiser):
                     "calibration text"
                 )
             news, errors = torch.split(result.weight, parts), torch.split(result.errors, parts)
+            counts = [own.count for group, own in zip(groups, statistics, strict=True) for _ in group]
             return [
-                _outcome(linear, new, float(error.mean()) / statistics.count)
-                for linear, new, error in zip(linears, news, errors, strict=True)
+                _outcome(linear, new, float(error.mean()) / count)
+                for linear, new, error, count in zip(linears, news, errors, counts, strict=True)
             ]
 
-        linears = walk_blocks(model, tokenizer, self, resources, context, work, InputStatistics)
+        bunched = in_bunches(work, together=not self.act_order)
+        linears = walk_stages(model, tokenizer, self, resources, context, bunched, InputStatistics)
         context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
         return {"linears": linears} | round_as_it_runs_(model, tokenizer, self, resources, context)
 

@@ -106,3 +106,25 @@ def test_awqs_grid_against_outputs_computed_again(benchmark: Any, layer: tuple[T
 
     assert ours() == pytest.approx(plain(), rel=1e-3)
     assert compare(benchmark, ours, plain, rounds=1) >= 5  # grows with the tokens: here 8 a column
+
+
+def test_gptq_of_experts_against_a_loop(benchmark: Any) -> None:
+    """One layer of 64 experts, 128 wide, with 64 channels between: each stage in one call, or expert by expert."""
+    generator = torch.Generator().manual_seed(0)
+    stages = []
+    for rows, cols in ((128, 128), (128, 64)):
+        X = torch.randn(64, 4 * cols, cols, generator=generator)
+        stages.append((torch.randn(64 * rows, cols, generator=generator), X.mT @ X))
+    options: dict[str, Any] = {"bits": BITS, "group_size": 32}
+
+    def at_once() -> list[Tensor]:
+        return [gptq_quantise(W, H, **options).weight for W, H in stages]  # type: ignore[union-attr]
+
+    def loop() -> list[Tensor]:
+        return [
+            torch.cat([gptq_quantise(w, h, **options).weight for w, h in zip(W.chunk(64), H, strict=True)])  # type: ignore[union-attr]
+            for W, H in stages
+        ]
+
+    assert all(torch.equal(one, other) for one, other in zip(at_once(), loop(), strict=True))
+    assert compare(benchmark, at_once, loop, 5) > 5

@@ -80,6 +80,9 @@ def run_engine(
             f"{who} may fold scales into the operation before {names[0]}, which changes this model's output: "
             f"use engine={OWN}, which quantises these layers without scales"
         )
+    stacked = [linear.name for block in blocks for linear in block.linears if linear.part is not None]
+    if stacked:
+        raise InterventionError(f"{who} does not find experts in one parameter, such as {stacked[0]}: use engine={OWN}")
     linears = tuple(linear.name for block in blocks for linear in block.linears)
     parameter_names = [linear.parameter_name for block in blocks for linear in block.linears]
     with tempfile.TemporaryDirectory(prefix=f"lmcompose-{engine.name}-") as path:

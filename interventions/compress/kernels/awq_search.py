@@ -29,6 +29,8 @@ class Seen:
     """By key: the calls of the module that contains the group, one per batch."""
     masks: list[Tensor]
     """(batch, tokens) bool each: false for padding."""
+    unreached: frozenset[str] = frozenset()
+    """Keys of the groups of experts that no token reached: nothing to search for."""
 
     def has_calls(self, group: LinearGroup) -> bool:
         """Return whether the module that contains the group was called with the hidden states of every batch."""
@@ -67,7 +69,7 @@ def search_scales(
     """
     statistics = seen.statistics[group.key]
     weights = [linear.weight.clone() for linear in group.linears]
-    measure = _ScopeLoss(group, seen, settings) if seen.has_calls(group) else _LinearLoss(weights[0], statistics)
+    measure = _ScopeLoss(group, seen, settings) if seen.has_calls(group) else _LinearLoss(weights, statistics)
     own = [grids[linear.name] for linear in group.linears]
 
     def loss_of(scales: Tensor) -> float:
@@ -79,7 +81,7 @@ def search_scales(
 
     rounding_loss = loss_of(torch.ones_like(statistics.abs_sum))
     best = Choice(None, None, rounding_loss, rounding_loss)
-    if may_scale and group.previous is not None:
+    if may_scale and group.key not in seen.unreached and group.previous is not None:
         w_mean = mean_relative_magnitude(weights, next(grid.group_size for grid in own if grid is not None))
         for step in range(settings.grid):
             ratio = step / settings.grid
@@ -115,16 +117,16 @@ def mean_relative_magnitude(weights: Sequence[Tensor], group_size: int) -> Tenso
 
 
 class _LinearLoss:
-    """Mean squared error of a linear layer's output, computed exactly from the Gram matrix of its input."""
+    """Mean squared error of the outputs of linear layers, computed exactly from the Gram matrix of their input."""
 
-    def __init__(self, weight: Tensor, statistics: InputStatistics) -> None:
-        self.weight = weight
+    def __init__(self, weights: Sequence[Tensor], statistics: InputStatistics) -> None:
+        self.weights = weights
         self.gram = statistics.gram
-        self.outputs = statistics.count * weight.shape[0]
+        self.outputs = statistics.count * sum(len(weight) for weight in weights)
 
     def __call__(self, rounded: Sequence[Tensor]) -> float:
-        delta = rounded[0] - self.weight
-        return squared_outputs(delta, self.gram) / self.outputs
+        deltas = (new - weight for new, weight in zip(rounded, self.weights, strict=True))
+        return sum(squared_outputs(delta, self.gram) for delta in deltas) / self.outputs
 
 
 def squared_outputs(W: Tensor, gram: Tensor) -> float:

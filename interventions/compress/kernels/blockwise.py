@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,26 +24,35 @@ from interventions.compress.kernels.capture import (
     Shapes,
     catch_block_calls,
     find_replayable,
+    inputs_of,
     keep_calls,
 )
 from interventions.compress.kernels.precision import pass_precision
+from interventions.compress.kernels.reach import Reach
 from interventions.compress.kernels.working_memory import WorkingMemory, working_memory
 from interventions.context import Context
 from interventions.early_exit import StopForward
+from interventions.experts import ExpertLayer, every_token, find_experts
+from interventions.parts import plain_experts
 from interventions.shared_statistics import BlockStatistics, Entry, Sums
 from interventions.statistics import Batch, scarce, window_batches
 from interventions.structure import Block, Linear, LinearGroup, module_device, placement, within_context
 from interventions.types import InterventionError, Resources
 
 
-@torch.no_grad()
+BUNCH = 2**26
+"""Elements of Gram matrices that are worked on at a time."""
+Work = Callable[[LinearGroup, Sums], list[dict[str, Any]]]
+StageWork = Callable[[Sequence[LinearGroup], Sequence[Sums]], list[dict[str, Any]]]
+
+
 def walk_blocks(
     model: nn.Module,
     tokenizer: Any,
     settings: Sequential,
     resources: Resources,
     context: Context,
-    work: Callable[[LinearGroup, Sums], list[dict[str, Any]]],
+    work: Work[Sums],
     sums: type[Sums],
 ) -> list[dict[str, Any]]:
     """Call `work` for every group of linears that share an input, in order; return its results in one list.
@@ -56,19 +65,54 @@ def walk_blocks(
     on those of the original blocks. `true_sequential` does the same for the groups inside a block. For errors see
     `float_blocks`.
     """
+
+    def each(groups: Sequence[LinearGroup], statistics: Sequence[Sums]) -> list[dict[str, Any]]:
+        return [detail for group, own in zip(groups, statistics, strict=True) for detail in work(group, own)]
+
+    return walk_stages(model, tokenizer, settings, resources, context, each, sums)
+
+
+@torch.no_grad()
+def walk_stages(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: Sequential,
+    resources: Resources,
+    context: Context,
+    work: StageWork[Sums],
+    sums: type[Sums],
+) -> list[dict[str, Any]]:
+    """Do what `walk_blocks` does, but give `work` all groups of a role at once: those of all experts."""
     details: list[dict[str, Any]] = []
     true_sequential = getattr(settings, "true_sequential", False)
     options: dict[str, Any] = {"true_sequential": true_sequential, "reads": sums}
     for block in float_blocks(model, tokenizer, settings, resources, context, settings.sequential, **options):
-        if true_sequential:
-            for group in block.groups:
-                details += work(group, block.collect([group], sums=sums)[group.key])
-                block.finish(group)
-        else:
-            statistics = block.collect(block.groups, sums=sums)
-            for group in block.groups:
-                details += work(group, statistics.pop(group.key))
+        statistics = {} if true_sequential else block.collect(block.groups, sums=sums)
+        for groups in block.block.stages:
+            if true_sequential:
+                statistics = block.collect(groups, sums=sums)
+            details += work(groups, [statistics.pop(group.key) for group in groups])
+            if true_sequential:
+                block.finish(groups)
     return details
+
+
+def in_bunches(work: StageWork[Sums], *, together: bool) -> StageWork[Sums]:
+    """Give `work` the groups of a stage in bunches of the same shapes: as many as fit in memory, or one by one."""
+
+    def bunched(groups: Sequence[LinearGroup], statistics: Sequence[Sums]) -> list[dict[str, Any]]:
+        details: list[dict[str, Any]] = []
+        by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
+        for number, group in enumerate(groups):
+            by_shape.setdefault(tuple(linear.weight.shape for linear in group.linears), []).append(number)
+        for numbers in by_shape.values():
+            size = max(1, BUNCH // groups[numbers[0]].in_features ** 2) if together else 1
+            for low in range(0, len(numbers), size):
+                chosen = numbers[low : low + size]
+                details += work([groups[number] for number in chosen], [statistics[number] for number in chosen])
+        return details
+
+    return bunched
 
 
 @torch.no_grad()
@@ -105,7 +149,10 @@ def float_blocks(
     warn_of_left(blocks, method, context)
     if scaled:
         warn_of_unscaled(unscaled(blocks, method, context), method, context)
-    known = BlockStatistics(context.statistics, batches, sequential=sequential)
+        warn_of_experts(blocks, method, context)
+    every = settings.calibrate_all_experts
+    known = BlockStatistics(context.statistics, batches, sequential=sequential, every=every)
+    reach = Reach()
     all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
     masks = [batch["attention_mask"].bool() for batch in batches]
     calls = catch_block_calls(model, batches, blocks)
@@ -124,6 +171,8 @@ def float_blocks(
             device=where.device if where.streamed else module_device(block.module),
             memory=memory,
             known=known,
+            reach=reach,
+            every_expert=every,
             keep_outputs=not sequential and not all_known,
         )
         if true_sequential:
@@ -132,6 +181,8 @@ def float_blocks(
         work.write_back()
         if block is not blocks[-1]:
             hidden = [call.hidden for call in given] if all_known else work.hand_on()
+    for warning in reach.warnings(method):
+        context.warn(warning)
 
 
 class FloatBlock:
@@ -147,6 +198,8 @@ class FloatBlock:
         device: torch.device,
         memory: WorkingMemory,
         known: BlockStatistics,
+        reach: Reach,
+        every_expert: bool,
         keep_outputs: bool,
     ) -> None:
         self.stored = block
@@ -164,11 +217,16 @@ class FloatBlock:
         self.rows = [None if bool(mask.all()) else mask.reshape(-1) for mask in self.masks]
         self.method = method
         self.known = known
+        self.reach = reach
+        self.experts: list[ExpertLayer] = find_experts(block.name, self.block.module) if every_expert else []
+        """Layers whose experts all get every token while statistics are collected."""
         self.keep_outputs = keep_outputs
         self.outputs: list[Tensor] = []
         """Outputs of the unchanged block, if the next block needs them."""
         self.changed = False
         self.replayed: dict[str, ReplayedModule] = {}
+        self.unreached: frozenset[str] = frozenset()
+        """Keys of the groups of experts that no token reached."""
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -180,11 +238,12 @@ class FloatBlock:
             if 4 * self.tokens * module.last.in_features <= self.memory.kept:
                 self.replayed[role] = module
 
-    def finish(self, group: LinearGroup) -> None:
-        """Mark the weights of this group, and of the groups before it, as final."""
+    def finish(self, groups: Sequence[LinearGroup]) -> None:
+        """Mark the weights of these groups, and of the groups before them, as final."""
         self.changed = True
-        if group.key in self.replayed:
-            self.replayed[group.key].final = True
+        for group in groups:
+            if group.key in self.replayed:
+                self.replayed[group.key].final = True
 
     def collect(
         self,
@@ -196,8 +255,9 @@ class FloatBlock:
         """Run the block in its current state and return the groups' statistics by key, without padding.
 
         `scopes` receives the calls of the modules that contain the groups, by key. The pass ends at the last group,
-        unless the block's outputs are still needed. Statistics may come from the cache: do not change them. Raises
-        InterventionError for inputs that are NaN or infinite.
+        unless the block's outputs are still needed. Statistics may come from the cache: do not change them. Those of
+        an expert that no token reached give every column the same weight. Raises InterventionError for inputs that
+        are NaN or infinite.
         """
         to_end = self.keep_outputs and not self.outputs
         statistics = {} if self.changed else self.known.find(self.block, groups, sums, self.device)
@@ -211,6 +271,10 @@ class FloatBlock:
             self._check_inputs(group, statistics[group.key])
         if not self.changed:
             self.known.keep(self.block, fresh)
+        for group in groups:
+            if not self.reach.reached(self.block, group, statistics[group.key].count):
+                statistics[group.key] = sums.even(group.in_features, self.device)
+                self.unreached |= {group.key}
         return {group.key: statistics[group.key] for group in groups}
 
     def _observe(
@@ -224,44 +288,44 @@ class FloatBlock:
         """Run the block until every group was reached, and add to their statistics."""
         waiting: set[str] = set()
         rows: Tensor | None = None
+        to_end = to_end or any(group.routed for group in groups)  # some experts may get no token
 
-        def observe(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-                x: Tensor = arguments[0]
-                if role in statistics:
-                    flat = x.reshape(-1, x.shape[-1])
-                    statistics[role].add_(flat if rows is None else flat[rows])
-                if role in self.replayed:
-                    self.replayed[role].keep(x)
-                waiting.discard(role)
-                if not waiting and not to_end:
-                    raise StopForward
+        def add(key: str, x: Tensor) -> None:
+            if key in statistics:
+                flat = x.reshape(-1, x.shape[-1])
+                statistics[key].add_(flat if rows is None else flat[rows])
+            if key in self.replayed:
+                self.replayed[key].keep(x)
+            waiting.discard(key)
+            if not waiting and not to_end:
+                raise StopForward
 
-            return add
-
-        handles = [group.linears[0].module.register_forward_pre_hook(observe(group.key)) for group in groups]
-        if scopes is not None:
-            handles += [
-                keep_calls(group.scope, scopes.setdefault(group.key, []), self.resting)
-                for group in groups
-                if group.scope
-            ]
-        try:
+        with ExitStack() as stack:
+            heard = stack.enter_context(self._every_token())
+            stack.enter_context(inputs_of(groups, lambda group, x: add(group.key, x) if heard(group) else None))
+            for group in groups:
+                if scopes is not None and group.scope is not None:
+                    hook = keep_calls(group.scope, scopes.setdefault(group.key, []), self.resting)
+                    stack.callback(hook.remove)
             for number in range(len(self.calls)):
-                rows = self.rows[number]  # for the hooks
+                rows = self.rows[number]  # for `add`
                 waiting.update(group.key for group in groups)
                 with suppress(StopForward):
                     output = self._run(number, self.calls[number])
-                    if to_end:
+                    if self.keep_outputs and len(self.outputs) == number:
                         self.outputs.append(output)
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @contextmanager
+    def _every_token(self) -> Iterator[Callable[[LinearGroup], bool]]:
+        """Let experts get every token as well, if so set; yields whether a group's inputs count at the moment."""
+        with every_token(self.block.module, self.experts, self.method) as listening:
+            yield lambda group: not group.routed or not self.experts or listening()
 
     def _run(self, batch: int, call: Call) -> Tensor:
         """Return the block's output on one batch; hooks run in the same matmul precision."""
         with ExitStack() as stack:
             stack.enter_context(pass_precision(self.device, self.stored.linears[0].weight.dtype))
+            stack.enter_context(plain_experts(self.block.module))
             for module in self.replayed.values():
                 if module.usable:
                     stack.enter_context(module.replaying(batch))
@@ -293,8 +357,11 @@ class FloatBlock:
 
 def affordable_tokens(block: Block, memory: WorkingMemory) -> int:
     """Return how many tokens fit in the memory for a batch's activations, at least `memory.least_tokens`."""
+    routed = next((group.expert for group in block.linear_groups if group.routed), None)
     width = sum(
-        group.in_features + sum(linear.out_features for linear in group.linears) for group in block.linear_groups
+        group.in_features + sum(linear.out_features for linear in group.linears)
+        for group in block.linear_groups
+        if not group.routed or group.expert == routed  # a token goes through few of the experts
     )
     bytes_per_token = 2 * 4 * width  # float32, doubled for activations between the linears
     return max(memory.least_tokens, memory.batch // bytes_per_token)
@@ -348,14 +415,15 @@ def check_enough(
     Warns if there are too few for reliable statistics, and whether to add text or raise `samples`.
     """
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    for group in (group for block in blocks for group in block.linear_groups):
+    every = [group for block in blocks for group in block.linear_groups if not group.routed]
+    for group in every:
         if tokens < group.in_features:
             raise InterventionError(
                 f"{method}: {tokens} calibration tokens are too few for the {group.in_features} columns of "
                 f"{group.linears[0].name}: give more or longer texts, or raise samples or max_tokens"
             )
     all_read = sum(len(batch["input_ids"]) for batch in batches) < samples
-    columns: dict[str, int] = {group.key: group.in_features for block in blocks for group in block.linear_groups}
+    columns: dict[str, int] = {group.key: group.in_features for group in every}
     remedy = "give more calibration text" if all_read else f"raise {method}.samples or {method}.max_tokens"
     warning = scarce(method, tokens, columns, remedy)
     if warning is not None:
@@ -378,6 +446,16 @@ def warn_of_unscaled(names: Sequence[str], method: str, context: Context) -> Non
         context.warn(
             f"{method}: no scales for {names[0]}{others}, which are quantised without: in a trial run, folding "
             "scales into the operation before them changed the block's output"
+        )
+
+
+def warn_of_experts(blocks: Sequence[Block], method: str, context: Context) -> None:
+    """Warn, in one sentence, that what routed experts read is not scaled."""
+    layers = [block.name for block in blocks if any(g.routed and g.declared is None for g in block.linear_groups)]
+    if layers:
+        context.warn(
+            f"{method}: no scales for the inputs of the experts of {len(layers)} blocks, {layers[0]} first: the router "
+            "reads the same input and stays as it is"
         )
 
 

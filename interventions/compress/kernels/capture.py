@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from interventions.early_exit import StopForward, replaced_forward, run_until_seen
+from interventions.parts import PartsWatch, Product
 from interventions.statistics import Batch
 from interventions.structure import Block, Linear, LinearGroup, first_output, module_device
 
@@ -150,6 +151,30 @@ def keep_calls(module: nn.Module, found: list[Call], device: torch.device) -> Re
         found.append(Call.of(arguments, keywords).to(device))
 
     return module.register_forward_pre_hook(keep, with_kwargs=True)
+
+
+@contextmanager
+def inputs_of(groups: Sequence[LinearGroup], see: Callable[[LinearGroup, Tensor], None]) -> Iterator[None]:
+    """Call `see` with every input of every group, while the modules run."""
+    whole = [group for group in groups if group.linears[0].part is None]
+    parts = {group.linears[0].name: group for group in groups if group.linears[0].part is not None}
+    linears = [group.linears[0] for group in parts.values()]
+    stacks = {linear.parameter_name: getattr(linear.module, linear.part.parameter) for linear in linears if linear.part}
+
+    def product(found: Product) -> None:
+        group = parts.get(f"{found.parameter}.{found.place.index}")
+        if group is not None:
+            see(group, found.inputs)
+
+    def hook(group: LinearGroup) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, arguments: see(group, arguments[0])
+
+    with ExitStack() as stack:
+        for group in whole:
+            stack.callback(group.linears[0].module.register_forward_pre_hook(hook(group)).remove)
+        if stacks:
+            stack.enter_context(PartsWatch(stacks, product))
+        yield
 
 
 Shapes = dict[type, int | None]

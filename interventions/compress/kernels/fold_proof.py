@@ -25,6 +25,8 @@ from interventions.structure import Block, Linear, LinearGroup, is_linear, modul
 from interventions.trace import ModuleCall
 from interventions.types import InterventionError
 
+TOKENS = 16
+"""Tokens of a trial run of experts."""
 MAGNITUDES = 3.0
 """Scales range from 10 ** -MAGNITUDES to 10 ** MAGNITUDES."""
 TOLERANCE = 1e-3
@@ -72,7 +74,7 @@ def prove_block(block: Block, call: Call, device: torch.device) -> dict[str, boo
     set_rounding_(block.module, Rounding())
     block.module.to(device).float().eval()
     call = call.to(device)
-    candidates = [(g.declared, g.linears) for g in block.linear_groups if g.declared is not None]
+    candidates = [(g.declared, g.linears) for g in block.linear_groups if isinstance(g.declared, nn.Module)]
     generator = torch.Generator(device).manual_seed(0)
     operations = (operation for operation, _ in candidates)
     for module in dict.fromkeys([*filter(is_linear, block.module.modules()), *operations]):

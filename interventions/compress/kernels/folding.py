@@ -28,7 +28,7 @@ def fold_(group: LinearGroup, scales: Tensor) -> None:
 
 
 @torch.no_grad()
-def move_scales_(operation: nn.Module, linears: Sequence[Linear], scales: Tensor) -> None:
+def move_scales_(operation: nn.Module | Linear, linears: Sequence[Linear], scales: Tensor) -> None:
     """Divide the output of an operation by `scales` and multiply the columns of the linears that read it, in place."""
     divide_output_(operation, scales)
     for linear in linears:
@@ -36,15 +36,16 @@ def move_scales_(operation: nn.Module, linears: Sequence[Linear], scales: Tensor
 
 
 @torch.no_grad()
-def divide_output_(module: nn.Module, scales: Tensor) -> None:
+def divide_output_(module: nn.Module | Linear, scales: Tensor) -> None:
     """Divide the output channels of a norm, or the last ones of a linear layer, by `scales`, in place."""
-    bias = getattr(module, "bias", None)
-    if is_linear(module):
+    if isinstance(module, Linear) or is_linear(module):
+        linear = module if isinstance(module, Linear) else Linear("", module)
         rows = slice(-len(scales), None)
-        Linear("", module).weight[rows].div_(scales.unsqueeze(1))
-        if isinstance(bias, Tensor):
-            bias[rows].div_(scales)
+        linear.weight[rows].div_(scales.unsqueeze(1))
+        if linear.bias is not None:
+            linear.bias[rows].div_(scales)
         return
+    bias = getattr(module, "bias", None)
     weight = cast(Tensor, module.weight)
     offset = gain_offset(module)
     weight.copy_((weight + offset) / scales - offset)

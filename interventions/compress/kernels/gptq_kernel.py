@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from interventions.compress.kernels.gram_factor import gram_factor
+from interventions.compress.kernels.gram_factor import gram_factors
 from interventions.compress.kernels.grid import Grid, split_groups, width_of_group
 
 BLOCK = 128
@@ -40,7 +40,8 @@ class GptqResult(NamedTuple):
     errors: Tensor
     """(rows,) squared error of each output, summed over the tokens in H, damping included."""
     damping: float
-    """Damping used, as a share of H's mean diagonal; larger than requested if that was too small."""
+    """Damping used, as a share of H's mean diagonal; larger than requested if that was too small. Of several, the
+    largest."""
 
 
 def gptq_quantise(
@@ -56,9 +57,13 @@ def gptq_quantise(
 ) -> GptqResult | None:
     """Round W (rows, cols) for inputs whose Gram matrix is H (cols, cols), float32, without changing either.
 
-    W may be several matrices that read one input on top of each other, of `parts` rows; they share no scales. The
-    scales of a group are found when its turn comes, or beforehand with `static_groups`. With `act_order` the columns
-    with the largest inputs come first, and groups are static. Weights where `zeros` (rows, cols) is true become zero.
+    W may be several matrices that read one input on top of each other, of `parts` rows; they share no scales. H may
+    also be several Gram matrices (count, cols, cols): of W's rows, cut into as many equal parts, each part reads inputs
+    of its own. That is the same as a loop over the parts, but faster; not with `act_order`.
+
+    The scales of a group are found when its turn comes, or beforehand with `static_groups`. With `act_order` the
+    columns with the largest inputs come first, and groups are static. Weights where `zeros` (rows, cols) is true become
+    zero.
     Columns whose input is always zero become zero.
 
     Returns None where H cannot be factored, whatever the damping.
@@ -68,24 +73,27 @@ def gptq_quantise(
     groups = -(-cols // width)
     static = static_groups or act_order or groups == 1
     Wt = W.float().t().clone(memory_format=torch.contiguous_format)
-    dead = H.diagonal() == 0
+    H = H if H.dim() == 3 else H.unsqueeze(0)
+    count = len(H)
+    dead = H.diagonal(dim1=1, dim2=2) == 0
     fit = _Fit(grid, Wt, width, [rows] if parts is None else list(parts))
     if groups == 1:  # as in the reference implementation, before dead columns are removed
         fit.find(Wt, 0, 1)
-    Wt[dead] = 0
+    _parts(Wt, count)[dead] = 0
     if static and groups > 1:
         fit.find(Wt, 0, groups)
     order = torch.arange(cols)
     zeros_t = None if zeros is None else zeros.t()
     if act_order:
-        order = H.diagonal().argsort(descending=True, stable=True)
-        H, Wt = H[order][:, order], Wt[order]
+        (one,) = H
+        order = one.diagonal().argsort(descending=True, stable=True)
+        H, Wt = one[order][:, order].unsqueeze(0), Wt[order]
         zeros_t = None if zeros_t is None else zeros_t[order]
-    factor = gram_factor(H, damping)
-    if factor is None:
+    factors = gram_factors(H, damping)
+    if factors is None:
         return None
-    diagonal = factor.R.diagonal()
-    R = factor.R / diagonal
+    diagonal = factors.R.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    R = factors.R / diagonal
     group_of = (order if static else torch.arange(cols)).div(width, rounding_mode="floor").tolist()
     E = Wt.clone()  # W - Q in the end
     steps = torch.empty_like(Wt)  # Q in units of the scale
@@ -96,32 +104,33 @@ def gptq_quantise(
         first, last = -(-start // width), -(-end // width)
         if not static and first < last:
             span = slice(start, min(last * width, cols))
-            best = _best_completion(R[span, span], Wt[span], E[span])
+            best = _best_completion(R[:, span, span], Wt[span], E[span])
             fit.find(best[first * width - start :], first, last)
         scalings = [group.unbind() for group in fit.found.unbind(1)]
         for low in range(start, end, STRIP):
             high = min(low + STRIP, end)
-            strip_R = R[low:high, low:high].t().contiguous()
-            strip_E = E[low:high].t()
+            strip_R = R[:, low:high, low:high].mT.contiguous()
             for j in range(low, high):
                 w, e, step = columns[j]
                 scale, least, greatest = scalings[group_of[j]]
                 if j > low:
-                    w.addmv_(strip_E[:, : j - low], strip_R[j - low, : j - low])
+                    _add_(w.unsqueeze(0), strip_R[:, j - low, : j - low].unsqueeze(1), E[low:j])
                 torch.div(w, scale, out=step)
                 grid.round_(step, least, greatest)
                 if zeros_t is not None:
                     step.masked_fill_(zeros_t[j], 0)
                 e.addcmul_(step, scale, value=-1)
             if high < end:
-                Wt[high:end].addmm_(R[low:high, high:end].t(), E[low:high])
+                _add_(Wt[high:end], R[:, low:high, high:end].mT, E[low:high])
         if end < cols:
-            Wt[end:].addmm_(R[start:end, end:].t(), E[start:end])
+            _add_(Wt[end:], R[:, start:end, end:].mT, E[start:end])
         rounded = steps[start:end].mul_(fit.found[0, group_of[start:end]])
-        errors += Wt[start:end].sub_(rounded).mul_(diagonal[start:end].unsqueeze(1)).square_().sum(dim=0)
+        rest = Wt[start:end].sub_(rounded)
+        _parts(rest, count).mul_(diagonal[:, :, start:end].mT)
+        errors += rest.square_().sum(dim=0)
     if act_order:
         steps = torch.empty_like(steps).index_copy_(0, order, steps)
-    return GptqResult(steps.t(), errors, factor.damping)
+    return GptqResult(steps.t(), errors, max(factors.damping))
 
 
 def _best_completion(R: Tensor, Wt: Tensor, E: Tensor) -> Tensor:
@@ -130,11 +139,27 @@ def _best_completion(R: Tensor, Wt: Tensor, E: Tensor) -> Tensor:
     This is what the published update has in place of W there; Wt has the sums so far, E still the
     original weights.
     """
-    inverse = torch.linalg.solve_triangular(
-        R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True, unitriangular=True
-    )
+    eye = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
+    inverse = torch.linalg.solve_triangular(R, eye, upper=True, unitriangular=True)
     sums = Wt - E
-    return torch.mm(inverse.t(), sums).sub_(sums).add_(Wt)  # the first column is bit-identical to Wt's
+    best = torch.zeros_like(Wt)
+    _add_(best, inverse.mT, sums)
+    return best.sub_(sums).add_(Wt)  # the first column is bit-identical to Wt's
+
+
+def _parts(Wt: Tensor, count: int) -> Tensor:
+    """Return a transposed matrix (cols, count * rows) as (count, cols, rows), a view."""
+    return Wt.unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _add_(target: Tensor, factors: Tensor, source: Tensor) -> None:
+    """Add, in place, each of the factors (count, a, b) times its part of the source (b, count * rows)."""
+    if len(factors) > 1:
+        _parts(target, len(factors)).baddbmm_(factors, _parts(source, len(factors)))
+    elif len(target) > 1:
+        target.addmm_(factors[0], source)
+    else:  # faster
+        target[0].addmv_(source.t(), factors[0, 0])
 
 
 class _Fit:

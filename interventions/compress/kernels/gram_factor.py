@@ -31,18 +31,36 @@ def gram_factor(H: Tensor, damping: float) -> GramFactor | None:
     The damping grows tenfold until the sum is positive definite by more than rounding. Returns None if even
     MOST_DAMPING is not enough: H is not a Gram matrix or has NaN.
     """
-    dead = H.diagonal() == 0
-    work = H.flip(0, 1)  # its lower factor, reversed, is the upper one
-    diagonal = work.diagonal()
-    diagonal[dead.flip(0)] = 1
-    mean = diagonal.mean()
+    found = gram_factors(H.unsqueeze(0), damping)
+    return None if found is None else GramFactor(found.R[0], found.dead[0], found.damping[0])
+
+
+class GramFactors(NamedTuple):
+    """The factors of damped Gram matrices (count, cols, cols), like those of `GramFactor`."""
+
+    R: Tensor
+    dead: Tensor
+    damping: list[float]
+
+
+def gram_factors(H: Tensor, damping: float) -> GramFactors | None:
+    """Factor every H (count, cols, cols) like `gram_factor`; None if one of them cannot be."""
+    dead = H.diagonal(dim1=1, dim2=2) == 0
+    work = H.flip(1, 2)  # its lower factor, reversed, is the upper one
+    diagonal = work.diagonal(dim1=1, dim2=2)
+    diagonal[dead.flip(1)] = 1
+    mean = diagonal.mean(dim=1, keepdim=True)
     bare = diagonal.clone()
     rounding = FEWEST_ULPS * torch.finfo(work.dtype).eps
+    used = [damping] * len(H)
     while True:
-        torch.add(bare, damping * mean, out=diagonal)
+        torch.add(bare, torch.tensor(used, dtype=H.dtype, device=H.device).unsqueeze(1) * mean, out=diagonal)
         L, info = torch.linalg.cholesky_ex(work)
-        if int(info) == 0 and bool((L.diagonal().square() > rounding * diagonal).all()):  # false for NaN
-            return GramFactor(L.flip(0, 1), dead, damping)
-        if damping >= MOST_DAMPING:
-            return None
-        damping = min(MOST_DAMPING, max(10 * damping, 1e-3))
+        positive = (L.diagonal(dim1=1, dim2=2).square() > rounding * diagonal).all(dim=1)  # false for NaN
+        failed = ((info != 0) | ~positive).nonzero().flatten().tolist()
+        if not failed:
+            return GramFactors(L.flip(1, 2), dead, used)
+        for index in failed:
+            if used[index] >= MOST_DAMPING:
+                return None
+            used[index] = min(MOST_DAMPING, max(10 * used[index], 1e-3))
