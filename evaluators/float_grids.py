@@ -38,12 +38,13 @@ LAYOUTS = (
     Layout(E2M1, 32, 1, 8),
     Layout(E2M1, 16, 1, 8),
     Layout(E2M3, 32, 1, 8),
+    Layout(E4M3, 32, 1, 8),
     Layout(E4M3, -1, -1, 16),
     Layout(E4M3, 128, 128, 16),
     Layout(E4M3, -1, 1, 16),
-    Layout(E4M3, 32, 1, 8),
 )
-"""In the order of their bits."""
+"""In the order of their bits. FP8 numbers times one power of two are on the grids of all of the last four; no other
+weights are on that of MXFP8, so it is the first of them."""
 
 
 def blocks_of(weight: Tensor, layout: Layout) -> Tensor:
