@@ -20,7 +20,7 @@ from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 from interventions.known_grids import KnownGrid, tensor_digest
 from interventions.parts import PartsWatch, Place, plain_experts, stacks_under
-from interventions.rounding import rounding_of
+from interventions.rounded_bits import cache_bits, input_bits
 
 
 class Layer(NamedTuple):
@@ -231,19 +231,16 @@ def measure_rounding(model: nn.Module, sizes: Mapping[str, int]) -> list[Measure
     `input_bits` is the mean over the linear layers, weighted by their `sizes`: those whose inputs are not rounded count
     with the bits of the model's dtype.
     """
-    rounding = rounding_of(model)
-    full = torch.finfo(next(model.parameters()).dtype).bits
+    inputs, caches = input_bits(model), cache_bits(model)
     found = []
-    if rounding.inputs:
-        bits = {name: rounding.inputs[name].scheme.bits if name in rounding.inputs else full for name in sizes}
+    if inputs:
+        full = torch.finfo(next(model.parameters()).dtype).bits
+        bits = {name: inputs.get(name, full) for name in sizes}
         mean = sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
-        samples = tuple(map(float, bits.values()))
-        note = f"{len(rounding.inputs)} of {len(sizes)} linear layers; read, not sampled"
-        found.append(Measurement("input_bits", mean, 0.0, len(sizes), False, samples, note))
-    if rounding.caches:
-        samples = tuple(
-            (cached.keys.scheme.bits + cached.values.scheme.bits) / 2 for cached in rounding.caches.values()
-        )
+        note = f"{len(inputs)} of {len(sizes)} linear layers; read, not sampled"
+        found.append(Measurement("input_bits", mean, 0.0, len(sizes), False, tuple(map(float, bits.values())), note))
+    if caches:
+        samples = tuple(map(float, caches.values()))
         note = "attention that rounds keys and values; read, not sampled"
         found.append(Measurement("kv_cache_bits", sum(samples) / len(samples), 0.0, len(samples), False, samples, note))
     return found

@@ -1,7 +1,8 @@
 """Detect quantisation grids from the values of a weight.
 
-A grid is uniform within a group of columns of a row and includes zero: v = s * j with integer j, and at most 2**bits
-levels between the lowest and highest j. Scales, zero points and the group size are inferred from the values.
+A grid of integers is uniform within a group of columns of a row and includes zero: v = s * j with integer j, and at most 2**bits
+levels between the lowest and highest j. Scales, zero points and the group size are inferred from the values. Grids of
+floating-point numbers are found by `evaluators.float_grids`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from evaluators.float_grids import LAYOUTS, Layout, blocks_of, find_scales
 
 GROUP_SIZES = (32, 64, 128, 256)
 """Usual group sizes; whole rows are tried too."""
@@ -33,22 +36,55 @@ class Grid(NamedTuple):
     """Columns per scale; all columns for whole rows."""
     groups: int
     """Scales as packed formats store them: where groups do not fill a row, the largest parts of groups that do."""
+    floats: Layout | None = None
+    """The layout of floating-point numbers; None for integers."""
 
     @property
     def overhead_bits(self) -> int:
-        """Bits of scales and zero points, as in GPTQ's and AWQ's layouts: a zero point has as many as a weight."""
-        return (SCALE_BITS + self.bits) * self.groups
+        """Bits of scales and zero points, as in GPTQ's and AWQ's layouts: a zero point has as many as a weight.
+
+        Floating-point numbers have no zero points; NVFP4 has a float32 scale for the whole weight beside those of
+        groups.
+        """
+        if self.floats is None:
+            return (SCALE_BITS + self.bits) * self.groups
+        return self.floats.scale_bits * self.groups + (32 if self.floats.scale_bits == 8 and self.group_size == 16 else 0)
 
 
 def find_grid(weight: Tensor) -> Grid | None:
-    """Return the coarsest grid of 2 to 8 bits that contains every value of `weight` (out, in), or None.
+    """Return the grid of fewest bits, 2 to 8, that contains every value of `weight` (out, in), or None.
 
-    Rounding to the weight's dtype is tolerated. At least 8 non-zero values per group are needed,
+    Integers are preferred to floating-point numbers of as many bits, and few scales to many. Rounding to the weight's dtype is tolerated. At least 8 non-zero values per group are needed,
     because few values fit a grid by chance. Groups must be adjacent columns of a usual size; weights
     quantised in another column order are not recognised.
     """
+    integers = _find_integers(weight)
+    floats = _find_floats(weight, 9 if integers is None else integers.bits)
+    return integers if floats is None else floats
+
+
+def _find_floats(weight: Tensor, below: int) -> Grid | None:
+    """Return a grid of floating-point numbers of fewer bits, or None."""
+    for layout in LAYOUTS:
+        if layout.format.bits >= below:
+            return None
+        first = _sample(weight) if layout.rows == 1 else weight[: layout.rows if layout.rows > 0 else None]
+        blocks = [blocks_of(weights, layout) for weights in (first, weight)]
+        least = _EVIDENCE * int((blocks[-1] != 0).any(dim=1).sum())
+        if least and int((weight != 0).sum()) >= least and all(find_scales(part, layout) is not None for part in blocks):
+            cols = weight.shape[1]
+            return Grid(layout.format.bits, cols if layout.cols < 0 else layout.cols, len(blocks[-1]), layout)
+    return None
+
+
+def _sample(weight: Tensor) -> Tensor:
+    rows = len(weight)
+    return weight[torch.linspace(0, rows - 1, min(rows, _SAMPLED)).long().to(weight.device)]
+
+
+def _find_integers(weight: Tensor) -> Grid | None:
     rows, cols = weight.shape
-    sample = weight[torch.linspace(0, rows - 1, min(rows, _SAMPLED)).long().to(weight.device)]
+    sample = _sample(weight)
     likely = []
     for size in (*(size for size in GROUP_SIZES if size < cols), cols):
         bits = _bits_of(sample, size, max(BITS))

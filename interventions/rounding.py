@@ -21,6 +21,7 @@ from interventions.compress.kernels.formats import grid_of
 from interventions.compress.kernels.grid import join_groups, positive, split_groups, stored_scales
 from interventions.compress.kernels.integers import Integers
 from interventions.compress.schemes import Scheme
+from interventions.rounded_bits import note_bits_
 
 ENTRY = "rounding while the model runs"
 _HELD = "lmcompose_rounding"
@@ -138,11 +139,16 @@ def set_rounding_(model: nn.Module, rounding: Rounding) -> None:
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _InputHook)]:
             del module._forward_pre_hooks[key]
         module.__dict__.pop(_HELD, None)
+        note_bits_(module)
     for name, rounded in rounding.inputs.items():
         # Before other hooks: they see what the layer computes with.
-        model.get_submodule(name).register_forward_pre_hook(_InputHook(rounded), prepend=True)
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(_InputHook(rounded), prepend=True)
+        note_bits_(module, inputs=rounded.scheme.bits)
     for name, cached in rounding.caches.items():
-        model.get_submodule(name).__dict__[_HELD] = cached
+        module = model.get_submodule(name)
+        module.__dict__[_HELD] = cached
+        note_bits_(module, cache=(cached.keys.scheme.bits + cached.values.scheme.bits) / 2)
     if rounding.caches:
         from interventions.rounded_attention import let_attention_round
 

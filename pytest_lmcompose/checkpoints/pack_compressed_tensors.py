@@ -1,4 +1,4 @@
-"""The format `pack-quantized` of compressed-tensors, through its package."""
+"""The formats of compressed-tensors, through its package: `pack-quantized`, and those of floating-point numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluators.float_grids import Layout
+from pytest_lmcompose.checkpoints.float_layers import float_arguments, float_format
 from pytest_lmcompose.checkpoints.schemes import WHOLE_ROW, Codes, Format, Scheme
 from pytest_lmcompose.errors import CheckpointError
 
@@ -19,6 +21,7 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     mixed = True
     by_width = True
+    floats = True
 
     def __init__(self) -> None:
         try:
@@ -36,22 +39,29 @@ class CompressedTensors(Format):
         """Any shape can be stored."""
         return None
 
-    def config(self, layers: Mapping[str, Scheme], left: Iterable[str]) -> dict[str, Any]:
+    def config(self, layers: Mapping[str, Scheme | Layout], left: Iterable[str]) -> dict[str, Any]:
         """Return one config group for each grid; `ignore` names all other linear modules."""
         import compressed_tensors
         from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-        grids: dict[Scheme, list[str]] = defaultdict(list)
+        grids: dict[Scheme | Layout, list[str]] = defaultdict(list)
         for name, scheme in layers.items():
             grids[scheme].append(name)
+        formats = {grid: "pack-quantized" if isinstance(grid, Scheme) else float_format(grid) for grid in grids}
         groups = {
             f"group_{number}": QuantizationScheme(
-                targets=["Linear"] if len(grids) == 1 else names, weights=_arguments(scheme), format="pack-quantized"
+                targets=["Linear"] if len(grids) == 1 else names,
+                weights=_arguments(grid) if isinstance(grid, Scheme) else float_arguments(grid),
+                format=formats[grid],
             )
-            for number, (scheme, names) in enumerate(grids.items())
+            for number, (grid, names) in enumerate(grids.items())
         }
+        several = len(set(formats.values())) > 1
         config = QuantizationConfig(
-            config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=list(left)
+            config_groups=groups,
+            format="mixed-precision" if several else next(iter(formats.values())),
+            quantization_status="compressed",
+            ignore=list(left),
         )
         return {**config.model_dump(mode="json"), "version": compressed_tensors.__version__}
 

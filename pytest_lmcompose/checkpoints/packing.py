@@ -26,6 +26,9 @@ from pytest_lmcompose.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from evaluators.grids import Grid
+    from pytest_lmcompose.checkpoints.float_layers import FloatLayer
+
 FORMATS = tuple(BITS)
 
 
@@ -41,28 +44,44 @@ class Packing:
     """What is stored instead of the weights of packed layers. Holds no weights, but their scales."""
 
     def __init__(
-        self, format: Format, layers: Mapping[str, PackedLayer], left: Mapping[str, str], config: dict[str, Any]
+        self,
+        format: Format,
+        layers: Mapping[str, PackedLayer],
+        floats: Mapping[str, FloatLayer],
+        left: Mapping[str, str],
+        config: dict[str, Any],
     ):
         self.config = config
         """`quantization_config` of config.json."""
         self.layers = dict(layers)
-        """By parameter name."""
+        """Layers of integers, by parameter name."""
+        self.floats = dict(floats)
+        """Layers of floating-point numbers, by parameter name."""
         self.left = dict(left)
         """Why each other linear layer of the decoder stays in full precision, by parameter name."""
         self._format = format
 
     def packs(self, name: str) -> bool:
         """Tell whether a parameter is packed."""
-        return name in self.layers
+        return name in self.layers or name in self.floats
 
     def replace(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Return what is stored instead of a parameter, by checkpoint name."""
+        from pytest_lmcompose.checkpoints.float_layers import stored_floats
+
         module = name.removesuffix("weight")
-        stored = self._format.store(_encode(weight, self.layers[name], self._format))
+        if name in self.floats:
+            stored = stored_floats(weight, self.floats[name])
+        else:
+            stored = self._format.store(_encode(weight, self.layers[name], self._format))
         return {module + part: tensor for part, tensor in stored.items()}
 
     def unpacked(self, name: str, weight: Tensor) -> Tensor:
         """Return the weight that a loader computes from what is stored, in the weight's dtype."""
+        from pytest_lmcompose.checkpoints.float_layers import loaded_floats
+
+        if name in self.floats:
+            return loaded_floats(weight, self.floats[name])
         return _decode(_encode(weight, self.layers[name], self._format)).to(weight.dtype)
 
 
@@ -72,13 +91,25 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     `moved` names the last step that changed a parameter, as "step 2, memit", or None. Raises
     CheckpointError if no layer can be packed.
     """
+    from evaluators.grids import find_grid
+    from pytest_lmcompose.checkpoints.float_layers import plan_floats
+
     form = _format(format)
     _check_readable(model, format)
     weights, left = _linear_weights(model)
     found: dict[str, Found] = {}
+    floats: dict[str, FloatLayer] = {}
     scales: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        result = _recover(weight, form)
+        grid = find_grid(weight)
+        if grid is not None and grid.floats is not None:
+            layer = plan_floats(weight, grid.floats) if form.floats else "floating-point numbers, which it does not store"
+            if isinstance(layer, str):
+                left[name] = layer
+            else:
+                floats[name] = layer
+            continue
+        result = _recover(weight, grid, form)
         if isinstance(result, str):
             step = moved(name)
             left[name] = f"{result}, last changed by {step}" if step else f"{result}, changed by no step"
@@ -90,22 +121,23 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     left |= others
     layers: dict[str, PackedLayer] = {}
     for name, scheme in schemes.items():
-        layer = PackedLayer(scheme, _regroup(scales[name], found[name], scheme))
+        packed = PackedLayer(scheme, _regroup(scales[name], found[name], scheme))
         problem = form.problem(found[name].rows, found[name].cols, scheme.bits)
-        problem = problem or _scale_problem(layer, form, weights[name])
+        problem = problem or _scale_problem(packed, form, weights[name])
         if problem is None:
-            layers[name] = layer
+            layers[name] = packed
         else:
             left[name] = problem
-    if not layers:
+    if not layers and not floats:
         reasons = "; ".join(f"{count} with {reason}" for reason, count in Counter(left.values()).most_common())
         raise CheckpointError(
             f"{format}: no linear layer can be packed: {reasons}. Choose another format, quantise last, or "
             "export in full precision"
         )
-    modules = {name.removesuffix(".weight"): layer.scheme for name, layer in layers.items()}
+    modules: dict[str, Any] = {name.removesuffix(".weight"): layer.scheme for name, layer in layers.items()}
+    modules |= {name.removesuffix(".weight"): layer.layout for name, layer in floats.items()}
     rest = [name for name in _linear_modules(model) if name not in modules]
-    return Packing(form, layers, left, form.config(modules, rest))
+    return Packing(form, layers, floats, left, form.config(modules, rest))
 
 
 def _format(name: str) -> Format:
@@ -165,13 +197,11 @@ def _linear_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return weights, left
 
 
-def _recover(weight: Tensor, format: Format) -> tuple[Found, Tensor] | str | None:
+def _recover(weight: Tensor, grid: Grid | None, format: Format) -> tuple[Found, Tensor] | str | None:
     """Return a weight's grid and its scales, None if its groups cannot be stored, or what is wrong in words."""
-    from evaluators.grids import find_grid
     from pytest_lmcompose.checkpoints.grids import recover
 
     rows, cols = weight.shape
-    grid = find_grid(weight)
     recovered = None if grid is None else recover(weight, grid.bits, grid.group_size)
     if grid is None or recovered is None:
         return "no grid"

@@ -72,6 +72,8 @@ class Format(ABC):
     """Whether a folder can hold layers with different grids."""
     by_width: ClassVar[bool] = False
     """Whether layers need a common grid only if they have the same width. Engines fuse such layers."""
+    floats: ClassVar[bool] = False
+    """Whether layers of floating-point numbers can be stored."""
     group_sizes: ClassVar[tuple[int, ...] | None] = None
     """Group sizes beside whole rows; None for any."""
 

@@ -80,7 +80,8 @@ def test_evaluators_import_only_small_helpers_of_the_interventions() -> None:
         return {found for path in (root / name).rglob("*.py") for found in imported(path)}
 
     others = {name for name in by_package("evaluators") if not name.startswith("evaluators")}
-    leaves = {f"interventions.{name}" for name in ("known_grids", "names", "parts", "ranges", "tokens", "types")}
+    names = ("floats", "known_grids", "names", "parts", "ranges", "rounded_bits", "tokens", "types")
+    leaves = {f"interventions.{name}" for name in names}
     assert others == leaves
     assert all(name.startswith("interventions") for name in by_package("interventions"))
     for name in leaves:

@@ -97,3 +97,31 @@ def test_whole_rows_of_any_width_and_scale(bits: int, scale: float, cols: int, s
     found = find_grid(rounded(noise(6, cols, seed) * scale, bits, cols))
     assert found is not None and found.bits == bits
     assert find_grid(noise(6, cols, seed) * scale) is None
+
+
+SCHEMES = ["NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16", "FP8A16", "FP8A16_CHANNEL", "FP8A16_BLOCK"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_floating_point_numbers_are_recognised(scheme: str, dtype: torch.dtype) -> None:
+    from interventions.compress.kernels.chosen import grid_of
+    from interventions.compress.kernels.grid import fake_quantise
+    from interventions.compress.schemes import SCHEMES
+
+    chosen = SCHEMES[scheme]
+    for seed in range(3):
+        weight = (noise(150, 256, seed) * 0.03).to(dtype)
+        found = find_grid(fake_quantise(weight, grid_of(chosen, dtype)).to(dtype))
+        assert found is not None and found.floats is not None
+        scales = {"NVFP4A16": 150 * 16, "FP8A16": 1, "FP8A16_CHANNEL": 150, "FP8A16_BLOCK": 4}.get(scheme, 150 * 8)
+        width = 256 if chosen.group_size < 0 else chosen.group_size
+        assert (found.bits, found.group_size, found.groups) == (chosen.bits, width, scales)
+        bits = {"NVFP4A16": 8 * scales + 32}.get(scheme, (8 if scheme.startswith("MX") else 16) * scales)
+        assert found.overhead_bits == bits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_levels_are_integers(bits: int) -> None:
+    found = find_grid(rounded(noise(12, 128), bits, 32))
+    assert found == Grid(bits, 32, 48)

@@ -45,7 +45,7 @@ def test_inputs_are_rounded_as_by_compressed_tensors(name: str, dtype: torch.dty
     assert scheme is not None
     args: QuantizationArgs = preset_name_to_scheme(name, ["Linear"]).input_activations
     low, high = x.amin(), x.amax()
-    whole = generate_gparam(low.float(), high.float()) if scheme.scales == "two-level" else None
+    whole = generate_gparam(low, high) if scheme.scales == "two-level" else None
     if args.dynamic is False:
         scales, zeros = calculate_qparams(low, high, args)
     else:

@@ -39,7 +39,6 @@ from interventions.statistics import Batch, scarce, window_batches
 from interventions.structure import Block, Linear, LinearGroup, module_device, placement, within_context
 from interventions.types import InterventionError, Resources
 
-
 BUNCH = 2**26
 """Elements of Gram matrices that are worked on at a time."""
 Work = Callable[[LinearGroup, Sums], list[dict[str, Any]]]

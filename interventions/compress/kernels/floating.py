@@ -51,7 +51,8 @@ class Floats(Grid):
         return Scaling(scales, -greatest, greatest)
 
     def _two_levels(self, magnitudes: Tensor, largest: Tensor) -> Tensor:
-        whole = E4M3.greatest * self.format.greatest / largest.clamp(min=torch.finfo(torch.float32).tiny)
+        share = stored_scales(1 / largest.clamp(min=torch.finfo(torch.float32).tiny), self.weights)
+        whole = stored_scales(E4M3.greatest * self.format.greatest * share, self.weights)
         whole = torch.where(whole.isinf(), 1.0, whole)
         scales = E4M3.round(whole * (magnitudes / self.format.greatest).to(self.weights).float())
         return torch.where(scales == 0, _LEAST_SCALE, scales) / whole
