@@ -16,11 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from interventions.compress.kernels.floating import Floats
+from interventions.compress.kernels.floating import Floats, two_level_whole
 from interventions.compress.kernels.formats import grid_of
 from interventions.compress.kernels.grid import join_groups, positive, split_groups, stored_scales
 from interventions.compress.kernels.integers import Integers
 from interventions.compress.schemes import Scheme
+from interventions.floats import E2M1, E4M3
 from interventions.rounded_bits import note_bits_
 
 ENTRY = "rounding while the model runs"
@@ -33,8 +34,8 @@ class Rounded:
     """How one tensor is rounded."""
 
     scheme: Scheme
-    greatest: float | None = None
-    """The greatest magnitude on calibration text; None where scales are found as the model runs."""
+    scale: float | None = None
+    """The scale from calibration text; of two levels, what scales are numbers over. None: found as the model runs."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x (..., channels) rounded; its gradient is that of the identity."""
@@ -43,15 +44,32 @@ class Rounded:
     def _round(self, x: Tensor) -> Tensor:
         grid = grid_of(self.scheme, x.dtype)
         rows = x.reshape(-1, x.shape[-1]).float()
-        if self.greatest is None or self.scheme.scales != "number":
-            groups = split_groups(rows, grid.group_size)
-            largest = None if self.greatest is None else torch.tensor(self.greatest, device=x.device)
-            scales, least, greatest = grid.scaling(groups, largest, refit=True)
-            return join_groups(grid.round_(groups / scales, least, greatest).mul_(scales), x.shape[-1]).view_as(x).to(x)
-        most = grid.format.greatest if isinstance(grid, Floats) else cast(Integers, grid).limits[1] + 0.5
-        scale = stored_scales(positive(torch.tensor(self.greatest / most)), x.dtype).to(x.device)
-        least, greatest = (-most, most) if isinstance(grid, Floats) else cast(Integers, grid).limits
-        return grid.round_(rows / scale, least, greatest).mul_(scale).view_as(x).to(x)
+        if self.scale is not None and not self._two_levels:
+            scale = torch.tensor(self.scale, device=x.device)
+            most = -E4M3.greatest, E4M3.greatest
+            least, greatest = most if isinstance(grid, Floats) else cast(Integers, grid).limits
+            return grid.round_(rows / scale, least, greatest).mul_(scale).view_as(x).to(x)
+        groups = split_groups(rows, grid.group_size)
+        if self.scale is not None:
+            magnitudes = groups.abs().amax(dim=2, keepdim=True)
+            scales = cast(Floats, grid).two_levels(magnitudes, torch.tensor(self.scale, device=x.device))
+            least, greatest = -E2M1.greatest, E2M1.greatest
+        else:
+            scales, least, greatest = grid.scaling(groups, refit=True)  # type: ignore[assignment]
+        return join_groups(grid.round_(groups / scales, least, greatest).mul_(scales), x.shape[-1]).view_as(x).to(x)
+
+    @property
+    def _two_levels(self) -> bool:
+        return self.scheme.scales == "two-level"
+
+
+def calibrated(scheme: Scheme, greatest: float, dtype: torch.dtype) -> Rounded:
+    """Return the rounding of tensors of a dtype whose greatest magnitude on calibration text is known."""
+    largest = torch.tensor(greatest)
+    if scheme.scales == "two-level":
+        return Rounded(scheme, float(two_level_whole(largest, dtype)))
+    most = E4M3.greatest if scheme.floats else 2 ** (scheme.bits - 1) - 0.5
+    return Rounded(scheme, float(stored_scales(positive(largest / most), dtype)))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -101,7 +119,7 @@ def read_rounding(data: Mapping[str, Any] | None) -> Rounding:
     """Read what `Rounding.plain` returned; None: nothing is rounded."""
 
     def rounded(fields: Mapping[str, Any]) -> Rounded:
-        return Rounded(Scheme(**fields["scheme"]), fields["greatest"])
+        return Rounded(Scheme(**fields["scheme"]), fields["scale"])
 
     data = data or {"inputs": {}, "caches": {}}
     return Rounding(

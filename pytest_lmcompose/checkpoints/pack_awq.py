@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from pytest_lmcompose.checkpoints.words import pack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbours a word holds, from its lowest bits up."""
+
+if TYPE_CHECKING:
+    from interventions.rounding import Rounding
 
 
 class Awq(Format):
@@ -30,7 +33,7 @@ class Awq(Format):
         """Outputs fill whole words."""
         return f"{rows} outputs, where awq wants a multiple of 8" if rows % 8 else None
 
-    def config(self, layers: Mapping[str, Scheme], left: Iterable[str]) -> dict[str, Any]:
+    def config(self, layers: Mapping[str, Scheme], left: Iterable[str], rounding: Rounding) -> dict[str, Any]:
         """State the grid of all layers, and which modules are not packed: GPTQModel's own loader reads `dynamic`."""
         left = list(left)
         scheme = next(iter(layers.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from evaluators.float_grids import Layout
 from pytest_lmcompose.checkpoints.float_layers import float_arguments, float_format
 from pytest_lmcompose.checkpoints.schemes import WHOLE_ROW, Codes, Format, Scheme
 from pytest_lmcompose.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from interventions.compress.schemes import Scheme as Inputs
+    from interventions.rounding import Rounding
 
 
 class CompressedTensors(Format):
@@ -39,29 +43,35 @@ class CompressedTensors(Format):
         """Any shape can be stored."""
         return None
 
-    def config(self, layers: Mapping[str, Scheme | Layout], left: Iterable[str]) -> dict[str, Any]:
-        """Return one config group for each grid; `ignore` names all other linear modules."""
+    def config(self, layers: Mapping[str, Scheme | Layout], left: Iterable[str], rounding: Rounding) -> dict[str, Any]:
+        """Return one config group for each grid and each rounding of inputs; `ignore` names all other linear modules."""
         import compressed_tensors
         from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-        grids: dict[Scheme | Layout, list[str]] = defaultdict(list)
+        from pytest_lmcompose.checkpoints.run_time import arguments
+
+        grids: dict[tuple[Scheme | Layout, Inputs | None], list[str]] = defaultdict(list)
         for name, scheme in layers.items():
-            grids[scheme].append(name)
-        formats = {grid: "pack-quantized" if isinstance(grid, Scheme) else float_format(grid) for grid in grids}
+            rounded = rounding.inputs.get(name)
+            grids[scheme, None if rounded is None else rounded.scheme].append(name)
+        formats = {grid: "pack-quantized" if isinstance(grid, Scheme) else float_format(grid) for grid, _ in grids}
         groups = {
             f"group_{number}": QuantizationScheme(
                 targets=["Linear"] if len(grids) == 1 else names,
                 weights=_arguments(grid) if isinstance(grid, Scheme) else float_arguments(grid),
+                input_activations=None if inputs is None else arguments(inputs),
                 format=formats[grid],
             )
-            for number, (grid, names) in enumerate(grids.items())
+            for number, ((grid, inputs), names) in enumerate(grids.items())
         }
         several = len(set(formats.values())) > 1
+        cached = next(iter(rounding.caches.values()), None)
         config = QuantizationConfig(
             config_groups=groups,
             format="mixed-precision" if several else next(iter(formats.values())),
             quantization_status="compressed",
             ignore=list(left),
+            kv_cache_scheme=None if cached is None else arguments(cached.keys.scheme),
         )
         return {**config.model_dump(mode="json"), "version": compressed_tensors.__version__}
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pytest_lmcompose.checkpoints.schemes import WHOLE_ROW, Codes, Format, Scheme, skipped
 from pytest_lmcompose.checkpoints.words import pack_words
+
+if TYPE_CHECKING:
+    from interventions.rounding import Rounding
 
 
 class Gptq(Format):
@@ -30,7 +33,7 @@ class Gptq(Format):
         step = 32 if bits == 3 else 32 // bits
         return f"{rows} x {cols} weights, where gptq wants multiples of {step}" if rows % step or cols % step else None
 
-    def config(self, layers: Mapping[str, Scheme], left: Iterable[str]) -> dict[str, Any]:
+    def config(self, layers: Mapping[str, Scheme], left: Iterable[str], rounding: Rounding) -> dict[str, Any]:
         """State the most common grid, then what differs, by patterns of module names."""
         (main, _), *_ = Counter(layers.values()).most_common()
         dynamic = skipped(left) | {

@@ -24,9 +24,11 @@ from pytest_lmcompose.checkpoints.schemes import (
 from pytest_lmcompose.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from evaluators.grids import Grid
+    from interventions.rounding import Rounding
     from pytest_lmcompose.checkpoints.float_layers import FloatLayer
 
 FORMATS = tuple(BITS)
@@ -50,6 +52,7 @@ class Packing:
         floats: Mapping[str, FloatLayer],
         left: Mapping[str, str],
         config: dict[str, Any],
+        rounding: Rounding,
     ):
         self.config = config
         """`quantization_config` of config.json."""
@@ -59,6 +62,8 @@ class Packing:
         """Layers of floating-point numbers, by parameter name."""
         self.left = dict(left)
         """Why each other linear layer of the decoder stays in full precision, by parameter name."""
+        self.rounding = rounding
+        """What the model rounds while it runs."""
         self._format = format
 
     def packs(self, name: str) -> bool:
@@ -68,13 +73,27 @@ class Packing:
     def replace(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Return what is stored instead of a parameter, by checkpoint name."""
         from pytest_lmcompose.checkpoints.float_layers import stored_floats
+        from pytest_lmcompose.checkpoints.run_time import input_tensors
 
         module = name.removesuffix("weight")
         if name in self.floats:
             stored = stored_floats(weight, self.floats[name])
         else:
             stored = self._format.store(_encode(weight, self.layers[name], self._format))
+        rounded = self.rounding.inputs.get(module.removesuffix("."))
+        if rounded is not None:
+            stored = {**stored, **input_tensors(rounded, weight.dtype)}
         return {module + part: tensor for part, tensor in stored.items()}
+
+    def beside(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return what is stored for keys and values, by checkpoint name."""
+        from pytest_lmcompose.checkpoints.run_time import cache_tensors
+
+        return {
+            f"{module}.{part}": tensor
+            for module, cached in self.rounding.caches.items()
+            for part, tensor in cache_tensors(cached, dtype).items()
+        }
 
     def unpacked(self, name: str, weight: Tensor) -> Tensor:
         """Return the weight that a loader computes from what is stored, in the weight's dtype."""
@@ -92,7 +111,9 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     CheckpointError if no layer can be packed.
     """
     from evaluators.grids import find_grid
+    from interventions.rounding import rounding_of
     from pytest_lmcompose.checkpoints.float_layers import plan_floats
+    from pytest_lmcompose.checkpoints.run_time import check_storable
 
     form = _format(format)
     _check_readable(model, format)
@@ -103,7 +124,9 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     for name, weight in weights.items():
         grid = find_grid(weight)
         if grid is not None and grid.floats is not None:
-            layer = plan_floats(weight, grid.floats) if form.floats else "floating-point numbers, which it does not store"
+            layer = (
+                plan_floats(weight, grid.floats) if form.floats else "floating-point numbers, which it does not store"
+            )
             if isinstance(layer, str):
                 left[name] = layer
             else:
@@ -137,7 +160,9 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     modules: dict[str, Any] = {name.removesuffix(".weight"): layer.scheme for name, layer in layers.items()}
     modules |= {name.removesuffix(".weight"): layer.layout for name, layer in floats.items()}
     rest = [name for name in _linear_modules(model) if name not in modules]
-    return Packing(form, layers, floats, left, form.config(modules, rest))
+    rounding = rounding_of(model)
+    check_storable(rounding, format, modules)
+    return Packing(form, layers, floats, left, form.config(modules, rest, rounding), rounding)
 
 
 def _format(name: str) -> Format:
@@ -183,12 +208,15 @@ def _linear_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
         linears = decoder_linears(model)
     except EvaluationError as error:
         raise CheckpointError(str(error)) from None
+    modules = dict(model.named_modules())
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     weights: dict[str, Tensor] = {}
     left: dict[str, str] = {}
     for name, weight in linears.items():
-        module = model.get_submodule(name.removesuffix(".weight"))
-        if not isinstance(module, nn.Linear):
+        module = modules.get(name.removesuffix(".weight"))
+        if module is None:
+            left[name] = "fused experts, which no packed format knows"
+        elif not isinstance(module, nn.Linear):
             left[name] = f"{type(module).__name__} modules, which no packed format knows"
         elif uses[id(module.weight)] > 1:
             left[name] = "weights tied to another layer"

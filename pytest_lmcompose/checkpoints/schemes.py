@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from interventions.rounding import Rounding
+
 BITS: dict[str, tuple[int, ...]] = {
     "compressed-tensors": (2, 3, 4, 5, 6, 7, 8),
     "gptq": (2, 3, 4, 8),
@@ -86,7 +88,7 @@ class Format(ABC):
         """Say why a layer of this shape cannot be stored, or None."""
 
     @abstractmethod
-    def config(self, layers: Mapping[str, Scheme], left: Iterable[str]) -> dict[str, Any]:
+    def config(self, layers: Mapping[str, Scheme], left: Iterable[str], rounding: Rounding) -> dict[str, Any]:
         """Return `quantization_config` for packed modules and linear modules `left` in full precision, by name."""
 
     @abstractmethod

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from interventions.checkpoint.reading.kinds import INDEX, WEIGHTS
+from interventions.rounding import rounding_of
 from pytest_lmcompose.build.load import hash_digests, tensor_digest
 from pytest_lmcompose.checkpoints.packing import Packing
+from pytest_lmcompose.checkpoints.run_time import check_storable
 from pytest_lmcompose.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9
@@ -36,6 +38,8 @@ def write_checkpoint(
     Returns the hash of the weights that a loader gets, see `load.hash_weights`. The model does not change. Raises
     CheckpointError for a model that transformers cannot save.
     """
+    if packing is None:
+        check_storable(rounding_of(model), "full precision", ())
     write_settings(folder, model, tokenizer, None if packing is None else packing.config)
     state = model.state_dict()
     writer = _ShardWriter(folder, shard_bytes)
@@ -53,6 +57,8 @@ def write_checkpoint(
                 tensors[name] = state[name]
         for name, tensor in (tensors if as_is else _as_read(model, tensors)).items():
             writer.add(name, tensor)
+    for name, tensor in (packing.beside(model.dtype) if packing is not None else {}).items():
+        writer.add(name, tensor)
     writer.close()
     return _weights_hash(state, packing)
 
@@ -133,7 +139,7 @@ def _weights_hash(state: Mapping[str, Tensor], packing: Packing | None) -> str:
     for name, tensor in state.items():
         packed = packing is not None and packing.packs(name)
         digests[name] = tensor_digest(packing.unpacked(name, tensor) if packing is not None and packed else tensor)
-    return hash_digests(digests)
+    return hash_digests(digests | (packing.rounding.digests() if packing is not None else {}))
 
 
 def _line(error: Exception) -> str:

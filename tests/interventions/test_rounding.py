@@ -11,7 +11,7 @@ import torch
 from evaluators.efficiency import measure_efficiency
 from interventions import InterventionError, apply
 from interventions.compress.schemes import CACHES, SCHEMES
-from interventions.rounding import Rounded, Rounding, read_rounding, rounding_of, set_rounding_, unrounded
+from interventions.rounding import Rounded, Rounding, calibrated, read_rounding, rounding_of, set_rounding_, unrounded
 from tests.models import SENTENCES, tiny_model
 
 WITH_INPUTS = sorted(name for name, scheme in SCHEMES.items() if scheme.inputs is not None)
@@ -52,8 +52,8 @@ def test_inputs_are_rounded_as_by_compressed_tensors(name: str, dtype: torch.dty
         scales, zeros = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity(), whole)
     # Divided and rounded in float32, as kernels do.
     wanted = fake_quantize(x.float(), scales.float(), zeros.float(), args, global_scale=whole).to(dtype)
-    greatest = float(x.abs().max()) if scheme.calibrated else None
-    torch.testing.assert_close(Rounded(scheme, greatest)(x), wanted, rtol=0, atol=0)
+    rounded = calibrated(scheme, float(x.abs().max()), dtype) if scheme.calibrated else Rounded(scheme)
+    torch.testing.assert_close(rounded(x), wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", [*CACHES, *WITH_INPUTS])
@@ -61,7 +61,7 @@ def test_rounding_gives_numbers_of_the_format_and_passes_gradients(name: str) ->
     scheme = CACHES[name] if name in CACHES else SCHEMES[name].inputs
     assert scheme is not None
     x = torch.randn(3, 7, 64, requires_grad=True)
-    rounded = Rounded(scheme, 4.0 if scheme.calibrated else None)
+    rounded = calibrated(scheme, 4.0, torch.float32) if scheme.calibrated else Rounded(scheme)
     y = rounded(x)
     assert not torch.equal(y, x)
     assert float((y - x).detach().norm() / x.detach().norm()) < 2.0 ** (1 - scheme.bits / 2)
@@ -101,7 +101,7 @@ def test_keys_and_values_are_rounded_with_a_scale_from_the_text(cache: str, fami
     assert report.promises["kv_cache_bits"] == values("kv_cache_bits", model) == 8
     caches = rounding_of(model).caches
     assert len(caches) == 2
-    assert all(cached.keys.greatest and cached.values.greatest for cached in caches.values())
+    assert all(cached.keys.scale and cached.values.scale for cached in caches.values())
     rounded = logits(model)
     with unrounded(model):
         assert not torch.equal(logits(model), rounded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from interventions.checkpoint.reading.kinds import ReadingError
 from interventions.checkpoint.reading.stored import Packed, Shards
+from interventions.compress.schemes import Scheme
+from interventions.rounding import Cached, Rounded, Rounding
 
 _ORDER = "weight_g_idx"
 _CODES = ("weight_packed", "weight")
@@ -47,6 +49,55 @@ def find_packed(shards: Shards, settings: Mapping[str, Any]) -> dict[str, Packed
     return found
 
 
+def find_rounding(shards: Shards, settings: Mapping[str, Any], find: Callable[[str], str | None]) -> Rounding:
+    """Return what the model rounds while it runs; `find` gives a module's name in the model.
+
+    What is no symmetric rounding of groups of a token's channels, or by one scale, is left out.
+    """
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = QuantizationConfig.model_validate(_current(settings))
+    inputs: dict[str, Rounded] = {}
+    caches: dict[str, Cached] = {}
+    for stored in shards:
+        module, _, part = stored.rpartition(".")
+        name = find(module)
+        if part == "weight_scale" and name is not None:
+            arguments = _scheme(config, module).input_activations
+            scheme = None if arguments is None else _scheme_of(arguments)
+            scale = _scale(shards, module, "input_global_scale", "input_scale")
+            if scheme is not None and (scale is not None or not scheme.calibrated):
+                inputs[name] = Rounded(scheme, scale if scheme.calibrated else None)
+        if part == "k_scale" and name is not None and config.kv_cache_scheme is not None:
+            scheme = _scheme_of(config.kv_cache_scheme)
+            keys, values = _scale(shards, module, "k_scale"), _scale(shards, module, "v_scale")
+            if scheme is not None and keys is not None and values is not None:
+                caches[name] = Cached(Rounded(scheme, keys), Rounded(scheme, values))
+    return Rounding(inputs, caches)
+
+
+def _scale(shards: Shards, module: str, *parts: str) -> float | None:
+    """Return the first of the parts of a module that is stored, if it is one number."""
+    found = next((shards.read(f"{module}.{part}") for part in parts if f"{module}.{part}" in shards), None)
+    return float(found) if found is not None and found.numel() == 1 else None
+
+
+def _scheme_of(arguments: Any) -> Scheme | None:
+    """Return the scheme of rounded activations."""
+    if not arguments.symmetric:
+        return None
+    bits, floats, group = arguments.num_bits, arguments.type == "float", arguments.group_size
+    if arguments.strategy == "tensor_group":
+        return Scheme(bits, group, floats=floats, scales="two-level", calibrated=True)
+    if arguments.strategy == "tensor" and arguments.dynamic is False:
+        return Scheme(bits, floats=floats, calibrated=True)
+    if arguments.dynamic is not True:
+        return None
+    if arguments.strategy == "group":
+        return Scheme(bits, group, floats=floats, scales="power" if arguments.scale_dtype == torch.uint8 else "number")
+    return Scheme(bits, floats=floats) if arguments.strategy == "token" else None
+
+
 def _current(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without what later versions of the package refuse or unpacking does not need."""
     found = {key: value for key, value in settings.items() if key not in ("sparsity_config", "transform_config")}
@@ -65,7 +116,7 @@ def _without_order(group: Any) -> Any:
 
 
 def is_extra(name: str) -> bool:
-    """Return whether a tensor only serves activations or the KV cache, which run in full precision here."""
+    """Return whether a tensor only serves activations or the KV cache."""
     last = name.rpartition(".")[2]
     return last.startswith(("input_", "output_", "k_", "v_", "q_")) and last.endswith(("scale", "zero_point", "g_idx"))
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from interventions.checkpoint.reading.kinds import ReadingError, quantisation
 from interventions.checkpoint.reading.stored import Lazy, Packed, Shards
 from interventions.known_grids import KnownGrid, tensor_digest
+from interventions.rounding import set_rounding_
 
 _FORMATS = {
     "awq": "awq",
@@ -68,6 +69,11 @@ def read_quantised(folder: Path, kind: str, options: Mapping[str, Any]) -> tuple
     )
     check_complete(str(folder), found)
     _restore_names(model, folder)
+    if hasattr(format, "find_rounding"):
+        names = {id(module): name for name, module in model.named_modules()}
+        find = partial(_find, model)
+        settings = quantisation(folder) or {}
+        set_rounding_(model, format.find_rounding(shards, settings, lambda name: names.get(id(find(name)))))
     return model, _grids(model, packed, shards)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from interventions.compress.kernels.grid import Grid, Scaling, positive, stored_scales
-from interventions.floats import E4M3, FloatFormat, power_of_two
+from interventions.floats import E2M1, E4M3, FloatFormat, power_of_two
 
 _LEAST_SCALE = 0.125
 """The scale of NVFP4 groups that are too small for one."""
@@ -47,19 +47,25 @@ class Floats(Grid):
             powers = power_of_two(magnitudes, 3 if self.bits == 6 else 1)
             scales = positive(powers / 2.0 ** floor(log2(greatest)))
         else:
-            scales = self._two_levels(magnitudes, magnitudes.amax() if largest is None else largest)
+            largest = magnitudes.amax() if largest is None else largest
+            scales = self.two_levels(magnitudes, two_level_whole(largest, self.weights))
         return Scaling(scales, -greatest, greatest)
 
-    def _two_levels(self, magnitudes: Tensor, largest: Tensor) -> Tensor:
-        share = stored_scales(1 / largest.clamp(min=torch.finfo(torch.float32).tiny), self.weights)
-        whole = stored_scales(E4M3.greatest * self.format.greatest * share, self.weights)
-        whole = torch.where(whole.isinf(), 1.0, whole)
+    def two_levels(self, magnitudes: Tensor, whole: Tensor) -> Tensor:
+        """Return the scales of groups with these greatest magnitudes, as numbers over `whole`."""
         scales = E4M3.round(whole * (magnitudes / self.format.greatest).to(self.weights).float())
         return torch.where(scales == 0, _LEAST_SCALE, scales) / whole
 
     def round_(self, numbers: Tensor, least: Tensor | float, greatest: Tensor | float) -> Tensor:
         """See `Grid`."""
         return self.format.round_(numbers.clamp_(-self.format.greatest, self.format.greatest))
+
+
+def two_level_whole(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what NVFP4's scales are numbers of, from the greatest magnitude of a matrix of a dtype."""
+    share = stored_scales(1 / largest.clamp(min=torch.finfo(torch.float32).tiny), dtype)
+    whole = stored_scales(E4M3.greatest * E2M1.greatest * share, dtype)
+    return torch.where(whole.isinf(), 1.0, whole)
 
 
 def _shared(magnitudes: Tensor, rows: int) -> Tensor:

@@ -20,7 +20,7 @@ from interventions.compress.schemes import CACHES
 from interventions.context import Context
 from interventions.early_exit import head_on_one_token
 from interventions.rounded_attention import let_attention_round, watched
-from interventions.rounding import Cached, Rounded, Rounding, rounding_of, set_rounding_, unrounded
+from interventions.rounding import Cached, Rounded, Rounding, calibrated, rounding_of, set_rounding_, unrounded
 from interventions.statistics import window_batches
 from interventions.structure import module_device, within_context
 from interventions.types import InterventionError, Resources
@@ -53,9 +53,9 @@ def round_as_it_runs_(
         return {}
     if cache is not None:
         let_attention_round(model)
-    calibrated = {name: modules[name] for name, scheme in inputs.items() if scheme.calibrated}
-    reads = bool(calibrated) or cache is not None
-    greatest, keys, values = _greatest(model, tokenizer, settings, resources, calibrated) if reads else ({}, {}, {})
+    fixed = {name: modules[name] for name, scheme in inputs.items() if scheme.calibrated}
+    reads = bool(fixed) or cache is not None
+    greatest, keys, values = _greatest(model, tokenizer, settings, resources, fixed) if reads else ({}, {}, {})
     before = rounding_of(model)
     caches = dict(before.caches)
     if cache is not None:
@@ -64,8 +64,14 @@ def round_as_it_runs_(
                 f"{settings.name}.kv_cache={settings.kv_cache}: no attention of {type(model).__name__} goes through "
                 "transformers' attention functions; leave kv_cache out"
             )
-        caches = {name: Cached(Rounded(cache, keys[name]), Rounded(cache, values[name])) for name in keys}
-    rounded = {name: Rounded(scheme, greatest.get(name)) for name, scheme in inputs.items()}
+        dtype = next(model.parameters()).dtype
+        caches = {name: Cached(*(calibrated(cache, found[name], dtype) for found in (keys, values))) for name in keys}
+    rounded = {
+        name: calibrated(scheme, greatest[name], modules[name].weight.dtype)
+        if name in greatest
+        else Rounded(scheme)
+        for name, scheme in inputs.items()
+    }
     set_rounding_(model, Rounding({**before.inputs, **rounded}, caches))
     return {"rounded_inputs": len(rounded), "rounded_caches": len(keys) if cache is not None else 0}
 
