@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interventions.known_grids import KnownGrid
 
 
 class InterventionError(Exception):
@@ -53,3 +56,5 @@ class StepReport:
     """Peak resident memory of the process on CPU; where GPUs compute, peak allocated memory, of the one with most."""
     promises: Mapping[str, float] = field(default_factory=dict)
     """Values of metrics that the settings promise."""
+    grids: Mapping[str, KnownGrid] = field(default_factory=dict)
+    """How a checkpoint stored the weights that the step took from it, by parameter name."""
