@@ -53,7 +53,7 @@ def check_exports(session: Session) -> None:
 
 
 def unpackable(session: Session, compositions: Iterable[Composition]) -> Iterator[str]:
-    """Yield why nothing of a composition that is to be exported can be packed, where that is certain before any work."""
+    """Yield why nothing of an exported composition can be packed, where that is certain before any work."""
     if session.exports is None or session.exports.format == PLAIN:
         return
     from pytest_lmcompose.checkpoints.packable import why_not

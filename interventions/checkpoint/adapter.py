@@ -64,7 +64,7 @@ class AdapterSettings(Intervention):
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"adapter: {problem}")
-        place, revision = fetched(self.path, self.revision, context.folder, ADAPTER, ADAPTER_WEIGHTS)
+        place, revision = fetched(self.path, self.revision, context.folder, (ADAPTER, ADAPTER_WEIGHTS))
         for problem in _unusable(self.path, place):
             raise InterventionError(f"adapter: {problem}")
         from interventions.checkpoint.kernels.merging import merge_adapter

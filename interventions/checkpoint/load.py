@@ -20,9 +20,6 @@ from interventions.types import InterventionError
 if TYPE_CHECKING:
     from interventions.known_grids import KnownGrid
 
-_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
-"""What is downloaded of a model on the hub."""
-
 
 @dataclass(frozen=True)
 class LoadSettings(Intervention):
@@ -55,7 +52,7 @@ class LoadSettings(Intervention):
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"load: {problem}")
-        place, revision = fetched(self.path, self.revision, context.folder, *_FILES)
+        place, revision = fetched(self.path, self.revision, context.folder)
         count = bring_in(model, tokenizer, place, f"load: {self.path}", context, self.only)
         content = checkpoint_content(self.path, revision, context.folder)
         return {"path": self.path, "revision": revision, "content": content, "replaced": count}
@@ -80,8 +77,8 @@ def bring_in(
 ) -> int:
     """Replace the weights of `model` with those in `folder`; return how many were replaced.
 
-    The context learns how the folder stored them. `who` starts the messages. Raises InterventionError if the model there
-    cannot be read, or is another one.
+    The context learns how the folder stored them. `who` starts the messages. Raises InterventionError if the model
+    there cannot be read, or is another one.
     """
     import torch
 
