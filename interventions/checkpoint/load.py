@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.checkpoint.reading import ReadingError, read_kind, read_model, read_tokenizer
+from interventions.checkpoint.reading import ReadingError, check_folder, read_model, read_tokenizer
 from interventions.checkpoint.reading.kinds import has_tokenizer, tokenizer_source
 from interventions.contents import checkpoint_content, fetched, local
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
@@ -118,7 +118,7 @@ def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, dict[str, Know
     copy of them is made; otherwise they become `dtype`. Raises InterventionError.
     """
     try:
-        stored = _stored_dtype(folder) if read_kind(folder) is None else None
+        stored = _stored_dtype(folder) if check_folder(folder, tokenizer=False) is None else None
         other, grids = read_model(folder, {"dtype": stored or dtype})
         place, gguf = tokenizer_source(str(folder))
         absent = gguf is None and Path(place).is_dir() and not has_tokenizer(Path(place))

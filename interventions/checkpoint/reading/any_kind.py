@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from interventions.checkpoint.reading import adapter, gguf_file
+from interventions.checkpoint.reading.folder import check_folder
 from interventions.checkpoint.reading.hub import local_copy
-from interventions.checkpoint.reading.kinds import check_readable
 from interventions.checkpoint.reading.model import read_plain, read_quantised
 from interventions.checkpoint.reading.quiet import quiet
 from interventions.known_grids import KnownGrid
@@ -21,7 +21,7 @@ def read(location: str, options: dict[str, Any]) -> tuple[Any, dict[str, KnownGr
         model.config._commit_hash = place.name
         model.name_or_path = model.config._name_or_path = location
         return model, grids
-    kind = check_readable(place)
+    kind = check_folder(place, tokenizer=False)
     with quiet():
         if kind is None:
             return read_plain(location, options), {}

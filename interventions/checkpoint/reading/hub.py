@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from interventions.checkpoint.reading.kinds import ADAPTER, ReadingError
+from interventions.checkpoint.reading.kinds import ADAPTER, HUB_ID, ReadingError
 
 _CODE = ("*.py", "*.jinja")
 """Globs of what may lie in folders of a repository; all else is read at its top only."""
@@ -17,7 +17,7 @@ MODEL = (*SETTINGS, "*.safetensors")
 
 
 class AbsentError(ReadingError):
-    """A hub id that neither the hub nor its cache knows."""
+    """A path at which nothing is, or a hub id that neither the hub nor its cache knows."""
 
 
 def local_copy(location: str, revision: str | None, files: Collection[str] = MODEL) -> Path:
@@ -27,6 +27,8 @@ def local_copy(location: str, revision: str | None, files: Collection[str] = MOD
     """
     if Path(location).exists():
         return Path(location)
+    if not HUB_ID.fullmatch(location):
+        raise AbsentError(f"there is no folder or file {location}")
     from huggingface_hub import snapshot_download
 
     found = commit(location, revision)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from interventions.checkpoint.reading.hub import SETTINGS, local_copy
-from interventions.checkpoint.reading.kinds import tokenizer_source
+from interventions.checkpoint.reading.kinds import ReadingError, tokenizer_source
 from interventions.checkpoint.reading.quiet import quiet
 
 
@@ -20,5 +20,11 @@ def read(location: str, options: dict[str, Any]) -> Any:
         from interventions.checkpoint.reading.gguf_file import read_tokenizer
 
         return read_tokenizer(Path(place) / gguf)
-    with quiet():
-        return AutoTokenizer.from_pretrained(local_copy(place, None, SETTINGS), **{**options, "revision": None})
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(local_copy(place, None, SETTINGS), **{**options, "revision": None})
+    except (AttributeError, LookupError, TypeError) as error:  # they do not say what is wrong
+        raise ReadingError(
+            f"the tokenizer in {place} is damaged ({type(error).__name__}: {error}): save the model's own there with "
+            "tokenizer.save_pretrained"
+        ) from error
