@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from interventions.checkpoint.reading.hub import MODEL, AbsentError, commit, local_copy
 from interventions.checkpoint.reading.kinds import ADAPTER, ADAPTER_WEIGHTS, HUB_ID, ReadingError, sources
-from interventions.types import InterventionError
 
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.safetensors.index.json", "config.json", "quant*config.json")
 
@@ -38,8 +38,8 @@ def checkpoint_content(name: str, revision: str | None, folder: Path) -> str:
     path = local(name, folder)
     if path is None:
         try:
-            return hub_commit(name, revision)
-        except InterventionError:  # the step says so
+            return commit(name, revision)
+        except AbsentError:  # the step says so
             return f"absent: {name}@{revision}"
     if path.is_file():
         return hash_files([path])
@@ -56,8 +56,8 @@ def adapter_content(name: str, revision: str | None, folder: Path) -> str:
     if path is not None:
         return hash_files([path / ADAPTER, path / ADAPTER_WEIGHTS])
     try:
-        return hub_commit(name, revision)
-    except InterventionError:  # the step says so
+        return commit(name, revision)
+    except AbsentError:  # the step says so
         return f"absent: {name}@{revision}"
 
 
@@ -70,48 +70,16 @@ def adapter_config(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def hub_commit(name: str, revision: str | None) -> str:
-    """Return the commit of a model or adapter on the hub, or in its cache.
-
-    Raises InterventionError if neither has it.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    problem: Exception | None = None
-    for file in ("config.json", ADAPTER):
-        try:
-            return Path(hf_hub_download(name, file, revision=revision)).parent.name
-        except EntryNotFoundError as error:
-            problem = error
-        except Exception as error:  # the hub and its client raise all kinds
-            problem = error
-            break
-    raise InterventionError(
-        f"{name!r} is not a local folder, and the hub or its cache does not have it ({type(problem).__name__}): name a "
-        "local folder, or set HF_HOME to a cache that contains it"
-    )
-
-
-def fetched(name: str, revision: str | None, folder: Path, *files: str) -> tuple[Path, str | None]:
+def fetched(name: str, revision: str | None, folder: Path, files: Collection[str] = MODEL) -> tuple[Path, str | None]:
     """Return the folder that `name` stands for, in the hub's cache for a hub id, and the commit there.
 
-    Downloads what matches `files` (globs) at the top of the repository; raises InterventionError.
+    Downloads what matches `files`, globs, of a hub id; raises InterventionError.
     """
     path = local(name, folder)
     if path is not None:
         return path, None
-    from huggingface_hub import snapshot_download
-
-    commit = hub_commit(name, revision)
-    only: Any = {"revision": commit, "allow_patterns": list(files), "ignore_patterns": "*/*"}
-    try:
-        return Path(snapshot_download(name, **only)), commit
-    except Exception as error:  # the hub and its client raise all kinds
-        with suppress(Exception):
-            return Path(snapshot_download(name, local_files_only=True, **only)), commit
-        reason = " ".join(str(error).split())[:300]
-        raise InterventionError(f"{name} cannot be downloaded: {type(error).__name__}: {reason}") from error
+    copy = local_copy(name, revision, files)
+    return copy, copy.name
 
 
 def hash_files(paths: Iterable[Path]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from interventions.known_grids import KnownGrid
     from interventions.shared_statistics import SharedStatistics
 
 
-def silent(message: str) -> None:
+def silent(_: object) -> None:
     """Ignore a message."""
 
 
@@ -33,6 +34,8 @@ class Context:
     """Statistics shared between steps that start from the same state of the model."""
     folder: Path = Path()
     """Where relative paths in settings start."""
+    stored: Callable[[Mapping[str, KnownGrid]], None] = silent
+    """Reports how a checkpoint stored weights that the step takes from it, by parameter name."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a new CPU generator whose seed depends on the run's seed and `purpose` alone."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from interventions.categories import find_category
 from interventions.context import Context, silent
 from interventions.intervention import promised
+from interventions.known_grids import KnownGrid
 from interventions.modes import keep_modes
 from interventions.names import near_names
 from interventions.ranges import SettingError, check_settings
@@ -70,7 +71,10 @@ def apply(
     given = _complete_resources(resources, edits, calibration, forget, retain)
     warnings: list[str] = []
     satisfied: list[str] = []
-    context = Context(seed, progress or silent, warnings.append, satisfied.append, statistics, folder or Path.cwd())
+    grids: dict[str, KnownGrid] = {}
+    context = Context(
+        seed, progress or silent, warnings.append, satisfied.append, statistics, folder or Path.cwd(), grids.update
+    )
     function = chosen.load()
     rounding = rounding_of(model)
     before = SafetyCopy(model, _may_change(complete, model) if copies is None else None, copies)
@@ -110,6 +114,7 @@ def apply(
         peak_memory_bytes=_peak_memory(gpus),
         promises=dict(promised(complete)),
         rounding=rounds.plain() if rounds else None,
+        grids=grids,
     )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interventions.known_grids import KnownGrid
 
 
 class InterventionError(Exception):
@@ -55,3 +58,5 @@ class StepReport:
     """Values of metrics that the settings promise."""
     rounding: Mapping[str, Any] | None = None
     """What the model rounds while it runs, after the step: `interventions.rounding.Rounding.plain`; None: nothing."""
+    grids: Mapping[str, KnownGrid] = field(default_factory=dict)
+    """How a checkpoint stored the weights that the step took from it, by parameter name."""

@@ -138,7 +138,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     own.judged = _judged(session.items)
     own.check_packages()
     if own.writes and not own.options.plan and not session.config.option.collectonly:
-        for problem in session_checks.unmatched(own):
+        for problem in (*session_checks.unmatched(own), *session_checks.unpackable(own, tested)):
             raise pytest.UsageError(f"lmcompose: {problem}")
 
 
@@ -189,6 +189,13 @@ def measurements(request: pytest.FixtureRequest, composition: Composition) -> tu
 def gates(request: pytest.FixtureRequest, composition: Composition) -> tuple[Gate, ...]:
     """The results of the gates of `composition`: its measurements compared with the thresholds."""
     return request.config.stash[SESSION].gates(composition)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    session, composition = item.config.stash[SESSION], composition_of(item)
+    if composition is not None and not session.writes:  # otherwise it was a usage error
+        for problem in session_checks.unpackable(session, [composition]):
+            pytest.fail(problem, pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -174,7 +174,7 @@ class Run(RunSetup):
                 unedited,
                 lambda name, k, n: self._doing(f"{composition}  measuring {name} ({k}/{n})"),
                 retained,
-                manager.loaded.grids,
+                state.grids,
             )
             end = time.perf_counter()
         self._count(composition, end - begun, f"{end - start:.1f} s to measure")

@@ -235,12 +235,16 @@ class Session:
         for line in self.run.plan(self.expected):
             reporter.write_line(line)
 
+    def exported(self, composition: Composition) -> bool:
+        """Return whether `composition` is exported where exports are wanted: the base model only if it is named."""
+        return bool(composition.steps) or composition.id in self.options.compose
+
     def export(self, composition: Composition) -> None:
         """Export the state of `composition` if that is wanted and a test has built it."""
         result = self.run.results.get(composition) if self.exports is not None and self.in_use else None
         if self.exports is None or result is None or result.state_hash is None or result.error is not None:
             return
-        if not composition.steps and composition.id not in self.options.compose:
+        if not self.exported(composition):
             return
         from pytest_lmcompose.checkpoints.export import export_composition
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_lmcompose.checkpoints.options import PLAIN
+from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.failures import usage_errors
 from pytest_lmcompose.options import LOCAL
 from pytest_lmcompose.report.files import check_targets
@@ -47,6 +50,17 @@ def check_exports(session: Session) -> None:
     if session.exports is not None:
         with usage_errors():
             session.exports.check(Path(session.run.location))
+
+
+def unpackable(session: Session, compositions: Iterable[Composition]) -> Iterator[str]:
+    """Yield why nothing of an exported composition can be packed, where that is certain before any work."""
+    if session.exports is None or session.exports.format == PLAIN:
+        return
+    from pytest_lmcompose.checkpoints.packable import why_not
+
+    for composition in dict.fromkeys(compositions):
+        if session.exported(composition) and (reason := why_not(session.run, composition, session.exports.format)):
+            yield reason
 
 
 def _inputs(session: Session) -> dict[str, Path]:

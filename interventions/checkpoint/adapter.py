@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from interventions.checkpoint.load import missing
-from interventions.checkpoint.reading.kinds import ADAPTER, ADAPTER_WEIGHTS
+from interventions.checkpoint.reading import ReadingError
+from interventions.checkpoint.reading.folder import check_safetensors
+from interventions.checkpoint.reading.kinds import ADAPTER, ADAPTER_WEIGHTS, check_adapter_weights
 from interventions.contents import adapter_config, adapter_content, fetched, local
 from interventions.intervention import Context, Intervention, Model, Resources
 from interventions.ranges import Range
@@ -64,7 +66,7 @@ class AdapterSettings(Intervention):
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"adapter: {problem}")
-        place, revision = fetched(self.path, self.revision, context.folder, ADAPTER, ADAPTER_WEIGHTS)
+        place, revision = fetched(self.path, self.revision, context.folder, (ADAPTER, ADAPTER_WEIGHTS))
         for problem in _unusable(self.path, place):
             raise InterventionError(f"adapter: {problem}")
         from interventions.checkpoint.kernels.merging import merge_adapter
@@ -86,5 +88,9 @@ def _unusable(path: str, place: Path) -> Iterator[str]:
         yield f"path={path}: {place / ADAPTER} has no peft_type; save the adapter again with save_pretrained"
     elif kind in _UNMERGEABLE:
         yield f"path={path}: an adapter of the kind {kind} changes inputs, not weights, and cannot be merged"
-    elif not (place / ADAPTER_WEIGHTS).is_file():
-        yield f"path={path}: {place} has no {ADAPTER_WEIGHTS}; save the adapter again with save_pretrained"
+    else:
+        try:
+            check_adapter_weights(place)
+            check_safetensors(place / ADAPTER_WEIGHTS)
+        except ReadingError as error:
+            yield f"path={path}: {error}"

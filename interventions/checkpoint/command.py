@@ -90,7 +90,7 @@ def run_step(
             raise InterventionError(
                 f"command: it wrote {what} to {{output}}, but not a model's folder with config.json"
             )
-        count = bring_in(model, tokenizer, output, who, context.warn)
+        count = bring_in(model, tokenizer, output, who, context)
         return {"run": settings.run, "content": content, "replaced": count}
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.checkpoint.reading import ReadingError, read_model, read_tokenizer
+from interventions.checkpoint.reading import ReadingError, check_folder, read_model, read_tokenizer
 from interventions.checkpoint.reading.kinds import has_tokenizer, tokenizer_source
 from interventions.contents import checkpoint_content, fetched, local
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
@@ -17,8 +17,8 @@ from interventions.names import near_names
 from interventions.ranges import Items
 from interventions.types import InterventionError
 
-_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
-"""What is downloaded of a model on the hub."""
+if TYPE_CHECKING:
+    from interventions.known_grids import KnownGrid
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class LoadSettings(Intervention):
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"load: {problem}")
-        place, revision = fetched(self.path, self.revision, context.folder, *_FILES)
-        count = bring_in(model, tokenizer, place, f"load: {self.path}", context.warn, self.only)
+        place, revision = fetched(self.path, self.revision, context.folder)
+        count = bring_in(model, tokenizer, place, f"load: {self.path}", context, self.only)
         content = checkpoint_content(self.path, revision, context.folder)
         return {"path": self.path, "revision": revision, "content": content, "replaced": count}
 
@@ -72,22 +72,24 @@ def bring_in(
     tokenizer: Any,
     folder: Path,
     who: str,
-    warn: Callable[[str], None],
+    context: Context,
     only: list[str] | None = None,
 ) -> int:
     """Replace the weights of `model` with those in `folder`; return how many were replaced.
 
-    `who` starts the messages. Raises InterventionError if the model there cannot be read, or is another one.
+    The context learns how the folder stored them. `who` starts the messages. Raises InterventionError if the model
+    there cannot be read, or is another one.
     """
     import torch
 
     from interventions.checkpoint.kernels.sameness import check_same_model, check_same_tokenizer
+    from interventions.checkpoint.reading.model import digest_of
 
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    other, theirs = _read_other(folder, who, min(dtypes, key=lambda dtype: -dtype.itemsize))
+    widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+    other, grids, theirs = _read_other(folder, who, widest)
     check_same_model(model, other, who)
     if theirs is not None:
-        check_same_tokenizer(tokenizer, theirs, who, warn)
+        check_same_tokenizer(tokenizer, theirs, who, context.warn)
     held, ours = dict(other.named_parameters()), dict(model.named_parameters())
     chosen = [name for name in ours if only is None or any(fnmatchcase(name, glob) for glob in only)]
     for glob in only or ():
@@ -101,17 +103,23 @@ def bring_in(
         held[name].data = torch.empty(0, dtype=new.dtype)  # free memory as we go
     if same:
         raise InterventionError(f"{who} holds the weights that the model has already")
+    for name in grids.keys() & chosen:
+        if ours[name].dtype != widest:  # rounded once more
+            module = model.get_submodule(name.removesuffix(".weight"))
+            grids[name] = dataclasses.replace(grids[name], digest=digest_of(module))
+    context.stored({name: grids[name] for name in chosen if name in grids})
     return len(chosen)
 
 
-def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, Any]:
-    """Return the model in `folder` on the CPU, and its tokenizer, None if there is none.
+def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, dict[str, KnownGrid], Any]:
+    """Return the model in `folder` on the CPU, how its weights were stored, and its tokenizer, None if there is none.
 
-    Weights keep the dtype in which they are stored if it is the same for all, so that no copy of them is made;
-    otherwise they become `dtype`. Raises InterventionError.
+    Weights of a folder in full precision keep the dtype in which they are stored if it is the same for all, so that no
+    copy of them is made; otherwise they become `dtype`. Raises InterventionError.
     """
     try:
-        other, _ = read_model(folder, {"dtype": _stored_dtype(folder) or dtype})
+        stored = _stored_dtype(folder) if check_folder(folder, tokenizer=False) is None else None
+        other, grids = read_model(folder, {"dtype": stored or dtype})
         place, gguf = tokenizer_source(str(folder))
         absent = gguf is None and Path(place).is_dir() and not has_tokenizer(Path(place))
         theirs = None if absent else read_tokenizer(folder, {})
@@ -120,7 +128,7 @@ def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, Any]:
     except Exception as error:  # transformers and the hub raise all kinds
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise InterventionError(f"{who} cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
-    return other.eval(), theirs
+    return other.eval(), grids, theirs
 
 
 def _stored_dtype(folder: Path) -> Any:

@@ -1,121 +1,17 @@
-"""Check a model's folder for missing, truncated or unsupported files before loading it. Imports no torch.
-
-Only the headers of safetensors files are read, so a folder of hundreds of gigabytes takes milliseconds.
-"""
+"""Check a model's folder before loading it. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from interventions.checkpoint.reading import ReadingError, check_readable, sources
-from interventions.checkpoint.reading.kinds import INDEX, WEIGHTS, has_tokenizer, read_object, weight_files
+from interventions.checkpoint.reading import ReadingError
+from interventions.checkpoint.reading import check_folder as check
 from pytest_lmcompose.errors import ModelError
-
-_OPTIONAL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_LONGEST_HEADER = 100 * 2**20
-"""Bytes; the limit of the format."""
-_LFS = b"version https://git-lfs"
 
 
 def check_folder(folder: Path, *, tokenizer: bool = True) -> None:
-    """Raise ModelError for the first problem that prevents loading a model, with its `tokenizer`, from `folder`.
-
-    It may be a GGUF file, too.
-    """
+    """Raise ModelError for the first problem that prevents loading a model; see `reading.check_folder`."""
     try:
-        kind = check_readable(folder)
-        if kind == "gguf":
-            return
-        if folder.is_file():
-            raise ModelError(f"{folder} is a file: name a folder with config.json and {WEIGHTS}, or a GGUF file")
-        for name in _OPTIONAL:
-            if (folder / name).exists():
-                read_object(folder / name)
-        if kind == "peft":
-            _check_adapter(folder)
-        else:
-            _check_model(folder, tokenizer)
+        check(folder, tokenizer=tokenizer)
     except ReadingError as error:
         raise ModelError(str(error)) from None
-
-
-def _check_adapter(folder: Path) -> None:
-    for path in folder.glob("adapter_model*.safetensors"):
-        _check_safetensors(path)
-    base = Path(sources(folder)[1])
-    if base.exists():
-        check_folder(base)
-
-
-def _check_model(folder: Path, tokenizer: bool) -> None:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"the model folder {folder} has no config.json")
-    config = read_object(folder / "config.json")
-    if "model_type" not in config and "auto_map" not in config:
-        raise ModelError(f"{folder / 'config.json'} has no model_type: it is not the config of a transformers model")
-    for path in _weight_files(folder):
-        _check_safetensors(path)
-    if tokenizer and not has_tokenizer(folder):
-        raise ModelError(f"{folder} has no tokenizer: save the model's own there with tokenizer.save_pretrained")
-
-
-def _weight_files(folder: Path) -> Iterator[Path]:
-    """Yield the weight files, in the order in which transformers looks for them."""
-    if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
-        found = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".safetensors"))
-        if any(not name.endswith(".safetensors") for name in found):
-            raise ModelError(
-                f"{folder} has no {WEIGHTS}, only {found[0]}, which can run code when it is read: load it where you "
-                "trust it and save it again with save_pretrained"
-            )
-        instead = f", but {found[0]}" if found else ""
-        raise ModelError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}{instead}")
-    shards = weight_files(folder)
-    for path in dict.fromkeys(shards.values()):
-        held = _header(path)
-        absent = next((name for name, shard in shards.items() if name and shard == path and name not in held), None)
-        if absent is not None:
-            raise ModelError(f"{path} has no tensor {absent}, but {INDEX} lists it; download both again")
-        yield path
-
-
-def _check_safetensors(path: Path) -> None:
-    """Raise ModelError if the size of a file does not match its header."""
-    tensors = _header(path)
-    try:
-        end = max((tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"), default=0)
-    except (TypeError, KeyError, IndexError):
-        raise ModelError(f"{path} is damaged: its header does not describe tensors; download it again") from None
-    expected = 8 + _header_length(path) + end
-    if (size := path.stat().st_size) != expected:
-        raise ModelError(f"{path} is damaged: {size} bytes instead of {expected}; download it again")
-
-
-def _header(path: Path) -> dict[str, Any]:
-    length = _header_length(path)
-    with path.open("rb") as stream:
-        stream.seek(8)
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise ModelError(f"{path} is damaged: its header cannot be read; download it again")
-    return header
-
-
-def _header_length(path: Path) -> int:
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(_LFS))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    if start == _LFS:
-        raise ModelError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` there")
-    length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or length > min(_LONGEST_HEADER, path.stat().st_size - 8):
-        raise ModelError(f"{path} is damaged or not a safetensors file; download it again")
-    return length

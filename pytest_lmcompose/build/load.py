@@ -118,11 +118,6 @@ def _explained(location: str, error: Exception, trusted: bool) -> str:
         return f"the model {location} comes with its own code: set model.trust_remote_code=true if you trust it"
     if "Unrecognized configuration class" in text:
         return f"the model {location} is not a causal language model: {reason.partition(' for this kind')[0]}"
-    if isinstance(error, OSError) and not Path(location).exists():
-        return (
-            f"the model {location!r} is not a local folder, and the hub or its cache does not have it ({reason}): name "
-            "a local folder, or set HF_HOME to a cache that contains it"
-        )
     return f"the model {location} cannot be loaded: {type(error).__name__}: {reason}"
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from interventions import Resources, apply, find_method
 from interventions.intervention import identity
+from interventions.known_grids import KnownGrid
 from interventions.rounding import read_rounding
 from pytest_lmcompose.build.identity import base_address
 from pytest_lmcompose.build.load import Loaded
@@ -39,6 +41,8 @@ class ModelState:
     steps: tuple[StepRecord, ...]
     state_hash: str
     """SHA-256 of the weights."""
+    grids: Mapping[str, KnownGrid]
+    """How checkpoints stored weights, by parameter name; it counts for those whose values are still the same."""
     _source: Lease | Pristine
 
     @property
@@ -174,7 +178,8 @@ class StateManager:
         return self._addresses[composition]
 
     def _state(self, composition: Composition, built: _Built, source: Lease | Pristine) -> ModelState:
-        return ModelState(composition, self.loaded.tokenizer, built.steps, built.snapshot.state_hash, source)
+        grids = ChainMap(*({**step.report.grids} for step in reversed(built.steps)), {**self.loaded.grids})
+        return ModelState(composition, self.loaded.tokenizer, built.steps, built.snapshot.state_hash, grids, source)
 
     def _bring(self, composition: Composition) -> _Built:
         """Put the working model into a state, starting from the longest available prefix."""

@@ -184,4 +184,8 @@ def _step_from_json(data: Mapping[str, Any]) -> StepRecord:
     fields = dict(data["report"])
     for name in ("changed", "warnings"):
         fields[name] = tuple(fields[name])
+    if fields["grids"]:
+        from interventions.known_grids import KnownGrid
+
+        fields["grids"] = {name: KnownGrid(**grid) for name, grid in fields["grids"].items()}
     return StepRecord(parse(data["step"]).steps[0], data["seed"], StepReport(**fields))

@@ -118,7 +118,7 @@ def truncated(folder: Path) -> None:
 UNREADABLE: dict[str, tuple[Any, str]] = {
     "no base": (change(base_model_name_or_path=None), "has no base_model_name_or_path: set it to the folder"),
     "a missing base": (change(base_model_name_or_path="../gone/for/good"), "there is no base model .*: set base_model"),
-    "a base that the hub lacks": (change(base_model_name_or_path="nobody/such"), "'nobody/such' is not a folder"),
+    "a base that the hub lacks": (change(base_model_name_or_path="nobody/such"), "base model 'nobody/such' is not"),
     "itself": (change(base_model_name_or_path="."), "leads back to the adapter"),
     "a base that is broken": (lambda f: (f.parent / "base" / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),

@@ -129,3 +129,21 @@ def test_several_files_and_damaged_ones(tmp_path: Path) -> None:
         read_model(tmp_path, FLOAT)
     with pytest.raises(ReadingError, match=r"b.gguf is damaged"):
         read_model(tmp_path / "b.gguf", FLOAT)
+
+
+def test_the_file_is_parsed_once_for_the_model_and_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes most of the time, because it has hundreds of thousands of strings."""
+    opened = []
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    write(tmp_path / "model.gguf")
+    load_model(ModelSettings(), str(tmp_path / "model.gguf"), torch.device("cpu"))
+    assert opened == [tmp_path / "model.gguf"]
+    assert gguf.GGUFReader is Reader  # what was exchanged is back

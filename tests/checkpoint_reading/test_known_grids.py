@@ -7,16 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from evaluators import measure_efficiency
+from evaluators.efficiency import decoder_linears, read_layers
+from interventions import apply
 from interventions.checkpoint.reading import read_model
 from pytest_lmcompose.build.identity import base_address
 from pytest_lmcompose.build.load import load_model
 from pytest_lmcompose.settings import ModelSettings
 from tests.checkpoint_reading.folders import SQUARE, gptq_tensors, write
+from tests.models import tiny_model, tiny_tokenizer
+from tests.plugin.conftest import heavy_modules as heavy_modules
 
 CPU = torch.device("cpu")
 GPTQ = {"quant_method": "gptq", "bits": 3, "group_size": 16, "desc_act": True}
@@ -66,6 +71,7 @@ def test_a_models_address_depends_on_how_it_was_stored(folder: Path) -> None:
     assert base_address(again, "weights") == base_address(loaded, "weights")
 
 
+@pytest.mark.usefixtures("heavy_modules")
 def test_a_run_counts_the_stored_bits_also_from_the_cache(folder: Path, pytester: pytest.Pytester) -> None:
     command = (
         "--pyargs", "compositions", f"--lmcompose-model={folder}", "--lmcompose-world=none",
@@ -82,3 +88,28 @@ def test_a_run_counts_the_stored_bits_also_from_the_cache(folder: Path, pytester
             for record in report["compositions"]
         }
         assert found == {"base": 3, "rtn[bits=8,group_size=32]": 8}
+
+
+def test_a_step_that_reads_a_checkpoint_knows_how_it_was_stored(folder: Path, tmp_path_factory: Any) -> None:
+    """Also where some weights have another dtype, and where an adapter moved some of them."""
+    expected, grids = read_model(folder, {"dtype": torch.float32})
+    down = "model.layers.0.mlp.down_proj.weight"
+    for dtype in (torch.float32, torch.float16):
+        model: Any = tiny_model(SQUARE, seed=1)
+        model.model.layers[0].mlp.down_proj.to(dtype)
+        report = apply(model, tiny_tokenizer(), "load", path=str(folder))
+        assert report.grids.keys() == grids.keys()
+        assert {layer.bits for layer in read_layers(decoder_linears(model), report.grids)} == {3}
+        assert (report.grids[down] == grids[down]) == (dtype == torch.float32)
+    some = apply(tiny_model(SQUARE, seed=1), tiny_tokenizer(), "load", path=str(folder), only=["*.mlp.*"])
+    assert some.grids == {name: grid for name, grid in grids.items() if ".mlp." in name}
+
+    lora = tmp_path_factory.mktemp("lora")
+    kind = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(expected, kind).to(torch.bfloat16)  # of which the base must not get the dtype
+    adapted.save_pretrained(lora)
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
+    model = tiny_model(SQUARE, seed=1)
+    report = apply(model, tiny_tokenizer(), "load", path=str(lora))
+    assert report.grids == {name: grid for name, grid in grids.items() if name != down}

@@ -35,6 +35,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj"]),
     "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=TWO),
     "norms": lambda: peft.LNTuningConfig(target_modules=["norm"]),
+    "a bank of vectors": lambda: peft.VBLoRAConfig(r=2, target_modules=TWO, vector_length=16, num_vectors=8),
     "tokens": lambda: peft.TrainableTokensConfig(token_indices=[3, 4], target_modules=["embed_tokens"]),
 }
 
@@ -169,10 +170,20 @@ def test_folders_without_an_adapter(tmp_path: Path) -> None:
     refused(tiny_model(), tmp_path, "adapter_config.json has no peft_type")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").touch()
-    refused(tiny_model(), tmp_path, "has no adapter_model.safetensors")
+    refused(tiny_model(), tmp_path, "has only adapter_model.bin, which can run code")
     refused(tiny_model(), tmp_path / "none", "no such folder")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
-    refused(tiny_model(), tmp_path, "does not fit the model")
+    refused(tiny_model(), tmp_path, "adapter_model.safetensors is damaged or not a safetensors file")
+
+
+def test_an_adapter_of_a_later_version_of_peft(tmp_path: Path) -> None:
+    """The installed one ignores what it does not know, and would merge another adapter."""
+    moved(tiny_model(), KINDS["lora"](), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_newest": True}))
+    refused(tiny_model(), tmp_path, "needs a later version of peft: .* has use_newest")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_newest": False}))
+    assert apply(tiny_model(), None, "adapter", path=str(tmp_path)).changed
 
 
 def test_settings_and_details(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -158,10 +159,11 @@ LLAMA = CONFIGS["llama"]().to_dict()
         (config_with(rms_norm_eps=0.1), r"computes with rms_norm_eps=0.1 instead of 1e-06"),
         (config_with(rope_parameters={"rope_type": "default", "rope_theta": 5.0}), r"rope_parameters.rope_theta=5.0 i"),
         (without_a_tensor, r"lacks model.layers.1.mlp.up_proj.weight: weights and config.json do not match"),
-        (without_a_shard, "cannot be loaded"),
+        (without_a_shard, "is missing, but model.safetensors.index.json lists it"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 900), "model.safetensors is damaged"),
         (other_numbers, "has another tokenizer: the model's numbers .* the other"),
         (other_merges, "has another tokenizer: it cuts text in another way"),
-        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (shutil.rmtree, "no such folder"),
     ],
 )

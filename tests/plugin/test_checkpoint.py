@@ -73,6 +73,14 @@ def without_tokenizer(folder: Path) -> None:
     only("config.json", "generation_config.json", "model.safetensors")(folder)
 
 
+def in_a_folder(folder: Path) -> None:
+    """As trainers write."""
+    for name in ("checkpoint-500", "checkpoint-1000"):
+        shutil.copytree(folder, folder.parent / "moved" / name)
+    shutil.rmtree(folder)
+    shutil.move(folder.parent / "moved", folder)
+
+
 def larger_tokenizer(folder: Path) -> None:
     found = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = found["model"]["vocab"]
@@ -100,6 +108,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "wrong shape": (tensors(lambda found: found.update({UP: torch.zeros(3, 4)})), "tensors of other shapes"),
     "wider config": (config(intermediate_size=64), "tensors of other shapes"),
+    "whole numbers": (
+        tensors(lambda found: found.update({UP: found[UP].to(torch.int8)})),
+        r"as integers \(I8\), but .*config.json has no quantization_config",
+    ),
     "not a number": (tensors(lambda found: found[UP].fill_(torch.nan)), f"NaN or infinite values, such as {UP}"),
     "cut off": (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "is damaged: 20000 bytes"),
     "cut off in the header": (lambda folder: os.truncate(folder / "model.safetensors", 99), "is damaged"),
@@ -129,6 +141,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         "has no tensor model.layers.7",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "a folder of folders": (in_a_folder, "has no config.json, but checkpoint-1000 in it has one: name that"),
     "an empty config": (lambda folder: (folder / "config.json").write_text(""), "is not JSON"),
     "half a config": (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
     "a list as config": (lambda folder: (folder / "config.json").write_text("[]"), "is a JSON list"),
@@ -145,7 +158,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "no tokenizer": (without_tokenizer, "has no tokenizer"),
     "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is not JSON"),
-    "a tokenizer of nothing": (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+    "a tokenizer of nothing": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer in .* is damaged"),
     "another tokenizer": (larger_tokenizer, "tokens, but the model embeds 320"),
     "an image model": (another(transformers.ViTConfig()), "not a causal language model|lacks|stores"),
     "a translation model": (another(transformers.T5Config()), "not a causal language model"),

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pytest_lmcompose.baseline.compare import circumstances
 from pytest_lmcompose.baseline.storage import read_run
 from pytest_lmcompose.build.load import hash_weights
 from pytest_lmcompose.composition import parse
+from tests.checkpoint_reading.folders import gptq_tensors, write
 from tests.plugin.conftest import NO_CACHE, Project
 from tests.plugin.test_run import by_id, read_report
 
@@ -239,3 +240,24 @@ def test_a_failing_command_says_so(steps: Project) -> None:
     result = steps.run(ALLOW, compose=('command[run="echo no luck; exit 7"]',))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*command: failed (exit code 7); its last output:*", "*no luck*"])
+
+
+def test_grids_that_steps_read_count_also_from_the_cache(steps: Project, tiny_model: Path) -> None:
+    """Those in the order of activations cannot be seen from values."""
+    config = AutoConfig.from_pretrained(tiny_model)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True}
+    packed = steps.path / "packed"
+    write(packed, config, settings, lambda layer: gptq_tensors(layer, 4, less_one=True), act_order=True)
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, packed)
+    copy = "command[run='cp -r packed {output}']"
+    expected = {"load[path=./packed]": 4.0, copy: 4.0, "rtn[bits=8]+load[path=packed]": 4.0}
+    expected |= {"load[path=packed]+rtn[bits=8]": 8.0, f"{copy}+load[path=./sft]": 32.0}
+    sizes = "--lmcompose-set=evaluate.efficiency=true", "--lmcompose-set=evaluate.editing=false"
+    for length in (16, 17):  # the second run reads the states, and measures again
+        length_too = f"--lmcompose-set=evaluate.latency_length={length}"
+        result = steps.run(*sizes, length_too, ALLOW, "-v", "--lmcompose-json=report.json", compose=tuple(expected))
+        assert (" changed" in result.stdout.str()) == (length == 16)
+        records = by_id(read_report(steps.path / "report.json"))
+        found = {n: {m["metric"]: m["value"] for m in records[n]["measurements"]}["average_bits"] for n in expected}
+        assert found == expected

@@ -14,6 +14,7 @@ import transformers
 import yaml
 from click.testing import CliRunner, Result
 
+from interventions import apply
 from pytest_lmcompose.build.load import hash_weights
 from pytest_lmcompose.checkpoints.card import Card, read_card, update_card
 from pytest_lmcompose.cli import main
@@ -327,3 +328,32 @@ def test_gate_says_what_it_cannot_compare(exported: Exported, monkeypatch: pytes
     (project.path / "report.json").write_text(msgspec.json.encode(document).decode())
     found = gating(project, str(folders["nudge"]))
     assert found.exit_code == 2 and "no measurements of the base model" in found.output
+
+
+@pytest.mark.parametrize("workers", [(), pytest.param(("-n1",), marks=pytest.mark.slow)])
+def test_what_cannot_be_packed_is_refused_before_it_is_built(workers: tuple[str, ...], project: Project) -> None:
+    packed = ("--lmcompose-export=out", "--lmcompose-export-format=compressed-tensors", "-v", *workers)
+    ids = ("magnitude", "rtn[bits=4,group_size=32]")
+    result = project.run(*packed, compose=ids)
+    text = result.stdout.str() + result.stderr.str()
+    assert "compressed-tensors: nothing of magnitude can be packed: none of its steps quantises" in text
+    assert "step 1/1 magnitude" not in text and "Traceback" not in text
+    if workers:
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        assert [path.name[:3] for path in (project.path / "out").iterdir()] == ["rtn"]
+    else:
+        assert result.ret == pytest.ExitCode.USAGE_ERROR and not (project.path / "out").exists()
+        assert project.run(*packed, "-k", "rtn", compose=ids).ret == pytest.ExitCode.OK
+        named = project.run("--lmcompose-export=out", "--lmcompose-export-format=awq", compose=("base", ids[1]))
+        assert named.ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_a_plain_model_on_a_grid_can_be_packed_without_a_step(project: Project, tiny_model: Path) -> None:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    apply(model, None, "rtn", bits=4, group_size=32)
+    model.save_pretrained(project.path / "grid")
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, project.path / "grid")
+    model_and_export = ("--lmcompose-model=grid", "--lmcompose-export=out", "--lmcompose-export-format=gptq")
+    project.run(*model_and_export, compose=("base", "magnitude"))
+    card_of(project.path / "out" / "base", "base")

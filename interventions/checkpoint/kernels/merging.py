@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interventions.checkpoint.reading.kinds import ADAPTER, read_object
 from interventions.types import InterventionError
 
 _NAME = "default"
@@ -60,8 +61,16 @@ def _wrap(model: nn.Module, folder: Path, who: str) -> Any:
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        unknown = [key for key, value in read_object(folder / ADAPTER).items() if value and not hasattr(config, key)]
+        if unknown:
+            raise InterventionError(
+                f"{who} needs a later version of peft: {folder / ADAPTER} has {unknown[0]}, which the installed one "
+                "ignores; pip install --upgrade peft"
+            )
         config.inference_mode = True
         tuner: Any = PeftModel(model, config, _NAME)
+    except InterventionError:
+        raise
     except Exception as error:  # peft raises all kinds
         raise InterventionError(f"{who} does not fit the model: {_line(error)}") from error
     if not hasattr(tuner.base_model, "merge_and_unload"):
@@ -76,7 +85,11 @@ def _fill(tuner: Any, folder: Path, who: str) -> None:
         found = tuner.load_adapter(str(folder), _NAME, torch_device="cpu")
     except Exception as error:  # peft raises all kinds
         raise InterventionError(f"{who} does not fit the model: {_line(error)}") from error
-    for problem, keys in (("has", found.unexpected_keys), ("lacks", found.missing_keys)):
+    every = dict(tuner.named_parameters(remove_duplicate=False))
+    filled = {id(parameter) for name, parameter in every.items() if name not in found.missing_keys}
+    # A parameter that modules share is stored once.
+    missing = [name for name in found.missing_keys if id(every.get(name)) not in filled]
+    for problem, keys in (("has", found.unexpected_keys), ("lacks", missing)):
         if keys:
             more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
             where = ", which have no place in the model" if problem == "has" else ""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interventions.checkpoint.reading.folder import check_folder as check_folder
 from interventions.checkpoint.reading.kinds import ReadingError as ReadingError
 from interventions.checkpoint.reading.kinds import check_readable as check_readable
 from interventions.checkpoint.reading.kinds import read_kind as read_kind

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from interventions.checkpoint.kernels.merging import merge_adapter
+from interventions.checkpoint.reading.hub import AbsentError
 from interventions.checkpoint.reading.kinds import ADAPTER, BASE, ReadingError, adapter_base, read_object
 from interventions.checkpoint.reading.model import digest_of
 from interventions.known_grids import KnownGrid
@@ -24,13 +25,8 @@ def read(folder: Path, options: dict[str, Any], read_base: Read) -> tuple[Any, d
     config = read_object(folder / ADAPTER)
     try:
         model, grids = read_base(base, {**options, "revision": config.get("revision")})
-    except OSError as error:
-        if Path(base).exists():
-            raise
-        raise ReadingError(
-            f"{folder / ADAPTER}: its base model {base!r} is not a folder, and the hub or its cache does not have it "
-            f"({' '.join(str(error).split())[:150]}): set {BASE} to its folder, or HF_HOME to a cache that has it"
-        ) from error
+    except AbsentError as error:
+        raise ReadingError(f"{folder / ADAPTER}: its base model {error}, or {BASE} to the model's folder") from error
     try:
         merge_adapter(model, folder, 1.0, f"the adapter {folder} of {base}")
     except InterventionError as error:

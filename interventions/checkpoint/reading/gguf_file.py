@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import nn
 
@@ -37,13 +39,14 @@ def read(location: Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Kno
 
     file = kinds.gguf_file(location)
     reader = _open(file)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        quantization_config=GgufConfig(dequantize=True),
-        output_loading_info=True,
-        **options,
-    )
+    with _shared(reader):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            **options,
+        )
     model, found = loaded
     check_complete(str(file), found)
     for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
@@ -64,7 +67,8 @@ def read_tokenizer(file: Path) -> Any:
     reader = _open(file)
     if _field(reader, "tokenizer.ggml.model") == "gpt2":
         return _byte_pairs(file, reader)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with _shared(reader):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for name, token in _special_tokens(reader, _field(reader, "tokenizer.ggml.tokens")).items():
         setattr(tokenizer, name, token)
     return tokenizer
@@ -113,11 +117,33 @@ def _open(file: Path) -> Any:
         raise ReadingError(f"{file} is damaged ({' '.join(str(error).split())[:100]}); download it again") from None
 
 
-@lru_cache(maxsize=1)  # a reader takes seconds to list the words of a tokenizer
+@lru_cache(maxsize=1)  # for the model and its tokenizer
 def _opened(file: Path, _: int) -> Any:
+    import numpy as np
     from gguf import GGUFReader
 
-    return GGUFReader(file)
+    class Reader(GGUFReader):
+        """Reads words and merges by slices of the file, which take much longer of a memory map than of an array."""
+
+        @property
+        def data(self) -> Any:
+            return self._array
+
+        @data.setter
+        def data(self, found: Any) -> None:
+            self._array = found.view(np.ndarray)
+
+    return Reader(file)
+
+
+@contextmanager
+def _shared(reader: Any) -> Iterator[None]:
+    """Let transformers use `reader` and a single table of names: it opens a file twice and makes a table per module."""
+    import gguf
+
+    table = cache(gguf.get_tensor_name_map)
+    with patch.multiple(gguf, GGUFReader=lambda _: reader, get_tensor_name_map=table):
+        yield
 
 
 def _field(reader: Any, name: str) -> Any:

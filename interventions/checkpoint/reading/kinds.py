@@ -118,6 +118,14 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def check_adapter(folder: Path) -> None:
     """Raise ReadingError if a PEFT adapter lacks its weights, or its base model."""
+    check_adapter_weights(folder)
+    for base in sources(folder)[1:]:
+        if Path(base).exists():
+            check_readable(Path(base))
+
+
+def check_adapter_weights(folder: Path) -> None:
+    """Raise ReadingError if a PEFT adapter lacks its weights, or has only pickled ones."""
     if not (folder / ADAPTER_WEIGHTS).exists():
         pickled = folder / "adapter_model.bin"
         if pickled.exists():
@@ -126,9 +134,6 @@ def check_adapter(folder: Path) -> None:
                 "save it again with save_pretrained"
             )
         raise ReadingError(f"{folder} has {ADAPTER} but no {ADAPTER_WEIGHTS}: save the adapter again")
-    for base in sources(folder)[1:]:
-        if Path(base).exists():
-            check_readable(Path(base))
 
 
 def adapter_base(folder: Path) -> str:
