@@ -7,12 +7,14 @@ are quantised together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.compress.bases import Damping, Quantiser, Sequential
 from interventions.compress.engines.table import OWN
 from interventions.intervention import Context, Model, Resources, without_gradients
+from interventions.ranges import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +41,20 @@ class GptqSettings(Sequential, Quantiser):
     leaves the matrix singular."""
     true_sequential: bool = True
     """The same within a block: calibrate each group of linears on the quantised ones before it. More forward passes."""
+    asymmetric_calibration: bool = False
+    """GPTAQ (Li et al., 2025): compensate for the errors of earlier layers too, so that outputs become those of the
+    unquantised model. Needs `sequential`; the unquantised blocks run as well."""
+    asymmetry: Annotated[float, Range(above=0, high=1)] = 0.25
+    """How much of these errors to compensate, as in its authors' code."""
     preserve_mask: bool = True
     """Keep weights at zero that are zero already, in a linear with at least 5 % of them. As published,
     compensation would fill them again."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield that there is nothing to compare with the unquantised model."""
+        yield from super().problems()
+        if self.asymmetric_calibration and not self.sequential:
+            yield "asymmetric_calibration=true: needs sequential=true, which calibrates on the quantised blocks"
 
     @without_gradients
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
@@ -54,6 +67,7 @@ class GptqSettings(Sequential, Quantiser):
         import torch
 
         from interventions.compress.engines.run import run_engine
+        from interventions.compress.kernels.asymmetric import PairedStatistics, asymmetric_target
         from interventions.compress.kernels.blockwise import walk_blocks
         from interventions.compress.kernels.gptq_kernel import gptq_quantise
         from interventions.compress.kernels.grid import fake_quantise
@@ -65,8 +79,18 @@ class GptqSettings(Sequential, Quantiser):
 
         def work(group: LinearGroup, statistics: InputStatistics) -> list[dict[str, Any]]:
             weights = [linear.weight for linear in group.linears]
+            target = torch.cat(weights)
+            if isinstance(statistics, PairedStatistics) and statistics.mismatch is not None:
+                target = asymmetric_target(
+                    target,
+                    statistics.gram,
+                    statistics.mismatch,
+                    share=self.asymmetry,
+                    damping=self.damping,
+                    act_order=self.act_order,
+                )
             result = gptq_quantise(
-                torch.cat(weights),
+                target,
                 statistics.gram,
                 bits=self.bits,
                 group_size=self.group_size,
@@ -96,7 +120,8 @@ class GptqSettings(Sequential, Quantiser):
                 for linear, new, error in zip(group.linears, news, errors, strict=True)
             ]
 
-        linears = walk_blocks(model, tokenizer, self, resources, context, work, InputStatistics)
+        sums = PairedStatistics if self.asymmetric_calibration else InputStatistics
+        linears = walk_blocks(model, tokenizer, self, resources, context, work, sums)
         context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
         return {"linears": linears}
 
