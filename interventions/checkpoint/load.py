@@ -108,7 +108,18 @@ def bring_in(
             module = model.get_submodule(name.removesuffix(".weight"))
             grids[name] = dataclasses.replace(grids[name], digest=digest_of(module))
     context.stored({name: grids[name] for name in chosen if name in grids})
+    _bring_in_rounding(model, other, [name.removesuffix(".weight") for name in chosen], whole=only is None)
     return len(chosen)
+
+
+def _bring_in_rounding(model: Model, other: Model, chosen: list[str], *, whole: bool) -> None:
+    """Let the chosen layers of `model` round their inputs as in `other`, and of a `whole` model attention as well."""
+    from interventions.rounding import Rounding, rounding_of, set_rounding_
+
+    ours, theirs = rounding_of(model), rounding_of(other)
+    kept = {name: rounded for name, rounded in ours.inputs.items() if name not in chosen}
+    inputs = kept | {name: rounded for name, rounded in theirs.inputs.items() if name in chosen}
+    set_rounding_(model, Rounding(inputs, theirs.caches if whole else ours.caches))
 
 
 def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, dict[str, KnownGrid], Any]:

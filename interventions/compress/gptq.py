@@ -7,13 +7,14 @@ are quantised together; so are experts of the same shape, each with its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.compress.bases import Damping, Quantiser, Sequential
 from interventions.compress.engines.table import OWN
 from interventions.intervention import Context, Model, Resources, without_gradients
+from interventions.ranges import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +40,20 @@ class GptqSettings(Sequential, Quantiser):
     leaves the matrix singular."""
     true_sequential: bool = True
     """The same within a block: calibrate each group of linears on the quantised ones before it. More forward passes."""
+    asymmetric_calibration: bool = False
+    """GPTAQ (Li et al., 2025): compensate for the errors of earlier layers too, so that outputs become those of the
+    unquantised model. Needs `sequential`; the unquantised blocks run as well."""
+    asymmetry: Annotated[float, Range(above=0, high=1)] = 0.25
+    """How much of these errors to compensate, as in its authors' code."""
     preserve_mask: bool = True
     """Keep weights at zero that are zero already, in a linear with at least 5 % of them. As published,
     compensation would fill them again."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield that there is nothing to compare with the unquantised model."""
+        yield from super().problems()
+        if self.asymmetric_calibration and not self.sequential:
+            yield "asymmetric_calibration=true: needs sequential=true, which calibrates on the quantised blocks"
 
     @without_gradients
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
@@ -54,6 +66,7 @@ class GptqSettings(Sequential, Quantiser):
         import torch
 
         from interventions.compress.engines.run import run_engine
+        from interventions.compress.kernels.asymmetric import PairedStatistics, asymmetric_target
         from interventions.compress.kernels.blockwise import in_bunches, walk_stages
         from interventions.compress.kernels.chosen import chosen_grids
         from interventions.compress.kernels.gptq_kernel import gptq_quantise
@@ -78,14 +91,27 @@ class GptqSettings(Sequential, Quantiser):
                     outcomes += quantise(linears, grid, statistics)
             return outcomes
 
+        def target(weight: Tensor, statistics: InputStatistics) -> Tensor:
+            if not isinstance(statistics, PairedStatistics) or statistics.mismatch is None:
+                return weight
+            return asymmetric_target(
+                weight,
+                statistics.gram,
+                statistics.mismatch,
+                share=self.asymmetry,
+                damping=self.damping,
+                act_order=self.act_order,
+            )
+
         def quantise(
             groups: Sequence[list[Linear]], grid: Grid, statistics: Sequence[InputStatistics]
         ) -> list[dict[str, Any]]:
             linears = [linear for group in groups for linear in group]
             weights = [linear.weight for linear in linears]
             parts = [len(weight) for weight in weights]
+            whole = [torch.cat([linear.weight for linear in group]) for group in groups]
             result = gptq_quantise(
-                torch.cat(weights),
+                torch.cat([target(weight, own) for weight, own in zip(whole, statistics, strict=True)]),
                 torch.stack([own.gram for own in statistics]),
                 grid,
                 parts=parts,
@@ -120,7 +146,8 @@ class GptqSettings(Sequential, Quantiser):
             ]
 
         bunched = in_bunches(work, together=not self.act_order)
-        linears = walk_stages(model, tokenizer, self, resources, context, bunched, InputStatistics)
+        sums = PairedStatistics if self.asymmetric_calibration else InputStatistics
+        linears = walk_stages(model, tokenizer, self, resources, context, bunched, sums)
         context.already("every linear layer lay on its grid before")  # the one reason why nothing would change
         return {"linears": linears} | round_as_it_runs_(model, tokenizer, self, resources, context)
 

@@ -14,6 +14,7 @@ rotations at run time (inside the MLP, of queries and keys) are not made.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,15 +37,23 @@ class RotateSettings(Intervention):
     matrix: Annotated[str, Choice("hadamard", "orthogonal")] = "hadamard"
     """`hadamard`: entries of equal magnitude with random signs, or a random orthogonal matrix if none of that size is
     known; `orthogonal`: a random orthogonal matrix in any case."""
+    stream: bool = True
+    """Rotate the residual stream. Where gains of norms keep large channels of the stream small, rounded weights get
+    worse by it, because the gains are folded into them."""
     values: bool = True
-    """Also rotate the values of attention heads, where nothing stands between them and the output layer."""
+    """Rotate the values of attention heads, where nothing stands between them and the output layer."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield that nothing is left to rotate."""
+        if not self.stream and not self.values:
+            yield "values=false: nothing is left to rotate beside stream=false; set one of them to true"
 
     @without_gradients
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Rotate embeddings, decoder blocks and head, in place; no text is read.
 
         Returns the kinds of the matrices, whether the head was given weights of its own, and how far the logits of a
-        trial run moved, as a share of their range. Raises InterventionError where the model would compute something
+        trial run moved, relative to their spread. Raises InterventionError where the model would compute something
         else.
         """
         from interventions.anatomy import find_anatomy
@@ -52,19 +61,26 @@ class RotateSettings(Intervention):
 
         generator = context.generator("rotate")
         stream = residual.Residual(model, find_anatomy(model))
-        rotation = self.draw(stream.width, generator, keeps_mean=stream.subtracts_mean())
-        kinds, left = {"stream": rotation.kind}, []
+        kinds: dict[str, str] = {}
+        left, untied = [], False
+        if self.stream:
+            stream.check_ends()
+            rotation = self.draw(stream.width, generator, keeps_mean=stream.subtracts_mean())
+            kinds["stream"] = rotation.kind
         for block, call in stream.calls():
             context.progress(f"rotate: block {block.index + 1} of {len(stream.blocks)}")
             with residual.float_copy(model, block, write=True) as work:
-                turned = residual.rotate_block_(work, call, rotation.matrix)
+                if self.stream:
+                    call = residual.rotate_block_(work, call, rotation.matrix)
                 if self.values:
-                    heads = self.draw(residual.head_width(model, work), generator)
-                    if residual.rotate_values_(work, turned, heads.matrix):
+                    width = residual.head_width(model, work)
+                    heads = self.draw(width, generator) if width else None
+                    if heads is not None and residual.rotate_values_(work, call, heads.matrix):
                         kinds["values"] = heads.kind
                     else:
                         left.append(block.name)
-        untied = stream.rotate_ends_(rotation.matrix)
+        if self.stream:
+            untied = stream.rotate_ends_(rotation.matrix)
         if left:
             context.warn(
                 f"rotate: the values of {len(left)} of {len(stream.blocks)} blocks, such as {left[0]}, stay as they "

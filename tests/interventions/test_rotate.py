@@ -105,6 +105,18 @@ def test_seeds_give_other_matrices_and_the_same_seed_the_same() -> None:
     assert torch.equal(one, same) and not torch.allclose(one, other)
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2", "gpt2", "gpt_neox", "opt-post-norm"])
+def test_values_alone(family: str) -> None:
+    model, before = tiny_model(family), tiny_model(family)
+    report = apply(model, None, "rotate", stream=False)
+    assert off(logits(model), logits(before)) < 2e-6
+    assert report.details["matrices"] == {"values": "hadamard"} and not report.details["head_untied"]
+    assert all("attn" in name or "attention" in name for name in report.changed)
+    assert len({name.rpartition(".")[0] for name in report.changed}) == 2 * 2  # layers that make and read them
+    with pytest.raises(InterventionError, match=r"rotate.values=false: nothing is left to rotate"):
+        apply(model, None, "rotate", stream=False, values=False)
+
+
 def tied(**settings: Any) -> Any:
     config = transformers.LlamaConfig(**CONFIGS["llama"]().to_dict() | {"tie_word_embeddings": True} | settings)
     return tiny_model(config)

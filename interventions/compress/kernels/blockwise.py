@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
 from interventions.compress.bases import Calibrated, Sequential
+from interventions.compress.kernels.asymmetric import UnchangedPath
 from interventions.compress.kernels.capture import (
     Call,
     ReplayedModule,
@@ -61,8 +62,8 @@ def walk_blocks(
     change the statistics, which are of type `sums`.
 
     With `settings.sequential`, blocks are calibrated on the outputs of the compressed blocks before them, otherwise
-    on those of the original blocks. `true_sequential` does the same for the groups inside a block. For errors see
-    `float_blocks`.
+    on those of the original blocks. `true_sequential` does the same for the groups inside a block. With
+    `asymmetric_calibration`, statistics of type `PairedStatistics` compare both. For errors see `float_blocks`.
     """
 
     def each(groups: Sequence[LinearGroup], statistics: Sequence[Sums]) -> list[dict[str, Any]]:
@@ -85,6 +86,7 @@ def walk_stages(
     details: list[dict[str, Any]] = []
     true_sequential = getattr(settings, "true_sequential", False)
     options: dict[str, Any] = {"true_sequential": true_sequential, "reads": sums}
+    options["paired"] = getattr(settings, "asymmetric_calibration", False)
     for block in float_blocks(model, tokenizer, settings, resources, context, settings.sequential, **options):
         statistics = {} if true_sequential else block.collect(block.groups, sums=sums)
         for groups in block.block.stages:
@@ -127,13 +129,15 @@ def float_blocks(
     reads: type | None = None,
     batch_tokens: int | None = None,
     scaled: bool = False,
+    paired: bool = False,
 ) -> Iterator[FloatBlock]:
     """Yield each block of the model as a float32 copy, with its calls on the calibration text.
 
     Changes of the copy are written back when the caller takes the next block. The text is read in
     `settings.samples` windows of `settings.max_tokens`, in batches that fit the memory for activations and have
     `batch_tokens` at most. If the caller reads nothing but statistics of type `reads`, blocks whose statistics are
-    cached do not run. With `scaled`, a warning lists the groups whose input cannot be scaled.
+    cached do not run. With `scaled`, a warning lists the groups whose input cannot be scaled. With `paired`, the
+    unchanged model runs on the text beside the changed one, for `PairedStatistics`.
 
     Raises InterventionError, naming layer and setting, for missing or empty text, fewer tokens than a linear has
     columns, NaN or infinite weights or inputs, and a memory budget smaller than a block.
@@ -150,12 +154,14 @@ def float_blocks(
         warn_of_unscaled(unscaled(blocks, method, context), method, context)
         warn_of_experts(blocks, method, context)
     every = settings.calibrate_all_experts
-    known = BlockStatistics(context.statistics, batches, sequential=sequential, every=every)
+    shared = None if paired else context.statistics
+    known = BlockStatistics(shared, batches, sequential=sequential, every=every)
     reach = Reach()
     all_known = not sequential and not true_sequential and reads is not None and known.cover(blocks, reads)
     masks = [batch["attention_mask"].bool() for batch in batches]
     calls = catch_block_calls(model, batches, blocks)
     hidden = [call.hidden for call in calls[0]]
+    unchanged = UnchangedPath(hidden, blocks[0].linears[0].weight.dtype) if paired else None
     shapes: Shapes = {}
     for block, block_calls in zip(blocks, calls, strict=True):
         context.progress(f"{method}: block {block.index + 1} of {len(blocks)}")
@@ -173,12 +179,17 @@ def float_blocks(
             reach=reach,
             every_expert=every,
             keep_outputs=not sequential and not all_known,
+            unchanged=unchanged,
         )
+        if unchanged is not None:
+            unchanged.enter(work.block, given, work.resting)
         if true_sequential:
             work.replay(shapes)
         yield work
         work.write_back()
         if block is not blocks[-1]:
+            if unchanged is not None:
+                unchanged.leave()
             hidden = [call.hidden for call in given] if all_known else work.hand_on()
     for warning in reach.warnings(method):
         context.warn(warning)
@@ -200,8 +211,10 @@ class FloatBlock:
         reach: Reach,
         every_expert: bool,
         keep_outputs: bool,
+        unchanged: UnchangedPath | None = None,
     ) -> None:
         self.stored = block
+        self.unchanged = unchanged
         self.block = copy.deepcopy(block)
         self.block.module.to(device).float()
         self.device = device
@@ -309,6 +322,8 @@ class FloatBlock:
             for number in range(len(self.calls)):
                 rows = self.rows[number]  # for `add`
                 waiting.update(group.key for group in groups)
+                if self.unchanged is not None:
+                    self.unchanged.expect(number, {group: statistics[group.key] for group in groups}, rows)
                 with suppress(StopForward):
                     output = self._run(number, self.calls[number])
                     if self.keep_outputs and len(self.outputs) == number:

@@ -48,7 +48,7 @@ class Residual:
     """The residual stream of a model, from the embeddings to the head."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
-        """Run the model on a few tokens; raises InterventionError where something stands beside the stream's ends."""
+        """Run the model on a few tokens."""
         self.model, self.anatomy, self.blocks = model, anatomy, anatomy.blocks
         embeddings = cast(Tensor, anatomy.embeddings.weight)
         self._ids = torch.arange(within_context(model, TOKENS)).remainder(len(embeddings)).unsqueeze(0)
@@ -56,15 +56,18 @@ class Residual:
         self._calls = [call for (call,) in self._catch(self.blocks)]
         self._start = self._calls[0].hidden
         self.width = self._start.shape[-1]
-        if anatomy.head is anatomy.embeddings:
+        self._logits = self._run()
+
+    def check_ends(self) -> None:
+        """Raise InterventionError where embeddings or head do not touch the stream, or are one module."""
+        if self.anatomy.head is self.anatomy.embeddings:
             raise InterventionError("rotate: embeddings and head are one module: they cannot have weights of their own")
-        for part, module in (("embeddings", anatomy.embeddings), ("head", anatomy.head)):
+        for part, module in (("embeddings", self.anatomy.embeddings), ("head", self.anatomy.head)):
             if (width := cast(Tensor, module.weight).shape[1]) != self.width:
                 raise InterventionError(
                     f"rotate: the {part} are {width} wide, the residual stream {self.width}: the layer between them "
                     "cannot be rotated; leave this step out for this model"
                 )
-        self._logits = self._run()
 
     def subtracts_mean(self) -> bool:
         """Return whether norms subtract the mean of their input: those of the first block and the last one."""
@@ -294,10 +297,12 @@ def moved(found: Tensor, wanted: Tensor, scale: Tensor) -> float:
 
 
 def head_width(model: nn.Module, block: Block) -> int:
-    """Return the width of an attention head's values, as the attention's output layer reads them."""
+    """Return the width of an attention head's values, as the attention's output layer reads them; 0 if unknown."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return block.group("attention_out").in_features // int(getattr(config, "num_attention_heads", 1))
+    heads = getattr(config, "num_attention_heads", None)
+    outputs = [group.in_features for group in block.linear_groups if group.role == "attention_out"]
+    return outputs[0] // heads if outputs and isinstance(heads, int) else 0
 
 
 def rotate_values_(block: Block, call: Call, R: Tensor) -> bool:
