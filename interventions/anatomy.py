@@ -85,7 +85,8 @@ def _find(model: nn.Module) -> Anatomy:
         raise InterventionError(
             f"{found.name}: the decoder blocks have no linear layer that can be changed ({reasons}). {_HOW}"
         )
-    return Anatomy(tuple(blocks), embeddings, _final_norm(model, seen, found, layout), head)
+    width = found.calls[-1].outputs[0].shape[-1]
+    return Anatomy(tuple(blocks), embeddings, _final_norm(model, seen, found, layout), head, width)
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -196,6 +196,8 @@ class Anatomy:
     final_norm: nn.Module
     """`nn.Identity` where the model has none."""
     head: nn.Module
+    width: int
+    """Features of the hidden state that the blocks pass on."""
 
 
 def is_linear(module: nn.Module | None) -> bool:

@@ -28,19 +28,19 @@ def page(results: Results, size: Size, seed: int) -> str:
     lines = [
         "# Architectures",
         "",
-        f"pytest-lmcompose finds the parts of a model by running it once, not by names. This page checks that on every "
+        "pytest-lmcompose finds the parts of a model by running it once, not by names. This page checks that on every "
         f"architecture in the causal-language-model mapping of transformers {transformers.__version__}: a tiny random "
-        f"model of each ({size.layers} or more blocks of width {size.hidden}, {size.heads} heads, seed {seed}, float32, "
-        "CPU) goes through every method and every evaluator.",
+        f"model of each ({size.layers} or more blocks of width {size.hidden}, {size.heads} heads, seed {seed}, "
+        "float32, CPU) goes through every method and every evaluator.",
         "",
         f"{goal} of {total} architectures ({goal / total:.0%}) pass {', '.join(GOAL[: -len(EVALUATORS)])} and all "
         "evaluators. The others are refused with the reasons below. Regenerate this page with `make architectures`; "
         "`python -m tests.architectures --help` lists the options for other seeds, sizes and single architectures.",
         "",
-        "Invariants: finding the parts leaves weights, modes, hooks and random numbers as they were; random scales folded "
-        "into what makes an input leave the logits as they were (1e-4); logits computed from a block on are the model's "
-        "(1e-3); rounding to 8 bits moves the logits by less than 2 % of their range on average; likelihoods do not "
-        "depend on the batch size (1e-3).",
+        "Invariants: finding the parts leaves weights, modes, hooks and random numbers as they were; random scales "
+        "folded into what makes an input leave the logits as they were (1e-4); logits computed from a block on are "
+        "the model's (1e-3); rounding to 8 bits moves the logits by less than 2 % of their range on average; "
+        "likelihoods do not depend on the batch size (1e-3).",
         "",
         "| check | passed | share |",
         "|---|---|---|",

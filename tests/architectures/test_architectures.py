@@ -1,4 +1,4 @@
-"""Every architecture passes, or is refused with a reason; nothing is silently wrong. See `python -m tests.architectures`."""
+"""Every architecture passes, or is refused with a reason; none is silently wrong (python -m tests.architectures)."""
 
 from __future__ import annotations
 
