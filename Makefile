@@ -3,6 +3,7 @@
 # make test: the tests
 # make benchmark: the tests with time bounds, for a quiet machine
 # make test-engines: upstream engines against our own kernels (docs/engines.md); builds their environments
+# make architectures: every architecture of transformers through every method, for docs/architectures.md
 # make docs: the documentation, in build/docs; a warning is an error
 # All make .venv first, and again when pyproject.toml or constraints.txt change.
 
@@ -13,7 +14,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 OMP_WAIT_POLICY = passive
 export OMP_WAIT_POLICY
 
-.PHONY: demo real test benchmark lint docs
+.PHONY: demo real test benchmark architectures lint docs
 
 demo: .venv/.installed
 	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-json=report.json
@@ -33,6 +34,9 @@ test: .venv/.installed
 
 benchmark: .venv/.installed
 	.venv/bin/python -m pytest tests/benchmarks
+
+architectures: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.architectures --write docs/architectures.md
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -87,7 +87,9 @@ def _find(model: nn.Module) -> Anatomy:
         raise InterventionError(
             f"{found.name}: the decoder blocks have no linear layer that can be changed ({reasons}). {_HOW}"
         )
-    return Anatomy(tuple(blocks), embeddings, _final_norm(model, seen, found, layout), head)
+    hidden = found.calls[-1].outputs[0]
+    norm, width = _final_norm(model, seen, found, layout), hidden.shape[-1]
+    return Anatomy(tuple(blocks), embeddings, norm, head, width, hidden.numel() // (width * seen.tokens))
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

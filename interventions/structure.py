@@ -196,6 +196,18 @@ class Anatomy:
     final_norm: nn.Module
     """`nn.Identity` where the model has none."""
     head: nn.Module
+    width: int
+    """Features of the hidden state that the blocks pass on."""
+    states: int = 1
+    """Hidden states that the blocks pass on for each token."""
+
+    def check_one_state(self, method: str) -> None:
+        """Raise InterventionError if there is more than one hidden state for a token."""
+        if self.states > 1:
+            raise InterventionError(
+                f"{method}: the blocks of this model pass on {self.states} hidden states for each token, and no one of "
+                "them is what the MLP's output is added to; edit it with ft or lora instead"
+            )
 
 
 def is_linear(module: nn.Module | None) -> bool:

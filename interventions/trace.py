@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from interventions.early_exit import accepted
 from interventions.modes import keep_modes
-from interventions.structure import module_device, within_context
+from interventions.structure import is_linear, module_device, within_context
 from interventions.types import InterventionError
 
 TOKENS = 8
@@ -89,7 +89,8 @@ def trace(model: nn.Module) -> Trace:
         call = running.pop()
         while call.module is not module:  # calls that ended with an exception
             call = running.pop()
-        call.output = output
+        # Some models add to the output of a layer in place.
+        call.output = output.clone() if is_linear(module) and isinstance(output, Tensor) else output
 
     handles = []
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from evaluators.registry import BUILT_IN
 from interventions.registry import find_method
 from tests.architectures.check import CHECKS, METHODS, Result, check
+from tests.architectures.page import page
 from tests.architectures.tiny import ARCHITECTURES, Size
 
 _SECONDS = 300
@@ -36,6 +37,8 @@ def main() -> None:
     chosen = parser.parse_args()
     size = Size(chosen.hidden, chosen.layers, chosen.heads)
     results = check_all(chosen.names, size, chosen.seed, chosen.checks, chosen.processes)
+    if chosen.write:
+        chosen.write.write_text(page(results, size, chosen.seed))
     if chosen.json:
         chosen.json.write_text(json.dumps(results, indent=1))
 

@@ -258,6 +258,7 @@ def _folds(model: Any) -> None:
 def _tail(model: Any) -> None:
     """Rerun from a block with a changed vector, the logits are the model's."""
     anatomy = find_anatomy(model)
+    anatomy.check_one_state("tail")
     rows = [tokenizer()(text)["input_ids"][:length] for text, length in zip(SENTENCES, (20, 13, 17), strict=False)]
     begins = [5, 0, 9]
     for block in anatomy.blocks:

@@ -200,7 +200,11 @@ def tiny_config(model_type: str, size: Size = SMALL) -> Any:
     values = _merged(values, EXTRA.get(model_type, lambda size: {})(size))
     for key in _KIND:
         values.pop(key, None)
-    return kind(**values)
+    config = kind(**values)
+    if model_type == "dbrx":
+        # Which the model reads and its config no longer has.
+        config.attn_config.rope_theta, config.attn_config.clip_qkv = 10000.0, 8.0
+    return config
 
 
 def tiny(model_type: str, size: Size = SMALL, seed: int = 0) -> Any:

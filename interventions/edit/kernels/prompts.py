@@ -105,15 +105,10 @@ def sample_contexts(
         for number in range(per_length):
             opening = CONTEXT_OPENINGS[number % len(CONTEXT_OPENINGS)]
             ids = torch.tensor([read(tokenizer, [opening])[0].ids], device=device)
-            written, cache = ids, None
-            for _ in range(length):
-                output = model(**accepted(model, {"input_ids": written, "past_key_values": cache, "use_cache": True}))
-                cache = getattr(output, "past_key_values", None)
+            for _ in range(length):  # texts so short need no cache, which models have of many kinds
+                output = model(**accepted(model, {"input_ids": ids, "use_cache": False}))
                 values, tokens = output.logits[0, -1].float().topk(_TOP_K)
                 choice = torch.multinomial(values.softmax(dim=0).cpu(), 1, generator=generator)
-                written = tokens[choice.to(device)].reshape(1, 1)
-                ids = torch.cat([ids, written], dim=1)
-                if cache is None:  # without a cache of keys and values, the whole text is read again
-                    written = ids
+                ids = torch.cat([ids, tokens[choice.to(device)].reshape(1, 1)], dim=1)
             contexts.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip() + ". ")
     return contexts

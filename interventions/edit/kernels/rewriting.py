@@ -60,6 +60,7 @@ def rewrite(
     edits = resources.edits
     check_edits(edits)
     anatomy = find_anatomy(model)
+    anatomy.check_one_state(settings.name)
     layers = settings.choose_layers(len(anatomy.blocks))
     outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
 

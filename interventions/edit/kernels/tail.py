@@ -163,6 +163,13 @@ class _Fixed(Cache):
         return keys, torch.cat([layer.values, value_states], dim=-2)
 
 
+def _copied(output: Any) -> Any:
+    """Return an output with copies of its tensors: some models add to them in place."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    return tuple(map(_copied, output)) if type(output) is tuple else output
+
+
 def _by_rows(values: Tensor, rows: int) -> Tensor:
     """Return values as (rows, tokens, width), even if rows and tokens are flattened."""
     return values.reshape(rows, -1, values.shape[-1])
@@ -173,7 +180,7 @@ def _watching(modules: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> It
     """Record the outputs of modules in `outputs`."""
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs[module] = output
+        outputs[module] = _copied(output)
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
@@ -188,7 +195,7 @@ def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Make modules return the given outputs without computing anything."""
 
     def constant(output: Any) -> Any:
-        return lambda *args, **kwargs: output
+        return lambda *args, **kwargs: _copied(output)
 
     with ExitStack() as stack:
         for module, output in outputs.items():

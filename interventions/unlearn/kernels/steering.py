@@ -35,7 +35,10 @@ def states(model: nn.Module, block: Block, batch: TextBatch) -> Tensor:
         run_until_seen(model, {"input_ids": batch.ids, "attention_mask": batch.mask})
     finally:
         handle.remove()
-    return seen[0][batch.mask.bool()]
+    values = seen[0]
+    if values.shape[:2] != batch.mask.shape:  # several hidden states for each token, one after another
+        values = values.movedim(0, 2)
+    return values[batch.mask.bool()]
 
 
 def forget_loss(seen: Tensor, control: Tensor) -> Tensor:
