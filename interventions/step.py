@@ -55,8 +55,9 @@ def apply(
     Relative paths in settings start at `folder` (None: the working folder).
 
     Only weights change: parameter names, shapes, dtypes and requires_grad flags, train mode, the KV cache flag and the
-    tokenizer stay the same; gradients are dropped. On any exception, including an interrupt, the original weights are
-    restored and the exception is raised again.
+    tokenizer stay the same; gradients are dropped. A method that removes experts changes shapes, and the number of
+    experts in the model's configuration. On any exception, including an interrupt, the original weights are restored
+    and the exception is raised again.
 
     Raises InterventionError if the step changes no weight, leaves NaN or infinity in one, or changes anything else;
     UnknownMethod for an unknown name. If the method reports that nothing was left to do, an unchanged model is only a
@@ -86,7 +87,8 @@ def apply(
         for gpu in gpus:
             torch.cuda.synchronize(gpu)
         seconds = time.perf_counter() - start
-        changed = before.changed(model, method, may_be_none=bool(satisfied))
+        resizes = getattr(complete, "resizes", False)
+        changed = before.changed(model, method, may_be_none=bool(satisfied), may_resize=resizes)
         if not changed:
             warnings += satisfied
         details = _plain(details, method)
