@@ -103,7 +103,7 @@ def _innermost_first(block: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(modules, key=lambda pair: -pair[0].count(".") - bool(pair[0]))
 
 
-class _Trace(PartsWatch):
+class _Trace(PartsWatch):  # type: ignore[no-untyped-call]
     """Records the products with parts of parameters, and the biases that are added to them."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:

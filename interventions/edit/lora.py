@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
-from interventions.layouts import ROLES
+from interventions.layouts import ROLES, Role
 from interventions.ranges import Choice, Count, Items, Layers, Positive, Share, Weight
+from interventions.types import InterventionError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
     from torch import Tensor, nn
 
-    from interventions.structure import Anatomy, Linear
+    from interventions.structure import Anatomy, Block, Linear
 
 
 IN_ATTENTION = ("query", "key", "value")
@@ -168,11 +169,23 @@ def chosen_linears(anatomy: Anatomy, settings: LoraSettings, layers: Sequence[in
     for target in settings.targets:
         role: Any = "attention_in" if target in IN_ATTENTION else target
         for layer in layers:
-            found = anatomy.blocks[layer].group(role).linears
+            found = _adaptable(anatomy.blocks[layer], role, target)
             if target in IN_ATTENTION and len(found) == len(IN_ATTENTION):
                 found = (found[IN_ATTENTION.index(target)],)
             linears |= {linear.name: linear for linear in found}
     return list(linears.values())
+
+
+def _adaptable(block: Block, role: Role, target: str) -> tuple[Linear, ...]:
+    """Return the linear layers with a role; InterventionError where all are parts of a parameter of fused experts."""
+    found = [linear for group in block.linear_groups if group.role == role for linear in group.linears]
+    modules = tuple(linear for linear in found if linear.part is None)
+    if not modules:
+        raise InterventionError(
+            f"lora.targets: {target} in {block.name} is in routed experts that share one parameter, "
+            f"{found[0].parameter_name}, which takes no adapters: choose q, k, v or attention_out"
+        )
+    return modules
 
 
 class _Adapters:

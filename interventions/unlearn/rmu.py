@@ -95,7 +95,11 @@ class RmuSettings(Intervention):
             for topic, texts in topics.items()
         ]
         controls = [
-            control_vector(block.mlp_output.out_features, self.steering_coefficient, context.generator(f"rmu {topic}"))
+            control_vector(
+                block.group("mlp_out").linears[0].out_features,
+                self.steering_coefficient,
+                context.generator(f"rmu {topic}"),
+            )
             for topic in topics
         ]
         retain = batches(resources.retain, "retain texts") if self.alpha else []
