@@ -80,9 +80,8 @@ class GptqSettings(Sequential, Quantiser):
             )
             names = ", ".join(linear.name for linear in linears)
             if result is None and len(groups) > 1:
-                return [
-                    done for pair in zip(groups, statistics, strict=True) for done in work(*([one] for one in pair))
-                ]
+                pairs = list(zip(groups, statistics, strict=True))
+                return [done for group, own in pairs for done in work([group], [own])]
             if result is None:
                 context.warn(
                     f"gptq: {names}: rounded to nearest, as the Gram matrix of the input cannot be factored even with "
