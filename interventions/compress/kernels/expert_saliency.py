@@ -91,9 +91,8 @@ def expert_saliency(
             found.append(Saliency(f"{block.name}.{layer.path}", block.module, layer, zeros, zeros.long()))
     _check(found, model, method)
     size = within_context(model, settings.max_tokens)
-    batches = window_batches(
-        tokenizer, resources.calibration, samples=settings.samples, max_tokens=size, batch_tokens=BATCH_TOKENS
-    )
+    options: dict[str, Any] = {"samples": settings.samples, "max_tokens": size, "batch_tokens": BATCH_TOKENS}
+    batches = window_batches(tokenizer, resources.calibration, **options, padded=False)
     with keep_modes(model), torch.no_grad(), ExitStack() as stack:
         for saliency in found:
             module = saliency.layer.module
@@ -118,10 +117,11 @@ def _check(found: list[Saliency], model: nn.Module, method: str) -> None:
     if len(counts) > 1:
         raise InterventionError(f"{method}: the layers have different numbers of experts: {sorted(counts)}")
     for saliency in found:
-        if saliency.layer.form != "routed" or saliency.layer.router is None:
+        router = saliency.layer.router
+        if saliency.layer.form != "routed" or router is None or router.out_features != saliency.layer.count:
             raise InterventionError(
-                f"{method}: {saliency.name}: the weights that the router gives these experts are not seen, because "
-                "their module does not take them as an argument: experts of this architecture cannot be removed"
+                f"{method}: {saliency.name}: there is no router with one output for each of these experts whose "
+                "weights their module takes as an argument: experts of this architecture cannot be removed"
             )
 
 
