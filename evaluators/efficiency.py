@@ -93,7 +93,9 @@ def decoder_linears(model: nn.Module) -> dict[str, Tensor]:
     }
     for name, place in places.items():
         for expert in range(place.count):
-            linears[f"{name}.{expert}"] = place._replace(index=expert).within(stacked[decoder][name].detach())
+            linears[f"{name}.{expert}"] = Place(expert, place.count, place.transposed).within(
+                stacked[decoder][name].detach()
+            )
     return linears
 
 

@@ -103,7 +103,7 @@ def _innermost_first(block: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(modules, key=lambda pair: -pair[0].count(".") - bool(pair[0]))
 
 
-class _Trace(PartsWatch):
+class _Trace(PartsWatch):  # type: ignore[no-untyped-call]
     """Records the products with parts of parameters, and the biases that are added to them."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -201,7 +201,8 @@ def _layer(
     where: str,
     stages: Sequence[Sequence[tuple[str, nn.Module, Part]]],
 ) -> ExpertLayer:
-    count = stages[0][0][2].place.count
+    counts = [part.place.count for stage in stages for _, _, part in stage]
+    count = min(counts)  # some routers know experts besides that do nothing
     linears: list[list[tuple[Linear, ...]]] = []
     for stage in stages:
         experts = []
@@ -209,11 +210,13 @@ def _layer(
             own = []
             for owner, holder, part in stage:
                 full = ".".join(name for name in (block_name, path, owner, part.parameter, str(expert)) if name)
-                own.append(Linear(full, holder, part._replace(place=Place(expert, count, part.place.transposed))))
+                own.append(
+                    Linear(full, holder, part._replace(place=Place(expert, part.place.count, part.place.transposed)))
+                )
             experts.append(tuple(own))
         linears.append(experts)
     holders = [f"{path}.{owner}".rstrip(".") for owner, _, _ in (*stages[0], *stages[1])]
-    router = _router(block_name, block, path, holders, count)
+    router = _router(block_name, block, path, holders, max(counts))
     return ExpertLayer(path, module, form, count, width, router, _groups(linears, where, module, form, width))
 
 

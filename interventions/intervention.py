@@ -46,6 +46,8 @@ class Intervention(Checked):
     """Categories whose promises this attacks; such a method promises nothing itself."""
     function: ClassVar[str | None] = None
     """`module:function` to call instead of `run`, with the settings after the tokenizer; for a setting of that name."""
+    resizes: ClassVar[bool] = False
+    """Whether the method may change how many experts the model has, and so the shapes of its weights."""
     runs_commands: ClassVar[bool] = False
     """Whether the settings contain commands of the user, which only `--lmcompose-allow-commands` permits."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _IMPLEMENTATION = "_experts_implementation"
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a weight lies in a parameter that stacks `count` equal ones along its first dimension."""
 
     index: int
@@ -58,11 +60,11 @@ def stacks_under(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]
     }
 
 
-class PartsWatch(TorchDispatchMode):
+class PartsWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, calls `see` for every matrix product with a part of one of the parameters."""
 
     def __init__(self, parameters: Mapping[str, Tensor], see: Callable[[Product], object]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._see = see
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in parameters.items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
+from interventions.expert_count import resize_, stored_tensors
 from interventions.tying import say_tied_, tied_head
 from interventions.types import InterventionError
 from interventions.zeros import zero_mask
@@ -28,7 +29,8 @@ class SafetyCopy:
 
         Raises InterventionError for parameters without values.
         """
-        self.parameters = dict(model.named_parameters())
+        self._model = model
+        self.parameters = stored_tensors(model)
         absent = [name for name, p in self.parameters.items() if p.is_meta]
         if absent:
             raise InterventionError(
@@ -65,20 +67,23 @@ class SafetyCopy:
                 weight.masked_fill_(mask, 0)
         return {"zeros_refilled": sum(filled)} if filled else {}
 
-    def changed(self, model: nn.Module, method: str, *, may_be_none: bool = False) -> tuple[str, ...]:
-        """Return the names of the parameters whose values differ from the copy, sorted.
+    def changed(
+        self, model: nn.Module, method: str, *, may_be_none: bool = False, may_resize: bool = False
+    ) -> tuple[str, ...]:
+        """Return the names of the parameters and stored buffers whose values differ from the copy, sorted.
 
         A head that shared the weights of the embeddings may have its own now; they count as changed. Raises
-        InterventionError if nothing changed (unless `may_be_none`), if other names, shapes or dtypes changed, if
-        parameters without a copy changed, or if values are NaN or infinite.
+        InterventionError if nothing changed (unless `may_be_none`), if other names, dtypes or (unless `may_resize`)
+        shapes changed, if parameters without a copy changed, or if values are NaN or infinite.
         """
-        now = dict(model.named_parameters())
+        now = stored_tensors(model)
         untied = now.keys() & {self._tied_head} - self.parameters.keys()
         if now.keys() - untied != self.parameters.keys():
             names = ", ".join(sorted(now.keys() - untied ^ self.parameters.keys())[:5])
             raise InterventionError(f"{method} changed which parameters the model has: {names}")
         for name, copy in self.copies.items():
-            if (now[name].shape, now[name].dtype) != (copy.shape, copy.dtype):
+            same = now[name].shape == copy.shape or may_resize
+            if not same or now[name].dtype != copy.dtype:
                 raise InterventionError(
                     f"{method} turned {name} from {tuple(copy.shape)} {copy.dtype} "
                     f"into {tuple(now[name].shape)} {now[name].dtype}"
@@ -108,6 +113,7 @@ class SafetyCopy:
             module._parameters.update(parameters)
         if untied:
             say_tied_(self._model, True)
+        resize_(self._model, self.copies)
         for name, copy in self.copies.items():
             parameter = self.parameters[name]
             if (parameter.shape, parameter.dtype) == (copy.shape, copy.dtype):
@@ -118,12 +124,12 @@ class SafetyCopy:
 
 def _first_names(model: nn.Module, names: Collection[str]) -> list[str]:
     """Return the names under which `named_parameters` lists `names`: a tied one has several."""
-    every = dict(model.named_parameters(remove_duplicate=False))
+    every = {**stored_tensors(model), **dict(model.named_parameters(remove_duplicate=False))}
     unknown = [name for name in names if name not in every]
     if unknown:
         raise InterventionError(f"`may_change` names {unknown[0]}, but {type(model).__name__} has no such parameter")
     wanted = {id(every[name]) for name in names}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in wanted]
+    return [name for name, tensor in stored_tensors(model).items() if id(tensor) in wanted]
 
 
 def _checksum(parameter: Tensor) -> Tensor:

@@ -187,12 +187,18 @@ def token_batches(
 
 
 def window_batches(
-    tokenizer: Any, texts: Sequence[str], *, samples: int, max_tokens: int, batch_tokens: int | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    samples: int,
+    max_tokens: int,
+    batch_tokens: int | None = None,
+    padded: bool = True,
 ) -> list[Batch]:
     """Join the texts with blank lines and batch the first `samples` windows of `max_tokens` tokens.
 
     Each window starts with the tokenizer's special tokens. The last window may be shorter. Batches are like those of
-    `token_batches`; with `batch_tokens`, a shorter window has a batch to itself, so that no batch has padding.
+    `token_batches`; without `padded`, a shorter window has a batch to itself, so that no batch has padding.
     """
     _check_texts(texts)
     size = max_tokens - len(frame(tokenizer).start)
@@ -202,7 +208,7 @@ def window_batches(
         )
     rows = windows(tokenizer, running(tokenizer, texts, most=samples * size), size)
     lengths = sorted({len(row) for row in rows}, reverse=True)
-    parts = [rows] if batch_tokens is None else [[row for row in rows if len(row) == length] for length in lengths]
+    parts = [rows] if padded else [[row for row in rows if len(row) == length] for length in lengths]
     return [batch for part in parts for batch in _batches(part, padding_id(tokenizer), None, batch_tokens)]
 
 

@@ -57,8 +57,9 @@ def apply(
     Relative paths in settings start at `folder` (None: the working folder).
 
     Only weights change, and what the model rounds as it runs: parameter names, shapes, dtypes and requires_grad flags,
-    train mode, the KV cache flag and the tokenizer stay the same; gradients are dropped. On any exception, including an
-    interrupt, the original weights are restored and the exception is raised again.
+    train mode, the KV cache flag and the tokenizer stay the same; gradients are dropped. A method that removes experts
+    changes shapes, and the number of experts in the model's configuration. On any exception, including an interrupt,
+    the original weights are restored and the exception is raised again.
 
     Raises InterventionError if the step changes no weight, leaves NaN or infinity in one, or changes anything else;
     UnknownMethod for an unknown name. If the method reports that nothing was left to do, an unchanged model is only a
@@ -93,7 +94,9 @@ def apply(
             torch.cuda.synchronize(gpu)
         seconds = time.perf_counter() - start
         rounds = rounding_of(model)
-        changed = before.changed(model, method, may_be_none=bool(satisfied) or rounds != rounding)
+        same = bool(satisfied) or rounds != rounding
+        resizes = getattr(complete, "resizes", False)
+        changed = before.changed(model, method, may_be_none=same, may_resize=resizes)
         if not changed:
             warnings += satisfied
         details = _plain(details, method)

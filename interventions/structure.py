@@ -182,6 +182,13 @@ class Block:
         return max((group.linears[0] for group in found), key=lambda linear: linear.weight.numel())
 
     @property
+    def mlp_output_names(self) -> list[str]:
+        """The parameters of the MLP's output layer, or of those of all experts if every token reaches none of them."""
+        groups = [group for group in self.linear_groups if group.role == "mlp_out"]
+        chosen = [group for group in groups if not group.routed][:1] or groups
+        return list(dict.fromkeys(linear.parameter_name for group in chosen for linear in group.linears))
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """Every linear layer of the block, in the order of the data's way."""
         return tuple(linear for group in self.linear_groups for linear in group.linears)

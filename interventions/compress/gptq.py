@@ -122,11 +122,8 @@ class GptqSettings(Sequential, Quantiser):
             )
             names = ", ".join(linear.name for linear in linears)
             if result is None and len(groups) > 1:
-                return [
-                    done
-                    for group, own in zip(groups, statistics, strict=True)
-                    for done in quantise([group], grid, [own])
-                ]
+                pairs = list(zip(groups, statistics, strict=True))
+                return [done for group, own in pairs for done in quantise([group], grid, [own])]
             if result is None:
                 context.warn(
                     f"gptq: {names}: rounded to nearest, as the Gram matrix of the input cannot be factored even with "

@@ -38,7 +38,7 @@ class OutputEditor(Intervention):
         from interventions.anatomy import find_anatomy
 
         blocks = find_anatomy(model).blocks
-        return [blocks[layer].mlp_output.parameter_name for layer in self.choose_layers(len(blocks))]
+        return [name for layer in self.choose_layers(len(blocks)) for name in blocks[layer].mlp_output_names]
 
 
 @dataclass(frozen=True)

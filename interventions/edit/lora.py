@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
-from interventions.layouts import ROLES
+from interventions.layouts import ROLES, Role
 from interventions.ranges import Choice, Count, Items, Layers, Positive, Share, Weight
 from interventions.types import InterventionError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
     from torch import Tensor, nn
 
-    from interventions.structure import Anatomy, Linear
+    from interventions.structure import Anatomy, Block, Linear
 
 
 IN_ATTENTION = ("query", "key", "value")
@@ -168,13 +168,25 @@ def chosen_linears(anatomy: Anatomy, settings: LoraSettings, layers: Sequence[in
     linears: dict[str, Linear] = {}
     for target in settings.targets:
         role: Any = "attention_in" if target in IN_ATTENTION else target
-        for found in (group.linears for layer in layers for group in anatomy.blocks[layer].groups_for(role)):
+        for found in (group for layer in layers for group in _adaptable(anatomy.blocks[layer], role, target)):
             if target in IN_ATTENTION and len(found) == len(IN_ATTENTION):
                 found = (found[IN_ATTENTION.index(target)],)
             linears |= {linear.name: linear for linear in found}
     if not linears:
         raise InterventionError(f"lora.targets={settings.targets}: the chosen blocks have no such linear layer")
     return list(linears.values())
+
+
+def _adaptable(block: Block, role: Role, target: str) -> list[tuple[Linear, ...]]:
+    """Return the linear layers with a role by group; InterventionError where all are parts of one of fused experts."""
+    groups = [group.linears for group in block.groups_for(role)]
+    modules = [linears for linears in groups if all(linear.part is None for linear in linears)]
+    if groups and not modules:
+        raise InterventionError(
+            f"lora.targets: {target} in {block.name} is in routed experts that share one parameter, "
+            f"{groups[0][0].parameter_name}, which takes no adapters: choose q, k, v or attention_out"
+        )
+    return modules
 
 
 class _Adapters:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interventions.expert_count import resize_, stored_tensors
 from interventions.rounding import Rounding, rounding_of, set_rounding_
 from interventions.shared_statistics import StatisticsCache
 from interventions.tying import tie_head_, tied_head, untie_head_
@@ -22,8 +23,9 @@ class Snapshot:
     """A state of the model; unchanged tensors are shared with the snapshot that its last step started from."""
 
     changed: Mapping[str, Tensor]
-    """Parameters that differ from the base model, on the host; read-only. A head's weight is there, too, if a step gave
-    the head its own, which it shares with the embeddings in the base model."""
+    """Parameters and stored buffers that differ from the base model, on the host; read-only. Shapes differ if a step
+    removed experts. A head's weight is there, too, if a step gave the head its own, which it shares with the embeddings
+    in the base model."""
     digests: Mapping[str, str]
     """SHA-256 of each changed parameter."""
     state_hash: str
@@ -64,7 +66,7 @@ class WorkingModel:
     def __init__(self, model: Any) -> None:
         """Take over `model` and copy its weights as the base state."""
         self.model = model
-        parameters = self._parameters = dict(model.named_parameters())
+        parameters = self._parameters = stored_tensors(model)
         self._base = {name: _to_host(parameter) for name, parameter in parameters.items()}
         _wait(model)
         self._flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
@@ -107,7 +109,7 @@ class WorkingModel:
 
     def take(self, before: Snapshot, names: Iterable[str]) -> Snapshot:
         """Return a snapshot of the model; the parameters `names` changed since `before`."""
-        self._parameters = dict(self.model.named_parameters())  # a step may have replaced some
+        self._parameters = stored_tensors(self.model)  # a step may have replaced some
         copies = {name: _to_host(self._parameters[name]) for name in names}
         _wait(self.model)
         digests = {name: tensor_digest(copy) for name, copy in copies.items()}
@@ -126,7 +128,7 @@ class WorkingModel:
         tensors = {}
         for name, tensor in changed.items():
             base = self._base[self._in_base(name)]
-            if (tensor.shape, tensor.dtype) != (base.shape, base.dtype):
+            if (tensor.shape[1:], tensor.dtype) != (base.shape[1:], base.dtype) or tensor.dim() != base.dim():
                 raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}")
             same = before.digests.get(name) == digests[name]
             tensors[name] = before.changed[name] if same else _pinned_like(tensor, base)
@@ -148,7 +150,8 @@ class WorkingModel:
             (tie_head_ if tied else untie_head_)(self.model)
             self.distrust()
         if not self._trusted:
-            self._parameters = dict(self.model.named_parameters())
+            self._parameters = stored_tensors(self.model)
+        resize_(self.model, self.values(snapshot))
         for name, parameter in self._parameters.items():
             base = self._base[self._in_base(name)]
             wanted = snapshot.changed.get(name, base)
@@ -171,7 +174,6 @@ class WorkingModel:
 
     def _snapshot(self, changed: Mapping[str, Tensor], digests: Mapping[str, str], rounding: Rounding) -> Snapshot:
         names = self._parameter_of.items()
-        # Steps never change buffers.
         every = {
             entry: digests.get(entry) or digests.get(name or "", self._base_digests[entry]) for entry, name in names
         }

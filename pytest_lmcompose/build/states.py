@@ -143,7 +143,7 @@ class StateManager:
 
     def repeat(self, resources: Resources, seed: int, progress: Callable[[str], None]) -> StateManager:
         """Return a manager that shares the working model and its steps, with other data and another seed."""
-        return StateManager(
+        manager = StateManager(
             self.loaded,
             self._settings,
             resources,
@@ -155,6 +155,9 @@ class StateManager:
             working=self._working,
             folder=self._folder,
         )
+        # That of the base model, whose configuration the present state may have changed.
+        manager._addresses[Composition()] = self._addresses[Composition()]
+        return manager
 
     def address(self, composition: Composition) -> str:
         """Return the content address of a state: the hash of everything it depends on.

@@ -393,7 +393,8 @@ def calibration_batches(
 ) -> list[Batch]:
     """Return the calibration tokens of a method, after checking the texts, their number and the model's weights.
 
-    Without `batch_tokens`, all windows are in one batch.
+    Without `batch_tokens`, all windows are in one batch. With it, batches of a model with routed experts have no
+    padding: what reaches an expert does not show which tokens are padding.
     """
     method = settings.name
     if not resources.calibration:
@@ -406,6 +407,7 @@ def calibration_batches(
         samples=settings.samples,
         max_tokens=within_context(model, settings.max_tokens),
         batch_tokens=batch_tokens,
+        padded=batch_tokens is None or not any(group.routed for block in blocks for group in block.linear_groups),
     )
     check_enough(blocks, batches, method, settings.samples, context)
     return batches

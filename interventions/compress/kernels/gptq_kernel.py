@@ -149,7 +149,7 @@ def _best_completion(R: Tensor, Wt: Tensor, E: Tensor) -> Tensor:
 
 def _parts(Wt: Tensor, count: int) -> Tensor:
     """Return a transposed matrix (cols, count * rows) as (count, cols, rows), a view."""
-    return Wt.unflatten(1, (count, -1)).transpose(0, 1)
+    return Wt.view(len(Wt), count, -1).transpose(0, 1)
 
 
 def _add_(target: Tensor, factors: Tensor, source: Tensor) -> None:
