@@ -15,7 +15,6 @@ class RtnSettings(Quantiser):
 
     name = "rtn"
 
-
     @without_gradients
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Quantise the linear layers of every decoder block, in place, as de-quantised weights.

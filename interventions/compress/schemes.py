@@ -58,7 +58,9 @@ def scheme_problem(name: str) -> str | None:
     if name in SCHEMES:
         return None
     if name in ACTIVATIONS:
-        return f"it also rounds the inputs of layers, which is not supported; {ACTIVATIONS[name]} rounds the weights alone"
+        return (
+            f"it also rounds the inputs of layers, which is not supported; {ACTIVATIONS[name]} rounds the weights alone"
+        )
     near = near_names(name, [*SCHEMES, *ACTIVATIONS])
     return f"expected one of {', '.join(SCHEMES)}, or null.{near}".removesuffix(".")
 

@@ -118,9 +118,7 @@ def _scales(groups: Tensor, bits: int) -> Tensor | None:
     return scales
 
 
-def _choose(
-    values: Tensor, scale: Tensor, least: Tensor, most: Tensor, most_steps: Tensor, bits: int
-) -> Tensor:
+def _choose(values: Tensor, scale: Tensor, least: Tensor, most: Tensor, most_steps: Tensor, bits: int) -> Tensor:
     """Return the first float32 number between `least` and `most` that gives back all values of its group.
 
     16-bit numbers are tried first, because packed formats store such scales: those of the model's dtype, else float16.
