@@ -33,6 +33,11 @@ class Layout(NamedTuple):
         """Whether scales are powers of two."""
         return self.scale_bits == 8 and self.cols == 32
 
+    @property
+    def two_levels(self) -> bool:
+        """Whether scales are FP8 numbers over one of the matrix."""
+        return self.scale_bits == 8 and not self.powers
+
 
 LAYOUTS = (
     Layout(E2M1, 32, 1, 8),
@@ -52,7 +57,8 @@ def blocks_of(weight: Tensor, layout: Layout) -> Tensor:
     rows, cols = weight.shape
     height, width = (size if size > 0 else whole for size, whole in ((layout.rows, rows), (layout.cols, cols)))
     padded = pad(weight, (0, -cols % width, 0, -rows % height))
-    return padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2).flatten(0, 1)
+    blocks = padded.reshape(len(padded) // height, height, padded.shape[1] // width, width).transpose(1, 2)
+    return blocks.reshape(-1, height * width)
 
 
 def find_scales(blocks: Tensor, layout: Layout) -> Tensor | None:

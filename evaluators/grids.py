@@ -1,8 +1,8 @@
 """Detect quantisation grids from the values of a weight.
 
-A grid of integers is uniform within a group of columns of a row and includes zero: v = s * j with integer j, and at most 2**bits
-levels between the lowest and highest j. Scales, zero points and the group size are inferred from the values. Grids of
-floating-point numbers are found by `evaluators.float_grids`.
+A grid of integers is uniform within a group of columns of a row and includes zero: v = s * j with integer j, and at
+most 2**bits levels between the lowest and highest j. Scales, zero points and the group size are inferred from the
+values. `evaluators.float_grids` finds grids of floating-point numbers.
 """
 
 from __future__ import annotations
@@ -43,20 +43,19 @@ class Grid(NamedTuple):
     def overhead_bits(self) -> int:
         """Bits of scales and zero points, as in GPTQ's and AWQ's layouts: a zero point has as many as a weight.
 
-        Floating-point numbers have no zero points; NVFP4 has a float32 scale for the whole weight beside those of
-        groups.
+        Floating-point numbers have no zero points, but NVFP4 a float32 scale of the whole weight.
         """
         if self.floats is None:
             return (SCALE_BITS + self.bits) * self.groups
-        return self.floats.scale_bits * self.groups + (32 if self.floats.scale_bits == 8 and self.group_size == 16 else 0)
+        return self.floats.scale_bits * self.groups + 32 * self.floats.two_levels
 
 
 def find_grid(weight: Tensor) -> Grid | None:
     """Return the grid of fewest bits, 2 to 8, that contains every value of `weight` (out, in), or None.
 
-    Integers are preferred to floating-point numbers of as many bits, and few scales to many. Rounding to the weight's dtype is tolerated. At least 8 non-zero values per group are needed,
-    because few values fit a grid by chance. Groups must be adjacent columns of a usual size; weights
-    quantised in another column order are not recognised.
+    Integers are preferred to floating-point numbers of as many bits, and few scales to many. Rounding to the weight's
+    dtype is tolerated. At least 8 non-zero values per group are needed, because few values fit a grid by chance. Groups
+    must be adjacent columns of a usual size; weights quantised in another column order are not recognised.
     """
     integers = _find_integers(weight)
     floats = _find_floats(weight, 9 if integers is None else integers.bits)
@@ -68,12 +67,13 @@ def _find_floats(weight: Tensor, below: int) -> Grid | None:
     for layout in LAYOUTS:
         if layout.format.bits >= below:
             return None
-        first = _sample(weight) if layout.rows == 1 else weight[: layout.rows if layout.rows > 0 else None]
-        blocks = [blocks_of(weights, layout) for weights in (first, weight)]
-        least = _EVIDENCE * int((blocks[-1] != 0).any(dim=1).sum())
-        if least and int((weight != 0).sum()) >= least and all(find_scales(part, layout) is not None for part in blocks):
+        blocks = blocks_of(weight, layout)
+        first = blocks_of(_sample(weight), layout) if layout.rows == 1 else blocks[:1]
+        least = _EVIDENCE * int((blocks != 0).any(dim=1).sum())
+        evident = least > 0 and int((weight != 0).sum()) >= least
+        if evident and all(find_scales(part, layout) is not None for part in (first, blocks)):
             cols = weight.shape[1]
-            return Grid(layout.format.bits, cols if layout.cols < 0 else layout.cols, len(blocks[-1]), layout)
+            return Grid(layout.format.bits, cols if layout.cols < 0 else layout.cols, len(blocks), layout)
     return None
 
 

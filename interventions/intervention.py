@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from interventions.context import Context
-from interventions.ranges import Checked
+from interventions.ranges import Checked, SettingError
 from interventions.types import Resources
 
 __all__ = [
@@ -63,9 +63,17 @@ class Intervention(Checked):
         """
         return None
 
+    def contradictions(self, given: Collection[str]) -> Iterator[str]:
+        """Yield what is wrong with settings that were given by name, even if with the value of the default."""
+        yield from ()
+
     def promises(self) -> Mapping[str, float]:
         """Return what these settings promise, by metric; thresholds hold it with `promised: SLACK`."""
         return {}
+
+    def promises_on(self, model: Model) -> Mapping[str, float]:
+        """Return what these settings promise for a model; other than `promises`, if that depends on its layers."""
+        return self.promises()
 
     def keeps(self, metric: str) -> bool:
         """Say whether a later step with these settings leaves an earlier step's promise of `metric` intact."""
@@ -87,9 +95,20 @@ class Intervention(Checked):
         yield from ()
 
 
-def promised(settings: Any) -> Mapping[str, float]:
-    """Return the promised values of metrics; the settings of a plain dataclass promise nothing."""
-    found: Mapping[str, float] = settings.promises() if hasattr(settings, "promises") else {}
+def check_given(settings: Any, given: Collection[str]) -> None:
+    """Raise SettingError if settings that were given by name contradict others."""
+    if isinstance(settings, Intervention):
+        for problem in settings.contradictions(given):
+            raise SettingError(problem)
+
+
+def promised(settings: Any, model: Model | None = None) -> Mapping[str, float]:
+    """Return the promised values of metrics, for a model if it is given; a plain dataclass promises nothing."""
+    found: Mapping[str, float] = {}
+    if model is not None and hasattr(settings, "promises_on"):
+        found = settings.promises_on(model)
+    elif hasattr(settings, "promises"):
+        found = settings.promises()
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from interventions.categories import find_category
 from interventions.context import Context, silent
-from interventions.intervention import promised
+from interventions.intervention import check_given, promised
 from interventions.known_grids import KnownGrid
 from interventions.modes import keep_modes
 from interventions.names import near_names
@@ -115,7 +115,7 @@ def apply(
         warnings=tuple(warnings),
         seconds=seconds,
         peak_memory_bytes=_peak_memory(gpus),
-        promises=dict(promised(complete)),
+        promises=dict(promised(complete, model)),
         rounding=rounds.plain() if rounds else None,
         grids=grids,
     )
@@ -139,6 +139,7 @@ def _complete_settings(method: Method, settings: Any, overrides: dict[str, Any])
     try:
         complete = dataclasses.replace(settings, **overrides)
         check_settings(complete)
+        check_given(complete, overrides)
     except SettingError as error:
         raise SettingError(f"{method.name}.{error}") from None
     return complete

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from evaluators.registry import UnknownEvaluator, find_evaluator
 from interventions import names
 from interventions.categories import categories, find_category
+from interventions.intervention import check_given
 from interventions.ranges import SettingError, check_settings, check_value, field_types, parts_of
 from interventions.registry import UnknownMethod, find_method, methods
 from interventions.types import InterventionError
@@ -81,7 +82,12 @@ class Recipe:
                 section = OmegaConf.create(section)
             with _readable(f"{step}: {text}"):
                 _assign(section, key, override.value(), hint)
-        return _typed(section, settings_type, step.method)
+        settings = _typed(section, settings_type, step.method)
+        try:
+            check_given(settings, [key for key, _ in step.settings])
+        except SettingError as error:
+            raise RecipeError(f"{step.method}.{error}") from None
+        return settings
 
     def plain(self) -> dict[str, Any]:
         """Return all sections as plain data."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +11,11 @@ from typing import Annotated, Any
 from interventions.compress.engines.table import OWN, engine_problems
 from interventions.compress.keep import Exceptions, keep_problems
 from interventions.compress.schemes import CACHES, SCHEMES, Scheme, conflicts, scheme_problem
-from interventions.intervention import ZEROS, Intervention
+from interventions.intervention import ZEROS, Intervention, Model
 from interventions.ranges import Choice, Count, Range, Share, shown
 
 Damping = Annotated[float, Range(0, 1)]
+_NUMBERS = ("bits", "group_size", "symmetric")
 _PATTERN = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 
 
@@ -54,18 +55,30 @@ class Quantiser(Intervention):
             if problem is not None:
                 yield f"scheme={shown(self.scheme)}: {problem}"
                 return
-            default = type(self)()
-            settings = {key: getattr(self, key) for key in ("bits", "group_size", "symmetric")}
-            changed = {key: value for key, value in settings.items() if value != getattr(default, key)}
-            yield from conflicts(self.scheme, changed)
+            yield from self.contradictions([key for key in _NUMBERS if getattr(self, key) != getattr(type(self), key)])
         yield from keep_problems(self.keep or [])
 
+    def contradictions(self, given: Collection[str]) -> Iterator[str]:
+        """Yield the settings that are not those of the scheme."""
+        if self.scheme in SCHEMES:
+            yield from conflicts(self.scheme, {key: getattr(self, key) for key in _NUMBERS if key in given})
+
     def promises(self) -> Mapping[str, float]:
-        """Return the bits of a weight, and of what is rounded as the model runs."""
-        promised: dict[str, float] = {"average_bits": self.number_format.bits}
-        if self.number_format.inputs is not None and not self.keep:
-            promised["input_bits"] = self.number_format.inputs.bits
-        return promised | ({} if self.kv_cache is None else {"kv_cache_bits": CACHES[self.kv_cache].bits})
+        """Return the bits of weights and inputs, where they are the same in all layers, and of keys and values."""
+        found: dict[str, float] = {} if self.kv_cache is None else {"kv_cache_bits": CACHES[self.kv_cache].bits}
+        if self.keep:
+            return found
+        if self.number_format.inputs is not None:
+            found["input_bits"] = self.number_format.inputs.bits
+        return {"average_bits": self.number_format.bits, **found}
+
+    def promises_on(self, model: Model) -> Mapping[str, float]:
+        """Return the mean bits of the model's weights as well."""
+        if not self.keep:
+            return self.promises()
+        from interventions.compress.kernels.chosen import average_bits
+
+        return {"average_bits": average_bits(model, self), **self.promises()}
 
     def keeps(self, metric: str) -> bool:
         """Zero is rounded to zero, unless rounding is compensated and `preserve_mask` is off."""

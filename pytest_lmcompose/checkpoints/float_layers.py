@@ -27,15 +27,10 @@ class FloatLayer(NamedTuple):
     """What scales are divided by (NVFP4)."""
 
 
-def two_levels(layout: Layout) -> bool:
-    """Tell whether a layout is NVFP4, whose scales are FP8 numbers over one of the matrix."""
-    return layout.scale_bits == 8 and not layout.powers
-
-
 def float_format(layout: Layout) -> str:
     """Return the name of the format in compressed-tensors."""
     if not layout.powers:
-        return "nvfp4-pack-quantized" if two_levels(layout) else "float-quantized"
+        return "nvfp4-pack-quantized" if layout.two_levels else "float-quantized"
     return {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}[layout.format.bits]
 
 
@@ -48,8 +43,8 @@ def plan_floats(weight: Tensor, layout: Layout) -> FloatLayer | str:
         dtype = str(weight.dtype).removeprefix("torch.")
         return f"{dtype} weights, where {float_format(layout)} wants bfloat16: build with model.dtype=bfloat16"
     blocks = blocks_of(weight, layout)
-    if two_levels(layout):
-        return _two_levels(blocks, layout) or "scales that are no FP8 numbers over a common one"
+    if layout.two_levels:
+        return _over_one(blocks, layout) or "scales that are no FP8 numbers over a common one"
     scales = find_scales(blocks, layout)
     if scales is None:
         return "no grid"
@@ -96,7 +91,7 @@ def _around(middle: Tensor) -> list[Tensor]:
     return found
 
 
-def _two_levels(blocks: Tensor, layout: Layout) -> FloatLayer | None:
+def _over_one(blocks: Tensor, layout: Layout) -> FloatLayer | None:
     """Return the layer with the FP8 scales and the scale of the matrix that give back all values."""
     values = blocks.float()
     largest = values.abs().amax(dim=1, keepdim=True)
@@ -139,7 +134,7 @@ def _over(blocks: Tensor, by_number: Tensor, whole: float, layout: Layout, eps: 
 def stored_floats(weight: Tensor, layer: FloatLayer) -> dict[str, Tensor]:
     """Return the stored tensors by the last part of their names."""
     state = {"weight": weight, "weight_scale": _shaped(layer, weight)}
-    if two_levels(layer.layout):
+    if layer.layout.two_levels:
         state["weight_global_scale"] = torch.tensor([layer.whole], device=weight.device)
     return dict(_compressor(layer.layout).compress(state, _scheme(layer.layout)))
 
@@ -180,7 +175,7 @@ def float_arguments(layout: Layout) -> Any:
     elif layout.cols < 0:
         sharing = {"strategy": "channel"}
     else:
-        dtype = torch.float8_e4m3fn if two_levels(layout) else torch.uint8
-        strategy = "tensor_group" if two_levels(layout) else "group"
+        dtype = torch.float8_e4m3fn if layout.two_levels else torch.uint8
+        strategy = "tensor_group" if layout.two_levels else "group"
         sharing = {"strategy": strategy, "group_size": layout.cols, "scale_dtype": dtype, "zp_dtype": dtype}
     return QuantizationArgs(num_bits=layout.format.bits, type="float", symmetric=True, **sharing)

@@ -124,9 +124,7 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     for name, weight in weights.items():
         grid = find_grid(weight)
         if grid is not None and grid.floats is not None:
-            layer = (
-                plan_floats(weight, grid.floats) if form.floats else "floating-point numbers, which it does not store"
-            )
+            layer = plan_floats(weight, grid.floats) if form.floats else "floating-point numbers, which it lacks"
             if isinstance(layer, str):
                 left[name] = layer
             else:

@@ -45,7 +45,7 @@ class GateEvaluator:
             known,
             runs=self._repeats(composition),
             gates=total,
-            promises=tuple(promises(run.recipe, composition)),
+            promises=tuple(promises(run.recipe, composition, run.result(composition).steps or ())),
             off=self.off,
         )
         if any(gate.paired is not None for gate in found):

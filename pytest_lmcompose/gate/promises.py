@@ -8,7 +8,7 @@ step attacks it (`Intervention.undoes`). Imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from pytest_lmcompose.gate.globs import matches
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
     from pytest_lmcompose.recipe import Recipe
+    from pytest_lmcompose.results import StepRecord
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class Promise:
         return any(matches(glob, measurement.metric) for glob in self.category.promises)
 
 
-def promises(recipe: Recipe, composition: Composition) -> Iterator[Promise]:
-    """Yield the promises of all steps, in their order."""
+def promises(recipe: Recipe, composition: Composition, ran: Sequence[StepRecord] = ()) -> Iterator[Promise]:
+    """Yield the promises of all steps, in their order; those that they made for the model, if they have run."""
     for place, step in enumerate(composition.steps):
         later = composition.steps[place + 1 :]
         category, settings = find_category(find_method(step.method).category), recipe.settings(step)
-        for metric, value in promised(settings).items():
+        made = ran[place].promises if place < len(ran) else None
+        for metric, value in (promised(settings) if made is None else made).items():
             breaks = (s for s in later if not _keeps(recipe.settings(s), metric))
             yield Promise(step, category, next(breaks, None), metric, value)
         if category.promises and not _undoes(settings):

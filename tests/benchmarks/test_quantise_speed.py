@@ -93,7 +93,9 @@ def test_gptq_against_a_column_loop(benchmark: Any, layer: tuple[Tensor, Tensor]
 def test_awqs_grid_against_outputs_computed_again(benchmark: Any, layer: tuple[Tensor, Tensor]) -> None:
     """20 scales, judged by the output of the one linear that reads them; the Gram matrix is computed once."""
     W, X = layer
-    rounded = [fake_quantise(W * s, Integers(BITS, GROUP)) / s for s in (X.abs().mean(dim=0) ** (r / 20) for r in range(20))]
+    rounded = [
+        fake_quantise(W * s, Integers(BITS, GROUP)) / s for s in (X.abs().mean(dim=0) ** (r / 20) for r in range(20))
+    ]
 
     def plain() -> list[float]:
         wanted = X @ W.t()

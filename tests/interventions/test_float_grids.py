@@ -8,14 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from interventions import InterventionError, apply
-from interventions.anatomy import find_anatomy
 from interventions.compress.kernels.chosen import grid_of
 from interventions.compress.kernels.gptq_kernel import gptq_quantise
 from interventions.compress.kernels.grid import fake_quantise
 from interventions.compress.schemes import ACTIVATIONS, SCHEMES
 from interventions.floats import E2M1, E2M3, E4M3, FloatFormat
-from tests.models import tiny_model
 
 pytest.importorskip("compressed_tensors")
 PRESETS = {"FP8A16": "FP8", "FP8A16_CHANNEL": "FP8_DYNAMIC", "FP8A16_BLOCK": "FP8_BLOCK"}

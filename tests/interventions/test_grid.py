@@ -85,7 +85,7 @@ def test_values_are_integers_of_that_many_bits_and_zero_stays_zero(
     numbers, step, least = steps_of(W, Integers(bits, group_size, symmetric))
     levels = numbers - least
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
-    assert -1e-3 <= float(levels.min()) and float(levels.max()) <= 2**bits - 1 + 1e-3
+    assert float(levels.min()) >= -1e-3 and float(levels.max()) <= 2**bits - 1 + 1e-3
     assert torch.equal(least, least.round())
     assert bool((step > 0).all())
     assert numbers[0, 0] == 0

@@ -22,7 +22,9 @@ def test_every_linear_of_every_block_is_rounded_and_nothing_else(family: str, sy
     names = set()
     for block, old_block in zip(find_anatomy(model).blocks, find_anatomy(before).blocks, strict=True):
         for linear, old in zip(block.linears, old_block.linears, strict=True):
-            assert torch.equal(linear.weight, fake_quantise(old.weight, Integers(3, 16, symmetric, scales=torch.float16)))
+            assert torch.equal(
+                linear.weight, fake_quantise(old.weight, Integers(3, 16, symmetric, scales=torch.float16))
+            )
             names.add(linear.parameter_name)
     assert set(report.changed) == names
 

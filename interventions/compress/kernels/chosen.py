@@ -49,10 +49,21 @@ def chosen_schemes(model: nn.Module, settings: Quantiser) -> Mapping[str, Scheme
     for rule in exceptions:
         if rule in unused:
             raise InterventionError(
-                f"{settings.name}.keep={rule.layers}:{rule.format}: no layer matches; names are like {next(iter(found))} "
-                f"and {blocks[0].name}.{blocks[0].linear_groups[-1].role}"
+                f"{settings.name}.keep={rule.layers}:{rule.format}: no layer matches; names are like "
+                f"{next(iter(found))} and {blocks[0].name}.{blocks[0].linear_groups[-1].role}"
             )
     return found
+
+
+def average_bits(model: nn.Module, settings: Quantiser) -> float:
+    """Return the mean bits of a weight of the blocks' linear layers; as stored, in layers that stay as they are."""
+    grids = chosen_grids(model, settings)
+    bits = weights = 0
+    for linear in (linear for block in find_anatomy(model).blocks for linear in block.linears):
+        grid = grids[linear.name]
+        weights += linear.weight.numel()
+        bits += linear.weight.numel() * (torch.finfo(linear.weight.dtype).bits if grid is None else grid.bits)
+    return bits / weights
 
 
 def _scheme(form: str, settings: Quantiser) -> Scheme | None:

@@ -1,8 +1,8 @@
 """Grids of floating-point numbers: FP8, and the block formats MXFP4, MXFP6, MXFP8 and NVFP4.
 
 The scale maps the greatest magnitude of a group to the greatest number. It is a number of the weights' dtype (FP8), a
-power of two (MX: OCP Microscaling Formats, v1.0; where the greatest magnitude would round to the next power of two, that
-one counts, as in compressed-tensors), or an FP8 number over a float32 number of the whole matrix (NVFP4).
+power of two (MX: OCP Microscaling Formats, v1.0), or an FP8 number over one number of the whole matrix (NVFP4). As in
+compressed-tensors, a greatest magnitude that would round to the next power of two counts as that one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Grids of weight matrices, the one interface of all quantisers: pure functions on tensors.
 
-A row of W (rows, cols) is cut into groups of `group_size` columns; -1, or more columns than there are, makes the row one
-group, and the last group of an odd width is shorter. The weights of a group, or of the groups of several rows, are
+A row of W (rows, cols) is cut into groups of `group_size` columns; -1, or more columns than there are, makes the row
+one group, and the last group of an odd width is shorter. The weights of a group, or of the groups of several rows, are
 numbers of one kind times a scale: whole numbers (`interventions.compress.kernels.integers`) or floating-point numbers
 of few bits (`interventions.compress.kernels.floating`). Zero is always among them.
 """
