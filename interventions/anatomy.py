@@ -161,7 +161,7 @@ def _fits(declared: nn.Module | None, linears: tuple[Linear, ...], parts: int | 
     if any(id(p) in shared for module in modules for p in module.parameters(recurse=False)):
         return False  # the same tensor works elsewhere too
     if not is_linear(declared):
-        return declared.weight.shape == (linears[0].in_features,)  # type: ignore[union-attr]
+        return declared.weight.shape == (linears[0].in_features,)
     # Under grouped-query attention a value channel feeds several input channels of the output layer.
     width = Linear("", declared).out_features
     return width % linears[0].in_features == 0 if parts is None else width == parts * linears[0].in_features

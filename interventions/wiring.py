@@ -130,7 +130,7 @@ def _reason(linear: Linear, calls: Sequence[ModuleCall], tokens: int) -> str | N
 
 
 def _identity(x: Tensor) -> tuple[int, ...]:
-    return (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x._version)
+    return (x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel(), x._version)
 
 
 def _is_norm(call: ModuleCall) -> bool:
@@ -138,11 +138,11 @@ def _is_norm(call: ModuleCall) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(call.output, Tensor)
 
 
-class _Softmax(TorchDispatchMode):
+class _Softmax(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts softmaxes and attention kernels."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(

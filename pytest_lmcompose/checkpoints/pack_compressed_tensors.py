@@ -44,7 +44,7 @@ class CompressedTensors(Format):
         return None
 
     def config(self, layers: Mapping[str, Scheme | Layout], left: Iterable[str], rounding: Rounding) -> dict[str, Any]:
-        """Return one config group for each grid and each rounding of inputs; `ignore` names all other linear modules."""
+        """Return one config group for each grid and rounding of inputs; `ignore` names all other linear modules."""
         import compressed_tensors
         from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 

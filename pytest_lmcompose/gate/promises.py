@@ -21,7 +21,11 @@ from pytest_lmcompose.gate.globs import matches
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
     from pytest_lmcompose.recipe import Recipe
-    from pytest_lmcompose.results import StepRecord
+    from pytest_lmcompose.steps import StepRecord
+
+
+_AS_IT_RUNS = ("input_bits", "kv_cache_bits")
+"""What a model rounds as it runs stays so, whatever becomes of its weights, unless a step rounds otherwise."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def promises(recipe: Recipe, composition: Composition, ran: Sequence[StepRecord]
     for place, step in enumerate(composition.steps):
         later = composition.steps[place + 1 :]
         category, settings = find_category(find_method(step.method).category), recipe.settings(step)
-        made = ran[place].promises if place < len(ran) else None
+        made = ran[place].report.promises if place < len(ran) else None
         for metric, value in (promised(settings) if made is None else made).items():
             breaks = (s for s in later if not _keeps(recipe.settings(s), metric))
             yield Promise(step, category, next(breaks, None), metric, value)
@@ -88,6 +92,8 @@ def may_be_promised(metric: str) -> bool:
 
 def _keeps(settings: Any, metric: str) -> bool:
     """Return whether a step with these settings, which may be a plain dataclass, keeps an earlier promise."""
+    if metric in _AS_IT_RUNS and getattr(settings, "category", None) != "checkpoint":
+        return metric not in promised(settings)
     return bool(settings.keeps(metric) if hasattr(settings, "keeps") else Intervention.keeps(settings, metric))
 
 

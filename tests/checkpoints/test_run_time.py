@@ -31,7 +31,7 @@ EXACT = [
     ("MXFP4", {}, torch.bfloat16),
     ("MXFP8", {}, torch.bfloat16),
 ]
-"""Schemes and dtypes. In bfloat16, the stock loader divides by a scale in bfloat16 where kernels, and we, use float32."""
+"""Schemes and dtypes. In bfloat16, the stock loader divides by many scales in bfloat16 where kernels use float32."""
 
 
 def logits(model: Any) -> Tensor:
@@ -79,10 +79,10 @@ def test_folders_that_cannot_say_what_is_rounded_are_refused(tmp_path: Path, tok
     model = rounding_model(tmp_path / "model", tokenizer, torch.float32, "W8A8")
     (tmp_path / "out").mkdir()
     with pytest.raises(
-        CheckpointError, match="full precision: the model rounds inputs .* compressed-tensors describes"
+        CheckpointError, match=r"full precision: the model rounds inputs .* compressed-tensors describes"
     ):
         write_checkpoint(tmp_path / "out", model, tokenizer)
-    with pytest.raises(CheckpointError, match="gptq: the model rounds inputs .*: choose that format"):
+    with pytest.raises(CheckpointError, match=r"gptq: the model rounds inputs .*: choose that format"):
         plan_packing(model, "gptq", lambda name: None)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.add_(torch.randn(256, 128))

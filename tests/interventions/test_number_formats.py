@@ -31,17 +31,6 @@ def bits_of(model: Any) -> float:
     return next(m.value for m in measure_efficiency(model, length=8) if m.metric == "average_bits")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["W8A8", "W4AFP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4"])
-def test_schemes_that_round_activations_are_refused(kind: type[RtnSettings], name: str) -> None:
-    with pytest.raises(SettingError, match=f"^scheme={name}: it also rounds the inputs of layers") as error:
-        kind(scheme=name)
-    instead = str(error.value).partition("not supported; ")[2].removesuffix(" rounds the weights alone")
-    values = dict(part.split("=") for part in instead.split(","))
-    plain = {"true": True, "8": 8, "-1": -1}
-    assert kind(**{key: plain.get(value, value) for key, value in values.items()})
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -52,7 +41,7 @@ def test_schemes_that_round_activations_are_refused(kind: type[RtnSettings], nam
         ({"keep": ["first"]}, r"keep=first: expected layers:bits, such as first:16"),
         ({"keep": [":8"]}, r"keep=:8: expected layers:bits"),
         ({"keep": ["last:9"]}, r"keep=last:9: expected 2, 3, 4, 5, 6, 7, 8, 16 bits or a scheme after the colon"),
-        ({"keep": ["last:NVFP4"]}, r"keep=last:NVFP4: it also rounds the inputs of layers"),
+        ({"kv_cache": "fp4"}, r"kv_cache='?fp4'?: expected one of fp8, int8"),
         ({"keep": []}, r"keep=\[\]"),
     ],
 )
