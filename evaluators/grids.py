@@ -67,11 +67,13 @@ def _find_floats(weight: Tensor, below: int) -> Grid | None:
     for layout in LAYOUTS:
         if layout.format.bits >= below:
             return None
+        first = _sample(weight) if layout.rows == 1 else weight[:_SAMPLED]
+        if find_scales(blocks_of(first, layout), layout) is None:
+            continue
         blocks = blocks_of(weight, layout)
-        first = blocks_of(_sample(weight), layout) if layout.rows == 1 else blocks[:1]
         least = _EVIDENCE * int((blocks != 0).any(dim=1).sum())
         evident = least > 0 and int((weight != 0).sum()) >= least
-        if evident and all(find_scales(part, layout) is not None for part in (first, blocks)):
+        if evident and find_scales(blocks, layout) is not None:
             cols = weight.shape[1]
             return Grid(layout.format.bits, cols if layout.cols < 0 else layout.cols, len(blocks), layout)
     return None

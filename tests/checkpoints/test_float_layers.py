@@ -29,7 +29,7 @@ CASES = [
 @pytest.mark.parametrize(("scheme", "dtype", "format"), CASES)
 def test_the_stock_loader_gives_the_same_weights(scheme: str, dtype: torch.dtype, format: str, tmp_path: Path) -> None:
     for method in ("rtn", "gptq"):
-        model = quantised(method, packable_model().to(dtype), bits=4, group_size=128, scheme=scheme)
+        model = quantised(method, packable_model().to(dtype), scheme=scheme)
         packing = write_packed(model, tmp_path / method, "compressed-tensors")
         assert packing.config["format"] == format and not packing.left
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / method)
@@ -55,7 +55,7 @@ def test_grids_of_both_kinds_are_stored_side_by_side(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_stored_is_said() -> None:
-    model = quantised("rtn", bits=4, group_size=128, scheme="MXFP4A16")
+    model = quantised("rtn", scheme="MXFP4A16")
     with pytest.raises(CheckpointError, match="14 with float32 weights, where mxfp4-pack-quantized wants bfloat16"):
         plan_packing(model, "compressed-tensors", moved)
     with pytest.raises(CheckpointError, match=r"gptq: .*: 14 with floating-point numbers, which it lacks"):

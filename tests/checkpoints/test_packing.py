@@ -23,7 +23,8 @@ from tests.models import CONFIGS, VOCABULARY, tiny_model, tiny_tokenizer
 def quantised(method: str = "rtn", model: Any = None, **settings: Any) -> Any:
     model = packable_model() if model is None else model
     read = {} if method == "rtn" else READ
-    apply(model, tiny_tokenizer(), method, **{"bits": 4, "group_size": 32, **read, **settings})
+    grid: dict[str, Any] = {} if "scheme" in settings else {"bits": 4, "group_size": 32}
+    apply(model, tiny_tokenizer(), method, **{**grid, **read, **settings})
     return model
 
 

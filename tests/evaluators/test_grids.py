@@ -105,7 +105,7 @@ SCHEMES = ["NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16", "FP8A16", "FP8A16_CHA
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_floating_point_numbers_are_recognised(scheme: str, dtype: torch.dtype) -> None:
-    from interventions.compress.kernels.chosen import grid_of
+    from interventions.compress.kernels.formats import grid_of
     from interventions.compress.kernels.grid import fake_quantise
     from interventions.compress.schemes import SCHEMES
 

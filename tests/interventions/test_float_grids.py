@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interventions.compress.kernels.chosen import grid_of
+from interventions.compress.kernels.formats import grid_of
 from interventions.compress.kernels.gptq_kernel import gptq_quantise
 from interventions.compress.kernels.grid import fake_quantise
 from interventions.compress.schemes import SCHEMES
