@@ -73,7 +73,7 @@ class Wiring:
     def norm_before(self, site: Site) -> nn.Module | None:
         """Return the module with a weight vector whose output is the input of `site`."""
         rows = site.input.reshape(-1, site.linear.in_features)
-        found = (norm for norm in reversed(self.norms) if norm.output.shape[-1] == rows.shape[-1])
+        found = (norm for norm in reversed(self.norms) if norm.output.numel() == rows.numel())
         return next((norm.module for norm in found if same(norm.output.reshape(rows.shape), rows)), None)
 
     @property
