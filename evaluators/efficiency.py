@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -259,6 +260,7 @@ def measure_flops(model: Any, *, length: int = 128) -> Measurement:
     # The counter does not know every fused attention kernel, so use plain matrix products.
     with (
         borrowed(model, None),
+        _frozen(model),  # the counter fails on modules that are called with parameters that need gradients
         plain_experts(model),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
@@ -269,3 +271,14 @@ def measure_flops(model: Any, *, length: int = 128) -> Measurement:
         raise EvaluationError(f"flops: {type(model).__name__} ran no matrix product that torch counts")
     note = f"dense kernels, one text of {length} tokens, torch.utils.flop_counter; counted, not sampled"
     return Measurement("flops_per_token", value, 0.0, 1, False, (value,), note)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

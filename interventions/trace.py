@@ -68,7 +68,7 @@ def same(one: Tensor, other: Tensor) -> bool:
         return True
     if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point() or one.dim() < 2:
         return False
-    return torch.equal(one.to(other.device), other)
+    return torch.allclose(one.to(other.device), other, rtol=0, atol=0, equal_nan=True)
 
 
 def trace(model: nn.Module) -> Trace:

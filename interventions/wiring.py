@@ -1,8 +1,9 @@
 """Find out, by running a decoder block, what its linear layers read, and what each one's output reaches.
 
-Names do not tell. Layers that read the same tensor share an input. To see where a layer's output goes, the block runs
-with all linear layers pinned to what they put out before, and one changed at one token: the layers whose input changes
-read its output with no other linear layer between, and if other tokens change as well, tokens are mixed on the way.
+Names do not tell, and values may be anything: NaN, or zeros after pruning. Layers that read the same tensor share an
+input. To see where a layer's output goes, the block runs on random hidden states, with all linear layers pinned to
+random outputs, and one changed at one token: the layers whose input changes read its output with no other linear layer
+between, and if other tokens change as well, tokens are mixed on the way.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Wiring:
     def norm_before(self, site: Site) -> nn.Module | None:
         """Return the module with a weight vector whose output is the input of `site`."""
         rows = site.input.reshape(-1, site.linear.in_features)
-        found = (norm for norm in reversed(self.norms) if norm.output.shape[-1] == rows.shape[-1])
+        found = [norm for norm in reversed(self.norms) if norm.output.numel() == rows.numel()]
+        found.sort(key=lambda norm: _identity(norm.output) != site.read)
         return next((norm.module for norm in found if same(norm.output.reshape(rows.shape), rows)), None)
 
     @property
@@ -157,8 +159,17 @@ class _Runs:
     """Runs of a block with all its linear layers pinned."""
 
     def __init__(self, block: nn.Module, call: ModuleCall, sites: Sequence[Site], tokens: int) -> None:
-        self.block, self.call, self.sites, self.tokens = block, call, sites, tokens
+        self.block, self.sites, self.tokens = block, sites, tokens
         self.generator = torch.Generator().manual_seed(0)
+        hidden = next(tensors((*call.arguments, call.keywords.get("hidden_states"), *call.keywords.values())))
+        other = self.random(hidden)
+        self.arguments = tuple(other if value is hidden else value for value in call.arguments)
+        self.keywords = {name: other if value is hidden else value for name, value in call.keywords.items()}
+        for site in sites:
+            site.output = self.random(site.output)
+
+    def random(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator).to(like)
 
     def connect(self) -> None:
         """Fill in what the layers feed."""
@@ -173,9 +184,7 @@ class _Runs:
         place = self.tokens // 2
         for site in self.sites:
             changed = site.output.clone(memory_format=torch.contiguous_format)
-            rows = changed.view(self.tokens, -1)
-            noise = torch.randn(rows.shape[-1], generator=self.generator).to(rows)
-            rows[place] += noise * (float(rows.float().std()) or 1.0)
+            changed.view(self.tokens, -1)[place] = self.random(changed.view(self.tokens, -1)[place])
             new_inputs, new_ends = self.run({site: changed})
             for other in self.sites:
                 if other is not site:
@@ -203,7 +212,7 @@ class _Runs:
         with ExitStack() as stack:
             for site in self.sites:
                 stack.enter_context(self.pinned(site, changed.get(site, site.output), inputs, at))
-            output = self.block(*self.call.arguments, **self.call.keywords)
+            output = self.block(*self.arguments, **self.keywords)
         for site in self.sites:
             inputs.setdefault(site, site.input)
         return inputs, list(tensors(output))[:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -105,6 +106,18 @@ def test_names_do_not_matter() -> None:
             ("mlp_in", ("mlp.b", "mlp.a"), "post_attention_layernorm", "mlp"),
             ("mlp_out", ("mlp.c",), "mlp.b", None),
         ]
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_values_do_not_matter(family: str, value: float) -> None:
+    model = tiny_model(family)
+    wanted = described(find_anatomy(model))
+    with torch.no_grad():
+        for linear in (linear for block in find_anatomy(model).blocks for linear in block.linears):
+            linear.module.weight.fill_(value)  # type: ignore[operator, union-attr]
+    model.train(not model.training)  # which does not matter either
+    assert described(find_anatomy(copy.deepcopy(model))) == wanted
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bamba", "gemma3n_text", "reformer"])
