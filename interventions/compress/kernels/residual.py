@@ -90,18 +90,17 @@ class Residual:
         inside = {module for block in self.blocks for module in block.module.modules()}
         for module in self.model.modules():  # of tokens, and of positions
             if isinstance(module, nn.Embedding) and module not in inside and module.weight.shape[1] == self.width:
-                module.weight.copy_(module.weight.to(Q.dtype) @ Q.to(module.weight.device))
+                turn_(module.weight, Q)
         ((call,),) = self._catch(self.blocks[:1])
         if not moved(call.hidden, self._start @ Q.to(self._start), self._start) <= self._tolerance:
             raise InterventionError(
                 "rotate: rotated embeddings do not rotate the residual stream: something stands between them and the "
                 "first block; leave this step out for this model"
             )
-        if tied and not untied:  # an even gain commutes with every rotation
-            if isinstance(bias := getattr(norm, "bias", None), Tensor):
-                bias.copy_(bias.to(Q.dtype) @ Q.to(bias.device))
-        else:
-            absorb_(norm if is_norm(norm, self.width) else None, [head], Q.to(head.weight.device))
+        if not tied or untied:
+            absorb_(norm if is_norm(norm, self.width) else None, [head], precise(Q, head.weight.device))
+        elif isinstance(bias := getattr(norm, "bias", None), Tensor):  # an even gain commutes with every rotation
+            turn_(bias, Q)
         return untied
 
     def calls(self) -> Iterator[tuple[Block, Call]]:
@@ -154,6 +153,12 @@ def precise(Q: Tensor, device: torch.device) -> Tensor:
     return Q.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
+def turn_(vectors: Tensor, Q: Tensor) -> None:
+    """Rotate row vectors, or one vector, in place."""
+    Q = precise(Q, vectors.device)
+    vectors.copy_(vectors.to(Q.dtype) @ Q)
+
+
 def rotate_block_(block: Block, call: Call, Q: Tensor) -> Call:
     """Make a block work on x Q and add y Q where it worked on x and added y, in place; return its call on x Q.
 
@@ -168,7 +173,7 @@ def rotate_block_(block: Block, call: Call, Q: Tensor) -> Call:
             for linear in group.linears:
                 linear.set_weight_(Q.t() @ linear.weight.to(Q.dtype))
                 if linear.bias is not None:
-                    linear.bias.copy_(linear.bias.to(Q.dtype) @ Q)
+                    turn_(linear.bias, Q)
     turn = Q.to(call.hidden.dtype)
     turned = call.on(call.hidden @ turn)
     if reading.problem or not moved(turned(block.module), wanted @ turn, wanted - call.hidden) <= TOLERANCE:
