@@ -28,11 +28,14 @@ GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1]
 COMPRESS: dict[str, dict[str, Any]] = {
     "rtn": {},
+    "hqq": {},
     "gptq": {"act_order": True},
     "awq": {},
     "magnitude": {},
     "wanda": {},
     "sparsegpt": {},
+    "smooth": {},
+    "rotate": {},
 }
 VALUES = {"contexts_per_length": 0, "z": ValueSettings(steps=3)}
 TRAINED: dict[str, dict[str, Any]] = {

@@ -57,10 +57,12 @@ class RotateSettings(Intervention):
         else.
         """
         from interventions.anatomy import find_anatomy
-        from interventions.compress.kernels import residual
+        from interventions.compress.kernels.head_values import head_width, rotate_values_
+        from interventions.compress.kernels.residual import Residual, rotate_block_
+        from interventions.compress.kernels.trials import float_copy
 
         generator = context.generator("rotate")
-        stream = residual.Residual(model, find_anatomy(model))
+        stream = Residual(model, find_anatomy(model))
         kinds: dict[str, str] = {}
         left, untied = [], False
         if self.stream:
@@ -69,13 +71,13 @@ class RotateSettings(Intervention):
             kinds["stream"] = rotation.kind
         for block, call in stream.calls():
             context.progress(f"rotate: block {block.index + 1} of {len(stream.blocks)}")
-            with residual.float_copy(model, block, write=True) as work:
+            with float_copy(model, block, write=True) as work:
                 if self.stream:
-                    call = residual.rotate_block_(work, call, rotation.matrix)
+                    call = rotate_block_(work, call, rotation.matrix)
                 if self.values:
-                    width = residual.head_width(model, work)
+                    width = head_width(model, work)
                     heads = self.draw(width, generator) if width else None
-                    if heads is not None and residual.rotate_values_(work, call, heads.matrix):
+                    if heads is not None and rotate_values_(work, call, heads.matrix):
                         kinds["values"] = heads.kind
                     else:
                         left.append(block.name)

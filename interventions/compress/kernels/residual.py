@@ -8,40 +8,24 @@ stands in between is tested by running it again, in the new basis.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from interventions.compress.kernels.capture import Call, catch_block_calls
 from interventions.compress.kernels.folding import gain_offset
-from interventions.compress.kernels.precision import matmul_precision
-from interventions.structure import (
-    Anatomy,
-    Block,
-    Linear,
-    first_output,
-    module_device,
-    placement,
-    within_context,
-)
+from interventions.compress.kernels.norm_tracing import WRITERS, is_norm, subtracts_mean, trace_norms
+from interventions.compress.kernels.trials import TOLERANCE, float_copy, moved, precise, work_device
+from interventions.structure import Anatomy, Block, Linear, module_device, within_context
 from interventions.tying import tied_head, untie_head_
 from interventions.types import InterventionError
 
-READERS = ("attention_in", "mlp_in")
-WRITERS = ("attention_out", "mlp_out")
 TOKENS = 16
 """Tokens of the trial runs."""
-TOLERANCE = 1e-3
-"""Greatest change in float32: of a block's output in the new basis, relative to what the block adds to the stream, of
-the embeddings and of the logits. Right rotations are below 1e-4, wrong ones above 0.1."""
-LARGE = 2.0**10
 ROUNDED = 0.2
-"""The same for embeddings and logits of models in 16 bits, whose rotated weights are rounded again."""
+"""What `TOLERANCE` is for embeddings and logits of models in 16 bits, whose rotated weights are rounded again."""
 
 
 class Residual:
@@ -90,18 +74,17 @@ class Residual:
         inside = {module for block in self.blocks for module in block.module.modules()}
         for module in self.model.modules():  # of tokens, and of positions
             if isinstance(module, nn.Embedding) and module not in inside and module.weight.shape[1] == self.width:
-                module.weight.copy_(module.weight.to(Q.dtype) @ Q.to(module.weight.device))
+                turn_(module.weight, Q)
         ((call,),) = self._catch(self.blocks[:1])
         if not moved(call.hidden, self._start @ Q.to(self._start), self._start) <= self._tolerance:
             raise InterventionError(
                 "rotate: rotated embeddings do not rotate the residual stream: something stands between them and the "
                 "first block; leave this step out for this model"
             )
-        if tied and not untied:  # an even gain commutes with every rotation
-            if isinstance(bias := getattr(norm, "bias", None), Tensor):
-                bias.copy_(bias.to(Q.dtype) @ Q.to(bias.device))
-        else:
-            absorb_(norm if is_norm(norm, self.width) else None, [head], Q.to(head.weight.device))
+        if not tied or untied:
+            absorb_(norm if is_norm(norm, self.width) else None, [head], precise(Q, head.weight.device))
+        elif isinstance(bias := getattr(norm, "bias", None), Tensor):  # an even gain commutes with every rotation
+            turn_(bias, Q)
         return untied
 
     def calls(self) -> Iterator[tuple[Block, Call]]:
@@ -131,27 +114,10 @@ class Residual:
         return logits.float()
 
 
-def work_device(model: nn.Module, block: Block) -> torch.device:
-    """Return the device that computes a block."""
-    where = placement(model)
-    return where.device if where.streamed else module_device(block.module)
-
-
-@contextmanager
-def float_copy(model: nn.Module, block: Block, *, write: bool = False) -> Iterator[Block]:
-    """Yield a float32 copy of a block, on the device that computes it; `write` stores its weights at the end."""
-    work = copy.deepcopy(block)
-    work.module.to(work_device(model, block)).float().eval()
-    with matmul_precision("highest"):
-        yield work
-    if write:
-        for stored, new in zip(block.module.parameters(), work.module.parameters(), strict=True):
-            stored.copy_(new)
-
-
-def precise(Q: Tensor, device: torch.device) -> Tensor:
-    """Return a matrix on a device in float64, or what the device has."""
-    return Q.to(device, torch.float32 if device.type == "mps" else torch.float64)
+def turn_(vectors: Tensor, Q: Tensor) -> None:
+    """Rotate row vectors, or one vector, in place."""
+    Q = precise(Q, vectors.device)
+    vectors.copy_(vectors.to(Q.dtype) @ Q)
 
 
 def rotate_block_(block: Block, call: Call, Q: Tensor) -> Call:
@@ -168,7 +134,7 @@ def rotate_block_(block: Block, call: Call, Q: Tensor) -> Call:
             for linear in group.linears:
                 linear.set_weight_(Q.t() @ linear.weight.to(Q.dtype))
                 if linear.bias is not None:
-                    linear.bias.copy_(linear.bias.to(Q.dtype) @ Q)
+                    turn_(linear.bias, Q)
     turn = Q.to(call.hidden.dtype)
     turned = call.on(call.hidden @ turn)
     if reading.problem or not moved(turned(block.module), wanted @ turn, wanted - call.hidden) <= TOLERANCE:
@@ -177,90 +143,6 @@ def rotate_block_(block: Block, call: Call, Q: Tensor) -> Call:
             "this step out for this model"
         )
     return turned
-
-
-@dataclass
-class Reading:
-    """What the linear layers of a block read."""
-
-    readers: dict[nn.Module | None, list[Linear]] = field(default_factory=dict)
-    """By norm the linear layers that read its output; None: those that read the stream, or what no norm makes."""
-    problem: str | None = None
-    """Why the stream cannot be rotated, as far as the structure tells."""
-
-
-def trace_norms(block: Block, call: Call) -> Reading:
-    """Run a block and find out which norms its linear layers read."""
-    readers = {g.linears[0].module: g.linears for g in block.linear_groups if g.role in READERS}
-    writers = {linear.module: linear for g in block.linear_groups if g.role in WRITERS for linear in g.linears}
-    linears = {linear.module for linear in block.linears}
-    made: dict[int, nn.Module] = {}
-    """Whose output a storage is; the innermost module's where several return it."""
-    read: list[tuple[nn.Module, int]] = []
-    kept: list[Tensor] = []  # so that no storage is used twice
-
-    def seen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        result = first_output(output)
-        kept.extend(tensor for tensor in (*inputs[:1], result) if isinstance(tensor, Tensor))
-        if inputs and isinstance(inputs[0], Tensor):
-            read.append((module, _place(inputs[0])))
-        if isinstance(result, Tensor):
-            made.setdefault(_place(result), module)
-
-    handles = [module.register_forward_hook(seen) for module in block.module.modules() if module is not block.module]
-    try:
-        call(block.module)
-    finally:
-        for handle in handles:
-            handle.remove()
-    names = {module: f"{block.name}.{name}" for name, module in block.module.named_modules()}
-    width = call.hidden.shape[-1]
-    found = Reading()
-    for module, place in read:
-        source = made.get(place)
-        if module in readers:
-            norm = source if source is not None and is_norm(source, width) else None
-            found.readers.setdefault(norm, []).extend(readers[module])
-        elif source is not None and source in writers and is_norm(module, width):
-            found.problem = f"{names[module]} normalises what {writers[source].name} adds to the stream"
-    for module, place in read:
-        source = made.get(place)
-        weighs = next(module.parameters(recurse=False), None) is not None
-        if weighs and source is not None and source in found.readers and module not in linears:
-            found.problem = f"{names[module]} reads what {names[source]} puts out, and this step leaves it as it is"
-    return found
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def is_norm(module: nn.Module, width: int) -> bool:
-    """Tell whether a module normalises vectors of `width`: it has no matrices, and twice the input gives the same."""
-    if next(module.children(), None) is not None or any(p.dim() != 1 for p in module.parameters()):
-        return False
-    found = _outputs(module, width, lambda x: (x, 2 * x))
-    return found is not None and bool(found[0].any()) and torch.allclose(*found, rtol=1e-3, atol=1e-3)
-
-
-def subtracts_mean(norm: nn.Module, width: int) -> bool:
-    """Tell whether a norm subtracts the mean of its input, so that it commutes only with rotations that keep it."""
-    found = _outputs(norm, width, lambda x: (x, x + 1))
-    return found is not None and torch.allclose(*found, rtol=1e-3, atol=1e-3)
-
-
-def _outputs(
-    module: nn.Module, width: int, inputs: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor] | None:
-    """Return a float32 copy's outputs for two inputs; None if it does not take one vector and return one."""
-    module = copy.deepcopy(module).float()
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    probe = torch.linspace(-3.0, 5.0, width, device=device).view(1, 1, -1)
-    try:
-        one, two = (module(x) for x in inputs(probe))
-    except Exception:  # other arguments, or other widths
-        return None
-    return (one, two) if isinstance(one, Tensor) and one.shape == probe.shape else None
 
 
 def absorb_(norm: nn.Module | None, readers: Sequence[Linear], Q: Tensor) -> None:
@@ -289,74 +171,3 @@ def absorb_(norm: nn.Module | None, readers: Sequence[Linear], Q: Tensor) -> Non
                 "it have a bias to take it up; leave this step out for this model"
             )
         bias.copy_(rest @ Q)
-
-
-def moved(found: Tensor, wanted: Tensor, scale: Tensor) -> float:
-    """Return the norm of the difference of two outputs, over that of `scale`."""
-    return float((found - wanted).norm() / scale.norm().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def head_width(model: nn.Module, block: Block) -> int:
-    """Return the width of an attention head's values, as the attention's output layer reads them; 0 if unknown."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", None)
-    outputs = [group.in_features for group in block.linear_groups if group.role == "attention_out"]
-    return outputs[0] // heads if outputs and isinstance(heads, int) else 0
-
-
-def rotate_values_(block: Block, call: Call, R: Tensor) -> bool:
-    """Rotate each head's values by R (head width, head width), and back in the attention's output layer, in place.
-
-    Return whether the block's output stays. If not, nothing changes: something stands between values and output.
-    """
-    output = block.group("attention_out").linears[0]
-    R = precise(R, call.hidden.device)
-    for values, rows in _value_rows(block, output.in_features, len(R)):
-        kept = [part.clone() for part in (*_parts(values), *_parts(output))]
-        before = _outputs_of_values(block, call, values, rows)
-        weight, bias = values.weight, values.bias
-        weight[rows] = (R.t() @ weight[rows].to(R.dtype)).to(weight.dtype)  # (heads, head width, in)
-        if bias is not None:
-            bias[rows] = (bias[rows].to(R.dtype) @ R).to(bias.dtype)
-        by_head = output.weight.to(R.dtype).reshape(output.out_features, -1, len(R))
-        output.set_weight_((by_head @ R).flatten(1))
-        after = _outputs_of_values(block, call, values, rows)
-        if all(moved(new, old, old - call.hidden) <= TOLERANCE for new, old in zip(after, before, strict=True)):
-            return True
-        for part, former in zip((*_parts(values), *_parts(output)), kept, strict=True):
-            part.copy_(former)
-    return False
-
-
-def _outputs_of_values(block: Block, call: Call, values: Linear, rows: Tensor) -> list[Tensor]:
-    """Return the block's outputs with its values as they are, and so large that a clip after them shows."""
-    outputs = []
-    for factor in (1.0, LARGE):
-        for part in _parts(values):
-            part[rows] *= factor
-        outputs.append(call(block.module))
-        for part in _parts(values):
-            part[rows] /= factor
-    return outputs
-
-
-def _parts(linear: Linear) -> list[Tensor]:
-    return [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-
-
-def _value_rows(block: Block, inputs: int, head: int) -> Iterator[tuple[Linear, Tensor]]:
-    """Yield where the rows of values may be, (heads, head width): in a layer of their own, or at the end of a fused one
-    or of each of its heads."""
-    linears = next((group.linears for group in block.linear_groups if group.role == "attention_in"), ())
-    if len(linears) == 3:
-        rows = linears[2].out_features
-        if rows % head == 0:
-            yield linears[2], torch.arange(rows).view(-1, head)
-    elif len(linears) == 1:
-        rows = linears[0].out_features
-        heads, rest = divmod(rows - inputs, 2 * head)
-        if rest == 0 and heads > 0:
-            yield linears[0], torch.arange(rows)[rows - heads * head :].view(-1, head)
-            if rows % (heads * head) == 0:
-                yield linears[0], torch.arange(rows).view(heads, -1, head)[:, -1]
