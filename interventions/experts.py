@@ -62,6 +62,17 @@ def find_experts(block_name: str, block: nn.Module) -> list[ExpertLayer]:
     return sorted(found, key=lambda layer: order.index(layer.path))
 
 
+def router_parameters(block: nn.Module, layer: ExpertLayer) -> list[nn.Parameter]:
+    """Return the parameters of the module beside the experts that chooses them, its scales and biases among them."""
+    router = next((n for n, m in block.named_modules() if layer.router is not None and m is layer.router.module), "")
+    parts = router.split(".") if router else []
+    for size in range(1, len(parts) + 1):
+        scope = ".".join(parts[:size])
+        if not f"{layer.path}.".startswith(f"{scope}."):
+            return list(block.get_submodule(scope).parameters())
+    return [] if layer.router is None else list(layer.router.module.parameters())
+
+
 @contextmanager
 def every_token(block: nn.Module, layers: Sequence[ExpertLayer], method: str) -> Iterator[Callable[[], bool]]:
     """Let every expert of the layers run on every token as well, without effect on the output.

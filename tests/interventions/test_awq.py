@@ -325,7 +325,7 @@ def test_blocks_err_no_more_than_those_of_autoawq(
     recorded: dict[str, Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(
-        tokenizer: Any, texts: Any, *, samples: int, **options: Any
+        tokenizer: Any, texts: Any, *, samples: int, padded: bool, **options: Any
     ) -> Any:  # what AutoAWQ was given: a row a text
         return token_batches(tokenizer, texts[:samples], **options)
 

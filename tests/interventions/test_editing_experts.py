@@ -29,8 +29,7 @@ def run(method: str, family: str, **settings: Any) -> set[str]:
     model = tiny_experts(family)
     routers = {name: p.clone() for name, p in model.named_parameters() if ".gate." in name or "router" in name}
     report = apply(model, tiny_tokenizer(), method, **settings)
-    if method != "gd":  # which trains all parameters of a block by default
-        assert all((p == routers[name]).all() for name, p in model.named_parameters() if name in routers)
+    assert all((p == routers[name]).all() for name, p in model.named_parameters() if name in routers)
     return set(report.changed)
 
 
@@ -61,3 +60,10 @@ def test_adapters_go_into_attention_and_shared_experts_only() -> None:
     assert changed == {"model.layers.1.self_attn.v_proj.weight", "model.layers.1.mlp.shared_expert.down_proj.weight"}
     with pytest.raises(InterventionError, match=r"lora.targets: mlp_out in model.layers.0 is in routed experts"):
         run("lora", "mixtral", targets=["mlp_out"], **given)
+
+
+def test_a_router_is_trained_where_the_settings_name_it() -> None:
+    settings = LEARNERS["gd"] | {"parameters": ["mlp.gate.weight"]}
+    model = tiny_experts("mixtral")
+    report = apply(model, tiny_tokenizer(), "gd", train_head=False, **settings)
+    assert report.changed == ("model.layers.1.mlp.gate.weight",)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
+from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
+from transformers.models.dbrx.modeling_dbrx import DbrxFFN
 
 from interventions import apply
 from interventions.compress.gptq import GptqSettings
 from interventions.compress.kernels.blockwise import walk_stages
+from interventions.compress.kernels.capture import inputs_of
 from interventions.context import Context
 from interventions.experts import ExpertLayer, every_token, find_experts
 from interventions.statistics import InputStatistics, window_batches
+from interventions.structure import LinearGroup
 from interventions.types import InterventionError, Resources
 from tests.experts import CONFIGS, tiny_experts
 from tests.models import SENTENCES, tiny_tokenizer
@@ -84,6 +90,15 @@ class Listed(nn.Module):
         super().__init__()
         self.gate = nn.Linear(8, 4, bias=False)
         self.experts = nn.ModuleList(Expert() for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.reshape(-1, 8)
+        best = self.gate(x).argmax(dim=1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if bool((best == number).any()):
+                out[best == number] = expert(x[best == number])
+        return out.view(hidden.shape)
 
 
 class Expert(nn.Module):
@@ -265,3 +280,71 @@ def test_experts_that_their_module_chooses_cannot_all_be_calibrated() -> None:
     wanted = pytest.raises(InterventionError, match=r"chooses the experts itself.*calibrate_all_experts=false")
     with wanted, every_token(nn.Module(), layers, "gptq"):
         pass
+
+
+def inputs_seen(layer: ExpertLayer, run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Return all inputs of the groups of a layer while something runs, by name of the first linear."""
+    seen: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), inputs_of(layer.groups, lambda g, x: seen.setdefault(g.linears[0].name, []).append(x)):
+        run()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def test_inputs_of_experts_that_all_get_every_token_weighted() -> None:
+    (layer, _) = layers_of(tiny_experts("llama4"))
+    x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(1))
+    scores, _ = layer.module.router(x[0])
+    found = inputs_seen(layer, lambda: layer.module(x))
+    for expert in range(8):
+        name = layer.groups[expert].linears[0].name
+        wanted = (x[0] * scores[:, expert : expert + 1])[scores[:, expert] > 0]
+        assert torch.allclose(found[name], wanted) if len(wanted) else not len(found[name])
+
+
+def test_inputs_of_experts_of_parallel_layers() -> None:
+    (layer, _) = layers_of(tiny_experts("jetmoe"))
+    x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(1))
+    chosen = layer.module.router.layer(x[0]).topk(2, dim=1).indices
+    found = inputs_seen(layer, lambda: layer.module(x))
+    for expert in range(8):
+        wanted = x[0][(chosen == expert).any(dim=1)]
+        seen = found[layer.groups[expert].linears[0].name]
+        assert len(seen) == len(wanted)
+        assert torch.allclose(seen.T @ seen, wanted.T @ wanted, atol=1e-4)  # in any order
+
+
+def test_inputs_of_separate_experts_and_all_tokens_for_each() -> None:
+    block = nn.ModuleDict({"mlp": Listed()})
+    (layer,) = find_experts("b", block)
+    x = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(1))
+    best = block["mlp"].gate(x.view(-1, 8)).argmax(dim=1)
+    before = block["mlp"](x)
+    found = inputs_seen(layer, lambda: block["mlp"](x))
+    for expert in range(4):
+        name = layer.groups[expert].linears[0].name
+        assert len(found.get(name, ())) == int((best == expert).sum())
+    with every_token(block, [layer], "gptq") as extra:
+        rows: dict[str, list[Tensor]] = {}
+
+        def see(group: LinearGroup, x: Tensor) -> None:
+            if extra():
+                rows.setdefault(group.key, []).append(x)
+
+        with inputs_of(layer.groups, see):
+            assert torch.equal(block["mlp"](x), before)
+    assert {key: sum(len(part) for part in parts) for key, parts in rows.items()} == {g.key: 20 for g in layer.groups}
+
+
+def test_matrices_stacked_in_two_dimensions() -> None:
+    config = DbrxFFNConfig(hidden_size=32, ffn_hidden_size=24, moe_num_experts=4, moe_top_k=2)
+    block = nn.ModuleDict({"ffn": DbrxFFN(SimpleNamespace(ffn_config=config))})
+    for parameter in block.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    (layer,) = find_experts("b", block)
+    assert (layer.count, layer.form) == (4, "routed")
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    weights = {linear.name.split(".")[-2]: linear.weight for g in (2, 6) for linear in layer.groups[g].linears}
+    wanted = layer.module(x, torch.full((5, 1), 2), torch.ones(5, 1)).view(5, 32)
+    made = linear(silu(linear(x, weights["w1"])) * linear(x, weights["v1"]), weights["w2"])
+    assert torch.allclose(made, wanted, rtol=1e-4, atol=1e-3)
+    assert layer.groups[6].previous is not None

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from interventions.experts import find_experts, router_parameters
 from interventions.layouts import ROLES
 from interventions.names import near_names
 from interventions.structure import Anatomy, Block, check_layers
@@ -64,11 +65,18 @@ def trained_parameters(
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that `settings` trains in the blocks `layers`, and the final norm and output head.
 
-    A head whose weight is used elsewhere, as by tied embeddings, is left out.
+    A head whose weight is used elsewhere, as by tied embeddings, is left out, and so are routers that the settings do
+    not name.
     """
     blocks = [anatomy.blocks[layer] for layer in layers]
     if settings.parameters is None:
-        chosen = [p for block in blocks for p in block.module.parameters()]
+        routers = {
+            id(p)
+            for block in blocks
+            for layer in find_experts(block.name, block.module)
+            for p in router_parameters(block.module, layer)
+        }
+        chosen = [p for block in blocks for p in block.module.parameters() if id(p) not in routers]
     else:
         chosen = list(named_in_blocks(method, model, blocks, settings.parameters).values())
     wanted = {id(p) for p in chosen}
