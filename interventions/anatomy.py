@@ -56,7 +56,7 @@ def _shape(model: nn.Module) -> Any:
     parts: list[Any] = [id(getattr(model, "lmcompose_layout", None))]
     for module in model.modules():
         parts += (id(module), id(module.__dict__.get("forward")))
-        parts += map(id, module._parameters.values())
+        parts += ((id(p), None if p is None else p.shape) for p in module._parameters.values())
         parts += (*map(id, module._forward_hooks.values()), *map(id, module._forward_pre_hooks.values()))
     return parts
 

@@ -14,6 +14,7 @@ from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress.hqq import HqqSettings
 from interventions.compress.kernels.grid import fake_quantise
+from interventions.compress.kernels.integers import Integers
 from interventions.compress.kernels.half_quadratic import shrink, solve
 from tests.models import CONFIGS, tiny_model
 
@@ -56,7 +57,7 @@ def test_errors_are_below_those_of_the_authors_loop_and_of_rounding(bits: int, s
     free = HqqSettings(bits=bits, whole_zeros=False).rounded(W)
     whole = HqqSettings(bits=bits).rounded(W)
     assert distance(free, W) < distance(authors(groups, bits).view_as(W), W)
-    assert distance(whole, W) < distance(fake_quantise(W, bits, 64), W)
+    assert distance(whole, W) < distance(fake_quantise(W, Integers(bits, 64)), W)
 
 
 def test_a_turn_moves_the_zero_point_as_published() -> None:
