@@ -21,7 +21,8 @@ with torch.no_grad():
     for prompts in map(torch.tensor, by_length.values()):
         before, after = (model(prompts).logits.flatten(1) for model in models)
         moved += ((after - before).abs().amax(dim=1) / (before.amax(dim=1) - before.amin(dim=1))).tolist()
-        answers = [model.generate(prompts, max_new_tokens=5, do_sample=False) for model in models]
+        whole = torch.ones_like(prompts)
+        answers = [m.generate(prompts, attention_mask=whole, max_new_tokens=5, do_sample=False) for m in models]
         same += int((answers[0] == answers[1]).all(dim=1).sum())
 print(f"logits moved by {sum(moved) / len(moved):.2%} of their range, at most {max(moved):.2%}")
 print(f"same greedy answer of 5 tokens: {same} of {len(moved)} prompts")
