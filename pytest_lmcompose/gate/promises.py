@@ -21,7 +21,7 @@ from pytest_lmcompose.gate.globs import matches
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
     from pytest_lmcompose.recipe import Recipe
-    from pytest_lmcompose.results import StepRecord
+    from pytest_lmcompose.steps import StepRecord
 
 
 @dataclass(frozen=True)
