@@ -58,8 +58,8 @@ def promises(recipe: Recipe, composition: Composition, ran: Sequence[StepRecord]
     for place, step in enumerate(composition.steps):
         later = composition.steps[place + 1 :]
         category, settings = find_category(find_method(step.method).category), recipe.settings(step)
-        made = ran[place].report.promises if place < len(ran) else None
-        for metric, value in (promised(settings) if made is None else made).items():
+        made = ran[place].report.promises if place < len(ran) else {}
+        for metric, value in (made or promised(settings)).items():
             breaks = (s for s in later if not _keeps(recipe.settings(s), metric))
             yield Promise(step, category, next(breaks, None), metric, value)
         if category.promises and not _undoes(settings):

@@ -18,6 +18,8 @@ def dense_round(W: Tensor, bits: int, group_size: int) -> Tensor:
         low = part.min(dim=1, keepdim=True).values.clamp(max=0)
         high = part.max(dim=1, keepdim=True).values.clamp(min=0)
         step = ((high - low) / (2**bits - 1)).half().float()
+        short = torch.round(-low / step) + torch.round(high / step) < 2**bits - 1  # both ends would round inwards
+        step = torch.where(short, (step * (1 - 2**-11)).half().float(), step)
         zero = torch.round(-low / step)
         columns.append(((torch.round(part / step) + zero).clamp(0, 2**bits - 1) - zero) * step)
     return torch.cat(columns, dim=1)

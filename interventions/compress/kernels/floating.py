@@ -58,7 +58,7 @@ class Floats(Grid):
 
     def round_(self, numbers: Tensor, least: Tensor | float, greatest: Tensor | float) -> Tensor:
         """See `Grid`."""
-        return self.format.round_(numbers.clamp_(-self.format.greatest, self.format.greatest))
+        return self.format.round_(numbers.clamp_(-self.format.greatest, self.format.greatest)).add_(0.0)
 
 
 def two_level_whole(largest: Tensor, dtype: torch.dtype) -> Tensor:

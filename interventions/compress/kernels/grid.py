@@ -44,7 +44,7 @@ class Grid(ABC):
 
     @abstractmethod
     def round_(self, numbers: Tensor, least: Tensor | float, greatest: Tensor | float) -> Tensor:
-        """Round weights divided by their scale to the nearest numbers, in place."""
+        """Round weights divided by their scale to the nearest numbers, in place; none becomes -0.0."""
 
 
 def width_of_group(cols: int, group_size: int) -> int:

@@ -58,7 +58,7 @@ class Integers(Grid):
 
     def round_(self, numbers: Tensor, least: Tensor | float, greatest: Tensor | float) -> Tensor:
         """See `Grid`."""
-        return torch.clamp(numbers.round_(), least, greatest, out=numbers)  # type: ignore[arg-type]
+        return torch.clamp(numbers.round_().add_(0.0), least, greatest, out=numbers)  # type: ignore[arg-type]
 
     def _kept(self, groups: Tensor, scales: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Replace the scale of groups that are already on a grid, which may extend beyond their values.
