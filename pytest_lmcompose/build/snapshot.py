@@ -144,11 +144,11 @@ class WorkingModel:
 
         Write the parameters that differ from the current state, or all of them after `distrust`.
         """
-        if self._tied_head is not None and (tied := self._tied_head not in snapshot.changed) != (
-            tied_head(self.model) is not None
-        ):
-            (tie_head_ if tied else untie_head_)(self.model)
-            self.distrust()
+        if self._tied_head is not None:
+            wanted_tied, tied = self._tied_head not in snapshot.changed, tied_head(self.model) is not None
+            if wanted_tied != tied:
+                (tie_head_ if wanted_tied else untie_head_)(self.model)
+                self.distrust()
         if not self._trusted:
             self._parameters = stored_tensors(self.model)
         resize_(self.model, self.values(snapshot))
