@@ -20,6 +20,7 @@ from interventions.compress.kernels.blockwise import walk_stages
 from interventions.compress.kernels.capture import inputs_of
 from interventions.context import Context
 from interventions.experts import ExpertLayer, every_token, find_experts
+from interventions.shared_statistics import StatisticsCache
 from interventions.statistics import InputStatistics, window_batches
 from interventions.structure import LinearGroup
 from interventions.types import InterventionError, Resources
@@ -348,3 +349,43 @@ def test_matrices_stacked_in_two_dimensions() -> None:
     made = linear(silu(linear(x, weights["w1"])) * linear(x, weights["v1"]), weights["w2"])
     assert torch.allclose(made, wanted, rtol=1e-4, atol=1e-3)
     assert layer.groups[6].previous is not None
+
+
+def test_cached_statistics_of_experts_change_nothing() -> None:
+    settings = METHODS["gptq"] | {"sequential": False, "true_sequential": False}
+    cache, models = StatisticsCache(), [tiny_experts() for _ in range(3)]
+    for model, shared in zip(models, (None, cache.of("base"), cache.of("base")), strict=True):
+        apply(model, tiny_tokenizer(), "gptq", calibration=TEXTS, statistics=shared, **settings)
+    assert cache.bytes > 0
+    for other in models[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_experts_in_half_precision_keep_their_dtype(method: str) -> None:
+    model = tiny_experts("gpt_oss", dtype=torch.bfloat16)
+    apply(model, tiny_tokenizer(), method, calibration=TEXTS, **METHODS[method])
+    for layer in layers_of(model):
+        assert all(part.weight.dtype == torch.bfloat16 for group in layer.groups for part in group.linears)
+        assert len(set(layer.groups[0].linears[0].weight[0].tolist())) < 32
+
+
+def test_gptq_errs_less_than_rounding_on_every_expert_that_many_tokens_reach() -> None:
+    model = tiny_experts()
+    statistics = seen_statistics(copy.deepcopy(model), TEXTS)
+    settings = METHODS["gptq"] | {"sequential": False, "true_sequential": False}
+    models = {"gptq": copy.deepcopy(model), "rtn": copy.deepcopy(model)}
+    apply(models["gptq"], tiny_tokenizer(), "gptq", calibration=TEXTS, **settings)
+    apply(models["rtn"], tiny_tokenizer(), "rtn", **METHODS["rtn"])
+    better = total = 0
+    for layer, ours, nearest in zip(*map(layers_of, (model, models["gptq"], models["rtn"])), strict=True):
+        for number, group in enumerate(layer.groups):
+            sums = statistics[group.linears[0].name]
+            if sums.count >= group.in_features:
+                old = group.linears[0].weight
+                deltas = [other.groups[number].linears[0].weight - old for other in (ours, nearest)]
+                errors = [float(((delta @ sums.gram) * delta).sum()) for delta in deltas]
+                total += 1
+                better += errors[0] < errors[1]
+    assert total >= 8
+    assert better == total
