@@ -129,7 +129,7 @@ class _CallRecorder:
             calls.append(call if with_hidden else call.on(call.hidden.new_empty(0)))
             if self.as_output is None:  # some blocks return a tuple: run the first one to find out
                 output = forward(*arguments, **keywords)
-                rest = output[1:] if isinstance(output, tuple) else None
+                rest = output[1:] if isinstance(output, tuple | list) else None
                 self.as_output = (lambda hidden: hidden) if rest is None else (lambda hidden: (hidden, *rest))
             return self.as_output(arguments[0] if arguments else keywords["hidden_states"])
 
