@@ -224,6 +224,8 @@ class ReplayedModule:
 
 def _shape(found: Any, output: Tensor) -> int | None:
     """Return the number of values in `found`, 0 for a tensor; None if it holds more than `output`."""
+    if isinstance(found, list):
+        return None
     values = found[1:] if isinstance(found, tuple) else ()
     if any(value is not None for value in values) or not torch.equal(first_output(found), output):
         return None
