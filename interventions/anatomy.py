@@ -89,7 +89,9 @@ def _find(model: nn.Module) -> Anatomy:
         )
     hidden = found.calls[-1].outputs[0]
     norm, width = _final_norm(model, seen, found, layout), hidden.shape[-1]
-    return Anatomy(tuple(blocks), embeddings, norm, head, width, hidden.numel() // (width * seen.tokens))
+    outs = [group.linears[0].out_features for b in blocks for group in b.groups_for("mlp_out") if not group.routed]
+    states = hidden.numel() // (min(outs, default=width) * seen.tokens)
+    return Anatomy(tuple(blocks), embeddings, norm, head, width, max(1, states))
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

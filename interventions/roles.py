@@ -50,7 +50,7 @@ def find_groups(wiring: Wiring) -> tuple[list[FoundGroup], dict[str, str]]:
 
 
 def _roles(wiring: Wiring) -> tuple[dict[Site, Role], dict[str, str]]:
-    families = {site: _family(wiring, site) for site in wiring.ends}
+    families = {site: _family(wiring, site) for site in wiring.ends if not _chooses(wiring, site)}
     roles: dict[Site, Role] = {site: _OUT[family] for site, family in families.items()}  # type: ignore[misc]
     left = {}
     for site in wiring.sites:
@@ -71,6 +71,12 @@ def _roles(wiring: Wiring) -> tuple[dict[Site, Role], dict[str, str]]:
             family = next(family for family in _OUT if family in reached)
         roles[site] = _IN[family]  # type: ignore[assignment]
     return roles, left
+
+
+def _chooses(wiring: Wiring, end: Site) -> bool:
+    """Return whether a layer is the end of a router or gate: too narrow for the hidden state, or a part of it."""
+    wide = max(site.linear.out_features for site in wiring.ends)
+    return wide % end.linear.out_features != 0 or end.linear.out_features < wide / 8
 
 
 def _family(wiring: Wiring, end: Site) -> str:

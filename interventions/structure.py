@@ -256,7 +256,7 @@ def chosen_layers(method: str, layers: Sequence[int] | None, fractions: Sequence
 
 def first_output(output: Any) -> Tensor:
     """Return a module's output, or the first of several: some architectures' blocks return a tuple."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]
 
 
 @dataclass

@@ -298,7 +298,7 @@ def _changed(model: Any, site: nn.Module, row: Sequence[int], place: int, added:
     def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = first_output(output).clone()
         hidden.view(len(row), -1)[place] += added
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
     with site.register_forward_hook(add):
         return logits(model, torch.tensor([row]))[0, -1]

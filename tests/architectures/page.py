@@ -47,6 +47,8 @@ def page(results: Results, size: Size, seed: int) -> str:
     ]
     for title, names in (("", METHODS), ("evaluator ", EVALUATORS), ("invariant: ", INVARIANTS)):
         for name in names:
+            if not any(name in found for found in results.values()):
+                continue
             count = sum(passes(found, (name,)) for found in results.values())
             lines.append(f"| {title}{_code(name, title)} | {count} of {total} | {count / total:.1%} |")
     lines += ["", "| architecture | result |", "|---|---|"]

@@ -131,7 +131,7 @@ class _CallRecorder:
                 raise StopForward
             if self.as_output is None:  # some blocks return a tuple: run the first one to find out
                 output = forward(*arguments, **keywords)
-                rest = output[1:] if isinstance(output, tuple) else None
+                rest = output[1:] if isinstance(output, tuple | list) else None
                 self.as_output = (lambda hidden: hidden) if rest is None else (lambda hidden: (hidden, *rest))
             return self.as_output(arguments[0] if arguments else keywords["hidden_states"])
 
@@ -226,6 +226,8 @@ class ReplayedModule:
 
 def _shape(found: Any, output: Tensor) -> int | None:
     """Return the number of values in `found`, 0 for a tensor; None if it holds more than `output`."""
+    if isinstance(found, list):
+        return None
     values = found[1:] if isinstance(found, tuple) else ()
     if any(value is not None for value in values) or not torch.equal(first_output(found), output):
         return None

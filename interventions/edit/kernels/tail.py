@@ -98,7 +98,7 @@ class Tail:
             every = torch.arange(len(hidden), device=hidden.device)[:, None]
             hidden = self._whole.index_put((every, self._columns), hidden)
         hidden = hidden.reshape(first_output(self._output).shape)
-        output = (hidden, *self._output[1:]) if isinstance(self._output, tuple) else hidden
+        output = (hidden, *self._output[1:]) if isinstance(self._output, tuple | list) else hidden
         with _returning({**self._below, self._site: output}):
             return logits_at(self._model, self._head, self._arguments, rows, places + self._begins[rows])
 
@@ -167,7 +167,7 @@ def _copied(output: Any) -> Any:
     """Return an output with copies of its tensors: some models add to them in place."""
     if isinstance(output, Tensor):
         return output.clone()
-    return tuple(map(_copied, output)) if type(output) is tuple else output
+    return type(output)(map(_copied, output)) if type(output) in (tuple, list) else output
 
 
 def _by_rows(values: Tensor, rows: int) -> Tensor:
