@@ -120,7 +120,7 @@ def test_a_model_that_keeps_more_than_keys_and_values_runs_whole_texts(tokenizer
         count = torch.arange(1, args[0].shape[1] + 1)[:, None]
         return (args[0] + args[0].cumsum(dim=1) / count, *args[1:])
 
-    model.model.layers[1].register_forward_pre_hook(remember)
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(remember)
     rows = tokenizer(list(SENTENCES[:3]))["input_ids"]
     cached, found, own = _suffix_logits(model, rows, [2, 0, 3], layer=0, inside=False)
     assert not cached
@@ -207,10 +207,12 @@ def test_a_blocks_gain_is_measured(
 
 
 def test_a_block_that_passes_nothing_on_is_named(tokenizer: Any) -> None:
-    model = tiny_model(transformers.GraniteConfig(**SIZE, residual_multiplier=0.0))
+    model = tiny_model(transformers.GraniteConfig(**SIZE))
     prompts = [tokenise(tokenizer, edit) for edit in EDITS]
+    block = find_anatomy(model).blocks[1]
+    block.module.residual_multiplier = 0.0  # type: ignore[assignment]
     with pytest.raises(InterventionError, match=r"model.layers.1: changing the MLP's output does not change"):
-        Arrival(model, find_anatomy(model).blocks[1], prompts, 2).gain(32)
+        Arrival(model, block, prompts, 2).gain(32)
 
 
 def test_the_share_reached_is_that_along_the_wanted_change() -> None:

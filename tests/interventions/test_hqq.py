@@ -14,8 +14,8 @@ from interventions import InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress.hqq import HqqSettings
 from interventions.compress.kernels.grid import fake_quantise
-from interventions.compress.kernels.integers import Integers
 from interventions.compress.kernels.half_quadratic import shrink, solve
+from interventions.compress.kernels.integers import Integers
 from tests.models import CONFIGS, tiny_model
 
 PUBLISHED: dict[str, Any] = {"p": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20}

@@ -93,6 +93,8 @@ def test_the_model_before_is_asked_once(tokenizer: Any) -> None:
     model = tiny_model()
     calls = []
     model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    find_anatomy(model)
+    calls.clear()
     apply(model, tokenizer, "npo", resources=RESOURCES, retain_weight=0.0, epochs=5, **ONE_BATCH)
     assert len(calls) == 1 + 5
 

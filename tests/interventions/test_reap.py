@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interventions import apply
 from interventions.experts import find_experts
+from interventions.rounding import Rounding
 from interventions.statistics import window_batches
 from interventions.types import InterventionError
 from pytest_lmcompose.build.load import hash_weights
@@ -150,7 +151,7 @@ def test_states_with_and_without_experts_replace_each_other(family: str) -> None
     rounded = working.take(pruned, apply(model, tiny_tokenizer(), "rtn", bits=4).changed)
     working.restore(working.base)
     assert torch.equal(logits(model), full)
-    adopted = working.adopt(working.base, dict(pruned.changed))
+    adopted = working.adopt(working.base, dict(pruned.changed), Rounding())
     assert adopted.state_hash == hashed
     working.restore(adopted)
     assert torch.equal(logits(model), half)

@@ -143,6 +143,8 @@ def test_no_block_above_the_steered_one_runs(tokenizer: Any) -> None:
     calls = []
     for number, block in enumerate(find_anatomy(model).blocks):
         block.module.register_forward_pre_hook(lambda module, args, number=number: calls.append(number))
+    find_anatomy(model)
+    calls.clear()
     apply(model, tokenizer, "rmu", resources=RESOURCES, layer=1, max_num_batches=3, batch_size=8)
     # Once to keep the states on retain text, then forget and retain text at each update.
     assert calls == [0, 1] * (1 + 2 * 3)

@@ -67,9 +67,7 @@ def round_as_it_runs_(
         dtype = next(model.parameters()).dtype
         caches = {name: Cached(*(calibrated(cache, found[name], dtype) for found in (keys, values))) for name in keys}
     rounded = {
-        name: calibrated(scheme, greatest[name], modules[name].weight.dtype)
-        if name in greatest
-        else Rounded(scheme)
+        name: calibrated(scheme, greatest[name], modules[name].weight.dtype) if name in greatest else Rounded(scheme)
         for name, scheme in inputs.items()
     }
     set_rounding_(model, Rounding({**before.inputs, **rounded}, caches))
