@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from interventions.rounding import cached_of
+from interventions.rounded_bits import HELD
 from interventions.types import InterventionError
 
 Watch = Callable[[nn.Module, Tensor, Tensor], None]
@@ -57,7 +57,7 @@ class _Rounding:
     ) -> Any:
         for watch in _watches:
             watch(module, key, value)
-        cached = cached_of(module)
+        cached = module.__dict__.get(HELD)
         if cached is not None:
             key, value = cached.keys(key), cached.values(value)
         return self._own(module, query, key, value, *arguments, **options)

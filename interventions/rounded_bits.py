@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
+HELD = "lmcompose_rounding"
+"""The attribute of an attention module that says how it rounds keys and values: an `interventions.rounding.Cached`."""
 _INPUT, _CACHE = "lmcompose_input_bits", "lmcompose_cache_bits"
 
 

@@ -22,11 +22,9 @@ from interventions.compress.kernels.grid import join_groups, positive, split_gro
 from interventions.compress.kernels.integers import Integers
 from interventions.compress.schemes import Scheme
 from interventions.floats import E2M1, E4M3
-from interventions.rounded_bits import note_bits_
+from interventions.rounded_bits import HELD, note_bits_
 
 ENTRY = "rounding while the model runs"
-_HELD = "lmcompose_rounding"
-"""The attribute of an attention module that holds its `Cached`."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,8 @@ def rounding_of(model: nn.Module) -> Rounding:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _InputHook):
                 inputs[name] = hook.rounded
-        if _HELD in module.__dict__:
-            caches[name] = module.__dict__[_HELD]
+        if HELD in module.__dict__:
+            caches[name] = module.__dict__[HELD]
     return Rounding(inputs, caches)
 
 
@@ -156,7 +154,7 @@ def set_rounding_(model: nn.Module, rounding: Rounding) -> None:
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _InputHook)]:
             del module._forward_pre_hooks[key]
-        module.__dict__.pop(_HELD, None)
+        module.__dict__.pop(HELD, None)
         note_bits_(module)
     for name, rounded in rounding.inputs.items():
         # Before other hooks: they see what the layer computes with.
@@ -165,7 +163,7 @@ def set_rounding_(model: nn.Module, rounding: Rounding) -> None:
         note_bits_(module, inputs=rounded.scheme.bits)
     for name, cached in rounding.caches.items():
         module = model.get_submodule(name)
-        module.__dict__[_HELD] = cached
+        module.__dict__[HELD] = cached
         note_bits_(module, cache=(cached.keys.scheme.bits + cached.values.scheme.bits) / 2)
     if rounding.caches:
         from interventions.rounded_attention import let_attention_round
@@ -185,8 +183,3 @@ def unrounded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_rounding_(model, rounding)
-
-
-def cached_of(module: nn.Module) -> Cached | None:
-    """Return how an attention module rounds keys and values, None if it does not."""
-    return cast("Cached | None", module.__dict__.get(_HELD))

@@ -184,9 +184,10 @@ class Block:
     @property
     def mlp_output_names(self) -> list[str]:
         """The parameters of the MLP's output layer, or of those of all experts if every token reaches none of them."""
-        groups = [group for group in self.linear_groups if group.role == "mlp_out"]
-        chosen = [group for group in groups if not group.routed][:1] or groups
-        return list(dict.fromkeys(linear.parameter_name for group in chosen for linear in group.linears))
+        groups = self.groups_for("mlp_out")
+        if any(not group.routed for group in groups):
+            return [self.mlp_output.parameter_name]
+        return list(dict.fromkeys(linear.parameter_name for group in groups for linear in group.linears))
 
     @property
     def linears(self) -> tuple[Linear, ...]:

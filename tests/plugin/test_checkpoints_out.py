@@ -19,6 +19,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
+from interventions import rounding
 from interventions.checkpoint.reading.kinds import INDEX, WEIGHTS
 from pytest_lmcompose.build.load import hash_weights
 from pytest_lmcompose.checkpoints.folder import CARD, new_folder
@@ -126,6 +127,7 @@ class Rounding:
 
     def __init__(self) -> None:
         self.config = {"quant_method": "rounding", "ignore": ["lm_head"]}
+        self.rounding = rounding.Rounding()
         self.made: list[weakref.ref[Tensor]] = []
         self.most = 0
 
@@ -138,6 +140,9 @@ class Rounding:
         alive = [found.numel() * found.element_size() for made in self.made if (found := made()) is not None]
         self.most = max(self.most, sum(alive))
         return {name.replace("weight", "codes"): codes, name.replace("weight", "scale"): torch.tensor([0.01])}
+
+    def beside(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {}
 
     def unpacked(self, name: str, weight: Tensor) -> Tensor:
         return (weight * 100).round().to(torch.int32) * torch.tensor(0.01)

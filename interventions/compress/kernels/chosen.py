@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from interventions.anatomy import find_anatomy
-from interventions.compress.bases import Quantiser
 from interventions.compress.keep import UNTOUCHED, rules
 from interventions.compress.kernels.formats import grid_of
 from interventions.compress.kernels.grid import Grid
@@ -17,7 +17,22 @@ from interventions.compress.schemes import SCHEMES, Scheme
 from interventions.types import InterventionError
 
 
-def chosen_grids(model: nn.Module, settings: Quantiser) -> Mapping[str, Grid | None]:
+class Chooser(Protocol):
+    """The settings of a quantiser."""
+
+    name: ClassVar[str]
+
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def keep(self) -> list[str] | None: ...
+    @property
+    def number_format(self) -> Scheme: ...
+
+
+def chosen_grids(model: nn.Module, settings: Chooser) -> Mapping[str, Grid | None]:
     """Return the grid of each linear layer of the blocks, by name; None for layers that stay as they are.
 
     Raises InterventionError for an exception that no layer matches.
@@ -30,7 +45,7 @@ def chosen_grids(model: nn.Module, settings: Quantiser) -> Mapping[str, Grid | N
     }
 
 
-def chosen_schemes(model: nn.Module, settings: Quantiser) -> Mapping[str, Scheme | None]:
+def chosen_schemes(model: nn.Module, settings: Chooser) -> Mapping[str, Scheme | None]:
     """Return the scheme of each linear layer of the blocks, by name; None for layers that stay as they are.
 
     Raises InterventionError for an exception that no layer matches.
@@ -56,7 +71,7 @@ def chosen_schemes(model: nn.Module, settings: Quantiser) -> Mapping[str, Scheme
     return found
 
 
-def average_bits(model: nn.Module, settings: Quantiser) -> float:
+def average_bits(model: nn.Module, settings: Chooser) -> float:
     """Return the mean bits of a weight of the blocks' linear layers; as stored, in layers that stay as they are."""
     grids = chosen_grids(model, settings)
     bits = weights = 0
@@ -67,7 +82,7 @@ def average_bits(model: nn.Module, settings: Quantiser) -> float:
     return bits / weights
 
 
-def _scheme(form: str, settings: Quantiser) -> Scheme | None:
+def _scheme(form: str, settings: Chooser) -> Scheme | None:
     """Return the scheme of an exception: None for layers that stay as they are."""
     if form == UNTOUCHED:
         return None
