@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interventions.compress.bases import Calibrated, Quantiser
+from interventions.compress.bases import Calibrated, GridQuantiser
 from interventions.compress.engines.table import OWN
 from interventions.intervention import Context, Model, Resources, without_gradients
 from interventions.ranges import Count
@@ -38,7 +38,7 @@ BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class AwqSettings(Calibrated, Quantiser):
+class AwqSettings(Calibrated, GridQuantiser):
     """AWQ (Lin et al., 2024). Defaults are those of the reference implementations."""
 
     name = "awq"

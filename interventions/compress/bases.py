@@ -28,6 +28,20 @@ class Quantiser(Intervention):
     bits: Annotated[int, Range(2, 8)] = 4
     group_size: Annotated[int, Range(1, also=(-1,))] = 128
     """Weights of a row that share a scale and zero point, the last ones of a row maybe fewer; -1: the whole row."""
+
+    def promises(self) -> Mapping[str, float]:
+        """Return the bits of a weight."""
+        return {"average_bits": self.bits}
+
+    def keeps(self, metric: str) -> bool:
+        """Zero is rounded to zero, unless rounding is compensated and `preserve_mask` is off."""
+        return metric in ZEROS and getattr(self, "preserve_mask", True)
+
+
+@dataclass(frozen=True)
+class GridQuantiser(Quantiser):
+    """Settings of quantisers that take any number format, layer by layer."""
+
     symmetric: bool = False
     """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
     scheme: str | None = None
@@ -36,7 +50,6 @@ class Quantiser(Intervention):
     """Layers with other bits or another scheme, each as `layers:bits`, 16 to leave them as they are; the last one that
     matches counts. Layers are `first` or `last` (blocks), `first-2`, `last-2`, a role or a glob of names:
     `["*.mlp_out:8", "first:16", "*.q_proj:W8A16"]`."""
-
     kv_cache: Annotated[str, Choice(*CACHES)] | None = None
     """Round keys and values of attention as the model runs, with one scale a layer from calibration text."""
 
@@ -79,10 +92,6 @@ class Quantiser(Intervention):
         from interventions.compress.kernels.chosen import average_bits
 
         return {"average_bits": average_bits(model, self), **self.promises()}
-
-    def keeps(self, metric: str) -> bool:
-        """Zero is rounded to zero, unless rounding is compensated and `preserve_mask` is off."""
-        return metric in ZEROS and getattr(self, "preserve_mask", True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.compress.bases import Damping, Quantiser, Sequential
+from interventions.compress.bases import Damping, GridQuantiser, Sequential
 from interventions.compress.engines.table import OWN
 from interventions.intervention import Context, Model, Resources, without_gradients
 from interventions.ranges import Range
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GptqSettings(Sequential, Quantiser):
+class GptqSettings(Sequential, GridQuantiser):
     """GPTQ (Frantar et al., 2023); defaults as published, but for `true_sequential` and `preserve_mask`."""
 
     name = "gptq"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from interventions.compress.bases import Quantiser
+from interventions.compress.bases import GridQuantiser
 from interventions.intervention import Context, Model, Resources, without_gradients
 
 
 @dataclass(frozen=True)
-class RtnSettings(Quantiser):
+class RtnSettings(GridQuantiser):
     """Rounding each weight to the nearest level of its grid; reads no text."""
 
     name = "rtn"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
-from interventions.compress.bases import Quantiser
+from interventions.compress.bases import GridQuantiser
 from interventions.compress.kernels.chosen import chosen_schemes
 from interventions.compress.schemes import CACHES
 from interventions.context import Context
@@ -34,7 +34,7 @@ Greatest = dict[str, float]
 
 @torch.no_grad()
 def round_as_it_runs_(
-    model: nn.Module, tokenizer: Any, settings: Quantiser, resources: Resources, context: Context
+    model: nn.Module, tokenizer: Any, settings: GridQuantiser, resources: Resources, context: Context
 ) -> dict[str, Any]:
     """Make the model round what the settings say, beside what it rounds already; return what for the report.
 
@@ -77,7 +77,7 @@ def round_as_it_runs_(
 def _greatest(
     model: nn.Module,
     tokenizer: Any,
-    settings: Quantiser,
+    settings: GridQuantiser,
     resources: Resources,
     linears: Mapping[str, nn.Module],
 ) -> tuple[Greatest, Greatest, Greatest]:
