@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from interventions.compress.bases import GridQuantiser
 from interventions.intervention import promised
 from interventions.registry import find_method
 from pytest_lmcompose.checkpoints.options import PLAIN
@@ -34,7 +35,8 @@ def _may_quantise(run: Run, step: Step) -> bool:
     """Return whether a step may put weights on a grid; what checkpoints and methods of other packages do is unknown."""
     method = find_method(step.method)
     known = all(module.startswith("interventions.") for module in method.modules) and method.category != "checkpoint"
-    return not known or "average_bits" in promised(run.settings(step))
+    settings = run.settings(step)  # with exceptions, a quantiser promises nothing before it sees the model
+    return not known or isinstance(settings, GridQuantiser) or "average_bits" in promised(settings)
 
 
 @lru_cache(maxsize=4)

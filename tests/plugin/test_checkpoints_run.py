@@ -357,3 +357,10 @@ def test_a_plain_model_on_a_grid_can_be_packed_without_a_step(project: Project, 
     model_and_export = ("--lmcompose-model=grid", "--lmcompose-export=out", "--lmcompose-export-format=gptq")
     project.run(*model_and_export, compose=("base", "magnitude"))
     card_of(project.path / "out" / "base", "base")
+
+
+def test_a_quantiser_with_exceptions_is_not_taken_for_one_that_packs_nothing(project: Project) -> None:
+    packed = ("--lmcompose-export=out", "--lmcompose-export-format=compressed-tensors")
+    result = project.run(*packed, compose=("rtn[bits=4,group_size=32,keep=[first:16]]",))
+    assert "nothing of" not in result.stdout.str() + result.stderr.str()
+    assert [path.name[:3] for path in (project.path / "out").iterdir()] == ["rtn"]
