@@ -16,7 +16,7 @@ from evaluators.data import EvaluationData
 from evaluators.encoding import check_length
 from evaluators.grids import Grid, find_grid
 from evaluators.measurement import EvaluationError, Measurement
-from evaluators.passes import arguments
+from evaluators.passes import run_once
 from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 from interventions.known_grids import KnownGrid, tensor_digest
@@ -110,7 +110,7 @@ def _places(model: nn.Module, stacked: Mapping[str, Tensor]) -> dict[str, Place]
     device = next(iter(stacked.values())).device
     ids = torch.arange(4, device=device).unsqueeze(0)
     with borrowed(model, None), plain_experts(model), PartsWatch(stacked, lambda p: places.setdefault(*p[:2])):
-        model(input_ids=ids, use_cache=False)
+        run_once(model, ids)
     return places
 
 
@@ -171,7 +171,6 @@ def measure_efficiency(
         if not bool(torch.isfinite(weight).all()):
             raise EvaluationError(f"{name}: NaN or infinite values; the model's weights are broken")
     layers = read_layers(linears, known)
-    named = {layer.name: layer for layer in layers}
     total = sum(layer.weights for layer in layers)
     zeros = sum(layer.zeros for layer in layers)
     gridded = [layer for layer in layers if layer.grid is not None]
@@ -223,7 +222,7 @@ def measure_efficiency(
             False,
             f"samples: the {len(layers)} linear layers; all other parameters as they are",
         ),
-        *measure_rounding(model, {name.removesuffix(".weight"): layer.weights for name, layer in named.items()}),
+        *measure_rounding(model, {layer.name.removesuffix(".weight"): layer.weights for layer in layers}),
         measure_flops(model, length=length),
     ]
 
@@ -265,7 +264,7 @@ def measure_flops(model: Any, *, length: int = 128) -> Measurement:
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        model(input_ids=ids, **({"use_cache": False} if "use_cache" in arguments(model) else {}))
+        run_once(model, ids)
     value = counter.get_total_flops() / length
     if not value:
         raise EvaluationError(f"flops: {type(model).__name__} ran no matrix product that torch counts")

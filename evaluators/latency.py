@@ -13,7 +13,7 @@ import torch
 from evaluators.data import EvaluationData
 from evaluators.encoding import check_length
 from evaluators.measurement import EvaluationError, Measurement
-from evaluators.passes import arguments
+from evaluators.passes import run_once
 from evaluators.settings import PassSettings
 from evaluators.state import borrowed
 
@@ -39,7 +39,7 @@ def forward_pass(model: Any, *, batch: int = 1, length: int = 128) -> Callable[[
 
     @torch.no_grad()
     def run() -> None:
-        model(input_ids=ids, **({"use_cache": False} if "use_cache" in arguments(model) else {}))
+        run_once(model, ids)
         if ids.device.type == "cuda":
             torch.cuda.synchronize(ids.device)
 

@@ -18,6 +18,11 @@ def arguments(model: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
+def run_once(model: Any, ids: Tensor) -> None:
+    """Run the model on `ids` (rows, tokens), without a cache if it has one, for what the pass costs or shows."""
+    model(input_ids=ids, **({"use_cache": False} if "use_cache" in arguments(model) else {}))
+
+
 def read(model: Any, rows: Sequence[Sequence[int]], fill: int, keep: int | None = None) -> Tensor:
     """Return the logits of `rows` in one right-padded pass, at all positions or the last `keep`."""
     batch = pad(rows, "right", fill, model.device)

@@ -21,10 +21,10 @@ from interventions.compress.kernels.formats import grid_of
 from interventions.compress.kernels.grid import join_groups, positive, split_groups, stored_scales
 from interventions.compress.kernels.integers import Integers
 from interventions.compress.schemes import Scheme
-from interventions.floats import E2M1, E4M3
+from interventions.floats import E4M3
 from interventions.rounded_bits import HELD, note_bits_
 
-ENTRY = "rounding while the model runs"
+_ENTRY = "rounding while the model runs"
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,15 @@ class Rounded:
     def _round(self, x: Tensor) -> Tensor:
         grid = grid_of(self.scheme, x.dtype)
         rows = x.reshape(-1, x.shape[-1]).float()
-        if self.scale is not None and not self._two_levels:
-            scale = torch.tensor(self.scale, device=x.device)
-            most = -E4M3.greatest, E4M3.greatest
-            least, greatest = most if isinstance(grid, Floats) else cast(Integers, grid).limits
-            return grid.round_(rows / scale, least, greatest).mul_(scale).view_as(x).to(x)
         groups = split_groups(rows, grid.group_size)
-        if self.scale is not None:
-            magnitudes = groups.abs().amax(dim=2, keepdim=True)
-            scales = cast(Floats, grid).two_levels(magnitudes, torch.tensor(self.scale, device=x.device))
-            least, greatest = -E2M1.greatest, E2M1.greatest
+        if self.scale is None:
+            scales, least, greatest = grid.scaling(groups, refit=True)
         else:
-            scales, least, greatest = grid.scaling(groups, refit=True)  # type: ignore[assignment]
+            scales = torch.tensor(self.scale, device=x.device)
+            if self.scheme.scales == "two-level":
+                scales = cast(Floats, grid).two_levels(groups.abs().amax(dim=2, keepdim=True), scales)
+            least, greatest = cast(Floats | Integers, grid).limits
         return join_groups(grid.round_(groups / scales, least, greatest).mul_(scales), x.shape[-1]).view_as(x).to(x)
-
-    @property
-    def _two_levels(self) -> bool:
-        return self.scheme.scales == "two-level"
 
 
 def calibrated(scheme: Scheme, greatest: float, dtype: torch.dtype) -> Rounded:
@@ -110,7 +102,7 @@ class Rounding:
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of this rounding as an entry beside those of weights; none if nothing is rounded."""
         plain = json.dumps(self.plain(), sort_keys=True)
-        return {ENTRY: hashlib.sha256(plain.encode()).hexdigest()} if self else {}
+        return {_ENTRY: hashlib.sha256(plain.encode()).hexdigest()} if self else {}
 
 
 def read_rounding(data: Mapping[str, Any] | None) -> Rounding:

@@ -8,21 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-from tests.models import VOCABULARY, tiny_model
+from tests.models import _SIZE as SIZE
+from tests.models import tiny_model
 
-_SIZE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "num_experts_per_tok": 2,
-}
+_SIZE: dict[str, Any] = SIZE | {"intermediate_size": 24, "num_key_value_heads": 2, "num_experts_per_tok": 2}
 _NARROW: dict[str, Any] = _SIZE | {"moe_intermediate_size": 16, "head_dim": 8}
 _MLA: dict[str, Any] = {
     "q_lora_rank": 16,

@@ -18,7 +18,7 @@ from interventions.edit.kernels.prompts import tokenise
 from interventions.edit.kernels.rewriting import shares_reached
 from interventions.edit.kernels.tail import Tail, open_tail
 from interventions.layouts import GroupLayout, Layout
-from tests.models import CONFIGS, SENTENCES, tiny_model
+from tests.models import _SIZE, CONFIGS, SENTENCES, tiny_model
 
 # A random model carries nothing from a subject to later words: the prompts end in their subjects.
 EDITS = (
@@ -26,19 +26,7 @@ EDITS = (
     Edit("In the valley Orin Vask", "Orin Vask", "the"),
 )
 Z = ValueSettings(steps=60, kl_factor=0.0)
-SIZE: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "tie_word_embeddings": False,
-}
+SIZE: dict[str, Any] = _SIZE | {"num_hidden_layers": 3, "num_key_value_heads": 2, "tie_word_embeddings": False}
 GEMMA: dict[str, Any] = {"head_dim": 8, "sliding_window": 16}
 
 

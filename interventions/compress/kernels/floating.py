@@ -34,6 +34,11 @@ class Floats(Grid):
     weights: torch.dtype = torch.float32
     """The dtype that the weights are stored in."""
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The smallest and the largest number."""
+        return -self.format.greatest, self.format.greatest
+
     def scaling(self, groups: Tensor, largest: Tensor | None = None, *, refit: bool = False) -> Scaling:
         """See `Grid`; the scale that is found again for rounded weights is the same."""
         magnitudes = torch.maximum(-groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True))
@@ -49,7 +54,7 @@ class Floats(Grid):
         else:
             largest = magnitudes.amax() if largest is None else largest
             scales = self.two_levels(magnitudes, two_level_whole(largest, self.weights))
-        return Scaling(scales, -greatest, greatest)
+        return Scaling(scales, *self.limits)
 
     def two_levels(self, magnitudes: Tensor, whole: Tensor) -> Tensor:
         """Return the scales of groups with these greatest magnitudes, as numbers over `whole`."""
@@ -58,7 +63,7 @@ class Floats(Grid):
 
     def round_(self, numbers: Tensor, least: Tensor | float, greatest: Tensor | float) -> Tensor:
         """See `Grid`."""
-        return self.format.round_(numbers.clamp_(-self.format.greatest, self.format.greatest)).add_(0.0)
+        return self.format.round_(numbers.clamp_(*self.limits)).add_(0.0)
 
 
 def two_level_whole(largest: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from interventions.compress.bases import GridQuantiser
 from interventions.compress.kernels.chosen import chosen_schemes
 from interventions.compress.schemes import CACHES
 from interventions.context import Context
-from interventions.early_exit import head_on_one_token
+from interventions.early_exit import head_on_one_token, run_until_seen
 from interventions.rounded_attention import let_attention_round, watched
 from interventions.rounding import Cached, Rounded, Rounding, calibrated, rounding_of, set_rounding_, unrounded
 from interventions.statistics import window_batches
@@ -122,5 +122,5 @@ def _greatest(
             stack.enter_context(module.register_forward_pre_hook(hook(name)))
         for batch in batches:
             mask = batch["attention_mask"].bool()
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+            run_until_seen(model, {key: value.to(device) for key, value in batch.items()})
     return inputs, keys, values
