@@ -63,6 +63,27 @@ BUILT_IN = (
     ),
     Category("compress", "makes the weights smaller", reads=("calibration",), streams=True),
     Category("checkpoint", "brings in weights made elsewhere", streams=True),
+    Category(
+        "merge",
+        "combines the weights of several models",
+        promises=("tuning_recall/*",),
+        promised="that what each of the models was tuned on is kept",
+        streams=True,
+    ),
+    Category(
+        "tune",
+        "trains on prompts with answers, or on preferences",
+        promises=("tuning_loss/*", "tuning_recall/*", "preference_wins"),
+        promised="that the model answers as it was tuned to",
+        reads=("tuning", "preferences"),
+    ),
+    Category(
+        "steer",
+        "removes or adds a direction in the residual stream",
+        promises=("refusal_rate",),
+        promised="that harmful prompts are no longer refused",
+        reads=("refusal",),
+    ),
 )
 
 

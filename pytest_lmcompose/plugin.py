@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_lmcompose.results import Gate
     from pytest_lmcompose.session_report import SessionReport
 
-CATEGORIES = ("edit", "unlearn", "compress", "checkpoint")
+CATEGORIES = ("edit", "unlearn", "compress", "checkpoint", "merge", "tune", "steer")
 _HAS_FAILED_SUBTESTS = re.compile(r"contains \d+ failed subtests?")
 """The whole error of a test that only failed because of its subtests."""
 COMPOSED = "lmcompose_composition"

@@ -1,0 +1,1 @@
+"""Interventions of the category `merge`."""

@@ -1,0 +1,1 @@
+"""Computations of the methods of the category `tune`."""
