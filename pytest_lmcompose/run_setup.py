@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluators.measurement import EvaluationError
-from interventions.checkpoint.reading import sources
+from interventions.checkpoint.reading import ReadingError, sources
+from interventions.checkpoint.reading.hub import commit
 from interventions.registry import methods
 from pytest_lmcompose.baseline.history import choose
 from pytest_lmcompose.baseline.reference import Baseline, architecture_at
@@ -167,7 +168,7 @@ class RunSetup:
         if baseline is not None and (problem := baseline.unlike(architecture_at(self.location))) is not None:
             raise StorageError(f"{baseline.path} cannot be compared with {self.location}: {problem}")
         self._check_tasks()
-        _ = self.retain_model
+        _ = self.retain_model_hash
         self._check_chat()
 
     def _check_chat(self) -> None:
@@ -262,12 +263,19 @@ class RunSetup:
 
     @cached_property
     def retain_model_hash(self) -> str:
-        """The hash of the files of the retain model, or its hub id; empty if there is none."""
-        found = self.retain_model
-        if found is None or not Path(found).exists():
-            return found or ""
-        read = sources(found)  # an adapter reads its base too
-        return hash_files(Path(place) for place in read) + "".join(name for name in read if not Path(name).exists())
+        """The hash of the files of the retain model, or its commit on the hub; empty if there is none.
+
+        Raises RecipeError if the hub does not have it.
+        """
+        if self.retain_model is None:
+            return ""
+        read = sources(self.retain_model)  # an adapter reads its base too
+        files = [Path(place) for place in read if Path(place).exists()]
+        try:
+            commits = [commit(place, None) for place in read if not Path(place).exists()]
+        except ReadingError as error:
+            raise RecipeError(f"world.retain_model: {error}") from None
+        return (hash_files(files) if files else "") + "".join(commits)
 
     @cached_property
     def data_addresses(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,25 @@ def test_a_run_on_tofu_measures_against_a_retain_model_that_is_loaded_once(
     (retain_model / "generation_config.json").unlink()
     assert run(project, "tofu", *arguments, compose=("base",)).ret == pytest.ExitCode.OK
     assert str(retain_model) in loaded
+
+
+def test_a_retain_model_of_the_hub_is_known_by_its_commit(
+    project: Project, hub: Path, retain_model: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place = hub / "models--org--retain"
+    hashes = []
+    for commit in ("a" * 40, "b" * 40):
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / "main").write_text(commit)
+        shutil.copytree(retain_model, place / "snapshots" / commit)
+        assert run(project, "tofu", "--lmcompose-set=world.retain_model=org/retain", compose=("base",)).ret == 0
+        report = by_id(read_report(project.path / "report.json"))
+        assert "forget_quality" in {m["metric"] for m in report["base"]["measurements"]}
+        hashes.append(report["base"]["data"]["unlearning data"])
+    assert hashes[0] != hashes[1]
+    absent = ("--lmcompose-set=world=tofu", "--lmcompose-set=world.retain_model=org/absent")
+    assert "world.retain_model: 'org/absent' is not a local folder, and the hub" in refused(*absent, compose=("gd",))
 
 
 def test_a_run_on_muse_in_a_local_folder(project: Project, tmp_path: Path) -> None:
