@@ -10,7 +10,7 @@ from interventions.checkpoint.reading import read_model, read_tokenizer
 
 one, other, facts = sys.argv[1:]
 tokenizer = read_tokenizer(one, {})
-models = [read_model(folder, {"dtype": torch.float32})[0].eval() for folder in (one, other)]
+models = [read_model(folder, {"dtype": "auto"})[0].float().eval() for folder in (one, other)]
 by_length: dict[int, list[list[int]]] = {}  # so that no prompt needs padding
 with open(facts, encoding="utf-8") as lines:
     for line in islice(lines, 200):

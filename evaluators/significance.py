@@ -57,13 +57,13 @@ def compare(
     differences. Without any difference, p = 1. If all units drop by the same amount, the error is 0 and
     p is 2^-units, that of a sign test.
     """
-    old, new = _pair(before, after, "samples before", "samples after")
+    old, new = paired(before, after)
     drops = _finite(old - new if higher_is_better else new - old, "differences")
     if test is None:
-        test = MCNEMAR if clusters is None and _binary(old, new) else T
-    units = np.asarray(_units(drops, clusters))
-    error = ratio_error((units - drops.mean() * _sizes(drops, clusters)).tolist(), len(drops))
-    p = _TESTS[test](drops, units, error, alternative, _sizes(drops, clusters), generator, resamples)
+        test = MCNEMAR if clusters is None and is_binary(old, new) else T
+    units = np.asarray(units_of(drops, clusters))
+    error = ratio_error((units - drops.mean() * sizes_of(drops, clusters)).tolist(), len(drops))
+    p = _TESTS[test](drops, units, error, alternative, sizes_of(drops, clusters), generator, resamples)
     if not 0 <= p <= 1:
         raise EvaluationError(_TOO_LARGE.format(test))
     return Comparison(test, len(drops), math.fsum(drops) / len(drops), error, p)
@@ -102,14 +102,14 @@ def smallest_drop(
 
     None if no drop is detectable: too few samples, or too few correct answers to lose.
     """
-    old, new = _pair(before, after, "samples before", "samples after")
+    old, new = paired(before, after)
     drops = old - new if higher_is_better else new - old
-    if clusters is None and _binary(old, new):
+    if clusters is None and is_binary(old, new):
         losses, gains = int((drops > 0).sum()), int((drops < 0).sum())
         good = float((old if higher_is_better else 1 - old).mean())
         return _smallest_loss(len(drops), min(losses, gains) / len(drops), good, alpha, power)
-    sizes = _sizes(drops, clusters)
-    error = ratio_error((np.asarray(_units(drops, clusters)) - drops.mean() * sizes).tolist(), len(drops))
+    sizes = sizes_of(drops, clusters)
+    error = ratio_error((np.asarray(units_of(drops, clusters)) - drops.mean() * sizes).tolist(), len(drops))
     if not error:  # one unit, or no variation: the noise is unknown
         return None
     freedom = len(sizes) - 1
@@ -222,20 +222,25 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float 
     return float(brentq(function, low, high, xtol=1e-6)) if function(low) < 0 else low
 
 
-def _units(x: Floats, clusters: Sequence[Hashable] | None) -> list[float]:
+def units_of(x: Floats, clusters: Sequence[Hashable] | None) -> list[float]:
     """Return the sum of `x` in each independent unit."""
     return per_unit(x.tolist(), clusters)
 
 
-def _sizes(x: Floats, clusters: Sequence[Hashable] | None) -> Floats:
-    return np.asarray(_units(np.ones(len(x)), clusters))
+def sizes_of(x: Floats, clusters: Sequence[Hashable] | None) -> Floats:
+    """Return the number of samples in each independent unit."""
+    return np.asarray(units_of(np.ones(len(x)), clusters))
 
 
-def _binary(*samples: Floats) -> bool:
+def is_binary(*samples: Floats) -> bool:
+    """Return whether all samples are 0 or 1."""
     return all(bool(((x == 0) | (x == 1)).all()) for x in samples)
 
 
-def _pair(first: ArrayLike, second: ArrayLike, one: str, other: str) -> tuple[Floats, Floats]:
+def paired(
+    first: ArrayLike, second: ArrayLike, one: str = "samples before", other: str = "samples after"
+) -> tuple[Floats, Floats]:
+    """Return two lists of samples as arrays; raises EvaluationError if one is broken or they differ in length."""
     a, b = _finite(first, one), _finite(second, other)
     if len(a) != len(b):
         raise EvaluationError(f"{len(a)} {one} and {len(b)} {other} cannot be paired; measure both on the same data")

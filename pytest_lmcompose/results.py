@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evaluators.measurement import Measurement
 
 SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_MINOR = 7
+SCHEMA_MINOR = 8
 """Number of compatible additions to version 1."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -237,6 +237,21 @@ class Paired(Base, frozen=True):
     rises: Annotated[bool, Meta(description="whether the metric gets worse by rising")] = False
 
 
+class Evidence(Base, frozen=True):
+    """Evidence that a metric lost less than a margin; losses are in the metric's unit, positive if it got worse."""
+
+    test: str
+    n: Positive
+    units: Annotated[Positive, Meta(description="independent samples, or clusters of them")]
+    loss: Number
+    upper: Annotated[Number, Meta(description="one-sided upper confidence bound of the loss; null: none")]
+    margin: float
+    level: float
+    needed: Annotated[
+        Whole | None, Meta(description="units with which an unchanged model passes with 80 % power; null: unknown")
+    ]
+
+
 class Gate(Base, frozen=True):
     """The outcome of a gate."""
 
@@ -251,6 +266,7 @@ class Gate(Base, frozen=True):
     reference: Annotated[
         str | None, Meta(description="a composition or a stored run; null: none, or the base model")
     ] = _always(None)
+    evidence: Annotated[Evidence | None, Meta(description="only for not_worse_than")] = None
 
     @property
     def state(self) -> Literal["passed", "failed", "lost"]:

@@ -59,7 +59,7 @@ COMPARE = "compare with this stored run; write the value after = (default: the l
 COMPARE_METAVAR = "NAME|NUMBER|PATH"
 FAIL = (
     "fail if a metric is worse than in the stored run: [COMPOSITION::]METRIC:LIMIT, globs allowed. LIMIT is 0.01, 5%%, "
-    "3se (standard errors) or p0.01 (level of a paired test) (repeatable)"
+    "3se (standard errors), p0.01 (level of a paired test) or n0.02 (evidence that no more is lost) (repeatable)"
 )
 SWITCHES = (
     ("autosave", "store the run, named after the commit"),

@@ -5,7 +5,9 @@ drop of exactly 0.1. A NaN or infinite metric always fails. So does a rule whose
 measured and was not, or whose reference is missing.
 
 `no_drop_p: 0.05` fails if a one-sided paired test on the same samples finds the metric worse than its reference at
-that level, after Holm's correction over all paired gates of the run (see `paired`).
+that level, after Holm's correction over all paired gates of the run (see `paired`). `not_worse_than: 0.02` passes only
+if the samples exclude a loss of that margin. It needs no correction: a model passes only if all such gates pass, so the
+chance that a model passes which lost a margin is at most the level.
 
 `promised: NUMBER` applies if a step promises something about the metric (see `promises`). If a step's settings promise
 a value, such as `average_bits`, the number is the tolerance, as a share of that value; if its category makes the
@@ -31,7 +33,7 @@ from pytest_lmcompose.gate.paired import (
     change,
     compare_with_base,
     corrected,
-    describe,
+    evidence_within,
     is_exact,
     noise_floor,
     power_text,
@@ -44,18 +46,23 @@ from pytest_lmcompose.gate.thresholds import (
     LOSS_PERCENT,
     LOST,
     NO_DROP,
+    NOT_WORSE,
+    NOT_WORSE_PERCENT,
     PROMISED,
     Bound,
     Rule,
     references,
     rules_for,
 )
-from pytest_lmcompose.results import Gate, Paired, replace
+from pytest_lmcompose.gate.verdicts import evidence_gate, paired_gate, shown_number
+from pytest_lmcompose.results import Gate, replace
 
 if TYPE_CHECKING:
     from pytest_lmcompose.gate.promises import Promise
 
 _LOWER = ("min", "min_ratio", "min_ratio_of_base", "max_drop")
+_OF_EVIDENCE = {NOT_WORSE: LOSS, NOT_WORSE_PERCENT: LOSS_PERCENT}
+"""Kinds of bounds that ask for evidence, and those that they become for metrics without noise."""
 _SHOWN = 5
 """Samples that a message names."""
 
@@ -188,7 +195,7 @@ class _MetricGates:
         if reference.replaced:
             text = f": {bound.kind} is not judged by {name}, which this run replaces"
             return self.gate(bound.kind, bound.value, True, text, **{**shown, "base_value": None})
-        needs_pairs = bound.kind in (NO_DROP, LOSS_ERRORS)
+        needs_pairs = bound.kind in (NO_DROP, LOSS_ERRORS, *_OF_EVIDENCE)
         unpaired = reference.unpaired.get(metric) if needs_pairs else None
         if reason := reference.missing or reference.unlike.get(metric) or unpaired:
             return cannot(f" by {name}: {reason}")
@@ -196,19 +203,25 @@ class _MetricGates:
         effective, unit = bound, 1.0
         notes: list[str] = []
         if needs_pairs and base and is_exact(runs, base):
-            effective = dataclasses.replace(bound, kind=LOSS, value=0.0)
-            notes.append("exact, not sampled: any loss counts")
+            kind, value = _OF_EVIDENCE.get(bound.kind, LOSS), bound.value if bound.kind in _OF_EVIDENCE else 0.0
+            effective = dataclasses.replace(bound, kind=kind, value=value)
+            notes.append("exact, not sampled" + (": any loss counts" if not value else ""))
         try:
             if effective.kind == NO_DROP:
                 paired, value = compare_with_base(runs, base, bound.value, self.paired_gates, name)
                 gate = self.gate(bound.kind, bound.value, False, "", **{**shown, "base_value": value})
-                return _paired_gate(self.composition, gate, paired, paired.smallest_p)
+                return paired_gate(self.composition, gate, paired, paired.smallest_p)
+            if effective.kind in _OF_EVIDENCE:
+                percent = effective.kind == NOT_WORSE_PERCENT
+                evidence, value = evidence_within(runs, base, bound.value, bound.level, name, percent=percent)
+                gate = self.gate(NOT_WORSE, evidence.margin, False, "", **{**shown, "base_value": value})
+                return evidence_gate(self.composition, gate, evidence)
             if effective.kind == LOSS_ERRORS:
                 unit = _standard_error(runs, base, name)
         except EvaluationError as error:
             return cannot(f": {error}", base_value=None)
         if before is None or not math.isfinite(before.value) or ("ratio" in bound.kind and before.value <= 0):
-            value_text = "was not measured" if before is None else f"is {_number(before.value)}"
+            value_text = "was not measured" if before is None else f"is {shown_number(before.value)}"
             owner = f"{name}'s value" if name == BASE_MODEL else f"the value of {name}"
             return cannot(f", since {owner} {value_text}")
         limits_loss = self._is_lower(effective) == self.measurement.higher_is_better
@@ -239,12 +252,14 @@ class _MetricGates:
         passed = _exact(value) >= limit if lower else _exact(value) <= limit
         text = _bound_text(effective, before, name, lower)
         if bound.of is not None:
-            text += f" = {_number(float(limit))}"
+            text += f" = {shown_number(float(limit))}"
         if bound.if_promised:
             promise = next(p for p in self.promises if p.about(self.measurement))
             text += f", promised by {promise.step}"
             text += f" and broken by {promise.broken_by}" if promise.broken_by is not None and not passed else ""
-        too_close = not passed and _number(value) == _number(float(limit))  # the rounded numbers would look equal
+        too_close = not passed and shown_number(value) == shown_number(
+            float(limit)
+        )  # the rounded numbers would look equal
         if too_close:
             text += f" ({float(limit)!r})"
         text = f" {_sign(passed, lower)} {text}"
@@ -252,7 +267,7 @@ class _MetricGates:
 
     def _is_lower(self, bound: Bound) -> bool:
         """Return whether a bound is a lower limit."""
-        if bound.kind.startswith(LOSS) or bound.kind == NO_DROP:
+        if bound.kind.startswith(LOSS) or bound.kind in (NO_DROP, *_OF_EVIDENCE):
             return self.measurement.higher_is_better
         return bound.kind in _LOWER
 
@@ -277,7 +292,7 @@ class _MetricGates:
     ) -> Gate:
         """Return a gate whose message is the value, `text`, then the noise and `notes` in brackets."""
         m = self.measurement
-        value = repr(m.value) if exact else _number(m.value)
+        value = repr(m.value) if exact else shown_number(m.value)
         error = "unknown" if m.stderr is None else f"{m.stderr:.3g}"
         noise = "; ".join((f"n = {m.n}, standard error {error}", *notes))
         message = f"{self.composition}  {m.metric} = {value}{text} ({noise})"
@@ -300,7 +315,7 @@ def _limit(bound: Bound, reference: Fraction, lower: bool, unit: Fraction) -> Fr
 
 def _bound_text(bound: Bound, reference: float, name: str, lower: bool) -> str:
     """Return a bound as messages show it, without its limit."""
-    number, before = _number(bound.value), _number(reference)
+    number, before = shown_number(bound.value), shown_number(reference)
     if bound.of is None:
         return f"{bound.kind} {number}"
     if "ratio" in bound.kind:
@@ -332,25 +347,6 @@ def _sample_notes(runs: Sequence[Measurement], base: Sequence[Measurement], name
         first = ", ".join(str(place + 1) for place in found.worse[:_SHOWN])
         more = ", ..." if len(found.worse) > _SHOWN else ""
         yield f"worse: {len(found.worse)} of {found.n} samples, number {first}{more}"
-
-
-def _paired_gate(composition: str, gate: Gate, paired: Paired, reachable: float) -> Gate:
-    """Return a paired gate with its final verdict and message.
-
-    `reachable` is the smallest p that the samples can reach after Holm's correction: a gate that can never fail does.
-    """
-    assert gate.threshold is not None and gate.value is not None and gate.base_value is not None
-    label, level = f"{composition}  {gate.metric} = {_number(gate.value)}", f"{NO_DROP} {_number(gate.threshold)}"
-    if reachable > gate.threshold:
-        message = (
-            f"{label}: {level} can never fail: with these samples p is at least {reachable:.3g} after Holm's "
-            f"correction; use more samples, a higher level or another bound ({paired.test}, n = {paired.n})"
-        )
-        return replace(gate, passed=False, message=message, paired=paired)
-    passed = paired.p_holm > gate.threshold
-    before = f"{_number(gate.base_value)} of {gate.reference or BASE_MODEL}"
-    message = f"{label} is {'not ' * passed}worse than {before} at {level}: {describe(paired)}"
-    return replace(gate, passed=passed, message=message, paired=paired)
 
 
 def _not_measured(
@@ -395,7 +391,7 @@ def settle(found: Mapping[str, Sequence[Gate]], gates: int = 0) -> dict[str, tup
         if gate.paired is None:
             return gate
         paired = replace(gate.paired, p_holm=next(adjusted), gates=gates)
-        return _paired_gate(composition, gate, paired, next(reachable))
+        return paired_gate(composition, gate, paired, next(reachable))
 
     return {name: tuple(settled(name, gate) for gate in gates_of) for name, gates_of in found.items()}
 
@@ -409,10 +405,6 @@ def count_paired(rules: Sequence[Rule], composition: str, metrics: Iterable[str]
 
 def _sign(passed: bool, lower: bool) -> str:
     return (">=" if passed else "<") if lower else ("<=" if passed else ">")
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}"
 
 
 def _exact(value: float) -> Fraction:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement, expm1
 from pytest_lmcompose.gate.repeats import Link, evened, link_of, side_by_side
-from pytest_lmcompose.results import Paired
+from pytest_lmcompose.results import Evidence, Paired
 
 if TYPE_CHECKING:
     from evaluators.significance import Alternative
@@ -80,6 +80,35 @@ def compare_with_base(
     return paired, pairs.base
 
 
+def evidence_within(
+    runs: Sequence[Measurement], base: Sequence[Measurement], margin: float, level: float, name: str, *, percent: bool
+) -> tuple[Evidence, float]:
+    """Bound how much worse a metric is than its reference; return this with the reference's value.
+
+    `margin` is in the metric's unit, or in percent of the reference. Raises EvaluationError like `change`, and for a
+    margin that the reference cannot lose.
+    """
+    from evaluators.noninferiority import non_inferiority
+
+    pairs = _pairs(runs, base, name)
+    amount = margin / 100 * abs(pairs.base) if percent else margin
+    inner = pairs.in_samples(amount)
+    if not inner > 0 or not math.isfinite(inner):
+        raise EvaluationError(f"a loss of {amount:g} is impossible from {pairs.base:g}")
+    better = pairs.higher_is_better
+    found = non_inferiority(
+        pairs.before,
+        pairs.after,
+        higher_is_better=better,
+        margin=inner,
+        level=level,
+        power=POWER,
+        clusters=pairs.clusters,
+    )
+    loss, upper = (x if math.isinf(x) else pairs.in_unit(x) for x in (found.loss, found.upper))
+    return Evidence(found.test, found.n, found.units, loss, upper, amount, level, found.needed), pairs.base
+
+
 def is_exact(runs: Sequence[Measurement], base: Sequence[Measurement]) -> bool:
     """Return whether a metric is read from the weights, such as bits, and not sampled."""
     both = (*runs, *base)
@@ -137,6 +166,13 @@ class _Pairs(NamedTuple):
         if self.link != "exp":
             return drop
         return self.base * (-expm1(-drop) if self.higher_is_better else expm1(drop))
+
+    def in_samples(self, drop: float) -> float:
+        """Return a drop of the metric as one of the samples' mean; infinite if the metric cannot drop so far."""
+        if self.link != "exp":
+            return drop
+        left = 1 - drop / self.base if self.higher_is_better else 1 + drop / self.base
+        return abs(math.log(left)) if left > 0 else math.inf
 
 
 def _pairs(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> _Pairs:

@@ -21,6 +21,8 @@ from pytest_lmcompose.gate.thresholds import (
     LOSS_PERCENT,
     LOST,
     NO_DROP,
+    NOT_WORSE,
+    NOT_WORSE_PERCENT,
     PROMISED,
     Bound,
     Rule,
@@ -137,6 +139,8 @@ def _margin(bound: Bound, metric: Metric, value: float, reference: float, better
         "max_ratio": limit * reference - value,
         "max_ratio_of_base": limit * reference - value,
         LOSS: limit - loss,
+        NOT_WORSE: limit - loss,
         LOSS_PERCENT: limit / 100 * abs(reference) - loss,
+        NOT_WORSE_PERCENT: limit / 100 * abs(reference) - loss,
     }
     return table[kind]

@@ -30,15 +30,21 @@ from pytest_lmcompose.gate.promises import may_be_promised
 SINGLE, REVERSE, BASELINE = "single", "reverse", "baseline"
 NO_DROP = "no_drop_p"
 LOSS, LOSS_PERCENT, LOSS_ERRORS = "max_loss", "max_loss_percent", "max_loss_se"
+NOT_WORSE, NOT_WORSE_PERCENT = "not_worse_than", "not_worse_than_percent"
 ABSOLUTE = ("min", "max")
-RELATIVE = ("max_drop", "max_rise", "min_ratio", "max_ratio", LOSS, NO_DROP)
+RELATIVE = ("max_drop", "max_rise", "min_ratio", "max_ratio", LOSS, NO_DROP, NOT_WORSE)
 """Bounds relative to a reference: the base model, unless `of` names another one."""
 OF_BASE = ("min_ratio_of_base", "max_ratio_of_base")
 PROMISED, LOST = "promised", "lost"
 """Bounds on what the steps promise; see `judge`."""
 BOUNDS = (*ABSOLUTE, *RELATIVE, *OF_BASE, PROMISED, LOST)
-_LIMIT = re.compile(r"(?P<level>p)?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?")
-_LIMITS = "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), or a level such as p0.01"
+LEVEL = 0.05
+"""Significance level of `not_worse_than`, unless it names another."""
+_LIMIT = re.compile(r"(?P<sign>[pn])?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?")
+_LIMITS = (
+    "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), a level such as p0.01, or a margin such as "
+    "n0.02 or n5%"
+)
 
 
 NOT_JUDGED = "not judged, because "
@@ -55,7 +61,7 @@ class Bound:
     """One limit of a metric."""
 
     kind: str
-    """One of `BOUNDS`, or max_loss with its unit: max_loss_percent, max_loss_se."""
+    """One of `BOUNDS`, or one with its unit: max_loss_percent, max_loss_se, not_worse_than_percent."""
     value: float
     of: str | None = None
     """The reference: base, single, reverse, baseline or the id of a composition."""
@@ -63,6 +69,8 @@ class Bound:
     """Why the loss of a promise is accepted."""
     if_promised: bool = False
     """Whether it applies only if a step promises something about the metric: `promised: {max_ratio_of_base: 0.8}`."""
+    level: float = LEVEL
+    """Significance level of `not_worse_than`."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,8 @@ def read_expression(text: str) -> Rule:
     """Read `[COMPOSITION::]METRIC:LIMIT`, a rule that compares with the baseline; COMPOSITION and METRIC are globs.
 
     LIMIT is how much worse the metric may be: `0.01`, `5%` of the baseline's value, `3se` (standard errors of the
-    difference), or `p0.01`: not worse by a paired test at that level. Raises ThresholdError.
+    difference), or `p0.01`: not worse by a paired test at that level. `n0.02` and `n5%` ask for evidence: they pass
+    only if a loss of this margin is excluded. Raises ThresholdError.
     """
     names, colon, limit = text.rpartition(":")
     composition, separator, metric = names.rpartition("::")
@@ -262,23 +271,31 @@ def _bound(kind: str, given: Any, where: str) -> Bound:
             raise ThresholdError(f"{where}: {kind} is {given!r}, expected a reason in words")
         return Bound(kind, 0.0, note=given.strip())
     value, of = given, BASE if kind in RELATIVE or kind in OF_BASE else None
+    level = LEVEL
     if isinstance(given, dict):
         if kind not in RELATIVE:
             raise ThresholdError(f"{where}: {kind} takes a number, not a reference")
-        if "value" not in given or set(given) - {"value", "of"}:
-            raise ThresholdError(f"{where}: {kind} is {given!r}, expected the keys value and of")
-        value, of = given["value"], given.get("of", BASE)
+        main, keys = ("margin", ("margin", "level", "of")) if kind == NOT_WORSE else ("value", ("value", "of"))
+        if main not in given or set(given) - set(keys):
+            raise ThresholdError(f"{where}: {kind} is {given!r}, expected the keys {' and '.join(keys)}")
+        value, of, level = given[main], given.get("of", BASE), given.get("level", LEVEL)
     if isinstance(value, str) and kind == LOSS:
         kind, value = _limit(value, f"{where}: {LOSS}")
+    elif isinstance(value, str) and kind == NOT_WORSE:
+        kind, value = _limit(f"n{value}", f"{where}: {NOT_WORSE}")
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
+        raise ThresholdError(f"{where}: the level is {level!r}, expected one between 0 and 1, such as 0.05")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number")
     if kind == NO_DROP and not 0 < value < 1:
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a level of significance such as 0.05")
     if value <= 0 and "ratio" in kind:
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number above 0")
+    if value <= 0 and kind.startswith(NOT_WORSE):
+        raise ThresholdError(f"{where}: {NOT_WORSE} is {value!r}, expected a margin above 0, such as 0.02 or 5%")
     if value < 0 and (kind in ("max_drop", "max_rise", PROMISED) or kind.startswith(LOSS)):
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number of at least 0")
-    return Bound(kind, float(value), _reference(of, where))
+    return Bound(kind, float(value), _reference(of, where), level=float(level))
 
 
 def _reference(of: Any, where: str) -> str | None:
@@ -297,13 +314,18 @@ def _reference(of: Any, where: str) -> str | None:
 def _limit(text: str, where: str) -> tuple[str, float]:
     """Return the kind of bound and the value of a limit such as 5%."""
     match = _LIMIT.fullmatch(text.strip())
-    if match is None or (match["level"] and match["unit"]):
+    allowed = {None: ("%", "se", None), "p": (None,), "n": ("%", None)}
+    if match is None or match["unit"] not in allowed[match["sign"]]:
         raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected {_LIMITS}")
     value = float(match["number"])
-    if match["level"]:
+    if match["sign"] == "p":
         if not 0 < value < 1:
             raise ThresholdError(f"{where}: the level is {value:g}, expected one between 0 and 1, such as p0.01")
         return NO_DROP, value
+    if match["sign"] == "n":
+        if value == 0:
+            raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected a margin above 0, such as n0.02")
+        return (NOT_WORSE_PERCENT if match["unit"] else NOT_WORSE), value
     if match["unit"] == "se" and value == 0:
         raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected standard errors above 0, such as 3se")
     return {None: LOSS, "%": LOSS_PERCENT, "se": LOSS_ERRORS}[match["unit"]], value
