@@ -15,10 +15,8 @@ def paired_gate(composition: str, gate: Gate, paired: Paired, reachable: float) 
     `reachable` is the smallest p that the samples can reach after Holm's correction: a gate that can never fail does.
     """
     assert gate.threshold is not None and gate.value is not None and gate.base_value is not None
-    label, level = (
-        f"{composition}  {gate.metric} = {shown_number(gate.value)}",
-        f"{NO_DROP} {shown_number(gate.threshold)}",
-    )
+    label = f"{composition}  {gate.metric} = {shown_number(gate.value)}"
+    level = f"{NO_DROP} {shown_number(gate.threshold)}"
     if reachable > gate.threshold:
         message = (
             f"{label}: {level} can never fail: with these samples p is at least {reachable:.3g} after Holm's "
@@ -27,7 +25,8 @@ def paired_gate(composition: str, gate: Gate, paired: Paired, reachable: float) 
         return replace(gate, passed=False, message=message, paired=paired)
     passed = paired.p_holm > gate.threshold
     before = f"{shown_number(gate.base_value)} of {gate.reference or BASE_MODEL}"
-    message = f"{label} is {'not ' * passed}worse than {before} at {level}: {describe(paired)}"
+    found = ": no evidence that it is worse" if passed else " is worse"
+    message = f"{label}{found} than {before} at {level}: {describe(paired)}"
     return replace(gate, passed=passed, message=message, paired=paired)
 
 
