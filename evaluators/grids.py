@@ -23,6 +23,7 @@ SCALE_BITS = 16
 LEAST_GROUP = 16
 """Columns of the smallest group that packed formats store."""
 _SAMPLED = 8  # rows for the first test of a group size
+_GLIMPSED = 2  # rows for the first test of a format of floating-point numbers, of which there are many
 _PROBED = 8  # values per group for the first test of a step
 _EVIDENCE = 8  # minimum number of non-zero values per group
 _CHUNK = 2**20  # values per chunk
@@ -67,7 +68,7 @@ def _find_floats(weight: Tensor, below: int) -> Grid | None:
     for layout in LAYOUTS:
         if layout.format.bits >= below:
             return None
-        first = _sample(weight) if layout.rows == 1 else weight[:_SAMPLED]
+        first = _sample(weight, _GLIMPSED) if layout.rows == 1 else weight[:_GLIMPSED]
         if find_scales(blocks_of(first, layout), layout) is None:
             continue
         blocks = blocks_of(weight, layout)
@@ -79,9 +80,9 @@ def _find_floats(weight: Tensor, below: int) -> Grid | None:
     return None
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _sample(weight: Tensor, count: int = _SAMPLED) -> Tensor:
     rows = len(weight)
-    return weight[torch.linspace(0, rows - 1, min(rows, _SAMPLED)).long().to(weight.device)]
+    return weight[torch.linspace(0, rows - 1, min(rows, count)).long().to(weight.device)]
 
 
 def _find_integers(weight: Tensor) -> Grid | None:
