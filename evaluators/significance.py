@@ -22,6 +22,8 @@ MCNEMAR, T, BOOTSTRAP = "exact McNemar", "paired t", "paired bootstrap"
 _TOO_LARGE = "{}: the differences are too large to be tested"
 Alternative = Literal["worse", "different"]
 Floats = NDArray[np.float64]
+_NEGLIGIBLE = 1e-12
+"""Probability of numbers of changed answers that are left out of the power."""
 _OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # results are checked for finiteness
 
 
@@ -120,7 +122,8 @@ def smallest_drop(
 
 def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
     """Return the power of the one-sided exact test for given shares of losses and gains."""
-    changed = np.arange(n + 1)
+    ends = stats.binom.ppf(_NEGLIGIBLE, n, losses + gains), stats.binom.isf(_NEGLIGIBLE, n, losses + gains)
+    changed = np.arange(int(ends[0]), int(ends[1]) + 1)
     rejects = stats.binom.isf(alpha, changed, 0.5)  # critical number of losses
     share = losses / (losses + gains) if losses + gains else 0.0
     found = stats.binom.pmf(changed, n, losses + gains) @ stats.binom.sf(rejects, changed, share)

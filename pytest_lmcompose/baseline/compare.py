@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,14 @@ class ComparedReports:
 def compare_reports(old: Report, new: Report, *, level: float = LEVEL) -> ComparedReports:
     """Compare two reports; a row is worse or better at `level` after Holm's correction over all rows."""
     problem = incomparable(old.model, new.model)
-    rows = [] if problem else list(_rows(old, new))
-    tested = [row.p for row in rows if row.p is not None]
-    adjusted = iter(corrected(tested))
-    rows = [row if row.p is None else _verdict(replace(row, p_holm=next(adjusted)), level) for row in rows]
+    rows = [] if problem else with_verdicts(list(_rows(old, new)), level)
     return ComparedReports(problem, circumstances(old, new), tuple(rows))
+
+
+def with_verdicts(rows: Sequence[Row], level: float = LEVEL) -> list[Row]:
+    """Return rows with p corrected for all of them, and their verdicts at `level`."""
+    adjusted = iter(corrected([row.p for row in rows if row.p is not None]))
+    return [row if row.p is None else _verdict(replace(row, p_holm=next(adjusted)), level) for row in rows]
 
 
 def incomparable(old: Model | None, new: Model | None) -> str | None:
@@ -99,7 +102,7 @@ def _rows(old: Report, new: Report) -> Iterator[Row]:
                 yield _alone(name, one, other)
             else:
                 unpaired = other_questions(metric, before[name].data, after[name].data)
-                yield _row(name, one, other, unpaired, drawn)
+                yield compare_metric(name, one, other, unpaired, drawn=drawn)
 
 
 def _alone(composition: str, old: Measured | None, new: Measured | None) -> Row:
@@ -110,8 +113,10 @@ def _alone(composition: str, old: Measured | None, new: Measured | None) -> Row:
     return Row(composition, found.metric, found.higher_is_better, was, now, None, None, found.n, None, None, verdict)
 
 
-def _row(composition: str, old: Measured, new: Measured, unpaired: str | None, drawn: bool) -> Row:
-    """Compare a metric; `unpaired` is why samples cannot be paired, `drawn` is whether the seeds differ."""
+def compare_metric(
+    composition: str, old: Measured, new: Measured, unpaired: str | None = None, *, drawn: bool = False
+) -> Row:
+    """Compare a metric, two-sided; `unpaired` is why samples cannot be paired, `drawn` is whether the seeds differ."""
     better = new.higher_is_better
     row = Row(composition, new.metric, better, old.value, new.value, None, None, new.n, None, None, "same")
     if row.old is None or row.new is None:

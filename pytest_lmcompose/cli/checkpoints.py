@@ -10,6 +10,7 @@ import click
 import pytest
 
 from pytest_lmcompose.cli.console import Console
+from pytest_lmcompose.cli.logs import judge_two_logs
 from pytest_lmcompose.cli.planning import arguments, options
 from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
 from pytest_lmcompose.cli.runs import STORAGE, load
@@ -158,28 +159,48 @@ class _Judge:
 
 @click.command(cls=_RunCommand, shown=_GATE)
 @click.argument("folder", type=_FOLDER)
-@click.option("--baseline", required=True, metavar="RUN", help="Report, or stored run, to compare with.")
+@click.argument("new", type=_FOLDER, required=False)
+@click.option("--baseline", metavar="RUN", help="Report, or stored run, to compare the model in FOLDER with.")
+@click.option(
+    "--fail", "-f", "expressions", multiple=True, metavar="METRIC:LIMIT", help="When NEW fails.  [default: *:p0.05]"
+)
+@click.option("--common", is_flag=True, help="Judge NEW by the samples that both logs have.")
 @click.option("--as", "composition", metavar="ID", help="Judge by the rules for this composition, such as memit+awq.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model.")
 @click.option("--all", "-a", "every", is_flag=True, help="Show every metric, not only those with a gate.")
 @STORAGE
 def gate(
     folder: Path,
-    baseline: str,
+    new: Path | None,
+    baseline: str | None,
+    expressions: Sequence[str],
+    common: bool,
     composition: str | None,
     trust_remote_code: bool,
     every: bool,
     storage: Path,
     **values: Any,
 ) -> None:
-    """Measure the model in FOLDER and judge it, whatever made it.
+    """Measure the model in FOLDER and judge it, or judge the evaluation log NEW by an earlier one.
 
-    Seeds, data, evaluation settings and thresholds are those of the baseline's run unless you set others. Bounds
-    relative to the base model compare with the base model of that run, and bounds that name a composition with that
-    composition there. The exit code is 1 if a gate failed or none applied.
+    With NEW, both are logs of lm-evaluation-harness, Inspect or LightEval, or reports of lmcompose. Nothing is
+    measured; samples are compared in pairs. METRIC is TASK/METRIC, and LIMIT as for --lmcompose-compare-fail.
+
+    Otherwise, seeds, data, evaluation settings and thresholds are those of the baseline's run unless you set others.
+    Bounds relative to the base model compare with the base model of that run, and bounds that name a composition with
+    that composition there. The exit code is 1 if a gate failed or none applied.
     """
     from pytest_lmcompose.report.terminal import write_summary
 
+    if new is not None:
+        if baseline is not None or composition is not None:
+            raise click.UsageError("--baseline and --as are for a model's folder, not for two logs")
+        judge_two_logs(folder, new, expressions, common=common, every=every)
+        return
+    if baseline is None:
+        raise click.UsageError("name a log NEW to judge by FOLDER, or --baseline to judge the model in FOLDER")
+    if expressions or common:
+        raise click.UsageError("--fail and --common are for two logs; a model's folder is judged by --thresholds")
     path, report = load(baseline, storage)
     seeds = {"seed": str(report.seed), "repeats": str(report.repeats)}
     given = arguments({**values, **{key: values.get(key) or value for key, value in seeds.items()}})

@@ -1,0 +1,83 @@
+"""Read logs of Inspect (inspect_ai): `.eval` archives and JSON."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pytest_lmcompose.logs.log import Log, LogError, Metric, number
+
+_ZSTANDARD = 93
+_LOCAL_HEADER = struct.Struct("<26xHH")
+"""Lengths of the name and of the extra field, at the end of the header before a member of an archive."""
+
+
+class _Score(msgspec.Struct):
+    value: Any = None
+
+
+class _Sample(msgspec.Struct):
+    id: str | int
+    epoch: int = 1
+    scores: dict[str, _Score] | None = None
+    error: Any = None
+
+
+class _Task(msgspec.Struct):
+    task: str
+
+
+class _Header(msgspec.Struct):
+    eval: _Task
+    status: str = ""
+    samples: list[_Sample] | None = None
+
+
+def read(file: Path) -> Log:
+    """Return the scores in a log; raises LogError for one that is broken, unfinished, or has no samples."""
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                names = archive.namelist()
+                if "header.json" not in names or "summaries.json" not in names:
+                    raise LogError(f"{file}: no finished log of Inspect: header.json or summaries.json is missing")
+                header = msgspec.json.decode(_member(archive, file, "header.json"), type=_Header)
+                samples = msgspec.json.decode(_member(archive, file, "summaries.json"), type=list[_Sample])
+        else:
+            header = msgspec.json.decode(file.read_bytes(), type=_Header)
+            samples = header.samples or []
+    except (OSError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
+        raise LogError(f"{file} cannot be read as a log of Inspect: {error}") from None
+    if header.status not in ("", "success"):
+        raise LogError(f"{file}: the evaluation did not finish: its status is {header.status}")
+    found: dict[str, Metric] = {}
+    for sample in samples:
+        if sample.error is not None:
+            raise LogError(f"{file}: sample {sample.id} ended in an error and has no scores")
+        for scorer, score in (sample.scores or {}).items():
+            parts = score.value if isinstance(score.value, dict) else {None: score.value}
+            for part, value in parts.items():
+                name = f"{header.eval.task}/{scorer}" + ("" if part is None else f"/{part}")
+                if (score_number := number(value)) is not None:
+                    found.setdefault(name, Metric(name)).add(str(sample.id), score_number)
+    return Log(str(file), "Inspect", found)
+
+
+def _member(archive: zipfile.ZipFile, file: Path, name: str) -> bytes:
+    """Return a member of an archive, also one that is compressed by Zstandard, which `zipfile` does not know."""
+    info = archive.getinfo(name)
+    if info.compress_type != _ZSTANDARD:
+        return archive.read(name)
+    import pyarrow
+
+    with file.open("rb") as stream:
+        stream.seek(info.header_offset)
+        skipped = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
+        stream.seek(sum(skipped), 1)
+        packed = stream.read(info.compress_size)
+    unpacked: bytes = pyarrow.CompressedInputStream(pyarrow.BufferReader(packed), "zstd").read()
+    return unpacked
