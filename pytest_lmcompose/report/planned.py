@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from interventions.names import near_names
+from interventions.ranges import plain_settings
 from pytest_lmcompose.composition import BASE, parse
 from pytest_lmcompose.gate.thresholds import Rule, compares_with
 from pytest_lmcompose.results import BaselineFile, CompositionResult, Plan, Report
@@ -29,7 +29,7 @@ def plan_section(planned: Planned, rules: Sequence[Rule], recipe: Recipe, baseli
         tuple(sorted(planned.tested)),
         tuple(sorted(planned.judged)),
         tuple(rules),
-        {str(step): dataclasses.asdict(recipe.settings(step)) for step in steps},
+        {str(step): plain_settings(recipe.settings(step)) for step in steps},
         None if baseline is None else BaselineFile(baseline.path.name, baseline.report.started),
     )
 
