@@ -53,9 +53,10 @@ def apply(
     """Apply the intervention named `method` to `model` in place, and return a report.
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
-    values, those named by a keyword of Python with an underscore behind (`with_`). `edits`, `calibration`, `forget` and `retain` replace those in `resources`; `forget` is a mapping by topic
-    or the texts of a single topic. `statistics` is the cache for the model's current state. `copies` are host tensors
-    with the current values of all parameters, if the caller has them; without, the step copies what it may change.
+    values, `with_` that of the setting `with`. `edits`, `calibration`, `forget` and `retain` replace those in
+    `resources`; `forget` is a mapping by topic or the texts of a single topic. `statistics` is the cache for the model's
+    current state. `copies` are host tensors with the current values of all parameters, if the caller has them; without,
+    the step copies what it may change.
     Relative paths in settings start at `folder` (None: the working folder). `states` are those of the compositions that
     the settings name, which only a run builds.
 

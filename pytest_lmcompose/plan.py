@@ -25,13 +25,9 @@ def reads_none(step: Step) -> tuple[Composition, ...]:
 
 
 def needed(composition: Composition, reads: Reads) -> tuple[Composition, ...]:
-    """Return the states that are built for `composition`, in build order: its prefixes, and those that steps read."""
-    found: dict[Composition, None] = {}
-    for prefix in composition.prefixes():
-        for other in reads(prefix.steps[-1]):
-            found |= dict.fromkeys(needed(other, reads))
-        found[prefix] = None
-    return tuple(found)
+    """Return the states that are built for `composition`: those that its steps read, then its prefixes."""
+    read = (state for step in composition.steps for other in reads(step) for state in needed(other, reads))
+    return tuple(dict.fromkeys((*read, *composition.prefixes())))
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,10 @@ class Recipe:
             if state in above:
                 raise RecipeError(f"{step} reads a composition that has this step itself: {state}")
             for other in others.values():
-                self.check(other, (*above, state))
+                try:
+                    self.check(other, (*above, state))
+                except RecipeError as error:
+                    raise RecipeError(f"{step}: {error}") from None
             before = Composition(composition.steps[:size]).id
             for problem in misplaced(self.settings(step), before, {text: other.id for text, other in others.items()}):
                 raise RecipeError(f"{step}: {problem}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from interventions.intervention import Context, Intervention, Model, Resources
 from interventions.merge.names import BASE, absent, content, is_composition, split_revision
-from interventions.ranges import Choice, Range, check_value, field_types, shown
+from interventions.ranges import Choice, Range, check_value, shown
 from interventions.types import InterventionError
 
 _VECTORS = ("base", "weight", "normalize", "lambda")
@@ -60,8 +60,8 @@ class MergeSettings(Intervention):
     lambda_: float = 1.0
     """Factor of the merged task vector."""
     rescale: Annotated[str, Choice("none", "l1", "density")] | None = None
-    """Scale a trimmed task vector to its former sum of magnitudes (`l1`), or divide it by its density (`density`); null:
-    `l1` for `dare_linear` and `dare_ties`."""
+    """Scale a trimmed task vector to its former sum of magnitudes (`l1`), or divide it by its density (`density`);
+    null: `l1` for `dare_linear` and `dare_ties`."""
     filter_wise: bool = False
     """Of `model_stock`: interpolate each row of a weight on its own."""
 
@@ -95,14 +95,14 @@ class MergeSettings(Intervention):
         for key in _RANGES:
             _check(key, getattr(self, key), 1 if key == "t" or self.method == "sce" else 2)
         weights = self.weight if isinstance(self.weight, (list, tuple)) else [1]
-        if self.method == "linear" and self.normalize is not False and not any(isinstance(w, list) for w in weights):
-            if sum(weights) == 0:
-                yield f"weight={shown(self.weight)}: expected weights whose sum is not 0, or normalize=false"
+        even = not any(isinstance(weight, (list, tuple)) for weight in weights)
+        if self.method == "linear" and self.normalize is not False and even and sum(weights) == 0:
+            yield f"weight={shown(self.weight)}: expected weights whose sum is not 0, or normalize=false"
 
     def contradictions(self, given: Collection[str]) -> Iterator[str]:
         """Yield settings that the method does not use."""
         for key in given:
-            if key not in ("method", "with") and key in field_types(type(self)) and not self.uses(key):
+            if key not in ("method", "with") and not self.uses(key):
                 yield f"{key}: method={self.method} does not use it; it uses {', '.join(_USED[self.method])}"
 
     def checkpoints(self) -> tuple[str, ...]:

@@ -58,16 +58,11 @@ def add_task_vectors(
     deltas = [
         trim(tensor - base, k).mul_(weight) for k, (tensor, weight) in enumerate(zip(tensors, weights, strict=True))
     ]
-    if elect:
-        agree = elected(deltas)
-        total = sum_of(delta * mask for delta, mask in zip(deltas, agree, strict=True))
-        divisor = sum_of(mask * weight for mask, weight in zip(agree, weights, strict=True)) if normalize else None
-        divisor = None if divisor is None else divisor.masked_fill_(divisor == 0, 1).to(base.dtype)
-    else:
-        total = sum_of(deltas)
-        divisor = torch.tensor(sum(weights) if abs(sum(weights)) >= _LEAST_WEIGHT else 1.0, dtype=base.dtype)
+    counted = elected(deltas) if elect else [torch.ones((), dtype=base.dtype, device=base.device)] * len(deltas)
+    total = sum_of(delta * mask for delta, mask in zip(deltas, counted, strict=True))
     if normalize:
-        total = total / divisor
+        divisor = sum_of((mask * weight).to(base.dtype) for mask, weight in zip(counted, weights, strict=True))
+        total /= torch.where(divisor.abs() < _LEAST_WEIGHT, 1, divisor)
     return base + scale * total
 
 
@@ -131,7 +126,7 @@ def random_mask(delta: Tensor, density: float, generator: torch.Generator) -> Te
 
 
 def masked(delta: Tensor, mask: Tensor, rescale: str, density: float) -> Tensor:
-    """Return the entries in the mask, scaled to the former sum of magnitudes, divided by the density, or as they are."""
+    """Return the entries in the mask: scaled to the former sum of magnitudes, divided by the density, or as is."""
     kept = delta * mask
     if rescale == "density":
         return kept / density

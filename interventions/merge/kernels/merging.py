@@ -13,7 +13,7 @@ from interventions.context import Context
 from interventions.intervention import without_gradients
 from interventions.merge.kernels import formulas
 from interventions.merge.kernels.depth import at, depths
-from interventions.merge.kernels.others import Other, read_others
+from interventions.merge.kernels.others import read_others
 from interventions.structure import placement
 from interventions.types import InterventionError
 
@@ -79,7 +79,8 @@ class _Recipe:
         settings, depth = self._settings, self._depths.get(name, 0.0)
         normalize = settings.method in ("linear", "ties") if settings.normalize is None else settings.normalize
         if settings.method == "slerp":
-            return formulas.slerp(*tensors, at(settings.t, depth))
+            one, other = tensors
+            return formulas.slerp(one, other, at(settings.t, depth))
         weights = self._each(settings.weight, depth)
         if base is None:
             if normalize and sum(weights) == 0:
