@@ -54,9 +54,9 @@ def apply(
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
     values, `with_` that of the setting `with`. `edits`, `calibration`, `forget` and `retain` replace those in
-    `resources`; `forget` is a mapping by topic or the texts of a single topic. `statistics` is the cache for the model's
-    current state. `copies` are host tensors with the current values of all parameters, if the caller has them; without,
-    the step copies what it may change.
+    `resources`; `forget` is a mapping by topic or the texts of a single topic. `statistics` is the cache for the
+    model's current state. `copies` are host tensors with the current values of all parameters, if the caller has them;
+    without, the step copies what it may change.
     Relative paths in settings start at `folder` (None: the working folder). `states` are those of the compositions that
     the settings name, which only a run builds.
 
