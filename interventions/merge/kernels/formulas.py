@@ -113,10 +113,13 @@ def varied(deltas: Tensor, density: float) -> Tensor:
 
 
 def largest(delta: Tensor, density: float) -> Tensor:
-    """Return a mask of the largest entries of a task vector, at least one."""
+    """Return a mask of the largest entries of a task vector, at least one.
+
+    Differences of bfloat16 weights have many equal entries at the threshold: this sort chooses those of mergekit.
+    """
     count = max(1, int(density * delta.numel()))
     mask = torch.zeros(delta.numel(), dtype=torch.bool, device=delta.device)
-    mask[delta.abs().flatten().argsort(descending=True, stable=True)[:count]] = True
+    mask[delta.abs().flatten().argsort(descending=True)[:count]] = True
     return mask.reshape(delta.shape)
 
 
