@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from interventions.ranges import describe, field_types
+from interventions.ranges import describe, field_types, setting_name
 from interventions.registry import methods
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.cli.flags import plugin_flags
@@ -72,14 +72,15 @@ def fields(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yield key, default, values and description of every field of a settings dataclass, those inside of it too."""
     hints, described = field_types(kind), descriptions(kind)
     for field in dataclasses.fields(kind):
-        hint = hints[field.name]
+        name = setting_name(field.name)
+        hint = hints[name]
         if dataclasses.is_dataclass(hint):
-            yield from fields(typing.cast(type, hint), f"{prefix}{field.name}.")
+            yield from fields(typing.cast(type, hint), f"{prefix}{name}.")
             continue
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
         shown = "null" if default is None else json.dumps(default, ensure_ascii=False)
-        yield f"{prefix}{field.name}", shown, describe(hint), described.get(field.name, "")
+        yield f"{prefix}{name}", shown, describe(hint), described.get(field.name, "")
 
 
 def descriptions(kind: type) -> dict[str, str]:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
     from interventions.known_grids import KnownGrid
     from interventions.shared_statistics import SharedStatistics
+
+
+class OtherState(NamedTuple):
+    """The weights of another composition of the run."""
+
+    parameters: Mapping[str, torch.Tensor]
+    """By name, on the host; read-only. They have a weight of the head only if it is not that of the embeddings."""
+    state_hash: str
 
 
 def silent(_: object) -> None:
@@ -36,6 +44,8 @@ class Context:
     """Where relative paths in settings start."""
     stored: Callable[[Mapping[str, KnownGrid]], None] = silent
     """Reports how a checkpoint stored weights that the step takes from it, by parameter name."""
+    states: Mapping[str, OtherState] = field(default_factory=dict)
+    """The states of the `compositions` in the settings, by the text that names them; none outside of a run."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a new CPU generator whose seed depends on the run's seed and `purpose` alone."""

@@ -17,8 +17,11 @@ __all__ = [
     "Intervention",
     "Model",
     "Resources",
+    "checkpoints",
     "identity",
+    "misplaced",
     "promised",
+    "read_compositions",
     "unready",
     "without_gradients",
 ]
@@ -94,6 +97,21 @@ class Intervention(Checked):
         """
         yield from ()
 
+    def checkpoints(self) -> tuple[str, ...]:
+        """Return the folders and hub ids of models that the settings name, which must have the model's architecture."""
+        return ()
+
+    def compositions(self) -> tuple[str, ...]:
+        """Return the compositions that the settings name: the run builds them first, and `Context.states` has them."""
+        return ()
+
+    def misplaced(self, before: str, others: Mapping[str, str]) -> Iterator[str]:
+        """Yield why a step with these settings cannot follow the composition `before`, each as `key=value: ...`.
+
+        `others` has the id of each of its `compositions`, by the text that names it. Called before any work.
+        """
+        yield from ()
+
 
 def check_given(settings: Any, given: Collection[str]) -> None:
     """Raise SettingError if settings that were given by name contradict others."""
@@ -121,6 +139,22 @@ def unready(settings: Any, folder: Path) -> Iterator[str]:
     """Yield why a step with these settings cannot start; a plain dataclass has no reason."""
     if isinstance(settings, Intervention):
         yield from settings.unready(folder)
+
+
+def checkpoints(settings: Any) -> tuple[str, ...]:
+    """Return the folders and hub ids of models that settings name; those of a plain dataclass name none."""
+    return settings.checkpoints() if isinstance(settings, Intervention) else ()
+
+
+def read_compositions(settings: Any) -> tuple[str, ...]:
+    """Return the compositions that settings name; those of a plain dataclass name none."""
+    return settings.compositions() if isinstance(settings, Intervention) else ()
+
+
+def misplaced(settings: Any, before: str, others: Mapping[str, str]) -> Iterator[str]:
+    """Yield why a step with these settings cannot follow the composition `before`; a plain dataclass can."""
+    if isinstance(settings, Intervention):
+        yield from settings.misplaced(before, others)
 
 
 def without_gradients(function: Function) -> Function:

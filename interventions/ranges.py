@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import keyword
 import sys
 import types
 import typing
@@ -145,7 +146,7 @@ def check_settings(settings: Any) -> None:
     """Check the fields of any settings dataclass; raises SettingError."""
     kind: type = type(settings)
     for key, hint in field_types(kind).items():
-        value = getattr(settings, key)
+        value = getattr(settings, field_name(key))
         if not dataclasses.is_dataclass(hint):
             check_value(key, hint, value)
         elif not isinstance(value, typing.cast(type, hint)):
@@ -162,9 +163,25 @@ def check_settings(settings: Any) -> None:
 
 @cache
 def field_types(kind: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields, with their annotations."""
+    """Return the types of a dataclass's settings, with their annotations."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {setting_name(field.name): hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def field_name(setting: str) -> str:
+    """Return the name of the field that holds a setting: `with_` for `with`, which is a keyword of Python."""
+    return f"{setting}_" if keyword.iskeyword(setting) else setting
+
+
+def setting_name(field: str) -> str:
+    """Return the name of the setting that a field holds."""
+    bare = field.removesuffix("_")
+    return bare if keyword.iskeyword(bare) else field
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """Return settings as plain data."""
+    return {setting_name(name): value for name, value in dataclasses.asdict(settings).items()}
 
 
 def check_value(key: str, hint: Any, value: Any) -> None:

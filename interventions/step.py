@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from interventions.categories import find_category
-from interventions.context import Context, silent
+from interventions.context import Context, OtherState, silent
 from interventions.intervention import check_given, promised
 from interventions.known_grids import KnownGrid
 from interventions.modes import keep_modes
 from interventions.names import near_names
-from interventions.ranges import SettingError, check_settings
+from interventions.ranges import SettingError, check_settings, field_name, field_types, plain_settings, setting_name
 from interventions.registry import Method, find_method
 from interventions.rounding import rounding_of, set_rounding_
 from interventions.safety import SafetyCopy
@@ -34,6 +34,7 @@ def apply(
     model: nn.Module,
     tokenizer: Any,
     method: str,
+    /,
     settings: Any = None,
     *,
     resources: Resources | None = None,
@@ -46,15 +47,18 @@ def apply(
     statistics: SharedStatistics | None = None,
     copies: Mapping[str, Tensor] | None = None,
     folder: Path | None = None,
+    states: Mapping[str, OtherState] | None = None,
     **overrides: Any,
 ) -> StepReport:
     """Apply the intervention named `method` to `model` in place, and return a report.
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
-    values. `edits`, `calibration`, `forget` and `retain` replace those in `resources`; `forget` is a mapping by topic
-    or the texts of a single topic. `statistics` is the cache for the model's current state. `copies` are host tensors
-    with the current values of all parameters, if the caller has them; without, the step copies what it may change.
-    Relative paths in settings start at `folder` (None: the working folder).
+    values, `with_` that of the setting `with`. `edits`, `calibration`, `forget` and `retain` replace those in
+    `resources`; `forget` is a mapping by topic or the texts of a single topic. `statistics` is the cache for the
+    model's current state. `copies` are host tensors with the current values of all parameters, if the caller has them;
+    without, the step copies what it may change.
+    Relative paths in settings start at `folder` (None: the working folder). `states` are those of the compositions that
+    the settings name, which only a run builds.
 
     Only weights change, and what the model rounds as it runs: parameter names, shapes, dtypes and requires_grad flags,
     train mode, the KV cache flag and the tokenizer stay the same; gradients are dropped. A method that removes experts
@@ -74,7 +78,14 @@ def apply(
     satisfied: list[str] = []
     grids: dict[str, KnownGrid] = {}
     context = Context(
-        seed, progress or silent, warnings.append, satisfied.append, statistics, folder or Path.cwd(), grids.update
+        seed,
+        progress or silent,
+        warnings.append,
+        satisfied.append,
+        statistics,
+        folder or Path.cwd(),
+        grids.update,
+        states or {},
     )
     function = chosen.load()
     rounding = rounding_of(model)
@@ -109,7 +120,7 @@ def apply(
             parameter.grad = None
     return StepReport(
         method=method,
-        settings=dataclasses.asdict(complete),
+        settings=plain_settings(complete),
         changed=changed,
         details=details,
         warnings=tuple(warnings),
@@ -130,14 +141,14 @@ def _complete_settings(method: Method, settings: Any, overrides: dict[str, Any])
             f"{method.name}: settings must be {kind.__name__}, not {type(settings).__name__}; "
             "pass single settings by name"
         )
-    known = [field.name for field in dataclasses.fields(kind)]
+    known, overrides = field_types(kind), {setting_name(name): value for name, value in overrides.items()}
     for name in overrides:
         if name not in known:
             raise InterventionError(
                 f"{method.name} has no setting {name!r}.{near_names(name, known)} Known: {', '.join(known)}."
             )
     try:
-        complete = dataclasses.replace(settings, **overrides)
+        complete = dataclasses.replace(settings, **{field_name(name): value for name, value in overrides.items()})
         check_settings(complete)
         check_given(complete, overrides)
     except SettingError as error:

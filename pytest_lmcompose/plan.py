@@ -8,12 +8,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 from pytest_lmcompose.composition import BASE, Composition, Step
 from pytest_lmcompose.costs import Costs
+
+Reads = Callable[[Step], Iterable[Composition]]
+"""Returns the compositions whose states a step reads."""
+
+
+def reads_none(step: Step) -> tuple[Composition, ...]:
+    """Return no compositions."""
+    return ()
+
+
+def needed(composition: Composition, reads: Reads) -> tuple[Composition, ...]:
+    """Return the states that are built for `composition`: those that its steps read, then its prefixes."""
+    read = (state for step in composition.steps for other in reads(step) for state in needed(other, reads))
+    return tuple(dict.fromkeys((*read, *composition.prefixes())))
 
 
 @dataclass(frozen=True)
@@ -41,24 +55,26 @@ class Plan:
 
     root: Node
     """The base model."""
+    reads: Reads = field(default=reads_none, compare=False)
 
     @classmethod
-    def of(cls, compositions: Iterable[Composition]) -> Plan:
-        """Return the plan of the distinct `compositions`; siblings keep the given order."""
+    def of(cls, compositions: Iterable[Composition], reads: Reads = reads_none) -> Plan:
+        """Return the plan of the distinct `compositions`, with the states that their steps read.
+
+        Siblings keep the given order, after those that they read.
+        """
         wanted = set()
         children: dict[Composition, list[Composition]] = {Composition(): []}
         for composition in compositions:
             wanted.add(composition)
-            parent = Composition()
-            for prefix in composition.prefixes():
+            for prefix in needed(composition, reads):
                 if prefix not in children:
                     children[prefix] = []
-                    children[parent].append(prefix)
-                parent = prefix
+                    children[Composition(prefix.steps[:-1])].append(prefix)
         nodes: dict[Composition, Node] = {}
         for prefix in sorted(children, key=lambda c: len(c.steps), reverse=True):  # children before parents
             nodes[prefix] = Node(prefix, prefix in wanted, tuple(nodes[child] for child in children[prefix]))
-        return cls(nodes[Composition()])
+        return cls(nodes[Composition()], reads)
 
     @cached_property
     def order(self) -> tuple[Composition, ...]:
@@ -78,7 +94,7 @@ class Plan:
     @property
     def applications_from_scratch(self) -> int:
         """Number of step applications if each composition started from the base model."""
-        return sum(len(composition.steps) for composition in self.order)
+        return sum(len(needed(composition, self.reads)) for composition in self.order)
 
     def seconds(self, costs: Costs) -> float:
         """Return the expected seconds of all steps and evaluations; unknown costs count as 0."""
@@ -144,15 +160,16 @@ def longest_first(uses: Sequence[Composition], cost: Callable[[Step | None], flo
 class Remaining:
     """Tracks which states the remaining tests need, in any order of tests."""
 
-    def __init__(self, uses: Sequence[Composition]) -> None:
+    def __init__(self, uses: Sequence[Composition], reads: Reads = reads_none) -> None:
         """Count the states that `uses`, the compositions of all tests, need."""
-        self._left = Counter(prefix for composition in uses for prefix in composition.prefixes())
+        self._reads = reads
+        self._left = Counter(state for composition in uses for state in needed(composition, reads))
 
     def done(self, composition: Composition) -> tuple[Composition, ...]:
         """Remove one use of `composition`; return the states that no test needs any more."""
-        prefixes = composition.prefixes()
-        self._left.subtract(prefixes)
-        return tuple(prefix for prefix in prefixes if self._left[prefix] <= 0)
+        states = needed(composition, self._reads)
+        self._left.subtract(states)
+        return tuple(state for state in states if self._left[state] <= 0)
 
     def needs(self, state: Composition) -> bool:
         """Return whether a remaining test needs `state`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from evaluators.registry import UnknownEvaluator, find_evaluator
 from interventions import names
 from interventions.categories import categories, find_category
-from interventions.intervention import check_given
-from interventions.ranges import SettingError, check_settings, check_value, field_types, parts_of
+from interventions.intervention import check_given, misplaced, read_compositions
+from interventions.ranges import SettingError, check_settings, check_value, field_name, field_types, parts_of
 from interventions.registry import UnknownMethod, find_method, methods
 from interventions.types import InterventionError
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse, permutations
@@ -58,6 +58,9 @@ class Recipe:
     """The composed sections, including those of the methods."""
     _settings: dict[Step, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
     """Settings by step: thousands of compositions share a few steps."""
+    _others: dict[Step, dict[str, Composition]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def settings(self, step: Step) -> Any:
         """Return the settings of `step`: the method's section, updated with the step's own settings.
@@ -94,10 +97,37 @@ class Recipe:
         sections: dict[str, Any] = OmegaConf.to_container(self.config)  # type: ignore[assignment]
         return sections
 
-    def check(self, composition: Composition) -> Composition:
-        """Return `composition` after checking every step's method and settings."""
-        for step in composition.steps:
-            self.settings(step)
+    def others(self, step: Step) -> Mapping[str, Composition]:
+        """Return the compositions that a step reads the weights of, by the text in its settings; raises RecipeError."""
+        if step not in self._others:
+            try:
+                self._others[step] = {text: parse(text) for text in read_compositions(self.settings(step))}
+            except CompositionError as error:
+                raise RecipeError(f"{step}: {error}") from None
+        return self._others[step]
+
+    def reads(self, step: Step) -> Iterable[Composition]:
+        """Return the compositions that a step reads the weights of; raises RecipeError."""
+        return self.others(step).values()
+
+    def check(self, composition: Composition, above: tuple[Composition, ...] = ()) -> Composition:
+        """Return `composition` after checking every step's method and settings.
+
+        `above` are the states whose steps read this one. Raises RecipeError.
+        """
+        for size, step in enumerate(composition.steps):
+            others = self.others(step)
+            state = Composition(composition.steps[: size + 1])
+            if state in above:
+                raise RecipeError(f"{step} reads a composition that has this step itself: {state}")
+            for other in others.values():
+                try:
+                    self.check(other, (*above, state))
+                except RecipeError as error:
+                    raise RecipeError(f"{step}: {error}") from None
+            before = Composition(composition.steps[:size]).id
+            for problem in misplaced(self.settings(step), before, {text: other.id for text, other in others.items()}):
+                raise RecipeError(f"{step}: {problem}")
         return composition
 
     def read(self, text: str) -> Composition:
@@ -282,7 +312,18 @@ def _assign(config: DictConfig, key: str, value: Any, hint: Any) -> None:
         for name, item in value.items():
             _assign(config, f"{key}.{name}", item, field_types(typing.cast(type, hint))[name])
     else:
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
+        OmegaConf.update(config, _field_path(config, key), value, merge=False, force_add=True)
+
+
+def _field_path(config: DictConfig, key: str) -> str:
+    """Return the path to a setting in `config`, which has the names of fields."""
+    parts: list[str] = []
+    node: Any = config
+    for part in key.split("."):
+        inside = node if isinstance(node, DictConfig) else {}
+        parts.append(field_name(part) if field_name(part) in inside else part)
+        node = inside.get(parts[-1])
+    return ".".join(parts)
 
 
 def _check_override(text: str, override: Override) -> Any:

@@ -90,6 +90,7 @@ class Run(RunSetup):
                 doing=self._doing,
                 applied=self._applied,
                 folder=self.options.folder,
+                others=self.recipe.others,
             )
         return self._manager
 

@@ -114,16 +114,23 @@ class RunSetup:
             found = tuple(dict.fromkeys(self.recipe.read(text) for text in self.options.compose))
         else:
             found = self.recipe.suite_compositions()
-        for step in dict.fromkeys(step for composition in found for step in composition.steps):
-            self.settings(step)
+        for composition in found:
+            self.recipe.check(composition)
+        self._check_steps(found)
         return found
 
     def read(self, text: str) -> Composition:
         """Parse a composition id and check that its steps can start; raises RecipeError."""
         composition = self.recipe.read(text)
-        for step in composition.steps:
-            self.settings(step)
+        self._check_steps([composition])
         return composition
+
+    def _check_steps(self, compositions: Iterable[Composition]) -> None:
+        """Raise RecipeError if a step of the compositions, or of those that they read, cannot start."""
+        steps = dict.fromkeys(step for composition in compositions for step in composition.steps)
+        for step in steps:
+            self.settings(step)
+            self._check_steps(self.recipe.reads(step))
 
     def settings(self, step: Step) -> Any:
         """Return the settings of a step; raises RecipeError if it cannot start here."""
@@ -232,7 +239,7 @@ class RunSetup:
 
     def plan(self, compositions: Iterable[Composition]) -> Iterator[str]:
         """Yield the lines of the plan of `compositions`."""
-        return Plan.of(compositions).lines(self.costs, repeats=len(self.seeds))
+        return Plan.of(compositions, self.recipe.reads).lines(self.costs, repeats=len(self.seeds))
 
     @cached_property
     def costs(self) -> Costs:

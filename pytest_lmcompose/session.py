@@ -19,7 +19,7 @@ from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.failures import plain_failures, usage_errors
 from pytest_lmcompose.options import Options, asked_for_distribution
-from pytest_lmcompose.plan import Plan, Planned, Remaining
+from pytest_lmcompose.plan import Plan, Planned, Remaining, needed
 from pytest_lmcompose.progress import Progress
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Session:
     def compositions(self) -> tuple[Composition, ...]:
         """Return the compositions to test, in depth-first order."""
         with usage_errors():
-            return Plan.of(self.run.compositions).order
+            return Plan.of(self.run.compositions, self.run.recipe.reads).order
 
     def read(self, text: str) -> Composition:
         """Parse and check a composition id; raises pytest.UsageError."""
@@ -200,7 +200,7 @@ class Session:
     def expect(self, compositions: Sequence[Composition]) -> None:
         """Set the compositions of all tests of this process."""
         self.expected = compositions
-        self._remaining = Remaining(compositions)
+        self._remaining = Remaining(compositions, lambda step: self.run.recipe.reads(step))
 
     def tested(self, composition: Composition, following: Composition | None) -> None:
         """Release the states that no remaining test needs; `following` is the next test's composition, if known.
@@ -209,7 +209,9 @@ class Session:
         """
         over = self._remaining.done(composition)
         if self._keeps_subtrees and following is not None:
-            over = tuple(state for state in composition.prefixes() if state not in following.prefixes())
+            reads = self.run.recipe.reads
+            after = set(needed(following, reads))
+            over = tuple(state for state in needed(composition, reads) if state not in after)
         if self.in_use:
             compared = [p for c in self.gate_evaluator.compared_with(composition) for p in c.prefixes()]
             self.run.release((*over, *(state for state in compared if not self._remaining.needs(state))))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from interventions.checkpoint.load import LoadSettings
 from interventions.contents import local
-from interventions.intervention import unready
+from interventions.intervention import checkpoints, unready
 from pytest_lmcompose.baseline.reference import architecture_at
 from pytest_lmcompose.build.checkpoint import check_folder
 from pytest_lmcompose.composition import Step
@@ -21,11 +20,12 @@ def check_step(step: Step, settings: Any, location: str, options: Options) -> No
         raise RecipeError(f"{step} runs a command of yours: permit it with --lmcompose-allow-commands")
     for problem in unready(settings, options.folder):
         raise RecipeError(f"{step}: {problem}")
-    if isinstance(settings, LoadSettings) and (place := local(settings.path, options.folder)) is not None:
-        try:
-            _check_checkpoint(place, location)
-        except RecipeError as error:
-            raise RecipeError(f"{step}: {error}") from None
+    for name in checkpoints(settings):
+        if (place := local(name, options.folder)) is not None:
+            try:
+                _check_checkpoint(place, location)
+            except RecipeError as error:
+                raise RecipeError(f"{step}: {error}") from None
 
 
 def _check_checkpoint(place: Path, location: str) -> None:

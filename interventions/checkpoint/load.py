@@ -44,6 +44,10 @@ class LoadSettings(Intervention):
         """Yield that there is no path, or nothing at it."""
         yield from missing(self.path, folder)
 
+    def checkpoints(self) -> tuple[str, ...]:
+        """Return the path."""
+        return (self.path,)
+
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Replace the weights, in place, one parameter at a time; each is rounded once to the model's dtype.
 
@@ -86,7 +90,7 @@ def bring_in(
     from interventions.checkpoint.reading.model import digest_of
 
     widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
-    other, grids, theirs = _read_other(folder, who, widest)
+    other, grids, theirs = read_other(folder, who, widest)
     check_same_model(model, other, who)
     if theirs is not None:
         check_same_tokenizer(tokenizer, theirs, who, context.warn)
@@ -122,7 +126,7 @@ def _bring_in_rounding(model: Model, other: Model, chosen: list[str], *, whole: 
     set_rounding_(model, Rounding(inputs, theirs.caches if whole else ours.caches))
 
 
-def _read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, dict[str, KnownGrid], Any]:
+def read_other(folder: Path, who: str, dtype: Any) -> tuple[Any, dict[str, KnownGrid], Any]:
     """Return the model in `folder` on the CPU, how its weights were stored, and its tokenizer, None if there is none.
 
     Weights of a folder in full precision keep the dtype in which they are stored if it is the same for all, so that no

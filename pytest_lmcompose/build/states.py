@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interventions import Resources, apply, find_method
+from interventions.context import OtherState
 from interventions.intervention import identity
 from interventions.known_grids import KnownGrid
 from interventions.rounding import read_rounding
@@ -62,6 +63,10 @@ class _Built(NamedTuple):
     steps: tuple[StepRecord, ...]
 
 
+def _no_others(step: Step) -> Mapping[str, Composition]:
+    return {}
+
+
 class StateManager:
     """Puts the working model into the state of any composition, with the data and seed of one repeat."""
 
@@ -78,8 +83,11 @@ class StateManager:
         applied: Callable[[Composition, StepRecord], None] | None = None,
         working: WorkingModel | None = None,
         folder: Path | None = None,
+        others: Callable[[Step], Mapping[str, Composition]] = _no_others,
     ) -> None:
         """Take over `loaded`; `settings` returns a step's settings, `progress` takes one line per step.
+
+        `others` returns the compositions that a step reads, by the text in its settings; they are built before it.
 
         States in the `run_cache` are read from it. `doing` takes the label of each step that starts, `applied` each
         step that finished. `working` is the model of another manager, to share it.
@@ -90,6 +98,7 @@ class StateManager:
         self._resources, self._seed, self._progress = resources, seed, progress
         self._doing, self._applied = doing, applied
         self._folder = folder or Path.cwd()
+        self._others = others
         # Everything that all steps depend on.
         self._data = address(resources=resources, libraries=versions(METHOD_LIBRARIES))
         self._working = working or WorkingModel(loaded.model)
@@ -154,6 +163,7 @@ class StateManager:
             applied=self._applied,
             working=self._working,
             folder=self._folder,
+            others=self._others,
         )
         # That of the base model, whose configuration the present state may have changed.
         manager._addresses[Composition()] = self._addresses[Composition()]
@@ -162,14 +172,16 @@ class StateManager:
     def address(self, composition: Composition) -> str:
         """Return the content address of a state: the hash of everything it depends on.
 
-        That is the base model, and for each step its settings and what they name (see `identity`), seed, data, code,
-        and versions of libraries.
+        That is the base model, and for each step its settings and what they name (see `identity`), the states that it
+        reads, seed, data, code, and versions of libraries.
         """
         parent = Composition()
         for prefix in composition.prefixes():
             if prefix not in self._addresses:
                 step = prefix.steps[-1]
+                others = [self.address(other) for other in self._others(step).values()]
                 self._addresses[prefix] = address(
+                    **({"others": others} if others else {}),
                     before=self._addresses[parent],
                     method=step.method,
                     settings=identity(self._settings(step), self._folder),
@@ -195,27 +207,48 @@ class StateManager:
         for prefix in prefixes[at + 1 :]:
             if prefix in self._failures:  # it would fail again, and take as long
                 raise self._failures[prefix]
-            self._build(prefix, built, composition)
+            others = self._other_states(prefix)
+            self._working.restore(built.snapshot)
+            self._build(prefix, built, composition, others)
             built = self._states[prefix]
         return built
 
-    def _build(self, prefix: Composition, before: _Built, composition: Composition) -> None:
+    def _other_states(self, prefix: Composition) -> dict[str, OtherState]:
+        """Return the states that the last step of `prefix` reads, by the text in its settings; build missing ones."""
+        found = {}
+        step = prefix.steps[-1]
+        for text, other in self._others(step).items():
+            try:
+                if other not in self._states and not self._read(other):
+                    self._bring(other)
+            except BuildError as error:
+                failure = self._failures[prefix] = BuildError(f"step {len(prefix.steps)}, {step}: {other}: {error}")
+                raise failure from error
+            snapshot = self._states[other].snapshot
+            found[text] = OtherState(self._working.values(snapshot), snapshot.state_hash)
+        return found
+
+    def _build(
+        self, prefix: Composition, before: _Built, composition: Composition, others: Mapping[str, OtherState]
+    ) -> None:
         """Build the state of `prefix` from the current one, `before`, on the way to `composition`."""
         if self._run_cache is None:
-            self._states[prefix] = self._apply(prefix, before, composition)
+            self._states[prefix] = self._apply(prefix, before, composition, others)
             return
         where = self.address(prefix)
         with self._run_cache.building(where, prefix):
             if self._read(prefix):  # another process made it meanwhile
                 self._working.restore(self._states[prefix].snapshot)
                 return
-            built = self._states[prefix] = self._apply(prefix, before, composition)
+            built = self._states[prefix] = self._apply(prefix, before, composition, others)
             snapshot = built.snapshot
             added = [snapshot.changed[name] for name in built.steps[-1].report.changed]
             state = StoredState(dict(snapshot.changed), built.steps, snapshot.state_hash)
             self._run_cache.keep_state(where, prefix, state, step_bytes=bytes_of(added))
 
-    def _apply(self, prefix: Composition, before: _Built, composition: Composition) -> _Built:
+    def _apply(
+        self, prefix: Composition, before: _Built, composition: Composition, others: Mapping[str, OtherState]
+    ) -> _Built:
         step = prefix.steps[-1]
         seed = step_seed(self._seed, prefix)
         label = f"{composition}  step {len(prefix.steps)}/{len(composition.steps)} {step}"
@@ -233,6 +266,7 @@ class StateManager:
                 statistics=self._working.statistics.of(before.snapshot.state_hash),
                 copies=self._working.values(before.snapshot),
                 folder=self._folder,
+                states=others,
             )
         except Exception as error:
             self._progress(f"{label}  failed: {error}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from interventions.names import near_names
+from interventions.ranges import plain_settings
 from pytest_lmcompose.composition import BASE, parse
 from pytest_lmcompose.gate.thresholds import Rule, compares_with
+from pytest_lmcompose.plan import needed
 from pytest_lmcompose.results import BaselineFile, CompositionResult, Plan, Report
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ def plan_section(planned: Planned, rules: Sequence[Rule], recipe: Recipe, baseli
     """Return the section `plan`, with the recipe's settings of every step."""
     compositions = [parse(name) for name in planned.tested]
     compositions += [other for one in compositions for other in compares_with(rules, one)]
-    steps = dict.fromkeys(step for composition in compositions for step in composition.steps)
+    states = (state for composition in compositions for state in needed(composition, recipe.reads))
+    steps = dict.fromkeys(state.steps[-1] for state in states)
     return Plan(
         tuple(sorted(planned.tested)),
         tuple(sorted(planned.judged)),
         tuple(rules),
-        {str(step): dataclasses.asdict(recipe.settings(step)) for step in steps},
+        {str(step): plain_settings(recipe.settings(step)) for step in steps},
         None if baseline is None else BaselineFile(baseline.path.name, baseline.report.started),
     )
 
