@@ -96,15 +96,20 @@ class Arrival:
         every = torch.arange(len(chunk.places), device=chunk.places.device)
 
         def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows: Tensor = output.detach().reshape(len(every), -1, output.shape[-1])
-            self._put_out = rows[every, chunk.places].float()
-            added = changes.to(output.dtype)
-            return rows.index_put((every, chunk.places), added, accumulate=True).reshape(output.shape)
+            self._put_out = output.detach().reshape(len(every), -1, output.shape[-1])[every, chunk.places].float()
+            return add_at(output.detach(), chunk.places, changes)
 
         with self._block.mlp_output.module.register_forward_hook(change):
             output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
         found: Tensor = output[every, chunk.places].float()
         return found
+
+
+def add_at(output: Tensor, places: Tensor, changes: Tensor) -> Tensor:
+    """Return a module's output, in which rows and tokens may be flattened, with `changes` (rows, width) at `places`."""
+    every = torch.arange(len(places), device=places.device)
+    rows = output.reshape(len(places), -1, output.shape[-1])
+    return rows.index_put((every, places), changes.to(output.dtype), accumulate=True).reshape(output.shape)
 
 
 class _Chunk(NamedTuple):
