@@ -95,9 +95,10 @@ class Arrival:
         """Run the block on one chunk; return its output at the subjects, (rows, hidden) float32."""
         every = torch.arange(len(chunk.places), device=chunk.places.device)
 
-        def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            self._put_out = output.detach().reshape(len(every), -1, output.shape[-1])[every, chunk.places].float()
-            return add_at(output.detach(), chunk.places, changes)
+        def change(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            hidden = first_output(output).detach()
+            self._put_out = hidden.reshape(len(every), -1, hidden.shape[-1])[every, chunk.places].float()
+            return add_at(output, chunk.places, changes)
 
         with self._block.mlp_output.module.register_forward_hook(change):
             output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
@@ -105,11 +106,13 @@ class Arrival:
         return found
 
 
-def add_at(output: Tensor, places: Tensor, changes: Tensor) -> Tensor:
+def add_at(output: Any, places: Tensor, changes: Tensor) -> Any:
     """Return a module's output, in which rows and tokens may be flattened, with `changes` (rows, width) at `places`."""
+    hidden = first_output(output)
     every = torch.arange(len(places), device=places.device)
-    rows = output.reshape(len(places), -1, output.shape[-1])
-    return rows.index_put((every, places), changes.to(output.dtype), accumulate=True).reshape(output.shape)
+    rows = hidden.reshape(len(places), -1, hidden.shape[-1])
+    changed = rows.index_put((every, places), changes.to(hidden.dtype), accumulate=True).reshape(hidden.shape)
+    return (changed, *output[1:]) if isinstance(output, tuple | list) else changed
 
 
 class _Chunk(NamedTuple):

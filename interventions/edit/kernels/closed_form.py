@@ -73,15 +73,14 @@ def emmet_update(keys: Tensor, residuals: Tensor, stored: Factor, ridge: float) 
     """Return R (K^T C^-1 K + ridge I)^-1 K^T C^-1, (d_out, d_k): the solution of Gupta et al. (2024).
 
     Without ridge, it is the smallest update in the norm of C that changes W K by exactly R, the solution of the
-    Lagrangian; of keys that depend on each other, it takes the least squares. As published, one key gets no ridge. With
-    C = L L^T and the singular values s of L^-1 K = U s V^T, the update is R V s / (s^2 + ridge) U^T L^-1.
+    Lagrangian; keys that depend on each other get the least-squares solution. As published, one key gets no ridge.
     """
     K, R = keys.double(), residuals.double()
-    U, s, Vt = torch.linalg.svd(torch.linalg.solve_triangular(stored.lower, K, upper=False), full_matrices=False)
-    kept = s > s[0] * max(K.shape) * torch.finfo(s.dtype).eps
-    weights = torch.where(kept, s / (s * s + (ridge if K.shape[1] > 1 else 0.0)), 0.0)
-    adjusted = torch.linalg.solve_triangular(stored.lower.t(), U * weights, upper=True)  # L^-T U s / (s^2 + ridge)
-    update: Tensor = R @ Vt.t() @ adjusted.t()
+    C_inv_K = torch.cholesky_solve(K, stored.lower)  # (d_k, n)
+    gram = K.t() @ C_inv_K
+    if len(gram) > 1:
+        gram.diagonal().add_(ridge)
+    update: Tensor = R @ torch.linalg.pinv(gram, hermitian=True) @ C_inv_K.t()
     return update
 
 

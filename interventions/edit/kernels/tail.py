@@ -71,7 +71,7 @@ class Tail:
             every = torch.arange(len(rows), device=device)
             with _watching([*below, self._site, *also], kept):
                 model(**self._arguments)
-        self.also = [_by_rows(kept.pop(module), len(rows))[every, self._begins] for module in also]
+        self.also = [_by_rows(first_output(kept.pop(module)), len(rows))[every, self._begins] for module in also]
         """With `attention`: the MLP's outputs at the first token of each suffix, one tensor (rows, hidden)."""
         self._output = kept.pop(self._site)
         self._below = kept
