@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 
 from evaluators.measurement import EvaluationError, Measurement, per_unit, ratio_error
 
@@ -55,7 +56,7 @@ def measure_sequence(success: Measurement, sizes: Sequence[int]) -> list[Measure
     points = min(len(sizes), _POINTS)
     ends = [sum(sizes[: round(len(sizes) * point / points)]) for point in range(points + 1)]
     found = []
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         name = f"{start + 1}-{end}" if end > start + 1 else f"{end}"
         note = f"edits {name} of {success.n}, in the order in which they were made, after the last of them"
         answers = success.answers[start:end]

@@ -52,8 +52,9 @@ def measure_state(
 ) -> list[Measurement]:
     """Run the evaluators that the recipe switches on and return their measurements.
 
-    `grids` says how the checkpoint stored quantised weights, `steps` what made the state. `progress` is called before each evaluator with its name,
-    its number from 1 and the total. Raises EvaluationError for a metric that is measured twice.
+    `grids` says how the checkpoint stored quantised weights, `steps` what made the state. `progress` is called before
+    each evaluator with its name, its number from 1 and the total. Raises EvaluationError for a metric that is measured
+    twice.
     """
     evaluation_data = EvaluationData(
         edits=data.edits,

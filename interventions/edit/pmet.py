@@ -1,13 +1,12 @@
 """PMET: precise model editing in a transformer (Li et al., AAAI 2024, arXiv 2308.08742).
 
 MEMIT's target value is the output of a block, which attention and MLP make together, but only the MLP is changed to
-produce it. PMET searches for the best outputs of both at once, and stores that of the MLP: what attention can contribute
-does not have to be squeezed into the MLP's weights. Each layer takes 1/sqrt(n) of the change that remains when n layers
-are left to edit, where MEMIT's takes 1/n.
+produce it. PMET searches for the best outputs of both at once, and stores only that of the MLP. Each layer takes
+1/sqrt(n) of the change that remains when n layers are left to edit, where MEMIT's takes 1/n.
 
-Paper and published code differ; this follows the code. The KL term keeps its weight; instead, the weight of the
-likelihood falls to a tenth while all target tokens are the most likely ones. Only the MLP's output in the last edited
-layer is compared with its target value, so that earlier layers help as far as they change the last one's inputs.
+Details follow the published code: while all target tokens of an edit are the most likely ones, its likelihood has a tenth
+of the weight, and it stops when its KL term is small. What remains is read at the output of the last edited MLP alone,
+so that an earlier layer counts as far as it changes the inputs of that MLP.
 """
 
 from __future__ import annotations
@@ -72,5 +71,13 @@ class PmetSettings(LayersRewriter):
         components = Components(self.z.sure_weight, self.z.sure_divergence)
         remedy = "lower pmet.covariance_weight"
         return rewrite(
-            model, tokenizer, self, resources, context, make_solve, remedy=remedy, components=components, spread=math.sqrt
+            model,
+            tokenizer,
+            self,
+            resources,
+            context,
+            make_solve,
+            remedy=remedy,
+            components=components,
+            spread=math.sqrt,
         )

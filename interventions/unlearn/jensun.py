@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from interventions.unlearn.kernels.likelihood import TextLosses
-    from interventions.unlearn.kernels.predictions import Predictions
     from interventions.unlearn.kernels.texts import TextBatch
 
 
@@ -51,7 +50,9 @@ class JensUnSettings(TwoTerms):
 
         refusal = tokenizer(self.refusal, add_special_tokens=False)["input_ids"]
         if not refusal or tokenizer.unk_token_id in refusal:
-            raise InterventionError(f"jensun.refusal={self.refusal!r}: the tokenizer cannot say that; choose other words")
+            raise InterventionError(
+                f"jensun.refusal={self.refusal!r}: the tokenizer cannot say that; choose other words"
+            )
 
         def forget(model: nn.Module, batches: Sequence[TextBatch]) -> TextLosses:
             wanted = batches[0].ids.new_tensor(refusal)

@@ -194,8 +194,8 @@ def sequences(records: Sequence[CompositionResult]) -> Figure | None:
     if not rows:
         return None
     text = (
-        "Success of edits at the end, by when they were made: first ones on the left. The place on the axis is the number "
-        "of edits made until then; bars are standard errors."
+        "Success of edits at the end, by when they were made: first ones on the left. The place on the axis is the "
+        "number of edits made until then; bars are standard errors."
     )
     plots = (Plot("edit_survival", _curve(values, "edits made", None), 420),) if values else ()
     return Figure(

@@ -41,8 +41,9 @@ def keys_and_values(
 ) -> SubjectStates:
     """Return the keys of block `layer` and the outputs of block `value_layer` (None: `layer`), which is not below it.
 
-    With `inside`, values are the outputs of that block's MLP. The first context must be empty. As published for MEMIT, keys are the mean of the bare prompt's key and the mean
-    key of the other contexts. Every text runs once, up to the last block needed.
+    With `inside`, values are the outputs of that block's MLP. The first context must be empty. As published for MEMIT,
+    keys are the mean of the bare prompt's key and the mean key of the other contexts. Every text runs once, up to the
+    last block needed.
     """
     key_block = anatomy.blocks[layer]
     value_block = anatomy.blocks[layer if value_layer is None else value_layer]

@@ -114,7 +114,6 @@ class Tail:
         with _returning({**self._below, self._site: output}), self._adding(added):
             return logits_at(self._model, self._head, self._arguments, rows, places + self._begins[rows])
 
-
     @contextmanager
     def _adding(self, added: Tensor | None) -> Iterator[None]:
         if self._also is None or added is None:

@@ -23,6 +23,7 @@ from interventions.padding import padding_id
 from interventions.structure import Anatomy, module_device
 from interventions.types import Edit, InterventionError
 
+
 @dataclass(frozen=True)
 class Components:
     """The way of PMET: change the outputs of attention and MLP together; the target values are the MLP's outputs.

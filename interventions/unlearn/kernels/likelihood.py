@@ -110,9 +110,7 @@ def train_on_likelihood(
             )
             if terms.retain_weight:
                 others = [next(beside_forget) for _ in batches]
-                losses["retain"].append(
-                    add_gradients(trainer, model, others, retain_losses, True, terms.retain_weight)
-                )
+                losses["retain"].append(add_gradients(trainer, model, others, retain_losses, True, terms.retain_weight))
             trainer.update()
             if trainer.updates % 10 == 1:
                 said = ", ".join(f"{name} {values[-1]:.4g}" for name, values in losses.items() if values)
