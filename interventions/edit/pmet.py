@@ -4,9 +4,9 @@ MEMIT's target value is the output of a block, which attention and MLP make toge
 produce it. PMET searches for the best outputs of both at once, and stores only that of the MLP. Each layer takes
 1/sqrt(n) of the change that remains when n layers are left to edit, where MEMIT's takes 1/n.
 
-Details follow the published code: while all target tokens of an edit are the most likely ones, its likelihood has a tenth
-of the weight, and it stops when its KL term is small. What remains is read at the output of the last edited MLP alone,
-so that an earlier layer counts as far as it changes the inputs of that MLP.
+Details follow the published code: while all target tokens of an edit are the most likely ones, its likelihood has a
+tenth of the weight, and it stops when its KL term is small. What remains is read at the output of the last edited MLP
+alone, so that an earlier layer counts as far as it changes the inputs of that MLP.
 """
 
 from __future__ import annotations

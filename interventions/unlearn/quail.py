@@ -3,10 +3,10 @@
 Gradient difference with a hinge in logit space: on forget text, logits must differ from the original model's by at
 least half a quantisation step, so that what quantisation rounds away is less than what unlearning changed.
 
-This follows the paper's description, not code: none was published. Here, the step is that of an integer grid over the
-range of the original model's logits at the token. The logit that counts is that of the text's own token, relative to
-the mean of all logits, and it must fall: shifting all logits alike changes no prediction, and an absolute difference has
-no gradient at the start.
+This follows the abstract, which leaves open what the step is of and which logits must differ how. Here, the step is
+that of an integer grid over the range of the original model's logits at the token. The logit that counts is that of the
+text's own token, relative to the mean of all logits, and it must fall: shifting all logits alike changes no
+prediction, and an absolute difference has no gradient at the start.
 """
 
 from __future__ import annotations
