@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from evaluators.recall import measure_recall, score_facts
     from evaluators.recovery import returned
     from evaluators.registry import Evaluator, Metric
-    from evaluators.survival import measure_survival
+    from evaluators.survival import measure_sequence, measure_survival
     from evaluators.tofu import forget_quality, measure_qa, model_utility
 
 _MODULES = {
@@ -45,7 +45,7 @@ _MODULES = {
     "recall": "measure_recall score_facts",
     "recovery": "returned",
     "registry": "Evaluator Metric",
-    "survival": "measure_survival",
+    "survival": "measure_sequence measure_survival",
     "tofu": "forget_quality measure_qa model_utility",
 }
 """Public names by module."""
@@ -78,6 +78,7 @@ __all__ = [
     "measure_qa",
     "measure_questions",
     "measure_recall",
+    "measure_sequence",
     "measure_survival",
     "measure_verbatim",
     "membership_auc",

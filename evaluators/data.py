@@ -169,6 +169,8 @@ class EvaluationData:
     chat: Chat | None = None
     """How prompts are put into the chat template; None: they are read as they stand."""
     unlearning: UnlearningData = field(default_factory=UnlearningData)
+    sequence: tuple[int, ...] = ()
+    """Numbers of edits that the state's last editing step made at once, batch by batch; empty without such a step."""
     retained: RetainReference | None = None
     """Results of the retain model, if there is one."""
     grids: Mapping[str, KnownGrid] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from evaluators.answers import Answer, Scores, answer_probes
 from evaluators.data import EditCase, EvaluationData, Probe, UneditedAnswers
 from evaluators.measurement import EvaluationError, Measurement, each_alike, shorten
 from evaluators.settings import NoSettings
+from evaluators.survival import measure_sequence
 from interventions.tokens import Chat
 
 
@@ -26,7 +27,9 @@ def evaluate(model: Any, tokenizer: Any, settings: NoSettings, data: EvaluationD
     if not data.edits:
         return []
     size, chat = data.batch_size, data.chat
-    return measure_editing(model, tokenizer, data.edits, unedited=data.unedited, batch_size=size, chat=chat)
+    found = measure_editing(model, tokenizer, data.edits, unedited=data.unedited, batch_size=size, chat=chat)
+    (success,) = (measurement for measurement in found if measurement.metric == "edit_success_exact")
+    return [*found, *measure_sequence(success, data.sequence)]
 
 
 def capture_unedited(

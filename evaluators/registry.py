@@ -141,6 +141,7 @@ BUILT_IN = (
                 for kind in ("f1", "recall", "exact")
             ),
             _edit("edit_locality_agreement"),
+            _edit("edit_survival/*"),
         ),
     ),
     Evaluator(

@@ -1,11 +1,15 @@
-"""Survival of a step's effect until the end of a composition."""
+"""Survival of a step's effect until the end of a composition, and of the first edits of a sequence until its end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 
 from evaluators.measurement import EvaluationError, Measurement, per_unit, ratio_error
+
+_POINTS = 10
+"""Largest number of points of the curve over a sequence of edits."""
 
 
 def measure_survival(
@@ -39,6 +43,25 @@ def measure_survival(
     note = f"{_shown(end)} at the end over {_shown(after)} right after the step, {how}"
     error = None if error is None else abs(error)
     return Measurement(f"survival/{after.metric}", ratio, error, after.n, after.higher_is_better, end.samples, note)
+
+
+def measure_sequence(success: Measurement, sizes: Sequence[int]) -> list[Measurement]:
+    """Split the success of edits, one sample each, by when they were made: `edit_survival/1-5`, `edit_survival/6-10`.
+
+    `sizes` are the numbers of edits that were made at once, one batch after another. Of more than ten batches, some
+    neighbours are taken together. Without a sequence, as with one batch, there is nothing to measure.
+    """
+    if len(sizes) < 2 or sum(sizes) != success.n:
+        return []
+    points = min(len(sizes), _POINTS)
+    ends = [sum(sizes[: round(len(sizes) * point / points)]) for point in range(points + 1)]
+    found = []
+    for start, end in pairwise(ends):
+        name = f"{start + 1}-{end}" if end > start + 1 else f"{end}"
+        note = f"edits {name} of {success.n}, in the order in which they were made, after the last of them"
+        answers = success.answers[start:end]
+        found.append(Measurement.mean(f"edit_survival/{name}", success.samples[start:end], note=note, answers=answers))
+    return found
 
 
 def _combined(after: Measurement, end: Measurement, ratio: float) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from evaluators.data import EvaluationData, RetainReference
@@ -16,6 +16,7 @@ from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
     from interventions.known_grids import KnownGrid
+    from pytest_lmcompose.steps import StepRecord
 
 T = TypeVar("T")
 
@@ -47,11 +48,13 @@ def measure_state(
     progress: Callable[[str, int, int], None] | None = None,
     retained: RetainReference | None = None,
     grids: Mapping[str, KnownGrid] | None = None,
+    steps: Sequence[StepRecord] = (),
 ) -> list[Measurement]:
     """Run the evaluators that the recipe switches on and return their measurements.
 
-    `grids` says how the checkpoint stored quantised weights. `progress` is called before each evaluator with its name,
-    its number from 1 and the total. Raises EvaluationError for a metric that is measured twice.
+    `grids` says how the checkpoint stored quantised weights, `steps` what made the state. `progress` is called before
+    each evaluator with its name, its number from 1 and the total. Raises EvaluationError for a metric that is measured
+    twice.
     """
     evaluation_data = EvaluationData(
         edits=data.edits,
@@ -69,6 +72,7 @@ def measure_state(
         unlearning=data.unlearning,
         retained=retained,
         grids=grids or {},
+        sequence=last_sequence(steps),
     )
     chosen = list(switched_on(evaluate))
     found: dict[str, Measurement] = {}
@@ -81,6 +85,12 @@ def measure_state(
                     f"the evaluator {evaluator.name} returns {measurement.metric}, which was already measured"
                 )
     return list(found.values())
+
+
+def last_sequence(steps: Sequence[StepRecord]) -> tuple[int, ...]:
+    """Return how many edits the last editing step made at once, batch by batch, from its details."""
+    found = [step.report.details["sequence"] for step in steps if "sequence" in step.report.details]
+    return tuple(found[-1]) if found else ()
 
 
 def switched_on(evaluate: EvaluateSettings) -> Iterator[tuple[Evaluator, Any]]:

@@ -176,6 +176,7 @@ class Run(RunSetup):
                 lambda name, k, n: self._doing(f"{composition}  measuring {name} ({k}/{n})"),
                 retained,
                 state.grids,
+                state.steps,
             )
             end = time.perf_counter()
         self._count(composition, end - begun, f"{end - start:.1f} s to measure")

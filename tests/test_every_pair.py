@@ -15,9 +15,12 @@ from tests.started import run_pytest
 ROOT = Path(__file__).parents[1]
 SHORT = (
     "evaluate=quick",
-    *(f"{method}.z.steps=3" for method in ("memit", "rome", "alphaedit")),
+    *(f"{method}.z.steps=3" for method in ("memit", "rome", "alphaedit", "emmet", "pmet")),
     *(f"{method}.steps=3" for method in ("ft", "lora")),
-    *(f"{method}.max_updates=3" for method in ("ga", "gd", "npo", "simnpo")),
+    *(
+        f"{method}.max_updates=3"
+        for method in ("ga", "gd", "npo", "simnpo", "wga", "satimp", "undial", "jensun", "quail")
+    ),
     "rmu.max_num_batches=4",
     *(f"{method}.samples=16" for method in ("gptq", "awq", "wanda", "sparsegpt", "smooth")),
 )

@@ -18,6 +18,7 @@ from interventions.anatomy import find_anatomy
 from interventions.compress.kernels import blockwise
 from interventions.compress.kernels.working_memory import bytes_for
 from interventions.edit.bases import ValueSettings
+from interventions.edit.pmet import PmetValueSettings
 from interventions.offload import offload
 from pytest_lmcompose.build.load import hash_weights
 from pytest_lmcompose.build.snapshot import WorkingModel
@@ -43,11 +44,14 @@ TRAINED: dict[str, dict[str, Any]] = {
     "memit": {"layers": [0], **VALUES},
     "rome": {"layer": 0, **VALUES},
     "alphaedit": {"layers": [0], "nullspace_threshold": 0.5, "nullspace_relative": True, **VALUES},
+    "emmet": {"layers": [0], **VALUES},
+    "pmet": {"layers": [0], "contexts_per_length": 0, "z": PmetValueSettings(steps=3)},
     "rmu": {"layer": 1, "max_num_batches": 4, "lr": 1e-3},
     "ga": {"lr": 1e-3},
     "gd": {"lr": 1e-3},
     "npo": {"lr": 1e-3, "epochs": 2, "accumulation": 1},
     "simnpo": {"lr": 1e-3, "epochs": 2, "accumulation": 1},
+    **{name: {"lr": 1e-3, "epochs": 2, "accumulation": 1} for name in ("wga", "satimp", "undial", "jensun", "quail")},
     "relearn": {"lr": 1e-3},
 }
 TEXTS: dict[str, Any] = {

@@ -6,12 +6,15 @@ mean loss of the target tokens only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from interventions.edit.bases import OutputEditor
 from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Count, Fractions, Layers, Positive, Weight
+from interventions.types import Edit
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class FtSettings(OutputEditor):
     """Maximum number of passes over the edits."""
     batch_size: Count = 50
     """Edits per update."""
+    edits_at_once: Count | None = None
+    """Edits that are trained together, to the end, before the next ones; None: all."""
     stop_loss: Weight = 0.01
     """Batches with a loss (nats) below this are skipped; training ends when all are."""
     weight_decay: Weight = 0.0
@@ -50,21 +55,34 @@ class FtSettings(OutputEditor):
 
         Weights in less than float32 are trained in float32 and rounded once at the end of each update.
         """
-        from interventions.anatomy import find_anatomy
         from interventions.edit.kernels.prompts import check_edits
+        from interventions.edit.kernels.sequence import in_sequence
+        from interventions.edit.kernels.target_loss import nll_of
+
+        def train(first: int, some: Sequence[Edit]) -> dict[str, Any]:
+            return self._train(model, tokenizer, some, first, context)
+
+        edits = resources.edits
+        check_edits(edits)
+        at_end = partial(nll_of, model, tokenizer, edits, self.batch_size, chat_template=self.chat_template)
+        return in_sequence(edits, self.edits_at_once, train, ("passes", "updates"), at_end)
+
+    def _train(
+        self, model: Model, tokenizer: Any, edits: Sequence[Edit], first: int, context: Context
+    ) -> dict[str, Any]:
+        """Train on some edits, the first of which has the number `first`."""
+        from interventions.anatomy import find_anatomy
         from interventions.edit.kernels.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
         from interventions.structure import module_device
         from interventions.training import BoundedTrainer, workable_precision
 
-        edits = resources.edits
-        check_edits(edits)
         anatomy = find_anatomy(model)
         layers = self.choose_layers(len(anatomy.blocks))
         names = [name for layer in layers for name in anatomy.blocks[layer].mlp_output_names]
         batches = target_batches(
             tokenizer, edits, self.batch_size, module_device(model), chat_template=self.chat_template
         )
-        watch = Watch("ft", self.lr, layers, edits)
+        watch = Watch("ft", self.lr, layers, edits, first)
         with workable_precision(model):
             before = all_nll(model, anatomy.head, batches)
             trained_weights = {name: model.get_parameter(name) for name in names}

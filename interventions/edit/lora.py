@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.layouts import ROLES, Role
 from interventions.ranges import Choice, Count, Items, Layers, Positive, Share, Weight
-from interventions.types import InterventionError
+from interventions.types import Edit, InterventionError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
@@ -55,6 +56,8 @@ class LoraSettings(Intervention):
     """Maximum number of passes over the edits."""
     batch_size: Count = 50
     """Edits per update."""
+    edits_at_once: Count | None = None
+    """Edits that are trained together, to the end, before the next ones; None: all."""
     stop_loss: Weight = 0.0
     """Training ends when the loss (nats) of every batch is below this; with AdaLoRA, not before ranks are final."""
     warmup: Share = 0.1
@@ -107,20 +110,33 @@ class LoraSettings(Intervention):
         The adapters are float32 whatever the model's dtype, and the sum is rounded once.
         The details have the final rank of each layer.
         """
+        from interventions.edit.kernels.prompts import check_edits
+        from interventions.edit.kernels.sequence import in_sequence
+        from interventions.edit.kernels.target_loss import nll_of
+
+        def train(first: int, some: Sequence[Edit]) -> dict[str, Any]:
+            return self._train(model, tokenizer, some, first, context)
+
+        edits = resources.edits
+        check_edits(edits)
+        at_end = partial(nll_of, model, tokenizer, edits, self.batch_size, chat_template=self.chat_template)
+        return in_sequence(edits, self.edits_at_once, train, ("passes",), at_end)
+
+    def _train(
+        self, model: Model, tokenizer: Any, edits: Sequence[Edit], first: int, context: Context
+    ) -> dict[str, Any]:
+        """Train on some edits, the first of which has the number `first`, and merge the adapters."""
         import torch
 
         from interventions.anatomy import find_anatomy
-        from interventions.edit.kernels.prompts import check_edits
         from interventions.edit.kernels.target_loss import Watch, all_nll, edit_report, target_batches, target_nll
         from interventions.structure import module_device
         from interventions.training import workable_precision
 
-        edits = resources.edits
-        check_edits(edits)
         anatomy = find_anatomy(model)
         layers = _chosen_layers(self, len(anatomy.blocks))
         linears = chosen_linears(anatomy, self, layers)
-        watch = Watch("lora", self.lr, layers, edits)
+        watch = Watch("lora", self.lr, layers, edits, first)
         batches = target_batches(
             tokenizer, edits, self.batch_size, module_device(model), chat_template=self.chat_template
         )

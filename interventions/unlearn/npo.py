@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from interventions.unlearn.kernels.likelihood import TextLosses
+    from interventions.unlearn.kernels.predictions import Predictions
     from interventions.unlearn.kernels.texts import TextBatch
 
 
@@ -44,8 +45,8 @@ class NpoSettings(TwoTerms):
             reference = reference_nll(model, batches)
             context.progress(f"npo: recorded the likelihood of {len(reference)} texts before the first update")
 
-            def losses(nll: Tensor, batch: TextBatch) -> Tensor:
-                return npo_losses(nll, reference[batch.which], self.beta)
+            def losses(said: Predictions) -> Tensor:
+                return npo_losses(said.text_nll, reference[said.batch.which], self.beta)
 
             return losses
 

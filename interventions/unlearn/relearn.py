@@ -27,7 +27,6 @@ class RelearnSettings(Trained):
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Fine-tune the model on the first texts of each topic of `resources.forget`, in place."""
-        from interventions.unlearn.kernels.likelihood import Terms, nll_by_token, train_on_likelihood
+        from interventions.unlearn.kernels.likelihood import Terms, descend, train_on_likelihood
 
-        terms = Terms(lambda model, batches: nll_by_token, by_token=True)
-        return train_on_likelihood(model, tokenizer, self, resources, context, terms)
+        return train_on_likelihood(model, tokenizer, self, resources, context, Terms(descend, by_token=True))

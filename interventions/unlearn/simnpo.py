@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from interventions.unlearn.kernels.likelihood import TextLosses
-    from interventions.unlearn.kernels.texts import TextBatch
+    from interventions.unlearn.kernels.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class SimNpoSettings(TwoTerms):
         from interventions.unlearn.kernels.preference import simnpo_losses
 
         def prepare(model: nn.Module, batches: object) -> TextLosses:
-            def losses(nll: Tensor, batch: TextBatch) -> Tensor:
-                return simnpo_losses(nll, batch.scored, self.beta, self.gamma)
+            def losses(said: Predictions) -> Tensor:
+                return simnpo_losses(said.text_nll, said.batch.scored, self.beta, self.gamma)
 
             return losses
 

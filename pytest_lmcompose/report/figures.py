@@ -178,6 +178,31 @@ def curves(records: Sequence[CompositionResult], metrics: Sequence[str], setting
     return Figure(f"curves-{setting}", f"Against {setting}", text, tuple(plots), head, tuple(table)) if plots else None
 
 
+def sequences(records: Sequence[CompositionResult]) -> Figure | None:
+    """Return the curve of each sequence of edits: success at the end by when the edits were made."""
+    values: Values = []
+    rows = []
+    for record in records:
+        for metric, measured in record.by_metric.items():
+            name, _, edits = metric.partition("/")
+            if name == "edit_survival":
+                rows.append((record.id, edits, _measured_text(measured)))
+                if measured.value is not None:
+                    y, error = measured.value, measured.stderr or 0.0
+                    point = {"x": int(edits.rpartition("-")[2]), "y": y, "low": y - error, "high": y + error}
+                    values.append({"series": record.id, **point, "full": rows[-1][2]})
+    if not rows:
+        return None
+    text = (
+        "Success of edits at the end, by when they were made: first ones on the left. The place on the axis is the "
+        "number of edits made until then; bars are standard errors."
+    )
+    plots = (Plot("edit_survival", _curve(values, "edits made", None), 420),) if values else ()
+    return Figure(
+        "sequence", "Survival over the sequence of edits", text, plots, ("composition", "edits", "success"), tuple(rows)
+    )
+
+
 def shares(
     found: Sequence[Share], metrics: Sequence[str], kind: str, title: str, text: str, goal: float
 ) -> Figure | None:

@@ -158,7 +158,7 @@ def _figures(report: Report, metrics: Sequence[str]) -> dict[str, Figure]:
             figures.shares(composed.returned, metrics, "returned", "Returned knowledge", _RETURNED, 0.0),
         ]
     found += [figures.curves(records, metrics, setting) for setting in figures.CURVES]
-    found.append(figures.costs(records))
+    found += [figures.sequences(records), figures.costs(records)]
     return {figure.key: figure for figure in found if figure is not None}
 
 

@@ -17,7 +17,8 @@ from interventions.anatomy import find_anatomy
 from interventions.training import Trainer
 from interventions.unlearn.gd import GdSettings
 from interventions.unlearn.kernels.choice import trained_parameters
-from interventions.unlearn.kernels.likelihood import add_gradients, nll_by_token, text_nll
+from interventions.unlearn.kernels.likelihood import add_gradients, nll_by_token
+from interventions.unlearn.kernels.predictions import predict
 from interventions.unlearn.kernels.texts import make_batches, tokenise
 from tests.interventions.unlearning import (
     RESOURCES,
@@ -41,7 +42,7 @@ def test_a_text_is_as_likely_in_a_padded_batch_as_alone(rows: list[list[int]], b
     seen = set()
     for batch in make_batches(rows, batch_size, tiny_tokenizer(), CPU):
         with torch.no_grad():
-            found = text_nll(model, batch)
+            found = predict(model, batch).text_nll
         for number, nll in zip(batch.which.tolist(), found, strict=True):
             with torch.no_grad():
                 says = model(input_ids=torch.tensor([rows[number]])).logits[0, :-1].log_softmax(dim=-1)
@@ -63,7 +64,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_without_padding(
         make_batches(tokenise(model, tokenizer, texts, 512, "texts"), batch_size, tokenizer, CPU)
         for texts in (FORGET, RESOURCES.retain)
     )
-    ours = add_gradients(trainer, model, forget, lambda nll, batch: -nll_by_token(nll, batch), True, 1.0)
+    ours = add_gradients(trainer, model, forget, lambda said: -nll_by_token(said), True, 1.0)
     ours += add_gradients(trainer, model, retain, nll_by_token, True, 40.0)
     theirs = 40.0 * mean_nll(plain, tokenizer, RESOURCES.retain) - mean_nll(plain, tokenizer, FORGET)
     theirs.backward()
@@ -269,5 +270,5 @@ def test_the_difference_needs_retain_text(tokenizer: Any) -> None:
 def test_one_text_alone_agrees_with_the_batch_helper(tokenizer: Any) -> None:
     nll, tokens = nll_alone(tiny_model(), tokenizer, SENTENCES[0])
     (batch,) = make_batches([tokenizer(SENTENCES[0])["input_ids"]], 1, tokenizer, CPU)
-    assert text_nll(tiny_model(), batch)[0].item() == pytest.approx(nll.item(), rel=1e-5)
+    assert predict(tiny_model(), batch).text_nll[0].item() == pytest.approx(nll.item(), rel=1e-5)
     assert int(batch.scored[0]) == tokens

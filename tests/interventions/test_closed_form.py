@@ -1,4 +1,4 @@
-"""The closed forms of MEMIT, ROME and AlphaEdit against dense formulations of what they solve."""
+"""The closed forms of MEMIT, ROME, EMMET and AlphaEdit against dense formulations of what they solve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interventions import InterventionError
-from interventions.edit.kernels.closed_form import alphaedit_update, factorise, memit_update, null_space, rome_update
+from interventions.edit.kernels.closed_form import (
+    alphaedit_update,
+    emmet_update,
+    factorise,
+    memit_update,
+    null_space,
+    rome_update,
+)
 
 
 def _problem(d_k: int, d_out: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -146,3 +153,43 @@ def test_a_batch_leaves_what_an_earlier_one_stored() -> None:
     kept = alphaedit_update(keys[:, :4], residuals[:, :4], keys[:, 4:], basis, 1e-6)
     stored = keys[:, 4:].double()
     assert float((kept @ stored).norm()) < 1e-4 * float((free @ stored).norm())
+
+
+@settings(max_examples=25)
+@given(d_k=st.integers(2, 30), d_out=st.integers(1, 8), n=st.integers(1, 12), seed=st.integers(0, 10_000))
+def test_emmet_solves_the_lagrangian_of_all_edits_at_once(d_k: int, d_out: int, n: int, seed: int) -> None:
+    n = min(n, d_k)
+    keys, residuals, second_moment = _problem(d_k, d_out, n, seed)
+    update = emmet_update(keys, residuals, factorise(second_moment), 0.0).numpy()
+    C = (second_moment.double() + second_moment.double().t()).numpy() / 2
+    K, R = keys.double().numpy(), residuals.double().numpy()
+    system = np.block([[C, K], [K.T, np.zeros((n, n))]])
+    dense = np.linalg.solve(system, np.concatenate([np.zeros((d_k, d_out)), R.T]))[:d_k].T
+    assert np.linalg.norm(update - dense) <= 1e-6 * np.linalg.norm(dense)
+    assert np.linalg.norm(update @ K - R) <= 1e-12 * np.linalg.norm(R) * np.linalg.cond(K.T @ np.linalg.solve(C, K))
+
+
+@given(ridge=st.floats(1e-3, 1e3), seed=st.integers(0, 10_000))
+@settings(max_examples=10)
+def test_emmets_ridge_is_the_published_one(ridge: float, seed: int) -> None:
+    keys, residuals, second_moment = _problem(20, 4, 6, seed)
+    update = emmet_update(keys, residuals, factorise(second_moment), ridge)
+    K, R, C_inv = keys.double(), residuals.double(), torch.linalg.inv(second_moment.double())
+    dense = R @ torch.linalg.solve(K.t() @ C_inv @ K + ridge * torch.eye(6).double(), K.t() @ C_inv)
+    assert float((update - dense).norm()) <= 1e-6 * float(dense.norm())
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_one_edit_of_emmet_is_one_of_rome(ridge: float) -> None:
+    keys, residuals, second_moment = _problem(20, 4, 1, seed=8)
+    stored = factorise(second_moment)
+    one, other = emmet_update(keys, residuals, stored, ridge), rome_update(keys, residuals, stored)
+    assert float((one - other).norm()) <= 1e-10 * float(other.norm())
+
+
+def test_emmet_stores_edits_with_the_same_key_once() -> None:
+    keys, residuals, second_moment = _problem(20, 4, 3, seed=9)
+    stored = factorise(second_moment)
+    alone = emmet_update(keys, residuals, stored, 0.0)
+    again = emmet_update(keys[:, [0, 0, 1, 2]], residuals[:, [0, 0, 1, 2]], stored, 0.0)
+    assert float((alone - again).norm()) <= 1e-8 * float(alone.norm())

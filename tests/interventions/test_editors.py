@@ -13,6 +13,7 @@ from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.edit.bases import ValueSettings
 from interventions.edit.kernels.prompts import tokenise
+from interventions.edit.pmet import PmetValueSettings
 from tests.models import CONFIGS, SENTENCES, tiny_model, tiny_tokenizer
 from tests.tokenizers import TOKENIZERS
 
@@ -26,6 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"layers": [1], "targets": ["value", "mlp_out"], "steps": 4, "lr": 1e-2},
     "memit": {"layers": [0, 1], **FAST},
     "rome": {"layer": 1, **FAST},
+    "emmet": {"layers": [0, 1], **FAST},
+    "pmet": {"layers": [0, 1], "contexts_per_length": 0, "z": PmetValueSettings(steps=3)},
     "alphaedit": {"layers": [0, 1], "nullspace_threshold": 0.5, "nullspace_relative": True, **FAST},
 }
 TEMPLATE = (
@@ -37,7 +40,7 @@ TEMPLATE = (
 def _named(method: str, model: nn.Module) -> set[str]:
     """The weights that the settings above name."""
     blocks = find_anatomy(model).blocks
-    chosen = {0: ["memit", "alphaedit"], 1: list(METHODS)}
+    chosen = {0: ["memit", "emmet", "pmet", "alphaedit"], 1: list(METHODS)}
     names = {block.mlp_output.parameter_name for block in blocks if method in chosen[block.index]}
     if method == "lora":
         names.add(blocks[1].group("attention_in").linears[-1].parameter_name)

@@ -332,7 +332,9 @@ def test_copies_of_the_caller_replace_those_of_the_step(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", ["ft", "lora", "memit", "rome", "alphaedit", "rmu", "ga", "gd", "npo", "simnpo"])
+@pytest.mark.parametrize(
+    "method", ["ft", "lora", "memit", "pmet", "rome", "alphaedit", "rmu", "ga", "gd", "npo", "simnpo"]
+)
 def test_methods_say_what_they_may_change(method: str, family: str) -> None:
     model = tiny_model(family)
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -187,6 +187,15 @@ gd={retain_weight:0,forget_weight:0}
 gd.retain_weight=-40
 npo.beta=0
 simnpo.gamma=nan
+emmet.ridge=-1
+pmet.z.sure_weight=-1
+wga.beta=-1
+satimp.importance=-1
+undial.beta=0
+jensun.refusal=''
+jensun.refusal=1
+quail.bits=1
+ft.edits_at_once=0
 relearn.epochs=0
 """.strip().splitlines()
 COMPOSITIONS = """

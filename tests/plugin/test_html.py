@@ -384,3 +384,12 @@ def test_without_the_extra_the_page_has_no_figures_and_says_which_extra_brings_t
     assert told == [
         f"lmcompose: {tmp_path / 'page.html'}: no figures; install the extra html: pip install 'pytest-lmcompose[html]'"
     ]
+
+
+def test_the_page_draws_how_edits_survive_their_sequence() -> None:
+    samples = {"edit_survival/1-2": [0, 1], "edit_survival/3-4": [1, 1]}
+    page = html.render(typed(documents.report({"base": {}, "memit": samples, "rome": {"edit_survival/1": [0]}})))
+    (figure,) = lxml_html.fromstring(page).xpath("//figure[@id='sequence']")
+    rows = [[cell.text_content().strip() for cell in row] for row in figure.xpath(".//tbody/tr")]
+    assert [row[:2] for row in rows] == [["memit", "1-2"], ["memit", "3-4"], ["rome", "1"]]
+    assert rows[1][2].startswith("1")

@@ -95,16 +95,24 @@ class Arrival:
         """Run the block on one chunk; return its output at the subjects, (rows, hidden) float32."""
         every = torch.arange(len(chunk.places), device=chunk.places.device)
 
-        def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows: Tensor = output.detach().reshape(len(every), -1, output.shape[-1])
-            self._put_out = rows[every, chunk.places].float()
-            added = changes.to(output.dtype)
-            return rows.index_put((every, chunk.places), added, accumulate=True).reshape(output.shape)
+        def change(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            hidden = first_output(output).detach()
+            self._put_out = hidden.reshape(len(every), -1, hidden.shape[-1])[every, chunk.places].float()
+            return add_at(output, chunk.places, changes)
 
         with self._block.mlp_output.module.register_forward_hook(change):
             output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
         found: Tensor = output[every, chunk.places].float()
         return found
+
+
+def add_at(output: Any, places: Tensor, changes: Tensor) -> Any:
+    """Return a module's output, in which rows and tokens may be flattened, with `changes` (rows, width) at `places`."""
+    hidden = first_output(output)
+    every = torch.arange(len(places), device=places.device)
+    rows = hidden.reshape(len(places), -1, hidden.shape[-1])
+    changed = rows.index_put((every, places), changes.to(hidden.dtype), accumulate=True).reshape(hidden.shape)
+    return (changed, *output[1:]) if isinstance(output, tuple | list) else changed
 
 
 class _Chunk(NamedTuple):

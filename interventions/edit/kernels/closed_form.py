@@ -1,4 +1,4 @@
-"""Closed forms of ROME, MEMIT and AlphaEdit: least-squares updates of a linear associative memory.
+"""Closed forms of ROME, MEMIT, EMMET and AlphaEdit: least-squares updates of a linear associative memory.
 
 A projection W stores values under keys, W K = V. C (d_k, d_k), `second_moment`, is the second moment of the keys to
 preserve. New keys K are (d_k, n); R (d_out, n) is the wanted change of W K. All computations are in float64.
@@ -66,6 +66,21 @@ def rome_update(keys: Tensor, residuals: Tensor, stored: Factor) -> Tensor:
     update = torch.zeros(R.shape[0], K.shape[0], dtype=torch.float64, device=K.device)
     for k, u, r in zip(K.t(), C_inv_K.t(), R.t(), strict=True):
         update += torch.outer((r - update @ k) / (u @ k), u)
+    return update
+
+
+def emmet_update(keys: Tensor, residuals: Tensor, stored: Factor, ridge: float) -> Tensor:
+    """Return R (K^T C^-1 K + ridge I)^-1 K^T C^-1, (d_out, d_k): the solution of Gupta et al. (2024).
+
+    Without ridge, it is the smallest update in the norm of C that changes W K by exactly R, the solution of the
+    Lagrangian; keys that depend on each other get the least-squares solution. As published, one key gets no ridge.
+    """
+    K, R = keys.double(), residuals.double()
+    C_inv_K = torch.cholesky_solve(K, stored.lower)  # (d_k, n)
+    gram = K.t() @ C_inv_K
+    if len(gram) > 1:
+        gram.diagonal().add_(ridge)
+    update: Tensor = R @ torch.linalg.pinv(gram, hermitian=True) @ C_inv_K.t()
     return update
 
 

@@ -1,4 +1,4 @@
-"""The shared part of ROME, MEMIT and AlphaEdit: rewrite MLP output projections as associative memories.
+"""The shared part of ROME, MEMIT, EMMET, PMET and AlphaEdit: rewrite MLP output projections as associative memories.
 
 For every edit, optimise the hidden state z at the subject's last token that makes the model predict the new target.
 Then update the MLP output projections, block by block, so that the subjects' keys map to z. The methods differ in
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from interventions.anatomy import find_anatomy
 from interventions.context import Context
 from interventions.edit.bases import Rewriter
-from interventions.edit.kernels.arrival import Arrival
+from interventions.edit.kernels.arrival import ADDED, Arrival
 from interventions.edit.kernels.closed_form import Factor, factorise
 from interventions.edit.kernels.prompts import check_edits, sample_contexts, tokenise
-from interventions.edit.kernels.subjects import keys_and_values
-from interventions.edit.kernels.target_loss import all_nll, target_batches
-from interventions.edit.kernels.target_values import TargetValues, optimise_values
+from interventions.edit.kernels.sequence import batch_sizes
+from interventions.edit.kernels.subjects import SubjectStates, keys_and_values
+from interventions.edit.kernels.target_loss import nll_of
+from interventions.edit.kernels.target_values import Components, TargetValues, optimise_values
 from interventions.padding import padding_id
 from interventions.shared_statistics import collect_shared
 from interventions.statistics import Batch, scarce, token_batches
-from interventions.structure import Linear, module_device, within_context
+from interventions.structure import Linear, within_context
 from interventions.types import Edit, InterventionError, Resources
 
 Solve = Callable[[Tensor, Tensor], Tensor]
@@ -50,12 +51,15 @@ def rewrite(
     make_solve: Callable[[Linear, Tensor], Solve],
     *,
     remedy: str,
+    components: Components | None = None,
+    spread: Callable[[int], float] = float,
 ) -> dict[str, Any]:
     """Make all of `resources.edits` in place, batch by batch; return the details of the step.
 
     `make_solve` prepares the solve of one projection from the second moment of its keys on `resources.calibration`,
-    computed before the first batch. Each layer takes an equal share of the change that remains, which corrects errors
-    of earlier layers. `remedy` names the setting to change if edits do not reach their target values.
+    computed before the first batch. Each layer takes a share of the change that remains, which corrects errors of
+    earlier layers: with n layers left to edit, one part of `spread(n)`. `remedy` names the setting to change if edits
+    do not reach their target values. With `components`, target values are outputs of MLPs, not of blocks.
     """
     edits = resources.edits
     check_edits(edits)
@@ -78,8 +82,9 @@ def rewrite(
     contexts = ["", *sampled]
     prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
     pad = padding_id(tokenizer)
+    inside = components is not None
     gains = [
-        Arrival(model, anatomy.blocks[layer], prompts[:_PROBED], pad).gain(output.out_features)
+        ADDED if inside else Arrival(model, anatomy.blocks[layer], prompts[:_PROBED], pad).gain(output.out_features)
         for layer, output in zip(layers, outputs, strict=True)
     ]
 
@@ -99,26 +104,32 @@ def rewrite(
             chat_template=settings.chat_template,
             first=start,
             gain=gains[-1],
+            components=components,
             cached=cached,
         )
         cached = found.cached
         return found
 
+    def read(chosen: Sequence[Edit], contexts: Sequence[str], layer: int) -> SubjectStates:
+        chat_template = settings.chat_template
+        return keys_and_values(
+            model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=chat_template, inside=inside
+        )
+
     weights = {output.name: _EditedWeight(output) for output in outputs}
-    size = settings.batch_size or len(edits)
+    sizes = batch_sizes(len(edits), settings.batch_size)
     reports: list[dict[str, Any]] = []
     starts: list[Tensor] = []
     values: list[Tensor] = []
-    for start in range(0, len(edits), size):
+    for number, size in enumerate(sizes):
+        start = sum(sizes[:number])
         chosen = edits[start : start + size]
         found = find_values(start, chosen)
         at_first = found.start
         for position, (layer, output, gain) in enumerate(zip(layers, outputs, gains, strict=True)):
-            keys, reached = keys_and_values(
-                model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=settings.chat_template
-            )
+            keys, reached = read(chosen, contexts, layer)
             if gain.linear or layer != layers[-1]:
-                residuals = (found.z - reached) / (len(layers) - position) / gain.factor
+                residuals = (found.z - reached) / spread(len(layers) - position) / gain.factor
             else:  # the edits of the layers below changed the reachable values
                 found = find_values(start, chosen) if position else found
                 residuals = found.change
@@ -132,22 +143,22 @@ def rewrite(
             for edit, nll, steps, moved in numbers
         ]
         context.progress(f"{settings.name}: {len(reports)} of {len(edits)} edits made")
-    _, now = keys_and_values(model, tokenizer, anatomy, edits, [""], layers[-1], chat_template=settings.chat_template)
+    _, now = read(edits, [""], layers[-1])
     shares = shares_reached(torch.cat(starts), torch.cat(values), now).tolist()
-    texts = target_batches(tokenizer, edits, _BATCH, module_device(model), chat_template=settings.chat_template)
-    after = all_nll(model, anatomy.head, texts).tolist()
+    after = nll_of(model, tokenizer, edits, _BATCH, chat_template=settings.chat_template).tolist()
     short = [(share, nll) for share, nll in zip(shares, after, strict=True) if share < _ENOUGH]
     if short:
         # Methods trade edits against other keys, so a smaller share can be enough: check the targets.
         lost = sum(nll > _UNLIKELY for _, nll in short)
         context.warn(
-            f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their hidden state in "
+            f"{len(short)} of {len(edits)} edits reach less than {_ENOUGH} of the change of their target value in "
             f"layer {layers[-1]} (the least {min(short)[0]:.2f}), and {lost} of them leave their target less likely "
             f"than not; {remedy}"
         )
     return {
         "layers": layers,
-        "batches": -(-len(edits) // size),
+        "batches": len(sizes),
+        "sequence": sizes,
         "covariance_tokens": tokens,
         "contexts": contexts,
         "updates": {output.parameter_name: weights[output.name].change() for output in outputs},

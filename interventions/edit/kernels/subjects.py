@@ -23,7 +23,7 @@ class SubjectStates(NamedTuple):
     keys: Tensor
     """(edits, d_k): input of an MLP output projection, averaged over the contexts."""
     values: Tensor
-    """(edits, hidden): output of a block in the bare prompt."""
+    """(edits, hidden): output of a block, or of its MLP, in the bare prompt."""
 
 
 @torch.no_grad()
@@ -37,16 +37,19 @@ def keys_and_values(
     value_layer: int | None = None,
     *,
     chat_template: bool = False,
+    inside: bool = False,
 ) -> SubjectStates:
     """Return the keys of block `layer` and the outputs of block `value_layer` (None: `layer`), which is not below it.
 
-    The first context must be empty. As published for MEMIT, keys are the mean of the bare prompt's key and the mean
-    key of the other contexts. Every text runs once, up to the last block needed.
+    With `inside`, values are the outputs of that block's MLP. The first context must be empty. As published for MEMIT,
+    keys are the mean of the bare prompt's key and the mean key of the other contexts. Every text runs once, up to the
+    last block needed.
     """
     key_block = anatomy.blocks[layer]
     value_block = anatomy.blocks[layer if value_layer is None else value_layer]
     bare = [tokenise(tokenizer, edit, chat_template=chat_template) for edit in edits]
-    keys, values = _read(model, tokenizer, bare, key_block, value_block)
+    value_module = value_block.mlp_output.module if inside else value_block.module
+    keys, values = _read(model, tokenizer, bare, key_block, value_module)
     if len(contexts) > 1:
         pairs = [(edit, context) for edit in edits for context in contexts[1:]]
         others = [tokenise(tokenizer, edit, context, chat_template=chat_template) for edit, context in pairs]
@@ -56,14 +59,14 @@ def keys_and_values(
 
 
 def _read(
-    model: nn.Module, tokenizer: Any, rows: Sequence[TokenisedPrompt], key_block: Block, value_block: Block | None
+    model: nn.Module, tokenizer: Any, rows: Sequence[TokenisedPrompt], key_block: Block, value_module: nn.Module | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of every text; without `value_block`, no values."""
+    """Return the keys and values of every text; without `value_module`, no values."""
     seen: dict[str, Tensor] = {}
 
     def see_key(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen["key"] = args[0]
-        if value_block is None:
+        if value_module is None:
             raise StopForward
 
     def see_value(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -73,8 +76,8 @@ def _read(
     device = module_device(model)
     keys, values = [], []
     handles = [key_block.mlp_output.module.register_forward_pre_hook(see_key)]
-    if value_block is not None:
-        handles.append(value_block.module.register_forward_hook(see_value))
+    if value_module is not None:
+        handles.append(value_module.register_forward_hook(see_value))
     try:
         for start in range(0, len(rows), _BATCH):
             chunk = rows[start : start + _BATCH]
@@ -84,8 +87,8 @@ def _read(
             place = torch.tensor([row.subject_end for row in chunk], device=device)
             # Some MLPs flatten rows and tokens.
             keys.append(seen["key"].reshape(len(chunk), -1, seen["key"].shape[-1])[every, place].float())
-            if value_block is not None:
-                values.append(seen["value"][every, place].float())
+            if value_module is not None:
+                values.append(seen["value"].reshape(len(chunk), -1, seen["value"].shape[-1])[every, place].float())
     finally:
         for handle in handles:
             handle.remove()

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from interventions.early_exit import accepted, head_on_one_token, replaced_forward
+from interventions.edit.kernels.arrival import add_at
 from interventions.edit.kernels.logits import logits_at
 from interventions.padding import pad_left, pad_right
-from interventions.structure import Anatomy, first_output, module_device
+from interventions.structure import Anatomy, Block, first_output, module_device
 from interventions.types import InterventionError
 
 
@@ -25,8 +26,9 @@ class Tail:
     """A model from block `layer` on, for one fixed batch of texts.
 
     `rows` are token ids; `begins` are the first positions whose value changes: the output of the block or, with
-    `inside`, of its MLP's output projection. The tokens from there on are *suffixes*, (rows, longest suffix), padded
-    on the right with `pad`. The batch runs through the model once; later passes skip the layers below. With `cached`,
+    `inside`, of its MLP's output projection or, with `attention`, of that of its attention; then the MLP's output can
+    change at these positions too. The tokens from there on are *suffixes*, (rows, longest suffix), padded on the right
+    with `pad`. The batch runs through the model once; later passes skip the layers below. With `cached`,
     keys and values of earlier tokens are cached too; otherwise every pass runs whole texts. `open_tail` tells which
     works for a model.
     """
@@ -41,10 +43,15 @@ class Tail:
         pad: int,
         *,
         inside: bool = False,
+        attention: bool = False,
         cached: bool = True,
     ) -> None:
         self._model, self._head = model, anatomy.head
-        self._site = anatomy.blocks[layer].mlp_output.module if inside else anatomy.blocks[layer].module
+        block = anatomy.blocks[layer]
+        self._site = block.mlp_output.module if inside else block.module
+        self._also: nn.Module | None = None
+        if attention:
+            self._site, self._also = attention_and_mlp(block)
         below = [block.module for block in anatomy.blocks[:layer]]
         device = module_device(model)
         self.ids, after_mask = pad_right([row[begin:] for row, begin in zip(rows, begins, strict=True)], pad, device)
@@ -60,8 +67,12 @@ class Tail:
                 ids, mask = (padded[:-1] for padded in pad_right([*rows, room], pad, device))
                 self._arguments = accepted(model, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
             kept: dict[nn.Module, Any] = {}
-            with _watching([*below, self._site], kept):
+            also = [] if self._also is None else [self._also]
+            every = torch.arange(len(rows), device=device)
+            with _watching([*below, self._site, *also], kept):
                 model(**self._arguments)
+        self.also = [_by_rows(first_output(kept.pop(module)), len(rows))[every, self._begins] for module in also]
+        """With `attention`: the MLP's outputs at the first token of each suffix, one tensor (rows, hidden)."""
         self._output = kept.pop(self._site)
         self._below = kept
         self._columns = self._begins[:, None] + torch.arange(self.ids.shape[1], device=device)
@@ -89,18 +100,35 @@ class Tail:
         arguments = {"attention_mask": whole, "position_ids": places[:, width:]}
         return accepted(model, {"input_ids": self.ids, **arguments, **cached, "past_key_values": _Fixed(cache)})
 
-    def logits(self, hidden: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, rows: Tensor, places: Tensor, added: Tensor | None = None) -> Tensor:
         """Return the logits (n, vocabulary) float32 at n pairs of a row and a position in its suffix.
 
-        `hidden` replaces `self.hidden` and has the same shape.
+        `hidden` replaces `self.hidden` and has the same shape. With `attention`, `added` (rows, hidden) is added to the
+        MLP's outputs at the first tokens.
         """
         if self._whole.shape != hidden.shape:
             every = torch.arange(len(hidden), device=hidden.device)[:, None]
             hidden = self._whole.index_put((every, self._columns), hidden)
         hidden = hidden.reshape(first_output(self._output).shape)
         output = (hidden, *self._output[1:]) if isinstance(self._output, tuple | list) else hidden
-        with _returning({**self._below, self._site: output}):
+        with _returning({**self._below, self._site: output}), self._adding(added):
             return logits_at(self._model, self._head, self._arguments, rows, places + self._begins[rows])
+
+    @contextmanager
+    def _adding(self, added: Tensor | None) -> Iterator[None]:
+        if self._also is None or added is None:
+            yield
+            return
+        with self._also.register_forward_hook(lambda module, args, output: add_at(output, self._begins, added)):
+            yield
+
+
+def attention_and_mlp(block: Block) -> tuple[nn.Module, nn.Module]:
+    """Return the output projections of a block's attention and MLP; InterventionError for a block without both."""
+    attention, mlp = block.group("attention_out").linears[0].module, block.mlp_output.module
+    if attention is mlp:
+        raise InterventionError(f"{block.name}: attention without an MLP; choose other layers")
+    return attention, mlp
 
 
 def open_tail(
@@ -112,6 +140,7 @@ def open_tail(
     pad: int,
     *,
     inside: bool = False,
+    attention: bool = False,
 ) -> bool:
     """Return whether a `Tail` of these texts can be cached, after comparing its logits with the model's on a few texts.
 
@@ -134,7 +163,7 @@ def open_tail(
         problems = []
         for cached in (True, False):
             try:
-                tail = Tail(model, anatomy, layer, *some, pad, inside=inside, cached=cached)
+                tail = Tail(model, anatomy, layer, *some, pad, inside=inside, attention=attention, cached=cached)
                 found = tail.logits(tail.hidden, numbers, places)
                 error = float((found - own).norm() / own.norm())
             except Exception as failure:  # a model's code can raise anything for arguments that it does not support

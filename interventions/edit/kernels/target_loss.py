@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interventions.anatomy import find_anatomy
 from interventions.edit.kernels.logits import logits_at
 from interventions.edit.kernels.prompts import tokenise
 from interventions.padding import pad_right, padding_id
+from interventions.structure import module_device
 from interventions.types import Edit, InterventionError
 
 _LARGEST_CHANGE = 100.0
@@ -68,6 +70,15 @@ def all_nll(model: nn.Module, head: nn.Module, batches: Sequence[TargetBatch]) -
         return torch.cat([target_nll(model, head, batch) for batch in batches])
 
 
+def nll_of(
+    model: nn.Module, tokenizer: Any, edits: Sequence[Edit], batch_size: int, *, chat_template: bool = False
+) -> Tensor:
+    """Return the negative log-likelihood of each edit's target, (edits,) float32."""
+    device = module_device(model)
+    batches = target_batches(tokenizer, edits, batch_size, device, chat_template=chat_template)
+    return all_nll(model, find_anatomy(model).head, batches)
+
+
 def edit_report(edits: Sequence[Edit], before: Tensor, after: Tensor) -> list[dict[str, Any]]:
     """Return prompt, target and likelihoods of each edit as plain data."""
     numbers = zip(edits, before.tolist(), after.tolist(), strict=True)
@@ -82,6 +93,8 @@ class Watch:
     lr: float
     layers: Sequence[int]
     edits: Sequence[Edit]
+    first: int = 0
+    """Number of the first edit."""
 
     def finite(self, nll: Tensor, which: range, updates: int) -> None:
         """Raise InterventionError if the loss of one of the edits `which` is not finite."""
@@ -89,7 +102,7 @@ class Watch:
         if len(bad):
             number = which[int(bad[0])]
             raise InterventionError(
-                f"{self.method}: the loss of edit {number} ({self.edits[number].prompt!r}) became "
+                f"{self.method}: the loss of edit {self.first + number} ({self.edits[number].prompt!r}) became "
                 f"{float(nll.detach()[bad[0]])} after {updates} updates of {self._where()}; "
                 f"lower {self.method}.lr, or look for NaN in the model's weights"
             )

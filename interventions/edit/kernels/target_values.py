@@ -8,7 +8,7 @@ Edits of one subject share a key, and a layer has one output per key, so they sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,20 @@ from interventions.edit.kernels.tail import Tail, open_tail
 from interventions.padding import padding_id
 from interventions.structure import Anatomy, module_device
 from interventions.types import Edit, InterventionError
+
+
+@dataclass(frozen=True)
+class Components:
+    """The way of PMET: change the outputs of attention and MLP together; the target values are the MLP's outputs.
+
+    An edit whose target tokens are all the most likely ones of their places is sure.
+    """
+
+    sure_weight: float
+    """Weight of the NLL of a sure edit in the next step."""
+    sure_divergence: float
+    """A sure edit stops when its KL term is not above this."""
+
 
 _PART_TOKENS = 512
 """Tokens, padding included, whose activations are kept for the gradient at once."""
@@ -60,12 +74,14 @@ def optimise_values(
     chat_template: bool = False,
     first: int = 0,
     gain: Gain = ADDED,
+    components: Components | None = None,
     cached: bool | None = None,
 ) -> TargetValues:
     """Find z for every edit: the output of block `layer` at the subject's last token.
 
     If the block's `gain` is linear, z is optimised directly. Otherwise the change of the MLP's output is optimised, and
-    z is the block's resulting output.
+    z is the block's resulting output. With `components`, z is the MLP's output, and the attention's output is optimised
+    together with it.
 
     Minimises, per edit, the NLL of the target over `contexts` (the first one empty), plus the KL divergence from the
     unedited model at the subject in "{subject} is a", plus weight decay on the change; edits of one subject are
@@ -77,36 +93,46 @@ def optimise_values(
 
     def make_batch(which: list[int]) -> _Batch:
         texts = _texts(tokenizer, edits, contexts, which, chat_template)
-        return _Batch(model, anatomy, layer, which, texts, gain, padding_id(tokenizer), cached)
+        attention = components is not None
+        return _Batch(model, anatomy, layer, which, texts, gain, padding_id(tokenizer), attention, cached)
 
     batch = make_batch(list(range(len(edits))))
     cached = batch.cached
-    start = batch.start if arrival is None else arrival.outputs(torch.zeros_like(batch.start))  # h, (edits, hidden)
-    start_norm = start.norm(dim=1)
+    start = batch.start  # (edits, sites, hidden), the site of z last
+    if arrival is not None:
+        start = arrival.outputs(torch.zeros_like(start[:, -1]))[:, None]
+    start_norm = start.norm(dim=2)
     subjects = {subject: number for number, subject in enumerate(dict.fromkeys(edit.subject for edit in edits))}
     owner = torch.tensor([subjects[edit.subject] for edit in edits], device=start.device)
-    smallest = torch.full((len(subjects),), torch.inf, device=start.device)
-    largest = settings.clamp_norm_factor * smallest.scatter_reduce(0, owner, start_norm, "amin")
-    delta = torch.zeros(len(subjects), start.shape[1], device=start.device)
+    smallest = start_norm.new_full((len(subjects), start.shape[1]), torch.inf)
+    owners = owner[:, None].expand_as(start_norm)
+    largest = settings.clamp_norm_factor * smallest.scatter_reduce(0, owners, start_norm, "amin")
+    delta = torch.zeros(len(subjects), *start.shape[1:], device=start.device)
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
     said_before = batch.says()
     active = torch.ones(len(edits), dtype=torch.bool, device=start.device)
-    loss, nll = torch.zeros_like(start_norm), torch.zeros_like(start_norm)
+    weight = torch.ones(len(edits), device=start.device)
+    loss, nll = torch.zeros_like(weight), torch.zeros_like(weight)
     steps = torch.zeros_like(active, dtype=torch.int64)
 
     for step in range(settings.steps):
         last = step == settings.steps - 1
-        changes = delta[owner].requires_grad_(not last)  # (edits, hidden)
+        changes = delta[owner].requires_grad_(not last)  # (edits, sites, hidden)
         which = batch.which
-        new_nll, divergence = batch(changes, said_before[which], settings.kl_factor)
-        decay = settings.weight_decay * changes[which].norm(dim=1) / start_norm[which] ** 2
-        new_loss = new_nll + settings.kl_factor * divergence + decay.detach()
+        new_nll, divergence, sure = batch(changes, said_before[which], weight[which], settings.kl_factor)
+        divergence *= settings.kl_factor
+        decay = settings.weight_decay * (changes[which].norm(dim=2) / start_norm[which] ** 2).sum(dim=1)
+        new_loss = weight[which] * new_nll + divergence + decay.detach()
         _check_finite(new_loss, which, edits, first)
         running = active[which]
         loss[which] = torch.where(running, new_loss, loss[which])
         nll[which] = torch.where(running, new_nll, nll[which])
         wanting = torch.zeros(len(subjects), dtype=torch.bool, device=start.device)
-        wanting.index_fill_(0, owner[active & (loss >= settings.stop_loss)], True)
+        unfinished = loss >= settings.stop_loss
+        if components is not None:
+            weight[which] = torch.where(sure, components.sure_weight, 1.0)
+            unfinished[which] &= ~(sure & (divergence <= components.sure_divergence))
+        wanting.index_fill_(0, owner[active & unfinished], True)
         active = wanting[owner]
         if last or not bool(active.any()):
             break
@@ -115,7 +141,7 @@ def optimise_values(
         delta.grad = torch.zeros_like(delta).index_add_(0, owner, changes.grad)
         before = delta.clone()
         optimizer.step()
-        delta *= (largest / delta.norm(dim=1).clamp_min(1e-12)).clamp(max=1.0)[:, None]
+        delta *= (largest / delta.norm(dim=2).clamp_min(1e-12)).clamp(max=1.0)[:, :, None]
         delta[~wanting] = before[~wanting]  # finished edits do not change
         steps += active
         left = int(active.sum())
@@ -123,7 +149,7 @@ def optimise_values(
             progress(f"z: step {step}, mean loss {float(loss.mean()):.3f}, {left} of {len(edits)} edits left")
         if left <= len(which) // 2:  # worth a pass through the model to drop finished edits
             batch = make_batch(active.nonzero()[:, 0].tolist())
-    found = delta[owner]
+    start, found = start[:, -1], delta[owner, -1]
     z = start + found if arrival is None else arrival.outputs(found / gain.factor)
     return TargetValues(z, start, found / gain.factor, loss, nll, steps, cached)
 
@@ -187,6 +213,7 @@ class _Batch:
         texts: Sequence[_Text],
         gain: Gain,
         pad: int,
+        attention: bool,
         cached: bool | None,
     ) -> None:
         self.which = torch.tensor(which, device=module_device(model))
@@ -194,16 +221,17 @@ class _Batch:
         inside = not gain.linear
         if cached is None:
             rows, subjects = [text.ids for text in texts], [text.subject_end for text in texts]
-            cached = open_tail(model, anatomy, layer, rows, subjects, pad, inside=inside)
+            cached = open_tail(model, anatomy, layer, rows, subjects, pad, inside=inside, attention=attention)
         self.cached = cached
         unit = gain.factor if inside else 1.0
-        self._parts = [_Part(model, anatomy, layer, part, unit, pad, inside, cached) for part in _by_length(texts)]
+        options = {"inside": inside, "attention": attention, "cached": cached}
+        self._parts = [_Part(model, anatomy, layer, part, unit, pad, options) for part in _by_length(texts)]
         bare = {
             text.owner: text for text in reversed(texts) if text.targets
         }  # an edit's first context is the empty one
         starts = {id(text): start for part in self._parts for text, start in zip(part.texts, part.starts, strict=True)}
         self.start = torch.stack([starts[id(bare[owner])] for owner in range(len(which))])
-        """Values to change, at the subjects of the bare prompts, (edits of the batch, hidden)."""
+        """Values to change, at the subjects of the bare prompts, (edits of the batch, sites, hidden)."""
 
     @torch.no_grad()
     def says(self) -> Tensor:
@@ -211,28 +239,32 @@ class _Batch:
         found: dict[int, Tensor] = {}
         for part in self._parts:
             if len(part.essences):
-                _, says = part(torch.zeros_like(self.start))
+                _, says, _ = part(torch.zeros_like(self.start))
                 found |= zip(part.essences.tolist(), says, strict=True)
         return torch.stack([found[owner] for owner in range(len(found))])
 
-    def __call__(self, changes: Tensor, said_before: Tensor, kl_factor: float) -> tuple[Tensor, Tensor]:
-        """Return each edit's NLL and divergence from `said_before` with `changes` (all edits, hidden) added.
+    def __call__(
+        self, changes: Tensor, said_before: Tensor, weight: Tensor, kl_factor: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each edit's NLL, its divergence from `said_before`, and whether all target tokens are most likely.
 
-        The gradient of NLL + kl_factor * divergence is added to that of `changes`, if it takes one.
+        `changes` (all edits, sites, hidden) are added. The gradient of weight * NLL + kl_factor * divergence is added
+        to that of `changes`, if it takes one.
         """
         nll = torch.zeros(len(self.which), device=changes.device)
-        divergence = torch.zeros_like(nll)
+        divergence, missed = torch.zeros_like(nll), torch.zeros_like(nll)
         for part in self._parts:
             with torch.set_grad_enabled(changes.requires_grad):
-                part_nll, says = part(changes[self.which])
+                part_nll, says, part_missed = part(changes[self.which])
                 before = said_before[part.essences]
                 part_divergence = (before.exp() * (before - says)).sum(dim=1)
-                objective = part_nll.sum() + kl_factor * part_divergence.sum()
+                objective = (weight * part_nll).sum() + kl_factor * part_divergence.sum()
             if changes.requires_grad:
                 objective.backward(inputs=[changes])  # type: ignore[no-untyped-call]
             nll += part_nll.detach()
+            missed += part_missed
             divergence.index_add_(0, part.essences, part_divergence.detach())
-        return nll, divergence
+        return nll, divergence, missed == 0
 
 
 def _by_length(texts: Sequence[_Text]) -> list[list[_Text]]:
@@ -257,8 +289,7 @@ class _Part:
         texts: Sequence[_Text],
         unit: float,
         pad: int,
-        inside: bool,
-        cached: bool,
+        options: Mapping[str, bool],
     ) -> None:
         def tensor(values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=module_device(model))
@@ -266,8 +297,9 @@ class _Part:
         self.texts = texts
         rows, subjects = [text.ids for text in texts], [text.subject_end for text in texts]
         # In the tail's suffixes, the subject's last token is the first.
-        self._tail = Tail(model, anatomy, layer, rows, subjects, pad, inside=inside, cached=cached)
-        self.starts = self._tail.hidden[:, 0].float()
+        self._tail = Tail(model, anatomy, layer, rows, subjects, pad, **options)
+        self.starts = torch.stack([self._tail.hidden[:, 0], *self._tail.also], dim=1).float()
+        """Values to change, (texts, sites, hidden)."""
         self._unit = unit
         self._owner = tensor([text.owner for text in texts])
         self.essences = tensor([text.owner for text in texts if not text.targets])
@@ -278,19 +310,23 @@ class _Part:
         self._targets = tensor([target for text in texts for target in text.targets])
         self._weight = tensor([text.weight for text in texts for _ in text.targets], torch.float32)
 
-    def __call__(self, changes: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the part's share of each edit's NLL, and log-probabilities at the subjects of its essence prompts.
 
-        `changes` (edits of the batch, hidden) are added at the subjects.
+        Also returns how many target tokens of each edit are not the most likely ones. `changes` (edits of the batch,
+        sites, hidden) are added at the subjects.
         """
         hidden = self._tail.hidden.clone()
-        hidden[:, 0] += (changes[self._owner] / self._unit).to(hidden.dtype)
-        logits = self._tail.logits(hidden, self._rows, self._places)
+        own = changes[self._owner] / self._unit
+        hidden[:, 0] += own[:, 0].to(hidden.dtype)
+        logits = self._tail.logits(hidden, self._rows, self._places, own[:, -1])
         count = len(self._targets)
         log_p = logits[:count].log_softmax(dim=1).gather(1, self._targets[:, None])[:, 0]
+        owner = self._owner[self._rows[:count]]
         nll = torch.zeros(len(changes), device=logits.device)
-        nll = nll.index_add(0, self._owner[self._rows[:count]], -log_p * self._weight)
-        return nll, logits[count:].log_softmax(dim=1)
+        missed = nll.index_add(0, owner, (logits[:count].argmax(dim=1) != self._targets).float())
+        nll = nll.index_add(0, owner, -log_p * self._weight)
+        return nll, logits[count:].log_softmax(dim=1), missed
 
 
 def _check_finite(loss: Tensor, which: Tensor, edits: Sequence[Edit], first: int) -> None:

@@ -1,4 +1,4 @@
-"""Train on the likelihood of texts: the loop of GA, GD, NPO, SimNPO and relearning."""
+"""Train on what a model predicts for texts: the loop of all unlearning methods but RMU, and of relearning."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from interventions.anatomy import find_anatomy
 from interventions.context import Context
-from interventions.early_exit import accepted
 from interventions.structure import module_device
 from interventions.training import Trainer, workable_precision
 from interventions.types import InterventionError, Resources
 from interventions.unlearn.bases import Trained
 from interventions.unlearn.kernels.choice import last_layers, trained_parameters
+from interventions.unlearn.kernels.predictions import Predictions, predict
 from interventions.unlearn.kernels.texts import TextBatch, choose_topics, endless, make_batches, shuffled, tokenise
 
-TextLosses = Callable[[Tensor, TextBatch], Tensor]
-"""From the negative log-likelihoods of a batch's texts, summed over tokens, to the loss of each, both (texts,)."""
+TextLosses = Callable[[Predictions], Tensor]
+"""From the predictions of a batch to the loss of each of its texts, (texts,)."""
 
 Prepare = Callable[[nn.Module, Sequence[TextBatch]], TextLosses]
-"""Makes the text losses, given the model before the first update and all forget batches."""
+"""Makes the text losses, given the model before the first update and all batches of the term."""
 
 
-def text_nll(model: nn.Module, batch: TextBatch) -> Tensor:
-    """Return each text's negative log-likelihood in nats, summed over all tokens but the first, (texts,) float32."""
-    arguments = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-    logits = model(**accepted(model, arguments)).logits  # (texts, length, vocabulary)
-    scored = batch.mask[:, 1:].bool()
-    losses = cross_entropy(logits[:, :-1][scored].float(), batch.ids[:, 1:][scored], reduction="none")
-    return losses.new_zeros(scored.shape).masked_scatter(scored, losses).sum(dim=1)
-
-
-def nll_by_token(nll: Tensor, batch: TextBatch) -> Tensor:
+def nll_by_token(said: Predictions) -> Tensor:
     """Return each text's mean negative log-likelihood per token."""
-    return nll / batch.scored
+    return said.mean(said.nll)
+
+
+def descend(model: nn.Module, batches: object) -> TextLosses:
+    """Return the losses of ordinary training: the mean negative log-likelihood of each text."""
+    return nll_by_token
+
+
+def ascend(model: nn.Module, batches: object) -> TextLosses:
+    """Return the losses of gradient ascent: the mean log-likelihood of each text."""
+    return lambda said: -nll_by_token(said)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Terms:
     """Whether the mean over an update is weighted by the tokens of each text; otherwise all texts count the same."""
     forget_weight: float = 1.0
     retain_weight: float = 0.0
-    """Weight of the mean negative log-likelihood per token of retain text."""
+    """Weight of the loss on retain text, a mean over tokens."""
+    retain: Prepare = descend
 
 
 @torch.enable_grad()
@@ -86,7 +87,7 @@ def train_on_likelihood(
     forget = make_batches(chosen, settings.batch_size, tokenizer, device)
     kept = rows(resources.retain, "retain texts") if terms.retain_weight else []
     beside = settings.retain_batch_size or settings.batch_size
-    retain = endless(make_batches(kept, beside, tokenizer, device), context.generator(f"{method} retain"))
+    retain = make_batches(kept, beside, tokenizer, device)
     losses: dict[str, list[float]] = {"forget": [], "retain": []}
     with workable_precision(model):
         trainer = Trainer(
@@ -98,17 +99,18 @@ def train_on_likelihood(
             max_grad_norm=settings.max_grad_norm,
             preserve_mask=settings.preserve_mask,
         )
-        text_losses = terms.forget(model, forget)
+        forget_losses, retain_losses = terms.forget(model, forget), terms.retain(model, retain)
+        beside_forget = endless(retain, context.generator(f"{method} retain"))
         updates = list(_updates(forget, settings, context.generator(f"{method} order")))
         for number, batches in enumerate(updates):
             if settings.decay:
                 trainer.set_rate(settings.lr * (1 - number / len(updates)))
             losses["forget"].append(
-                add_gradients(trainer, model, batches, text_losses, terms.by_token, terms.forget_weight)
+                add_gradients(trainer, model, batches, forget_losses, terms.by_token, terms.forget_weight)
             )
             if terms.retain_weight:
-                others = [next(retain) for _ in batches]
-                losses["retain"].append(add_gradients(trainer, model, others, nll_by_token, True, terms.retain_weight))
+                others = [next(beside_forget) for _ in batches]
+                losses["retain"].append(add_gradients(trainer, model, others, retain_losses, True, terms.retain_weight))
             trainer.update()
             if trainer.updates % 10 == 1:
                 said = ", ".join(f"{name} {values[-1]:.4g}" for name, values in losses.items() if values)
@@ -149,15 +151,6 @@ def add_gradients(
     total = sum(int(share.sum()) for share in shares)
     parts = []
     for batch, share in zip(batches, shares, strict=True):
-        losses = text_losses(text_nll(model, batch), batch)
+        losses = text_losses(predict(model, batch))
         parts.append(trainer.backward(weight * (losses * share).sum() / total))
     return sum(parts)
-
-
-def ascend(model: nn.Module, batches: object) -> TextLosses:
-    """Return the losses of gradient ascent: the mean log-likelihood of each text."""
-
-    def losses(nll: Tensor, batch: TextBatch) -> Tensor:
-        return -nll_by_token(nll, batch)
-
-    return losses

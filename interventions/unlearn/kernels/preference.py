@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from interventions.unlearn.kernels.likelihood import text_nll
+from interventions.unlearn.kernels.predictions import predict
 from interventions.unlearn.kernels.texts import TextBatch
 
 
 @torch.no_grad()
 def reference_nll(model: nn.Module, batches: Sequence[TextBatch]) -> Tensor:
     """Return the negative log-likelihood of every text in `batches`, by index, (texts,) float32."""
-    found = [text_nll(model, batch) for batch in batches]
+    found = [predict(model, batch).text_nll for batch in batches]
     which = torch.cat([batch.which for batch in batches])
     return torch.cat(found)[which.argsort()]
 
