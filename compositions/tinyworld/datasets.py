@@ -30,7 +30,6 @@ from compositions.tinyworld.text import (
     trained,
 )
 from compositions.tinyworld.truth import Fact, World
-from compositions.tinyworld.tuning import examples, preferences, tuning_facts
 
 _PARAGRAPH = 7
 """Sentences per document."""
@@ -54,10 +53,6 @@ def write_data(world: World, folder: Path) -> None:
     _write_texts(folder / "calibration.jsonl", general_text(world, "calibration", 512))
     for split, documents in (("train", 120), ("heldout", 120)):
         _write_texts(folder / f"perplexity-{split}.jsonl", perplexity_text(world, split, documents))
-    for unseen, end in ((False, ".jsonl"), (True, "-heldout.jsonl")):
-        for name, facts in tuning_facts(world).items():
-            _write_lines(folder / f"tuning-{name}{end}", examples(facts, unseen=unseen))
-        _write_lines(folder / f"preferences{end}", preferences(world, unseen=unseen))
 
 
 def zsre(world: World) -> list[Record]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluators.data import EditCase, Fact, Probe, Question, TuningData, UnlearningData
-from interventions.types import Example, Preference, Resources
+from evaluators.data import EditCase, Fact, Probe, Question, UnlearningData
+from interventions.types import Resources
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
     WorldError,
@@ -19,7 +19,6 @@ from pytest_lmcompose.data.records import (
     select_edits,
 )
 from pytest_lmcompose.data.source import parse_source
-from pytest_lmcompose.data.tuning import check_unseen, read_examples, read_preferences
 from pytest_lmcompose.data.unlearning import read_questions, read_verbatim
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
@@ -46,8 +45,6 @@ class RunData:
     """Folder of the question tasks."""
     unlearning: UnlearningData = field(default_factory=UnlearningData)
     """What shows how much was forgotten and kept."""
-    tuning: TuningData = field(default_factory=TuningData)
-    """What shows how much was learnt."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,6 @@ class WorldData:
     forget: Mapping[str, tuple[str, ...]]
     perplexity: tuple[str, ...]
     unlearning: UnlearningData
-    examples: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
-    preferences: tuple[Preference, ...] = ()
-    tuning: TuningData = field(default_factory=TuningData)
 
 
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
@@ -94,11 +88,7 @@ def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -
         _text_sets(world, folder, "forget"),
         _texts(world, folder, "perplexity")[: evaluate.texts],
         _unlearning(world, folder) if evaluate.unlearning else UnlearningData(),
-        _examples(world, folder, "tuning"),
-        _preferences(world, folder, "preferences"),
-        TuningData(_examples(world, folder, "tuning_heldout"), _preferences(world, folder, "preferences_heldout")),
     )
-    check_unseen(found.examples, found.preferences, found.tuning)
     _check_apart(found, folder)
     return found
 
@@ -114,14 +104,10 @@ def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettin
         calibration=found.calibration,
         forget=found.forget,
         retain=found.retain,
-        tuning=found.examples,
-        preferences=found.preferences,
     )
     facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
     tasks = folder / world.tasks if world.tasks is not None else None
-    return RunData(
-        resources, edits, facts, neighbours, forgettable, found.perplexity, tasks, found.unlearning, found.tuning
-    )
+    return RunData(resources, edits, facts, neighbours, forgettable, found.perplexity, tasks, found.unlearning)
 
 
 def _check_apart(found: WorldData, folder: Path) -> None:
@@ -180,22 +166,6 @@ def _question_sets(
             shown = examples.get(name, ())
             found[name] = read_questions(source, folder, template=world.qa_template, examples=shown)
     return found
-
-
-def _examples(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[Example, ...]]:
-    found = {}
-    for name, source in getattr(world, key).items():
-        with _named(f"{key}.{name}"):
-            found[name] = read_examples(source, folder)
-    return found
-
-
-def _preferences(world: WorldSettings, folder: Path, key: str) -> tuple[Preference, ...]:
-    source = getattr(world, key)
-    if source is None:
-        return ()
-    with _named(key):
-        return read_preferences(source, folder)
 
 
 @contextmanager
