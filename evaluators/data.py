@@ -66,9 +66,12 @@ class EditCase:
 
 @dataclass(frozen=True)
 class UneditedAnswers:
-    """The ids that the unedited model generated for each locality probe."""
+    """What the unedited model answers."""
 
     generated: Mapping[Probe, tuple[int, ...]]
+    """The ids that it generated for each locality probe."""
+    margins: tuple[float, ...] = ()
+    """log p(chosen) - log p(rejected) of each held-out preference, in nats."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class EvaluationData:
     forgettable: tuple[Fact, ...] = ()
     """Facts that unlearning should remove."""
     unedited: UneditedAnswers | None = None
-    """The base model's answers to the locality prompts."""
+    """The base model's answers to the locality prompts, and its preferences."""
     task_folder: Path | None = None
     """Folder of the world's question tasks."""
     pools: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -169,6 +172,7 @@ class EvaluationData:
     chat: Chat | None = None
     """How prompts are put into the chat template; None: they are read as they stand."""
     unlearning: UnlearningData = field(default_factory=UnlearningData)
+    tuning: TuningData = field(default_factory=TuningData)
     retained: RetainReference | None = None
     """Results of the retain model, if there is one."""
     grids: Mapping[str, KnownGrid] = field(default_factory=dict)

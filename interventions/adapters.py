@@ -17,9 +17,7 @@ Target = Annotated[str, Choice(*IN_ATTENTION, *ROLES)]
 """Linear layers of a block: one of the three projections into attention, or a role."""
 
 
-def chosen_linears(
-    method: str, anatomy: Anatomy, targets: Sequence[str], layers: Sequence[int] | None
-) -> list[Linear]:
+def chosen_linears(method: str, anatomy: Anatomy, targets: Sequence[str], layers: Sequence[int] | None) -> list[Linear]:
     """Return the linear layers that the settings `targets` and `layers` (None: all blocks) of a method name.
 
     Raises InterventionError for blocks that the model lacks, and for linear layers that it lacks or that take no

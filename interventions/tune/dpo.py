@@ -26,6 +26,10 @@ class DpoSettings(Tuned):
     label_smoothing: Share = 0.0
     """Share of preferences that are taken to be the wrong way round."""
 
+    def aims_at(self, metric: str) -> bool:
+        """Say whether a metric is about preferences."""
+        return metric == "preference_wins"
+
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train on `resources.preferences`, in place, and return their number and the losses."""
         from interventions.tune.kernels.rows import preference_rows

@@ -21,6 +21,11 @@ class SftSettings(Tuned):
     packing: bool = False
     """Put several rows into one sequence of `max_tokens`; they do not see each other."""
 
+    def aims_at(self, metric: str) -> bool:
+        """Say whether a metric is about one of the sets."""
+        kind, _, name = metric.partition("/")
+        return kind in ("tuning_loss", "tuning_recall") and (self.sets is None or name in self.sets)
+
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train on `resources.tuning`, in place, and return the sizes of the sets and the losses (nats per token).
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from interventions import Edit, InterventionError, apply
+from interventions.adapters import chosen_linears
 from interventions.anatomy import find_anatomy
 from interventions.edit.kernels.target_loss import all_nll, target_batches
-from interventions.adapters import chosen_linears
-from interventions.edit.lora import LoraSettings
 from tests.models import tiny_model
 
 EDITS = (

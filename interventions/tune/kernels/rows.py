@@ -76,7 +76,8 @@ def _in_chat(settings: Tuned, tokenizer: Any, given: Sequence[Turns]) -> bool:
     chats = {one.chat for one in given}
     if chats == {True, False} and not settings.chat_template:
         raise InterventionError(
-            f"{settings.name}: some prompts are plain and some are conversations; set {settings.name}.chat_template=true"
+            f"{settings.name}: some prompts are plain, and some are conversations; set "
+            f"{settings.name}.chat_template=true"
         )
     if True not in chats and not settings.chat_template:
         if tokenizer.eos_token is None:

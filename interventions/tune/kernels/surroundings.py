@@ -27,8 +27,11 @@ def surroundings_kept() -> Iterator[Path]:
     states = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState, GradientState)]
     environment, python, generator = dict(os.environ), random.getstate(), numpy.random.get_state()
     bars = datasets.are_progress_bars_disabled()
-    levels = [(logger, logger.level) for name in ("transformers", "trl", "accelerate", "datasets", "peft")
-              for logger in [logging.getLogger(name)]]
+    levels = [
+        (logger, logger.level)
+        for name in ("transformers", "trl", "accelerate", "datasets", "peft")
+        for logger in [logging.getLogger(name)]
+    ]
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lmcompose-tune-"))
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
