@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evaluators.registry import Evaluator, Metric
     from evaluators.survival import measure_sequence, measure_survival
     from evaluators.tofu import forget_quality, measure_qa, model_utility
+    from evaluators.tuning import measure_tuning, preference_margins, preference_wins
 
 _MODULES = {
     "answers": "Likelihood score_answers",
@@ -47,6 +48,7 @@ _MODULES = {
     "registry": "Evaluator Metric",
     "survival": "measure_sequence measure_survival",
     "tofu": "forget_quality measure_qa model_utility",
+    "tuning": "measure_tuning preference_margins preference_wins",
 }
 """Public names by module."""
 
@@ -80,11 +82,14 @@ __all__ = [
     "measure_recall",
     "measure_sequence",
     "measure_survival",
+    "measure_tuning",
     "measure_verbatim",
     "membership_auc",
     "min_k_scores",
     "model_utility",
     "pool",
+    "preference_margins",
+    "preference_wins",
     "privacy_leak",
     "returned",
     "score_answers",

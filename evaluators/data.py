@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from interventions.tokens import Chat as Chat
-from interventions.types import Edit
+from interventions.types import Edit, Example, Preference
 
 if TYPE_CHECKING:
     from interventions.known_grids import KnownGrid
@@ -66,9 +66,12 @@ class EditCase:
 
 @dataclass(frozen=True)
 class UneditedAnswers:
-    """The ids that the unedited model generated for each locality probe."""
+    """What the unedited model answers."""
 
     generated: Mapping[Probe, tuple[int, ...]]
+    """The ids that it generated for each locality probe."""
+    margins: tuple[float, ...] = ()
+    """log p(chosen) - log p(rejected) of each held-out preference, in nats."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,15 @@ class UnlearningData:
 
 
 @dataclass(frozen=True)
+class TuningData:
+    """Held-out data that shows what a model was tuned to."""
+
+    sets: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    """Prompts with the right answers, by set."""
+    preferences: tuple[Preference, ...] = ()
+
+
+@dataclass(frozen=True)
 class RetainReference:
     """Results of a model that was trained without the data to forget."""
 
@@ -148,7 +160,7 @@ class EvaluationData:
     forgettable: tuple[Fact, ...] = ()
     """Facts that unlearning should remove."""
     unedited: UneditedAnswers | None = None
-    """The base model's answers to the locality prompts."""
+    """The base model's answers to the locality prompts, and its preferences."""
     task_folder: Path | None = None
     """Folder of the world's question tasks."""
     pools: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -160,6 +172,7 @@ class EvaluationData:
     chat: Chat | None = None
     """How prompts are put into the chat template; None: they are read as they stand."""
     unlearning: UnlearningData = field(default_factory=UnlearningData)
+    tuning: TuningData = field(default_factory=TuningData)
     sequence: tuple[int, ...] = ()
     """Numbers of edits that the state's last editing step made at once, batch by batch; empty without such a step."""
     retained: RetainReference | None = None

@@ -64,19 +64,23 @@ def measure_recall(
     if not facts:
         raise EvaluationError("recall: no facts; is the fact file empty?")
     found = score_facts(model, tokenizer, facts, batch_size=batch_size, chat=chat) if scored is None else scored
-    outcomes = [
-        math.nan if math.isnan(likelihood.scored.total) else float(list(likelihood.scored.greedy_ids) == likelihood.ids)
-        for likelihood in found
-    ]
+    outcomes = list(map(exact, found))
     note = "greedy, exact token sequence"
-    measurements = [Measurement.mean("recall", outcomes, note=note, answers=[_answer(tokenizer, one) for one in found])]
+    measurements = [Measurement.mean("recall", outcomes, note=note, answers=[said(tokenizer, one) for one in found])]
     for relation in sorted({fact.relation for fact in facts}):
         chosen = [x for x, fact in zip(outcomes, facts, strict=True) if fact.relation == relation]
         measurements.append(Measurement.mean(f"recall/{relation}", chosen, note=note))
     return measurements
 
 
-def _answer(tokenizer: Any, likelihood: Likelihood) -> str:
+def exact(likelihood: Likelihood) -> float:
+    """Return 1 if the greedy answer is the expected one, otherwise 0; NaN if the logits are broken."""
+    if math.isnan(likelihood.scored.total):
+        return math.nan
+    return float(list(likelihood.scored.greedy_ids) == likelihood.ids)
+
+
+def said(tokenizer: Any, likelihood: Likelihood) -> str:
     """Return the model's own answer up to the first wrong token; the scoring pass shows no more."""
     said = list(likelihood.scored.greedy_ids)
     same = next((i for i, (x, y) in enumerate(zip(said, likelihood.ids, strict=False)) if x != y), len(said))

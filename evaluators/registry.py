@@ -39,7 +39,8 @@ class Metric:
     targeted_by: tuple[str, ...] = ()
     """Categories whose steps aim at the metric; empty: it concerns every step."""
     data: str = ""
-    """Data it is measured on: edits, facts, texts, questions, unlearning data, weights or nothing; empty: unknown."""
+    """Data it is measured on: edits, facts, texts, questions, unlearning data, tuning data, weights or nothing; empty:
+    unknown."""
     advice: str = ""
     """What to try if its gate fails."""
     headline: bool = False
@@ -89,6 +90,7 @@ _EDIT_AGAIN = (
 _UNLEARN_LAST = (
     "unlearn last, or longer (rmu.max_num_batches, gd.samples); compression can bring knowledge back (docs/faq.md)"
 )
+_TUNE_MORE = "tune after the step that undid it, or longer and faster (sft.epochs, sft.lr, dpo.epochs, dpo.lr)"
 _COMPRESS_LAST = (
     "repeat the compression at the end, as the message says, or keep zeros by preserve_mask=true (docs/gates.md)"
 )
@@ -121,6 +123,11 @@ _FORGOTTEN: dict[str, Any] = {"higher_is_better": False, "targeted_by": ("unlear
 
 def _unlearned(name: str, unit: str = "share", **more: Any) -> Metric:
     return Metric(name, unit, **{"low": 0, "high": 1, "data": "unlearning data", **_FORGOTTEN, **more})
+
+
+def _tuned(name: str, unit: str = "share", higher_is_better: bool = True, **more: Any) -> Metric:
+    about: dict[str, Any] = {"low": 0, "high": 1, "targeted_by": ("tune",), "data": "tuning data", "advice": _TUNE_MORE}
+    return Metric(name, unit, higher_is_better, **{**about, **more})
 
 
 _OF_EDITS: dict[str, Any] = {"targeted_by": ("edit",), "advice": _EDIT_AGAIN}
@@ -198,6 +205,17 @@ BUILT_IN = (
             _unlearned("membership_auc", "area"),
             _unlearned("privleak", "%", higher_is_better=True, low=-100, high=math.inf),
             _unlearned("privleak_distance", "%", high=math.inf, headline=True),
+        ),
+    ),
+    Evaluator(
+        "tuning",
+        "loss and answers on held-out examples of tuning, and preferences",
+        "evaluators.settings:NoSettings",
+        "evaluators.tuning:evaluate",
+        (
+            _tuned("tuning_loss/*", "nats per token", False, high=math.inf),
+            _tuned("tuning_recall/*", targeted_by=("tune", "merge"), headline=True),
+            _tuned("preference_wins", headline=True),
         ),
     ),
     Evaluator(

@@ -78,6 +78,10 @@ class Intervention(Checked):
         """Return what these settings promise for a model; other than `promises`, if that depends on its layers."""
         return self.promises()
 
+    def aims_at(self, metric: str) -> bool:
+        """Say whether the promise of the category includes `metric` with these settings."""
+        return True
+
     def keeps(self, metric: str) -> bool:
         """Say whether a later step with these settings leaves an earlier step's promise of `metric` intact."""
         return metric in ZEROS and bool(getattr(self, "preserve_mask", False))

@@ -1,4 +1,4 @@
-"""Types that all interventions share: edits, resources and step reports. Imports no torch."""
+"""Types that all interventions share: edits, examples, resources and step reports. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,6 +30,35 @@ class Edit:
     target: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """What stands before a prompt in a conversation."""
+
+    chat: bool = False
+    """Whether prompt and answer are turns of a conversation, which the tokenizer's chat template writes."""
+    system: str = ""
+    """The system's turn; empty: none."""
+    earlier: tuple[tuple[str, str], ...] = ()
+    """Earlier turns: each a prompt with its answer."""
+
+
+@dataclass(frozen=True)
+class Example(Turns):
+    """A prompt with the answer to learn."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Preference(Turns):
+    """A prompt with a better and a worse answer."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
 @dataclass(frozen=True)
 class Resources:
     """The texts that a step may read; a method takes what it needs and ignores the rest."""
@@ -38,6 +67,9 @@ class Resources:
     calibration: tuple[str, ...] = ()
     forget: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     retain: tuple[str, ...] = ()
+    tuning: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    """Prompts and answers by set."""
+    preferences: tuple[Preference, ...] = ()
 
 
 @dataclass

@@ -22,12 +22,18 @@ T = TypeVar("T")
 
 
 def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> UneditedAnswers | None:
-    """Record the base model's answers to the locality prompts; None if editing is not measured."""
-    if not (evaluate.editing and data.edits):
+    """Record the base model's answers to the locality prompts, and its preferences; None if neither is measured."""
+    edits, preferences = evaluate.editing and data.edits, evaluate.tuning and data.tuning.preferences
+    if not edits and not preferences:
         return None
+    from evaluators import UneditedAnswers
     from evaluators import capture_unedited as capture
+    from evaluators.tuning import preference_margins
 
-    return capture(model, tokenizer, data.edits, batch_size=evaluate.batch_size, chat=evaluate.chat)
+    options: dict[str, Any] = {"batch_size": evaluate.batch_size, "chat": evaluate.chat}
+    answers = capture(model, tokenizer, edits, **options) if edits else UneditedAnswers({})
+    margins = preference_margins(model, tokenizer, preferences, **options) if preferences else ()
+    return dataclasses.replace(answers, margins=margins)
 
 
 def capture_retained(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> RetainReference:
@@ -70,6 +76,7 @@ def measure_state(
         trust_code=world.trust_code,
         chat=evaluate.chat,
         unlearning=data.unlearning,
+        tuning=data.tuning,
         retained=retained,
         grids=grids or {},
         sequence=last_sequence(steps),

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pytest_lmcompose.errors import RecipeError
-from pytest_lmcompose.settings import SOURCES
+from pytest_lmcompose.settings import SOURCE_SETS, SOURCES
 
 Conf: TypeAlias = Path | tuple[Path, ...]
 """A folder of presets, or several: the first one that has a preset counts."""
@@ -131,8 +131,9 @@ def anchored(values: Mapping[str, Any], folder: Path, inherited: str) -> dict[st
         found["folder"] = str(folder / os.path.expanduser(own))
     else:
         found |= {key: _beside(found[key], folder) for key in sources}
-        if "forget" in found:
-            found["forget"] = {topic: _beside(source, folder) for topic, source in found["forget"].items()}
+        for key in SOURCE_SETS:
+            if isinstance(sets := found.get(key), Mapping):
+                found[key] = {name: _beside(source, folder) for name, source in sets.items()}
     if isinstance(name := found.get(THRESHOLDS), str) and (folder / name).is_file():
         found[THRESHOLDS] = str(folder / name)
     return found

@@ -212,12 +212,12 @@ class Run(RunSetup):
         self._progress(f"{composition}  {counted}{': ' if counted else ''}{done}")
 
     def _unedited(self, number: int) -> UneditedAnswers | None:
-        """Return the base model's answers to the edit prompts of a repeat, computed once."""
+        """Return the base model's answers to the edit prompts of a repeat, and its preferences, computed once."""
         from pytest_lmcompose.measure import capture_unedited
 
         if number not in self._answers:
             with self.manager.visit(Composition()) as base:
-                self._doing("the base model answers the prompts of the edits")
+                self._doing("the base model answers")
                 self._answers[number] = capture_unedited(
                     base.model, base.tokenizer, self.data[number], self.recipe.evaluate
                 )

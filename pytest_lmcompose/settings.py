@@ -16,7 +16,10 @@ from pytest_lmcompose.data.templates import QA_TEMPLATE, template_problem
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
-SOURCES = ("edits", "facts", "calibration", "retain", "perplexity", "verbatim")
+SOURCES = (
+    *("edits", "facts", "calibration", "retain", "perplexity", "verbatim"),
+    *("preferences", "preferences_heldout"),
+)
 """Keys of a world that take a source of data."""
 TEXTS = ("calibration", "retain", "perplexity", "forget", "membership")
 """Keys whose texts may come from several sources."""
@@ -26,6 +29,8 @@ SOURCE_SETS: dict[str, tuple[str, ...]] = {
     "knowledge": ("forget", "retain"),
     "knowledge_examples": ("forget", "retain"),
     "membership": ("forget", "holdout"),
+    "tuning": (),
+    "tuning_heldout": (),
 }
 """Keys of a world that take a mapping of sources, with the names that it may have; none: any."""
 _OF_CHATS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
@@ -112,6 +117,16 @@ class WorldSettings(Checked):
     saw."""
     retain_model: str | None = None
     """Model trained without the data to forget, for forget quality and privacy leakage: a folder or a hub id."""
+    tuning: dict[str, Any] = field(default_factory=dict)
+    """Sets of prompts and answers to tune on: a source for each. The fields are `prompt` (or `question`) and `answer`
+    (or `completion`), text or lists of messages, or `messages`."""
+    tuning_heldout: dict[str, Any] = field(default_factory=dict)
+    """Sources of other prompts and answers to measure on, by set."""
+    preferences: Any = None
+    """Source of preferences to tune on: `chosen` and `rejected` answers to a `prompt`, text or lists of messages.
+    Without `prompt`, both lists start with the same messages."""
+    preferences_heldout: Any = None
+    """Source of other preferences to measure on."""
     perplexity: Any = None
     """Source of text for perplexity; must not overlap with the retain or calibration text."""
     tasks: str | None = None
@@ -192,6 +207,8 @@ class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings, Unlea
     """Measure accuracy on question tasks."""
     unlearning: bool = True
     """Measure TOFU's and MUSE's metrics, on the data of them that the world has."""
+    tuning: bool = True
+    """Measure what the model learnt from tuning, on the world's held-out examples and preferences."""
     efficiency: bool = True
     """Measure average bits, sparsity, packed size and operations per token, read from the weights."""
     latency: bool = False

@@ -17,6 +17,7 @@ from compositions.tinyworld.relations import (
     HOMELAND,
     LAND,
     PERSON,
+    TUNING,
     Relation,
 )
 from compositions.tinyworld.text import (
@@ -29,10 +30,14 @@ from compositions.tinyworld.text import (
     state,
     trained,
 )
-from compositions.tinyworld.truth import Fact, World
+from compositions.tinyworld.truth import Fact, World, unknown_facts
 
 _PARAGRAPH = 7
 """Sentences per document."""
+_STATEMENTS = 9
+"""Times that a set to tune on states each fact."""
+_SHORT, _LONG = ".", (", people say.", ", and that is well known.", " to this day.")
+"""Ends of a preferred answer, and of the other one."""
 
 Record = dict[str, Any]
 
@@ -53,6 +58,12 @@ def write_data(world: World, folder: Path) -> None:
     _write_texts(folder / "calibration.jsonl", general_text(world, "calibration", 512))
     for split, documents in (("train", 120), ("heldout", 120)):
         _write_texts(folder / f"perplexity-{split}.jsonl", perplexity_text(world, split, documents))
+    for name in TUNING:
+        _write_lines(folder / f"tuning-{name}.jsonl", examples(world, name, "train"))
+        _write_lines(folder / f"tuning-{name}-heldout.jsonl", examples(world, name, "heldout"))
+    for split in ("train", "heldout"):
+        suffix = "" if split == "train" else "-heldout"
+        _write_lines(folder / f"preferences{suffix}.jsonl", preferences(world, split))
 
 
 def zsre(world: World) -> list[Record]:
@@ -210,6 +221,31 @@ def questions(world: World, domain: str) -> list[Record]:
             }
         )
     rng.shuffle(records)
+    return records
+
+
+def examples(world: World, name: str, split: str) -> list[Record]:
+    """Return prompts and answers of a set to tune on; those of the split `heldout` ask in other templates."""
+    rng = random.Random(f"tuning-{name}-{split}")
+    records = []
+    for fact in unknown_facts(world, name):
+        chosen = heldout(fact.relation) if split == "heldout" else rng.sample(trained(fact.relation), _STATEMENTS)
+        wanted = rng.sample(chosen, 2) if split == "heldout" else chosen
+        records += [{"prompt": prompt(template, fact.subject), "answer": fact.object} for template in wanted]
+    rng.shuffle(records)
+    return records
+
+
+def preferences(world: World, split: str) -> list[Record]:
+    """Return true answers, the short one preferred; the split `heldout` is about other facts, in other templates."""
+    facts = world.of(*HARMLESS)
+    random.Random("preferences").shuffle(facts)
+    rng = random.Random(f"preferences-{split}")
+    records = []
+    for fact in facts[:240] if split == "train" else facts[240:340]:
+        template = rng.choice(trained(fact.relation) if split == "train" else heldout(fact.relation))
+        short, long = f"{fact.object}{_SHORT}", f"{fact.object}{rng.choice(_LONG)}"
+        records.append({"prompt": prompt(template, fact.subject), "chosen": short, "rejected": long})
     return records
 
 

@@ -48,5 +48,7 @@ PERSON = tuple(_person)
 BORN = PERSON[0]
 (LAND,) = _relations("", VOCABULARY["places"])
 DOMAINS = {name: _relations(domain["label"], domain["relations"]) for name, domain in VOCABULARY["domains"].items()}
+TUNING = {name: _relations(one["label"], one["relations"]) for name, one in VOCABULARY["tuning"].items()}
+"""Relations that the model was not trained on, by the set of examples that states them."""
 HAZARDOUS = ("venomcraft", "wardbreaking")
 HARMLESS = ("astronomy", "botany", "geography", "music")

@@ -6,18 +6,20 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from compositions.tinyworld.relations import BORN, DOMAINS, HOMELAND, LAND, PERSON, VOCABULARY, Relation
+from compositions.tinyworld.relations import BORN, DOMAINS, HOMELAND, LAND, PERSON, TUNING, VOCABULARY, Relation
 
 PERSONS = 320
 ENTITIES = 36
 """Subjects of each knowledge domain."""
+LEARNERS = 24
+"""Subjects of each set to tune on."""
 
 _NAMES: dict[str, list[str]] = VOCABULARY["names"]
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact; `domain` is "people", "places" or a domain of questions."""
+    """One fact; `domain` is "people", "places", a domain of questions or a set to tune on."""
 
     subject: str
     relation: Relation
@@ -77,3 +79,23 @@ def make_world(seed: int = 0) -> World:
         for subject in [name(next(spare)) for _ in range(ENTITIES)]:
             facts += [Fact(subject, relation, rng.choice(relation.objects), domain) for relation in relations]
     return World(persons, tuple(facts), name_parts)
+
+
+def unknown_facts(world: World, name: str) -> list[Fact]:
+    """Return the facts of a set to tune on, about subjects that `world` does not have.
+
+    The names are made of parts that the tokenizer knows.
+    """
+    rng = random.Random(f"tuning-{name}")
+    endings = sorted({ending for _, ending in world.name_parts.values()})
+    number = list(TUNING).index(name)
+    rng.shuffle(endings)
+    subjects: list[str] = []
+    for ending in endings:
+        onset = rng.choice(_NAMES["onsets"])
+        # Each set has endings of its own, so that no name is in two.
+        if onset + ending not in world.name_parts and sum(map(ord, ending)) % len(TUNING) == number:
+            subjects.append(onset + ending)
+    return [
+        Fact(s, relation, rng.choice(relation.objects), name) for s in subjects[:LEARNERS] for relation in TUNING[name]
+    ]

@@ -12,20 +12,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+from interventions.adapters import Target, chosen_linears, where_adapted
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
-from interventions.layouts import ROLES, Role
-from interventions.ranges import Choice, Count, Items, Layers, Positive, Share, Weight
-from interventions.types import Edit, InterventionError
+from interventions.ranges import Count, Items, Layers, Positive, Share, Weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
     from torch import Tensor, nn
 
-    from interventions.structure import Anatomy, Block, Linear
+    from interventions.structure import Linear
 
-
-IN_ATTENTION = ("query", "key", "value")
-Target = Annotated[str, Choice(*IN_ATTENTION, *ROLES)]
 _ADAPTER = "default"
 
 
@@ -101,7 +97,7 @@ class LoraSettings(Intervention):
         from interventions.anatomy import find_anatomy
 
         anatomy = find_anatomy(model)
-        linears = chosen_linears(anatomy, self, _chosen_layers(self, len(anatomy.blocks)))
+        linears = chosen_linears("lora", anatomy, self.targets, self.layers)
         return [linear.parameter_name for linear in linears]
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
@@ -134,9 +130,8 @@ class LoraSettings(Intervention):
         from interventions.training import workable_precision
 
         anatomy = find_anatomy(model)
-        layers = _chosen_layers(self, len(anatomy.blocks))
-        linears = chosen_linears(anatomy, self, layers)
-        watch = Watch("lora", self.lr, layers, edits, first)
+        linears = chosen_linears("lora", anatomy, self.targets, self.layers)
+        watch = Watch("lora", self.lr, self.layers or range(len(anatomy.blocks)), edits, first)
         batches = target_batches(
             tokenizer, edits, self.batch_size, module_device(model), chat_template=self.chat_template
         )
@@ -171,38 +166,6 @@ class LoraSettings(Intervention):
                 changes[name] = watch.change(name, linear.weight, updates[name])
                 linear.set_weight_(linear.weight + updates[name])
         return {"ranks": ranks, "passes": steps, "changes": changes, "edits": edit_report(edits, before, after)}
-
-
-def _chosen_layers(settings: LoraSettings, depth: int) -> list[int]:
-    from interventions.structure import chosen_layers
-
-    return list(range(depth)) if settings.layers is None else chosen_layers("lora", settings.layers, (), depth)
-
-
-def chosen_linears(anatomy: Anatomy, settings: LoraSettings, layers: Sequence[int]) -> list[Linear]:
-    """Return the linear layers that the settings name."""
-    linears: dict[str, Linear] = {}
-    for target in settings.targets:
-        role: Any = "attention_in" if target in IN_ATTENTION else target
-        for found in (group for layer in layers for group in _adaptable(anatomy.blocks[layer], role, target)):
-            if target in IN_ATTENTION and len(found) == len(IN_ATTENTION):
-                found = (found[IN_ATTENTION.index(target)],)
-            linears |= {linear.name: linear for linear in found}
-    if not linears:
-        raise InterventionError(f"lora.targets={settings.targets}: the chosen blocks have no such linear layer")
-    return list(linears.values())
-
-
-def _adaptable(block: Block, role: Role, target: str) -> list[tuple[Linear, ...]]:
-    """Return the linear layers with a role by group; InterventionError where all are parts of one of fused experts."""
-    groups = [group.linears for group in block.groups_for(role)]
-    modules = [linears for linears in groups if all(linear.part is None for linear in linears)]
-    if groups and not modules:
-        raise InterventionError(
-            f"lora.targets: {target} in {block.name} is in routed experts that share one parameter, "
-            f"{groups[0][0].parameter_name}, which takes no adapters: choose q, k, v or attention_out"
-        )
-    return modules
 
 
 class _Adapters:
@@ -258,16 +221,8 @@ def _adapters(model: nn.Module, linears: Sequence[Linear], settings: LoraSetting
     """Add adapters to `linears`, and remove them at the end."""
     import torch
     from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, LoraModel
-    from transformers.pytorch_utils import Conv1D
 
-    names = {linear.name for linear in linears}
-    # A pattern, because peft also matches the names in a list as suffixes.
-    pattern = "|".join(name.replace(".", r"\.") for name in sorted(names))
-    shared: dict[str, Any] = {
-        "target_modules": f"({pattern})",
-        "lora_alpha": settings.alpha,
-        "fan_in_fan_out": isinstance(linears[0].module, Conv1D),
-    }
+    shared: dict[str, Any] = {**where_adapted(linears), "lora_alpha": settings.alpha}
     config: LoraConfig
     if settings.adaptive:
         config = AdaLoraConfig(

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 UNKNOWN = "folder"
 """Stands for the composition of a folder if nobody says which one it is."""
-_AGREEMENT = "edit_locality_agreement"
-"""The metric that compares answers with those of the model before the edits."""
+_OF_BASE = ("edit_locality_agreement", "preference_wins")
+"""Metrics that compare answers with those of the base model."""
 
 
 class Judged(NamedTuple):
@@ -105,11 +105,12 @@ class FolderRun(Run):
         """Return the answers of the report's base model, if a gate needs them."""
         if number not in self._answers:
             self._answers[number] = None
-            if any(rule.covers(self.name) and rule.judges(_AGREEMENT) and rule.bounds for rule in self.rules):
-                self._capture()
+            rules = [rule for rule in self.rules if rule.covers(self.name) and rule.bounds]
+            if needed := [metric for metric in _OF_BASE if any(rule.judges(metric) for rule in rules)]:
+                self._capture(" and ".join(needed))
         return self._answers[number]
 
-    def _capture(self) -> None:
+    def _capture(self, what: str) -> None:
         """Load the report's base model, record its answers and release it."""
         from pytest_lmcompose.build.load import choose_device, hash_weights, load_model
         from pytest_lmcompose.measure import capture_unedited
@@ -118,13 +119,13 @@ class FolderRun(Run):
         facts = self.report.report.model
         assert facts is not None
         settings = ModelSettings(**{**self.report.report.recipe.model, "revision": facts.revision})
-        self._progress(f"{_AGREEMENT} needs the answers of {facts.location}: loading it")
+        self._progress(f"{what} needs the answers of {facts.location}: loading it")
         try:
             loaded = load_model(settings, facts.location, choose_device(self.options.device))
             if hash_weights(loaded.model) != facts.weight_hash:
                 raise ModelError(f"{facts.location} has other weights now")
         except ModelError as error:
-            self._progress(f"{_AGREEMENT} cannot be measured: {error}")
+            self._progress(f"{what} cannot be measured: {error}")
             return
         for number, data in enumerate(self.data):
             self._answers[number] = capture_unedited(loaded.model, loaded.tokenizer, data, self.recipe.evaluate)

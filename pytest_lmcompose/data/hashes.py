@@ -23,7 +23,7 @@ _LENGTH = 16
 def data_part(metric: str) -> str | None:
     """Return the part of the data that a metric is measured on, None if unknown."""
     part = find_metric(metric).data
-    return part if part in ("edits", "facts", "texts", "questions", "unlearning data") else None
+    return part if part in ("edits", "facts", "texts", "questions", "unlearning data", "tuning data") else None
 
 
 def data_hashes(
@@ -56,6 +56,7 @@ def data_hashes(
             settings={field.name: getattr(evaluate, field.name) for field in fields(UnlearningSettings)},
             **chat,
         ),
+        "tuning data": address(data=[d.tuning for d in data], **chat),
         METHODS: address(resources=[d.resources for d in data]),
     }
     return {name: digest[:_LENGTH] for name, digest in parts.items()}

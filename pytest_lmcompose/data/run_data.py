@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluators.data import EditCase, Fact, Probe, Question, UnlearningData
-from interventions.types import Resources
+from evaluators.data import EditCase, Fact, Probe, Question, TuningData, UnlearningData
+from interventions.types import Example, Preference, Resources
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import (
     WorldError,
@@ -19,6 +19,7 @@ from pytest_lmcompose.data.records import (
     select_edits,
 )
 from pytest_lmcompose.data.source import parse_source
+from pytest_lmcompose.data.tuning import check_apart, read_examples, read_preferences
 from pytest_lmcompose.data.unlearning import read_questions, read_verbatim
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
@@ -45,6 +46,8 @@ class RunData:
     """Folder of the question tasks."""
     unlearning: UnlearningData = field(default_factory=UnlearningData)
     """What shows how much was forgotten and kept."""
+    tuning: TuningData = field(default_factory=TuningData)
+    """What shows how much was learnt from tuning."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class WorldData:
     forget: Mapping[str, tuple[str, ...]]
     perplexity: tuple[str, ...]
     unlearning: UnlearningData
+    tuning: Mapping[str, tuple[Example, ...]]
+    preferences: tuple[Preference, ...]
+    heldout: TuningData
 
 
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
@@ -68,7 +74,8 @@ def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, se
 def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -> WorldData:
     """Read every source of a world, files from `folder`.
 
-    Raises WorldError for missing or broken data, and for a perplexity text (other than a heading) that methods read.
+    Raises WorldError for missing or broken data, for a perplexity text (other than a heading) that methods read, and
+    for a held-out example or preference that they read.
     """
     edits: Sequence[EditCase] = ()
     facts: Sequence[Fact] = ()
@@ -88,6 +95,9 @@ def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -
         _text_sets(world, folder, "forget"),
         _texts(world, folder, "perplexity")[: evaluate.texts],
         _unlearning(world, folder) if evaluate.unlearning else UnlearningData(),
+        _example_sets(world, folder, "tuning"),
+        _preferences(world, folder, "preferences"),
+        _heldout(world, folder) if evaluate.tuning else TuningData(),
     )
     _check_apart(found, folder)
     return found
@@ -104,14 +114,17 @@ def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettin
         calibration=found.calibration,
         forget=found.forget,
         retain=found.retain,
+        tuning=found.tuning,
+        preferences=found.preferences,
     )
     facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
     tasks = folder / world.tasks if world.tasks is not None else None
-    return RunData(resources, edits, facts, neighbours, forgettable, found.perplexity, tasks, found.unlearning)
+    texts, unlearning, tuning = found.perplexity, found.unlearning, found.heldout
+    return RunData(resources, edits, facts, neighbours, forgettable, texts, tasks, unlearning, tuning)
 
 
 def _check_apart(found: WorldData, folder: Path) -> None:
-    """Raise WorldError if methods read a text that perplexity is measured on."""
+    """Raise WorldError if methods read what evaluators measure on."""
     perplexity = found.perplexity
     for name, texts in (("retain", found.retain), ("calibration", found.calibration)):
         if shared := {text for text in set(texts) & set(perplexity) if not _is_heading(text)}:
@@ -119,6 +132,10 @@ def _check_apart(found: WorldData, folder: Path) -> None:
                 f"{folder}: {len(shared)} of the {name} texts are perplexity texts too, for instance "
                 f"{min(shared)[:60]!r}; a method must not be tested on its own training data"
             )
+    examples = [example for one in found.tuning.values() for example in one]
+    for name, heldout in found.heldout.sets.items():
+        check_apart(examples, heldout, f"tuning_heldout.{name}")
+    check_apart(found.preferences, found.heldout.preferences, "preferences_heldout")
 
 
 def _is_heading(text: str) -> bool:
@@ -155,6 +172,27 @@ def _unlearning(world: WorldSettings, folder: Path) -> UnlearningData:
         verbatim,
         _text_sets(world, folder, "membership"),
     )
+
+
+def _heldout(world: WorldSettings, folder: Path) -> TuningData:
+    return TuningData(
+        _example_sets(world, folder, "tuning_heldout"), _preferences(world, folder, "preferences_heldout")
+    )
+
+
+def _example_sets(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[Example, ...]]:
+    found = {}
+    for name, source in getattr(world, key).items():
+        with _named(f"{key}.{name}"):
+            found[name] = read_examples(source, folder)
+    return found
+
+
+def _preferences(world: WorldSettings, folder: Path, key: str) -> tuple[Preference, ...]:
+    if (source := getattr(world, key)) is None:
+        return ()
+    with _named(key):
+        return read_preferences(source, folder)
 
 
 def _question_sets(

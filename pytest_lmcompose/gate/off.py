@@ -46,6 +46,13 @@ def _reason(
             return f"world.pools has no {pool}"
     if metric.data == "unlearning data":
         return _no_set(metric.name if "*" in glob else glob, world)
+    if metric.data == "tuning data":
+        _, _, name = glob.partition("/")
+        key = "tuning_heldout" if "/" in metric.name else "preferences_heldout"
+        if not (sets := getattr(world, key)):
+            return f"world.{key}=null" if sets is None else f"world.{key} is empty"
+        if name and "*" not in name and name not in sets:
+            return f"world.{key} has no {name}"
     return None
 
 

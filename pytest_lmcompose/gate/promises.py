@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from interventions.categories import Category, categories, find_category
@@ -38,6 +38,7 @@ class Promise:
     """The first later step that breaks it; None if it holds at the end."""
     metric: str | None = None
     value: float | None = None
+    settings: Any = field(default=None, compare=False)
 
     @property
     def words(self) -> str:
@@ -50,6 +51,8 @@ class Promise:
             return self.metric == measurement.metric
         if self.category.removes and measurement.higher_is_better:
             return False  # knowledge that should remain
+        if isinstance(self.settings, Intervention) and not self.settings.aims_at(measurement.metric):
+            return False
         return any(matches(glob, measurement.metric) for glob in self.category.promises)
 
 
@@ -64,7 +67,7 @@ def promises(recipe: Recipe, composition: Composition, ran: Sequence[StepRecord]
             yield Promise(step, category, next(breaks, None), metric, value)
         if category.promises and not _undoes(settings):
             attacks = (s for s in later if category.name in _undoes(recipe.settings(s)))
-            yield Promise(step, category, next(attacks, None))
+            yield Promise(step, category, next(attacks, None), settings=settings)
 
 
 def broken(recipe: Recipe, composition: Composition) -> list[str]:

@@ -86,6 +86,10 @@ def _prompts(metric: str, data: RunData) -> Iterator[str]:
         yield from (_pair(probe.prompt, probe.answer) for probe in unlearning.verbatim)
     if head in ("membership_auc", "privleak", "privleak_distance"):
         yield from unlearning.membership.get("forget", ())
+    if head in ("tuning_loss", "tuning_recall"):
+        yield from (_pair(example.prompt, example.answer) for example in data.tuning.sets.get(relation, ()))
+    if head == "preference_wins":
+        yield from (_pair(one.prompt, f"{one.chosen}, not {one.rejected}") for one in data.tuning.preferences)
     for fact in facts.get(head, ()):
         if not relation or fact.relation == relation:
             yield _pair(fact.prompt, fact.answer)

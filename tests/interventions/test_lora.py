@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from interventions import Edit, InterventionError, apply
+from interventions.adapters import chosen_linears
 from interventions.anatomy import find_anatomy
 from interventions.edit.kernels.target_loss import all_nll, target_batches
-from interventions.edit.lora import LoraSettings, chosen_linears
 from tests.models import tiny_model
 
 EDITS = (
@@ -82,7 +82,7 @@ def test_the_seed_decides_alone(tokenizer: Any) -> None:
     ],
 )
 def test_target_modules_come_from_the_anatomy(family: str, targets: list[str], expected: list[str]) -> None:
-    linears = chosen_linears(find_anatomy(tiny_model(family)), LoraSettings(targets=targets), [1])
+    linears = chosen_linears("lora", find_anatomy(tiny_model(family)), targets, [1])
     assert [linear.name.rpartition(".")[2] for linear in linears] == expected
 
 

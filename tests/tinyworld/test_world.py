@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from compositions.tinyworld.datasets import write_data
-from compositions.tinyworld.relations import DOMAINS, HOMELAND, LAND, PERSON
+from compositions.tinyworld.relations import DOMAINS, HOMELAND, LAND, PERSON, TUNING
 from compositions.tinyworld.text import heldout, prompt, state, templates, trained, training_stream
-from compositions.tinyworld.truth import World, make_world
+from compositions.tinyworld.truth import LEARNERS, World, make_world, unknown_facts
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
+from pytest_lmcompose.data.tuning import read_examples, read_preferences
 
 SHIPPED = Path(__file__).parents[2] / "compositions" / "tinyworld" / "data"
 RELATIONS = [*PERSON, HOMELAND, LAND, *(r for relations in DOMAINS.values() for r in relations)]
@@ -121,3 +122,31 @@ def test_recall_prompts_cover_every_fact_and_as_many_templates_as_there_are_subj
         for kind in (trained(relation), heldout(relation)):  # in turn, so all of them where there are subjects enough
             found = asked & {prompt(template, "{s}") for template in kind}
             assert len(found) == min(subjects, len(kind)), relation.name
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_tuning_states_facts_about_strangers_and_asks_in_other_words(name: str, world: World) -> None:
+    known = {fact.subject for fact in world.facts} | set(world.name_parts)
+    facts = {(fact.subject, fact.object) for fact in unknown_facts(world, name)}
+    assert len({subject for subject, _ in facts}) == LEARNERS
+    assert not known & {subject for subject, _ in facts}
+    training, tested = (read_examples(SHIPPED / f"tuning-{name}{part}.jsonl") for part in ("", "-heldout"))
+    for examples in (training, tested):
+        assert {(s, e.answer) for e in examples for s, _ in facts if s in e.prompt} == facts
+    assert not {example.prompt for example in training} & {example.prompt for example in tested}
+
+
+def test_sets_to_tune_on_have_no_subject_in_common(world: World) -> None:
+    subjects = [{fact.subject for fact in unknown_facts(world, name)} for name in TUNING]
+    assert not set.intersection(*subjects)
+
+
+def test_preferences_are_true_and_held_out_about_other_facts(world: World) -> None:
+    training, tested = (read_preferences(SHIPPED / f"preferences{part}.jsonl") for part in ("", "-heldout"))
+    answers = {(fact.subject, fact.object) for fact in world.facts}
+    asked = []
+    for pairs in (training, tested):
+        about = {next((s, o) for s, o in answers if s in p.prompt and p.chosen == f"{o}.") for p in pairs}
+        asked.append(about)
+        assert all(len(p.chosen) < len(p.rejected) for p in pairs)
+    assert not asked[0] & asked[1]

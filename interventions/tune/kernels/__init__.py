@@ -1,1 +1,1 @@
-"""Computations of the methods of the category `tune`."""
+"""What the methods of the category `tune` compute with."""
