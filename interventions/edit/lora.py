@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from interventions.structure import Linear
+    from interventions.types import Edit
 
 _ADAPTER = "default"
 
