@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from evaluators.questions import measure_questions, pool
     from evaluators.recall import measure_recall, score_facts
     from evaluators.recovery import returned
+    from evaluators.refusal import is_refusal, measure_refusal, measure_refusal_score
     from evaluators.registry import Evaluator, Metric
     from evaluators.survival import measure_survival
     from evaluators.tofu import forget_quality, measure_qa, model_utility
@@ -44,6 +45,7 @@ _MODULES = {
     "questions": "measure_questions pool",
     "recall": "measure_recall score_facts",
     "recovery": "returned",
+    "refusal": "is_refusal measure_refusal measure_refusal_score",
     "registry": "Evaluator Metric",
     "survival": "measure_survival",
     "tofu": "forget_quality measure_qa model_utility",
@@ -68,6 +70,7 @@ __all__ = [
     "forget_quality",
     "forward_pass",
     "greedy",
+    "is_refusal",
     "log_likelihood",
     "measure_answer_perplexity",
     "measure_editing",
@@ -78,6 +81,8 @@ __all__ = [
     "measure_qa",
     "measure_questions",
     "measure_recall",
+    "measure_refusal",
+    "measure_refusal_score",
     "measure_survival",
     "measure_verbatim",
     "membership_auc",

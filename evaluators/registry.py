@@ -39,7 +39,7 @@ class Metric:
     targeted_by: tuple[str, ...] = ()
     """Categories whose steps aim at the metric; empty: it concerns every step."""
     data: str = ""
-    """Data it is measured on: edits, facts, texts, questions, unlearning data, weights or nothing; empty: unknown."""
+    """Data it is measured on: edits, facts, texts, questions, unlearning data, refusal prompts, weights or nothing; empty: unknown."""
     advice: str = ""
     """What to try if its gate fails."""
     headline: bool = False
@@ -123,6 +123,18 @@ def _unlearned(name: str, unit: str = "share", **more: Any) -> Metric:
     return Metric(name, unit, **{"low": 0, "high": 1, "data": "unlearning data", **_FORGOTTEN, **more})
 
 
+_REFUSAL: dict[str, Any] = {
+    "higher_is_better": None,
+    "targeted_by": ("steer",),
+    "data": "refusal prompts",
+    "advice": "remove the direction last, from all blocks (abliterate.layers), or measure it at another block (abliterate.layer)",
+}
+_OVER_REFUSAL: dict[str, Any] = {
+    "higher_is_better": False,
+    "data": "refusal prompts",
+    "advice": "a later or earlier step made the model refuse harmless prompts: tune on harmless answers too, or lower its rate",
+}
+
 _OF_EDITS: dict[str, Any] = {"targeted_by": ("edit",), "advice": _EDIT_AGAIN}
 _ASPECTS = ("success", "paraphrase", "portability", "locality")
 
@@ -197,6 +209,18 @@ BUILT_IN = (
             _unlearned("membership_auc", "area"),
             _unlearned("privleak", "%", higher_is_better=True, low=-100, high=math.inf),
             _unlearned("privleak_distance", "%", high=math.inf, headline=True),
+        ),
+    ),
+    Evaluator(
+        "refusal",
+        "held-out prompts that are refused: harmful ones, and harmless ones",
+        "evaluators.settings:RefusalSettings",
+        "evaluators.refusal:evaluate",
+        (
+            Metric("refusal_rate", "share", low=0, high=1, headline=True, **_REFUSAL),
+            Metric("refusal_score", "nats", **_REFUSAL),
+            Metric("over_refusal_rate", "share", low=0, high=1, headline=True, **_OVER_REFUSAL),
+            Metric("over_refusal_score", "nats", **_OVER_REFUSAL),
         ),
     ),
     Evaluator(

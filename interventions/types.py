@@ -38,6 +38,8 @@ class Resources:
     calibration: tuple[str, ...] = ()
     forget: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     retain: tuple[str, ...] = ()
+    refusal: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Prompts by set, harmful and harmless, whose difference is a direction."""
 
 
 @dataclass

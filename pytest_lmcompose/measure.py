@@ -68,6 +68,7 @@ def measure_state(
         chat=evaluate.chat,
         unlearning=data.unlearning,
         retained=retained,
+        refusal=data.refusal,
         grids=grids or {},
     )
     chosen = list(switched_on(evaluate))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluators.metrics import find_metric
-from evaluators.settings import UnlearningSettings
+from evaluators.settings import RefusalSettings, UnlearningSettings
 from pytest_lmcompose.cache.address import address, hash_files
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _LENGTH = 16
 def data_part(metric: str) -> str | None:
     """Return the part of the data that a metric is measured on, None if unknown."""
     part = find_metric(metric).data
-    return part if part in ("edits", "facts", "texts", "questions", "unlearning data") else None
+    return part if part in ("edits", "facts", "texts", "questions", "unlearning data", "refusal prompts") else None
 
 
 def data_hashes(
@@ -54,6 +54,11 @@ def data_hashes(
             data=[d.unlearning for d in data],
             retain_model=retain_model,
             settings={field.name: getattr(evaluate, field.name) for field in fields(UnlearningSettings)},
+            **chat,
+        ),
+        "refusal prompts": address(
+            data=[d.refusal for d in data],
+            settings={field.name: getattr(evaluate, field.name) for field in fields(RefusalSettings)},
             **chat,
         ),
         METHODS: address(resources=[d.resources for d in data]),

@@ -18,6 +18,7 @@ from pytest_lmcompose.data.records import (
     sample,
     select_edits,
 )
+from pytest_lmcompose.data.refusal import check_apart, read_prompts
 from pytest_lmcompose.data.source import parse_source
 from pytest_lmcompose.data.unlearning import read_questions, read_verbatim
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
@@ -45,6 +46,8 @@ class RunData:
     """Folder of the question tasks."""
     unlearning: UnlearningData = field(default_factory=UnlearningData)
     """What shows how much was forgotten and kept."""
+    refusal: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Held-out prompts by set, to measure refusal on."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class WorldData:
     forget: Mapping[str, tuple[str, ...]]
     perplexity: tuple[str, ...]
     unlearning: UnlearningData
+    refusal: Mapping[str, tuple[str, ...]]
+    refusal_heldout: Mapping[str, tuple[str, ...]]
 
 
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
@@ -88,8 +93,11 @@ def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -
         _text_sets(world, folder, "forget"),
         _texts(world, folder, "perplexity")[: evaluate.texts],
         _unlearning(world, folder) if evaluate.unlearning else UnlearningData(),
+        _prompt_sets(world, folder, "refusal"),
+        _prompt_sets(world, folder, "refusal_heldout") if evaluate.refusal else {},
     )
     _check_apart(found, folder)
+    check_apart({"refusal": found.refusal, "refusal_heldout": found.refusal_heldout})
     return found
 
 
@@ -104,10 +112,12 @@ def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettin
         calibration=found.calibration,
         forget=found.forget,
         retain=found.retain,
+        refusal=found.refusal,
     )
     facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
     tasks = folder / world.tasks if world.tasks is not None else None
-    return RunData(resources, edits, facts, neighbours, forgettable, found.perplexity, tasks, found.unlearning)
+    parts = (found.perplexity, tasks, found.unlearning, found.refusal_heldout)
+    return RunData(resources, edits, facts, neighbours, forgettable, *parts)
 
 
 def _check_apart(found: WorldData, folder: Path) -> None:
@@ -133,6 +143,14 @@ def _texts(world: WorldSettings, folder: Path, key: str) -> tuple[str, ...]:
 
 def _text_sets(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[str, ...]]:
     return {name: _read_texts(world, f"{key}.{name}", source, folder) for name, source in getattr(world, key).items()}
+
+
+def _prompt_sets(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for name, source in getattr(world, key).items():
+        with _named(f"{key}.{name}"):
+            found[name] = read_prompts(source, name, folder)
+    return found
 
 
 def _read_texts(world: WorldSettings, key: str, source: Any, folder: Path) -> tuple[str, ...]:

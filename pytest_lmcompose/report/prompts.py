@@ -86,6 +86,8 @@ def _prompts(metric: str, data: RunData) -> Iterator[str]:
         yield from (_pair(probe.prompt, probe.answer) for probe in unlearning.verbatim)
     if head in ("membership_auc", "privleak", "privleak_distance"):
         yield from unlearning.membership.get("forget", ())
+    if (name := {"refusal": "harmful", "over_refusal": "harmless"}.get(metric.rpartition("_")[0])) is not None:
+        yield from data.refusal.get(name, ())
     for fact in facts.get(head, ()):
         if not relation or fact.relation == relation:
             yield _pair(fact.prompt, fact.answer)
