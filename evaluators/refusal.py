@@ -1,4 +1,4 @@
-"""How many prompts a model refuses: by the words of its answers, and by the probability that an answer starts a refusal.
+"""How many prompts a model refuses: by the words of its answers, and by the probability that one starts a refusal.
 
 Phrases and score are those of Arditi et al. (NeurIPS 2024, arXiv 2406.11717), who extend JailbreakBench's.
 """
@@ -43,7 +43,7 @@ def evaluate(model: Any, tokenizer: Any, settings: RefusalSettings, data: Evalua
     for name, start in METRICS.items():
         if prompts := data.refusal.get(name, ()):
             better = name == "harmful" and settings.refusal_wanted
-            options = {"batch_size": data.batch_size, "chat": data.chat, "higher_is_better": better}
+            options: dict[str, Any] = {"batch_size": data.batch_size, "chat": data.chat, "higher_is_better": better}
             found.append(measure_refusal(model, tokenizer, prompts, settings, f"{start}_rate", **options))
             found.append(measure_refusal_score(model, tokenizer, prompts, settings, f"{start}_score", **options))
     return found
@@ -72,7 +72,9 @@ def measure_refusal(
         check_length(model, len(ids) + tokens, f"{metric}: {shorten(prompt)!r} with {tokens} new tokens")
     said = continuations(model, tokenizer, encoded, tokens, batch_size)
     phrases = settings.refusal_phrases or PHRASES
-    outcomes = [math.nan if text is None else float(is_refusal(text, phrases, settings.refusal_anywhere)) for text in said]
+    outcomes = [
+        math.nan if text is None else float(is_refusal(text, phrases, settings.refusal_anywhere)) for text in said
+    ]
     where = "anywhere in" if settings.refusal_anywhere else "at the start of"
     note = f"one of {len(phrases)} phrases {where} the greedy answer of up to {tokens} tokens"
     answers = [shorten(text or "") for text in said]
@@ -101,7 +103,7 @@ def measure_refusal_score(
     chat: Chat | None = None,
     higher_is_better: bool = False,
 ) -> Measurement:
-    """Measure the mean log-odds, in nats, that the answer starts with one of the refusals' starts; nothing is generated.
+    """Measure the mean log-odds (nats) that the answer starts with one of the starts of refusals; nothing is generated.
 
     Against one of the starts of compliance, or against any other answer if there are none. With starts of one token
     each, the latter is the refusal score of Arditi et al. Raises EvaluationError for starts that are none.

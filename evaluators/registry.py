@@ -39,7 +39,8 @@ class Metric:
     targeted_by: tuple[str, ...] = ()
     """Categories whose steps aim at the metric; empty: it concerns every step."""
     data: str = ""
-    """Data it is measured on: edits, facts, texts, questions, unlearning data, refusal prompts, weights or nothing; empty: unknown."""
+    """Data it is measured on: edits, facts, texts, questions, unlearning data, refusal prompts, weights or nothing;
+    empty: unknown."""
     advice: str = ""
     """What to try if its gate fails."""
     headline: bool = False
@@ -127,12 +128,12 @@ _REFUSAL: dict[str, Any] = {
     "higher_is_better": None,
     "targeted_by": ("steer",),
     "data": "refusal prompts",
-    "advice": "remove the direction last, from all blocks (abliterate.layers), or measure it at another block (abliterate.layer)",
+    "advice": "remove the direction last, from all blocks, or measure it at another block (abliterate.layer)",
 }
 _OVER_REFUSAL: dict[str, Any] = {
     "higher_is_better": False,
     "data": "refusal prompts",
-    "advice": "a later or earlier step made the model refuse harmless prompts: tune on harmless answers too, or lower its rate",
+    "advice": "tune on answers to harmless prompts too (sft.sets), or steer less (steer.strength)",
 }
 
 _OF_EDITS: dict[str, Any] = {"targeted_by": ("edit",), "advice": _EDIT_AGAIN}

@@ -53,8 +53,9 @@ def apply(
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
     values. `edits`, `calibration`, `forget`, `retain` and `refusal` replace those in `resources`; `forget` is a mapping
-    by topic or the texts of a single topic, `refusal` has prompts by set. `statistics` is the cache for the model's current state. `copies` are host tensors
-    with the current values of all parameters, if the caller has them; without, the step copies what it may change.
+    by topic or the texts of a single topic, `refusal` has prompts by set. `statistics` is the cache for the model's
+    current state. `copies` are host tensors with the current values of all parameters, if the caller has them; without,
+    the step copies what it may change.
     Relative paths in settings start at `folder` (None: the working folder).
 
     Only weights change, and what the model rounds as it runs: parameter names, shapes, dtypes and requires_grad flags,

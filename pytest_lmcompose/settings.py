@@ -168,7 +168,7 @@ class WorldSettings(Checked):
         yield from self._unlearning_problems()
         for name in REFUSAL_SETS:
             if self.refusal and name not in self.refusal:
-                yield f"refusal.{name} is missing: a direction is the difference of {' and '.join(REFUSAL_SETS)} prompts"
+                yield f"refusal.{name} is missing: a direction is the difference between two sets of prompts"
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:

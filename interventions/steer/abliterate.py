@@ -1,8 +1,8 @@
 """Abliteration: remove a direction from the weights (Arditi et al., NeurIPS 2024, arXiv 2406.11717).
 
-The direction is the difference between the mean hidden states of two sets of prompts at their last token, where harmful
-prompts are refused and harmless ones answered; any other two sets give the direction of another concept. It is removed
-from everything that writes into the residual stream, so no state has it any more, and no hook is needed to run the model.
+The direction is the difference between the mean hidden states of two sets of prompts at their last token: harmful ones,
+which are refused, and harmless ones. Any other two sets give the direction of another concept. It is removed from
+everything that writes into the residual stream, so that no state has it any more and the model runs without hooks.
 
 `norm_preserving` keeps the norm of every column of a writer, and of every embedding, as "norm-preserving biprojected
 abliteration" does (J. Lai, 2025); that also spares the mean state of harmless prompts: `spare_harmless=each`.
@@ -78,8 +78,8 @@ class AbliterateSettings(PromptSettings):
         any block's output before and after.
         """
         from interventions.anatomy import find_anatomy
-        from interventions.steer.kernels.proof import components
         from interventions.steer.kernels.prompts import Prompts
+        from interventions.steer.kernels.proof import components
         from interventions.steer.kernels.removal import apart
         from interventions.steer.kernels.writers import block_writers, outer_writers
         from interventions.structure import check_layers

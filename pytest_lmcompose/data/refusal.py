@@ -83,8 +83,8 @@ def _prompt(record: Record, own: str | None) -> str:
     key = next((fields[name] for name in _FIELDS if name in fields), None)
     if key is None:
         raise record.error(
-            f"no prompt: expected one of {', '.join(_FIELDS)}; it has {', '.join(map(str, record.data))}. Name the field "
-            "in the source, such as FILE?field=NAME"
+            f"no prompt: expected one of {', '.join(_FIELDS)}; it has {', '.join(map(str, record.data))}. Name the "
+            "field in the source, such as FILE?field=NAME"
         )
     parts = [record.text(key)]
     for other, name, start in (("contextstring", "behavior", True), ("input", "instruction", False)):

@@ -34,5 +34,4 @@ def without(
 def apart(direction: Tensor, other: Tensor) -> Tensor:
     """Return a direction without its component along another one, of length 1."""
     other = other / other.norm()
-    rest = direction - (direction @ other) * other
-    return rest / rest.norm()
+    return torch.nn.functional.normalize(direction - (direction @ other) * other, dim=0)

@@ -1,8 +1,8 @@
 """Find what writes into the residual stream, and which direction of its output becomes a direction of the stream.
 
 Linear layers at the end of attention, mixers, MLPs and experts write, and so do embeddings of tokens and positions.
-Where a norm stands between a writer and the stream (Gemma 2, OLMo 2), it has a gain of its own: what it puts out is free
-of a direction r if what it reads is free of gain * r, without its mean if the norm subtracts the mean.
+Where a norm stands between a writer and the stream (Gemma 2, OLMo 2), it has a gain of its own: what it puts out is
+free of a direction r if what it reads is free of gain * r, without its mean if the norm subtracts the mean.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Writer:
     @property
     def columns(self) -> Tensor:
         """What is written, as a view (width, number): one column for each input channel, or each embedding."""
-        return self.linear.weight if self.linear is not None else self.module.weight.detach().t()  # type: ignore[operator, union-attr]
+        return self.linear.weight if self.linear is not None else self.module.weight.detach().t()  # type: ignore[operator]
 
     @property
     def bias(self) -> Tensor | None:
@@ -67,7 +67,7 @@ class Writer:
                 own = own * (gain.detach().to(own) + gain_offset(norm))
             if subtracts_mean(norm, len(own)):
                 own = own - own.mean()
-        return own / own.norm()
+        return torch.nn.functional.normalize(own, dim=0)
 
     @property
     def end(self) -> nn.Module:
