@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from compositions.tinyworld.refusal import refusal_prompts
 from compositions.tinyworld.relations import (
     BORN,
     DOMAINS,
@@ -53,6 +54,8 @@ def write_data(world: World, folder: Path) -> None:
     _write_texts(folder / "calibration.jsonl", general_text(world, "calibration", 512))
     for split, documents in (("train", 120), ("heldout", 120)):
         _write_texts(folder / f"perplexity-{split}.jsonl", perplexity_text(world, split, documents))
+    for name, records in refusal_prompts(world):
+        _write_lines(folder / f"{name}.jsonl", records)
 
 
 def zsre(world: World) -> list[Record]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interventions.steer.kernels.prompts import Prompts, changed_input, changed_outputs
+from interventions.steer.kernels.prompts import Change, Prompts, changed_input, changed_outputs
 from interventions.steer.kernels.writers import Writer
 from interventions.structure import Anatomy
 from interventions.unlearn.kernels.texts import Rows
@@ -88,14 +88,19 @@ def best(candidates: Sequence[Candidate], most_divergence: float) -> tuple[Candi
 def removed(anatomy: Anatomy, writers: Sequence[Sequence[Writer]], direction: Tensor) -> Iterator[None]:
     """Run the model without a unit direction in its residual stream."""
 
-    def change(x: Tensor) -> Tensor:
-        r = direction.to(x)
-        return x - (x @ r).unsqueeze(-1) * r
+    def without(r: Tensor) -> Change:
+        return lambda x: x - (x @ r.to(x)).unsqueeze(-1) * r.to(x)
 
-    ends: dict[nn.Module, None] = {}
-    for own in writers:
-        ends |= {w.end: None for w in own if w.norms or (w.linear is not None and w.linear.part is None)}
+    before_norms: dict[nn.Module, Change] = {}
     with ExitStack() as stack:
-        stack.enter_context(changed_outputs([*ends, *(block.module for block in anatomy.blocks)], change))
-        stack.enter_context(changed_input(anatomy.blocks[0].module, change))
+        for writer in (writer for own in writers for writer in own):
+            change = without(writer.direction(direction))
+            if writer.norms:
+                before_norms[writer.norms[0]] = change
+            elif writer.linear is not None and writer.linear.part is None:
+                stack.enter_context(changed_outputs([writer.module], change))
+        for norm, change in before_norms.items():
+            stack.enter_context(changed_input(norm, change))
+        stack.enter_context(changed_input(anatomy.blocks[0].module, without(direction)))
+        stack.enter_context(changed_outputs([block.module for block in anatomy.blocks], without(direction)))
         yield

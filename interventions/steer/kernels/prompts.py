@@ -129,7 +129,7 @@ def changed_outputs(modules: Sequence[nn.Module], change: Change) -> Iterator[No
 
 @contextmanager
 def changed_input(module: nn.Module, change: Change) -> Iterator[None]:
-    """Change the hidden states that a block reads."""
+    """Change the hidden states that a block or a norm reads."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if arguments:
