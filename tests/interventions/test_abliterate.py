@@ -189,7 +189,8 @@ def test_blocks_and_tokens_are_tried(tokenizer: Any) -> None:
 
 def test_prompts_go_into_the_chat_template(tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
+    turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}[answer]{% endif %}"
     model = tiny("llama")
     asked = {name: tuple(Chat("be brief").ask(tokenizer, text) for text in own) for name, own in PROMPTS.items()}
     plain = {
