@@ -17,7 +17,7 @@ PROMPTS = ("Mira Tolvan was born in", "The capital of Ostria is", "Question: whe
 
 
 def test_phrases_tell_a_refusal_in_upper_or_lower_case() -> None:
-    assert is_refusal("I’m Sorry, but I cannot help.") and is_refusal("Well... as an AI, no")
+    assert is_refusal("I\u2019m Sorry, but I cannot help.") and is_refusal("Well... as an AI, no")
     assert not is_refusal("Here is how") and not is_refusal("")
     assert not is_refusal("Well, I cannot", anywhere=False) and is_refusal("  I\ncannot", anywhere=False)
     assert is_refusal("Das kann ich nicht", ("kann ich nicht",))
@@ -72,7 +72,7 @@ def test_each_set_has_its_metrics(model: Any, tokenizer: Any, wanted: bool) -> N
 
 
 def test_too_few_positions_and_no_template_are_one_line(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(EvaluationError, match="refusal_rate: .* needs"):
+    with pytest.raises(EvaluationError, match=r"refusal_rate: .* needs"):
         measure_refusal(model, tokenizer, PROMPTS, RefusalSettings(refusal_tokens=10_000))
     with pytest.raises(EvaluationError, match="chat template"):
         measure_refusal(model, tokenizer, PROMPTS, chat=Chat())
