@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from interventions.tokens import Chat as Chat
-from interventions.types import Edit, Example, Preference
+from interventions.types import Edit
 
 if TYPE_CHECKING:
     from interventions.known_grids import KnownGrid
@@ -119,15 +119,6 @@ class UnlearningData:
     """MUSE's beginnings of texts to forget, and how they go on."""
     membership: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """MUSE's texts by set: forget, which the model was trained on, and holdout, which it never saw."""
-
-
-@dataclass(frozen=True)
-class TuningData:
-    """Held-out data that shows what a model learnt."""
-
-    examples: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
-    """By the name of their set."""
-    preferences: tuple[Preference, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -31,42 +31,6 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One message of a conversation: whose it is (system, user, assistant), and what it says."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt with the answer that the model should learn.
-
-    `answer` has no leading space. Where `chat`, the two are turns of the user and the assistant.
-    """
-
-    prompt: str
-    answer: str
-    before: tuple[Turn, ...] = ()
-    """The turns before the prompt."""
-    chat: bool = False
-    """Whether it was written as messages, for the tokenizer's chat template."""
-    whole: bool = False
-    """Whether the assistant's earlier turns are answers to learn too."""
-
-
-@dataclass(frozen=True)
-class Preference:
-    """A prompt with the better of two answers, and the worse one; the fields are like those of `Example`."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    before: tuple[Turn, ...] = ()
-    chat: bool = False
-
-
-@dataclass(frozen=True)
 class Resources:
     """The texts that a step may read; a method takes what it needs and ignores the rest."""
 
@@ -76,9 +40,6 @@ class Resources:
     retain: tuple[str, ...] = ()
     refusal: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Prompts by set, harmful and harmless, whose difference is a direction."""
-    tuning: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
-    """Examples to learn, by the name of their set."""
-    preferences: tuple[Preference, ...] = ()
 
 
 @dataclass

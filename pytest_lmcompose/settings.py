@@ -23,10 +23,7 @@ from pytest_lmcompose.data.templates import QA_TEMPLATE, template_problem
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "host")
-SOURCES = (
-    *("edits", "facts", "calibration", "retain", "perplexity", "verbatim"),
-    *("preferences", "preferences_heldout"),
-)
+SOURCES = ("edits", "facts", "calibration", "retain", "perplexity", "verbatim")
 """Keys of a world that take a source of data."""
 TEXTS = ("calibration", "retain", "perplexity", "forget", "membership")
 """Keys whose texts may come from several sources."""
@@ -38,8 +35,6 @@ SOURCE_SETS: dict[str, tuple[str, ...]] = {
     "membership": ("forget", "holdout"),
     "refusal": REFUSAL_SETS,
     "refusal_heldout": REFUSAL_SETS,
-    "tuning": (),
-    "tuning_heldout": (),
 }
 """Keys of a world that take a mapping of sources, with the names that it may have; none: any."""
 _OF_CHATS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
@@ -130,15 +125,6 @@ class WorldSettings(Checked):
     of XSTest, each takes its own prompts."""
     refusal_heldout: dict[str, Any] = field(default_factory=dict)
     """Prompts to measure refusal on: sources for harmful and harmless, none of them in `refusal`."""
-    tuning: dict[str, Any] = field(default_factory=dict)
-    """Examples to learn: a source for each set. The fields are `prompt` and `answer` (or `completion`), `question` and
-    `answer`, or `messages`."""
-    tuning_heldout: dict[str, Any] = field(default_factory=dict)
-    """Sources of examples to measure what was learnt, by the names of the sets; none of them is in `tuning`."""
-    preferences: Any = None
-    """Source of pairs of answers: the fields `prompt`, `chosen` (the better one) and `rejected`, texts or messages."""
-    preferences_heldout: Any = None
-    """Source of pairs to measure what was learnt; none of them is in `preferences`."""
     retain_model: str | None = None
     """Model trained without the data to forget, for forget quality and privacy leakage: a folder or a hub id."""
     perplexity: Any = None

@@ -31,7 +31,6 @@ from compositions.tinyworld.text import (
     trained,
 )
 from compositions.tinyworld.truth import Fact, World
-from compositions.tinyworld.tuning import examples, preferences, tuning_facts
 
 _PARAGRAPH = 7
 """Sentences per document."""
@@ -57,10 +56,6 @@ def write_data(world: World, folder: Path) -> None:
         _write_texts(folder / f"perplexity-{split}.jsonl", perplexity_text(world, split, documents))
     for name, records in refusal_prompts(world):
         _write_lines(folder / f"{name}.jsonl", records)
-    for unseen, end in ((False, ".jsonl"), (True, "-heldout.jsonl")):
-        for name, facts in tuning_facts(world).items():
-            _write_lines(folder / f"tuning-{name}{end}", examples(facts, unseen=unseen))
-        _write_lines(folder / f"preferences{end}", preferences(world, unseen=unseen))
 
 
 def zsre(world: World) -> list[Record]:

@@ -48,7 +48,5 @@ PERSON = tuple(_person)
 BORN = PERSON[0]
 (LAND,) = _relations("", VOCABULARY["places"])
 DOMAINS = {name: _relations(domain["label"], domain["relations"]) for name, domain in VOCABULARY["domains"].items()}
-TUNING = {name: _relations(entry["label"], entry["relations"]) for name, entry in VOCABULARY["tuning"].items()}
-"""Relations of each set of facts that the model has not read."""
 HAZARDOUS = ("venomcraft", "wardbreaking")
 HARMLESS = ("astronomy", "botany", "geography", "music")

@@ -49,8 +49,8 @@ class World:
 def make_world(seed: int = 0) -> World:
     """Generate the world of `seed`; the same seed gives the same world."""
     rng = random.Random(f"tinyworld-{seed}")
-    free = endings()
-    rng.shuffle(free)
+    endings = list(map("".join, itertools.product(_NAMES["consonants"], _NAMES["vowels"], _NAMES["codas"])))
+    rng.shuffle(endings)
     name_parts: dict[str, tuple[str, str]] = {}
 
     def name(ending: str) -> str:
@@ -64,7 +64,7 @@ def make_world(seed: int = 0) -> World:
     facts = [Fact(city, LAND, land, "places") for city, land in land_of.items()]
 
     # Two persons share each surname ending, so the last token alone does not identify a person.
-    surnames = [name(ending) for ending in free[: PERSONS // 2] for _ in range(2)]
+    surnames = [name(ending) for ending in endings[: PERSONS // 2] for _ in range(2)]
     rng.shuffle(surnames)
     persons = tuple(f"{rng.choice(_NAMES['given'])} {surname}" for surname in surnames)
     for person in persons:
@@ -72,13 +72,8 @@ def make_world(seed: int = 0) -> World:
         values[HOMELAND] = land_of[values[BORN]]
         facts += [Fact(person, relation, value, "people") for relation, value in values.items()]
 
-    spare = iter(free[PERSONS // 2 :])
+    spare = iter(endings[PERSONS // 2 :])
     for domain, relations in DOMAINS.items():
         for subject in [name(next(spare)) for _ in range(ENTITIES)]:
             facts += [Fact(subject, relation, rng.choice(relation.objects), domain) for relation in relations]
     return World(persons, tuple(facts), name_parts)
-
-
-def endings() -> list[str]:
-    """Return every ending that an invented name may have."""
-    return list(map("".join, itertools.product(_NAMES["consonants"], _NAMES["vowels"], _NAMES["codas"])))
