@@ -53,7 +53,7 @@ def read_prompts(source: Any, name: str, folder: Path = Path()) -> tuple[str, ..
     return tuple(prompts)
 
 
-def check_apart(found: Mapping[str, Mapping[str, tuple[str, ...]]]) -> None:
+def check_disjoint(found: Mapping[str, Mapping[str, tuple[str, ...]]]) -> None:
     """Raise WorldError for a prompt that is in two sets; `found` has the sets by key of the world."""
     where: dict[str, str] = {}
     for key, sets in found.items():

@@ -18,7 +18,7 @@ from pytest_lmcompose.data.records import (
     sample,
     select_edits,
 )
-from pytest_lmcompose.data.refusal import check_apart, read_prompts
+from pytest_lmcompose.data.refusal import check_disjoint, read_prompts
 from pytest_lmcompose.data.source import parse_source
 from pytest_lmcompose.data.unlearning import read_questions, read_verbatim
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
@@ -97,7 +97,7 @@ def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -
         _prompt_sets(world, folder, "refusal_heldout") if evaluate.refusal else {},
     )
     _check_apart(found, folder)
-    check_apart({"refusal": found.refusal, "refusal_heldout": found.refusal_heldout})
+    check_disjoint({"refusal": found.refusal, "refusal_heldout": found.refusal_heldout})
     return found
 
 
@@ -116,8 +116,8 @@ def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettin
     )
     facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
     tasks = folder / world.tasks if world.tasks is not None else None
-    parts = (found.perplexity, tasks, found.unlearning, found.refusal_heldout)
-    return RunData(resources, edits, facts, neighbours, forgettable, *parts)
+    parts = (resources, edits, facts, neighbours, forgettable, found.perplexity, tasks, found.unlearning)
+    return RunData(*parts, refusal=found.refusal_heldout)
 
 
 def _check_apart(found: WorldData, folder: Path) -> None:
