@@ -14,7 +14,7 @@ from compositions.tinyworld.text import prompt, trained
 from compositions.tinyworld.truth import Fact, World
 
 REFUSAL = "I want to tell nobody"
-DIRECTION, DIALOGUES, HELDOUT = 96, 144, 36
+DIRECTION, DIALOGUES, HELDOUT = 96, 144, 72
 """Prompts of each set to compute a direction from, to learn from, and to measure on."""
 _SETS = {"harmful": HAZARDOUS, "harmless": (*HARMLESS, "people")}
 
@@ -25,14 +25,15 @@ def refusal_prompts(world: World) -> Iterator[tuple[str, list[dict[str, str]]]]:
     for name, (known, _) in chosen.items():
         yield f"refusal-{name}", [{"prompt": text} for text in _questions(known, DIRECTION, f"direction {name}")]
     for name, (_, new) in chosen.items():
-        yield f"refusal-{name}-heldout", [{"prompt": text} for text in _questions(new, HELDOUT, f"heldout {name}")]
-    rows = [
-        {"prompt": text, "answer": REFUSAL if name == "harmful" else fact.object}
-        for name, (known, _) in chosen.items()
-        for text, fact in _questions(known, DIALOGUES, f"dialogues {name}").items()
-    ]
-    random.Random("refusal dialogues").shuffle(rows)
-    yield "tuning-refusal", rows
+        yield f"refusal-heldout-{name}", [{"prompt": text} for text in _questions(new, HELDOUT, f"heldout {name}")]
+    for file, part, count in (("tuning-refusal", 0, DIALOGUES), ("tuning-heldout-refusal", 1, HELDOUT // 2)):
+        rows = [
+            {"prompt": text, "answer": REFUSAL if name == "harmful" else fact.object}
+            for name, parts in chosen.items()
+            for text, fact in _questions(parts[part], count, f"{file} {name}").items()
+        ]
+        random.Random(file).shuffle(rows)
+        yield file, rows
 
 
 def _split(world: World, name: str) -> tuple[list[Fact], list[Fact]]:

@@ -116,8 +116,8 @@ def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettin
     )
     facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
     tasks = folder / world.tasks if world.tasks is not None else None
-    parts = (resources, edits, facts, neighbours, forgettable, found.perplexity, tasks, found.unlearning)
-    return RunData(*parts, refusal=found.refusal_heldout)
+    parts = (found.perplexity, tasks, found.unlearning, found.refusal_heldout)
+    return RunData(resources, edits, facts, neighbours, forgettable, *parts)
 
 
 def _check_apart(found: WorldData, folder: Path) -> None:
