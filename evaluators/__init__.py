@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from evaluators.questions import measure_questions, pool
     from evaluators.recall import measure_recall, score_facts
     from evaluators.recovery import returned
+    from evaluators.refusal import is_refusal, measure_refusal, measure_refusal_score
     from evaluators.registry import Evaluator, Metric
     from evaluators.survival import measure_sequence, measure_survival
     from evaluators.tofu import forget_quality, measure_qa, model_utility
@@ -45,6 +46,7 @@ _MODULES = {
     "questions": "measure_questions pool",
     "recall": "measure_recall score_facts",
     "recovery": "returned",
+    "refusal": "is_refusal measure_refusal measure_refusal_score",
     "registry": "Evaluator Metric",
     "survival": "measure_sequence measure_survival",
     "tofu": "forget_quality measure_qa model_utility",
@@ -70,6 +72,7 @@ __all__ = [
     "forget_quality",
     "forward_pass",
     "greedy",
+    "is_refusal",
     "log_likelihood",
     "measure_answer_perplexity",
     "measure_editing",
@@ -80,6 +83,8 @@ __all__ = [
     "measure_qa",
     "measure_questions",
     "measure_recall",
+    "measure_refusal",
+    "measure_refusal_score",
     "measure_sequence",
     "measure_survival",
     "measure_tuning",

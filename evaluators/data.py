@@ -177,6 +177,8 @@ class EvaluationData:
     """Numbers of edits that the state's last editing step made at once, batch by batch; empty without such a step."""
     retained: RetainReference | None = None
     """Results of the retain model, if there is one."""
+    refusal: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Held-out prompts by set: harmful and harmless."""
     grids: Mapping[str, KnownGrid] = field(default_factory=dict)
     """How the model's checkpoint stored its quantised weights, by parameter name."""
     _shared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -39,8 +39,8 @@ class Metric:
     targeted_by: tuple[str, ...] = ()
     """Categories whose steps aim at the metric; empty: it concerns every step."""
     data: str = ""
-    """Data it is measured on: edits, facts, texts, questions, unlearning data, tuning data, weights or nothing; empty:
-    unknown."""
+    """Data it is measured on: edits, facts, texts, questions, unlearning data, tuning data, refusal prompts, weights or
+    nothing; empty: unknown."""
     advice: str = ""
     """What to try if its gate fails."""
     headline: bool = False
@@ -130,6 +130,18 @@ def _tuned(name: str, unit: str = "share", higher_is_better: bool = True, **more
     return Metric(name, unit, higher_is_better, **{**about, **more})
 
 
+_REFUSAL: dict[str, Any] = {
+    "higher_is_better": None,
+    "targeted_by": ("steer",),
+    "data": "refusal prompts",
+    "advice": "remove the direction last, from all blocks, or measure it at another block (abliterate.layer)",
+}
+_OVER_REFUSAL: dict[str, Any] = {
+    "higher_is_better": False,
+    "data": "refusal prompts",
+    "advice": "tune on answers to harmless prompts too (sft.sets), or steer less (steer.strength)",
+}
+
 _OF_EDITS: dict[str, Any] = {"targeted_by": ("edit",), "advice": _EDIT_AGAIN}
 _ASPECTS = ("success", "paraphrase", "portability", "locality")
 
@@ -216,6 +228,18 @@ BUILT_IN = (
             _tuned("tuning_loss/*", "nats per token", False, high=math.inf),
             _tuned("tuning_recall/*", targeted_by=("tune", "merge"), headline=True),
             _tuned("preference_wins", headline=True),
+        ),
+    ),
+    Evaluator(
+        "refusal",
+        "held-out prompts that are refused: harmful ones, and harmless ones",
+        "evaluators.settings:RefusalSettings",
+        "evaluators.refusal:evaluate",
+        (
+            Metric("refusal_rate", "share", low=0, high=1, headline=True, **_REFUSAL),
+            Metric("refusal_score", "nats", **_REFUSAL),
+            Metric("over_refusal_rate", "share", low=0, high=1, headline=True, **_OVER_REFUSAL),
+            Metric("over_refusal_score", "nats", **_OVER_REFUSAL),
         ),
     ),
     Evaluator(

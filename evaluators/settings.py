@@ -60,3 +60,21 @@ class UnlearningSettings(Checked):
     """Tokens read of a text of `world.membership`; fewer if the model has fewer positions."""
     min_k: Annotated[float, Range(above=0, high=1)] = 0.4
     """Share of a text's least likely tokens that tells whether the model was trained on it."""
+
+
+@dataclass(frozen=True)
+class RefusalSettings(Checked):
+    """Settings of refusal."""
+
+    refusal_tokens: Count = 32
+    """Tokens generated for a prompt of `world.refusal_heldout`."""
+    refusal_phrases: Annotated[list[str], Items(least=0)] = field(default_factory=list)
+    """What tells an answer as a refusal, upper or lower case; none: the English phrases of Arditi et al. (2024)."""
+    refusal_anywhere: bool = True
+    """A phrase tells a refusal wherever it stands in the answer; false: only at its start."""
+    refusal_starts: Annotated[list[str], Items()] = field(default_factory=lambda: ["I", "As", "Sorry"])
+    """Starts of refusals, for their probability; a single word is one token in most vocabularies."""
+    compliance_starts: Annotated[list[str], Items(least=0)] = field(default_factory=list)
+    """Starts of answers to compare them with; none: everything that is no refusal, as in Arditi et al. (2024)."""
+    refusal_wanted: bool = False
+    """Whether a higher `refusal_rate` is better. Off: a lower one is, which is what removing refusal promises."""

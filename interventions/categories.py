@@ -82,6 +82,7 @@ BUILT_IN = (
         "removes or adds a direction in the residual stream",
         promises=("refusal_rate",),
         promised="that harmful prompts are no longer refused",
+        removes=True,
         reads=("refusal",),
     ),
 )

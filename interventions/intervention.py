@@ -47,6 +47,8 @@ class Intervention(Checked):
     category: ClassVar[str]
     undoes: ClassVar[tuple[str, ...]] = ()
     """Categories whose promises this attacks; such a method promises nothing itself."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Fields of `Resources`, and keys of a world, that the method cannot do without: checked before any work."""
     function: ClassVar[str | None] = None
     """`module:function` to call instead of `run`, with the settings after the tokenizer; for a setting of that name."""
     resizes: ClassVar[bool] = False

@@ -42,6 +42,7 @@ def apply(
     calibration: Sequence[str] | None = None,
     forget: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
     retain: Sequence[str] | None = None,
+    refusal: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     statistics: SharedStatistics | None = None,
@@ -53,10 +54,10 @@ def apply(
     """Apply the intervention named `method` to `model` in place, and return a report.
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
-    values, `with_` that of the setting `with`. `edits`, `calibration`, `forget` and `retain` replace those in
-    `resources`; `forget` is a mapping by topic or the texts of a single topic. `statistics` is the cache for the
-    model's current state. `copies` are host tensors with the current values of all parameters, if the caller has them;
-    without, the step copies what it may change.
+    values, `with_` that of the setting `with`. `edits`, `calibration`, `forget`, `retain` and `refusal` replace those
+    in `resources`; `forget` is a mapping by topic or the texts of a single topic, `refusal` has prompts by set.
+    `statistics` is the cache for the model's current state. `copies` are host tensors with the current values of all
+    parameters, if the caller has them; without, the step copies what it may change.
     Relative paths in settings start at `folder` (None: the working folder). `states` are those of the compositions that
     the settings name, which only a run builds.
 
@@ -73,7 +74,7 @@ def apply(
     """
     chosen = find_method(method)
     complete = _complete_settings(chosen, settings, overrides)
-    given = _complete_resources(resources, edits, calibration, forget, retain)
+    given = _complete_resources(resources, edits, calibration, forget, retain, refusal)
     warnings: list[str] = []
     satisfied: list[str] = []
     grids: dict[str, KnownGrid] = {}
@@ -162,6 +163,7 @@ def _complete_resources(
     calibration: Sequence[str] | None,
     forget: Mapping[str, Sequence[str]] | Sequence[str] | None,
     retain: Sequence[str] | None,
+    refusal: Mapping[str, Sequence[str]] | None,
 ) -> Resources:
     found: dict[str, Any] = {}
     if edits is not None:
@@ -172,6 +174,8 @@ def _complete_resources(
     if forget is not None:
         topics = forget if isinstance(forget, Mapping) else {"forget": forget}
         found["forget"] = {topic: _texts(f"forget[{topic!r}]", texts) for topic, texts in topics.items()}
+    if refusal is not None:
+        found["refusal"] = {name: _texts(f"refusal[{name!r}]", prompts) for name, prompts in refusal.items()}
     return dataclasses.replace(resources or Resources(), **found)
 
 

@@ -70,6 +70,8 @@ class Resources:
     tuning: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     """Prompts and answers by set."""
     preferences: tuple[Preference, ...] = ()
+    refusal: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Prompts by set, harmful and harmless, whose difference is a direction."""
 
 
 @dataclass

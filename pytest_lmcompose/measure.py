@@ -78,6 +78,7 @@ def measure_state(
         unlearning=data.unlearning,
         tuning=data.tuning,
         retained=retained,
+        refusal=data.refusal,
         grids=grids or {},
         sequence=last_sequence(steps),
     )

@@ -136,7 +136,7 @@ class RunSetup:
         """Return the settings of a step; raises RecipeError if it cannot start here."""
         found = self.recipe.settings(step)
         if step not in self._checked:
-            check_step(step, found, self.location, self.options)
+            check_step(step, found, self.location, self.options, self.recipe.world)
             self._checked.add(step)
         return found
 

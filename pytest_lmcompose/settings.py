@@ -6,11 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from evaluators.settings import PassSettings, PerplexitySettings, QuestionSettings, UnlearningSettings
+from evaluators.settings import (
+    PassSettings,
+    PerplexitySettings,
+    QuestionSettings,
+    RefusalSettings,
+    UnlearningSettings,
+)
 from interventions.names import near_names
 from interventions.ranges import Checked, Choice, Count, Items, Positive, shown
 from interventions.tokens import Chat
 from pytest_lmcompose.data.readers import AUTO, unknown_schema
+from pytest_lmcompose.data.refusal import SETS as REFUSAL_SETS
 from pytest_lmcompose.data.source import source_problem
 from pytest_lmcompose.data.templates import QA_TEMPLATE, template_problem
 
@@ -31,6 +38,8 @@ SOURCE_SETS: dict[str, tuple[str, ...]] = {
     "membership": ("forget", "holdout"),
     "tuning": (),
     "tuning_heldout": (),
+    "refusal": REFUSAL_SETS,
+    "refusal_heldout": REFUSAL_SETS,
 }
 """Keys of a world that take a mapping of sources, with the names that it may have; none: any."""
 _OF_CHATS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
@@ -115,6 +124,12 @@ class WorldSettings(Checked):
     membership: dict[str, Any] = field(default_factory=dict)
     """MUSE's privacy leakage: sources of text for forget, which the model was trained on, and holdout, which it never
     saw."""
+    refusal: dict[str, Any] = field(default_factory=dict)
+    """Prompts whose difference gives the direction of refusal, or of another concept: sources for harmful (prompts with
+    it) and harmless (prompts without). Known fields: `prompt`, `goal`, `behavior`, `instruction` and others; of a file
+    of XSTest, each takes its own prompts."""
+    refusal_heldout: dict[str, Any] = field(default_factory=dict)
+    """Prompts to measure refusal on: sources for harmful and harmless, none of them in `refusal`."""
     retain_model: str | None = None
     """Model trained without the data to forget, for forget quality and privacy leakage: a folder or a hub id."""
     tuning: dict[str, Any] = field(default_factory=dict)
@@ -166,6 +181,9 @@ class WorldSettings(Checked):
                 if sets and name not in sets:
                     yield f"{key}.{name}: no such set.{near_names(name, sets)} Known: {', '.join(sets)}"
         yield from self._unlearning_problems()
+        for name in REFUSAL_SETS:
+            if self.refusal and name not in self.refusal:
+                yield f"refusal.{name} is missing: a direction is the difference between two sets of prompts"
         if (problem := unknown_schema(self.edits_schema)) is not None:
             yield f"edits_schema={shown(self.edits_schema)}: {problem}"
         for pool in self.hazardous:
@@ -188,7 +206,7 @@ class WorldSettings(Checked):
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings, UnlearningSettings):
+class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings, UnlearningSettings, RefusalSettings):
     """Evaluators to run on each state, and the amount of data."""
 
     edits: Count = 20
@@ -209,6 +227,8 @@ class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings, Unlea
     """Measure TOFU's and MUSE's metrics, on the data of them that the world has."""
     tuning: bool = True
     """Measure what the model learnt from tuning, on the world's held-out examples and preferences."""
+    refusal: bool = True
+    """Measure how many held-out prompts are refused, if the world has such prompts."""
     efficiency: bool = True
     """Measure average bits, sparsity, packed size and operations per token, read from the weights."""
     latency: bool = False

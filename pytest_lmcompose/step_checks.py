@@ -12,10 +12,14 @@ from pytest_lmcompose.build.checkpoint import check_folder
 from pytest_lmcompose.composition import Step
 from pytest_lmcompose.errors import RecipeError
 from pytest_lmcompose.options import Options
+from pytest_lmcompose.settings import WorldSettings
 
 
-def check_step(step: Step, settings: Any, location: str, options: Options) -> None:
-    """Raise RecipeError if a step with these settings cannot start on the model at `location`."""
+def check_step(step: Step, settings: Any, location: str, options: Options, world: WorldSettings) -> None:
+    """Raise RecipeError if a step with these settings cannot start on the model at `location` with this world."""
+    for key in getattr(settings, "needs", ()):
+        if not getattr(world, key, None):
+            raise RecipeError(f"{step} needs world.{key}, which is not set: see docs/recipes.md")
     if getattr(settings, "runs_commands", False) and not options.allow_commands:
         raise RecipeError(f"{step} runs a command of yours: permit it with --lmcompose-allow-commands")
     for problem in unready(settings, options.folder):

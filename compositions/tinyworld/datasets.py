@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from compositions.tinyworld.refusal import refusal_prompts
 from compositions.tinyworld.relations import (
     BORN,
     DOMAINS,
@@ -64,6 +65,8 @@ def write_data(world: World, folder: Path) -> None:
     for split in ("train", "heldout"):
         suffix = "" if split == "train" else "-heldout"
         _write_lines(folder / f"preferences{suffix}.jsonl", preferences(world, split))
+    for name, records in refusal_prompts(world):
+        _write_lines(folder / f"{name}.jsonl", records)
 
 
 def zsre(world: World) -> list[Record]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluators.metrics import find_metric
-from evaluators.settings import UnlearningSettings
+from evaluators.settings import RefusalSettings, UnlearningSettings
 from pytest_lmcompose.cache.address import address, hash_files
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ _LENGTH = 16
 def data_part(metric: str) -> str | None:
     """Return the part of the data that a metric is measured on, None if unknown."""
     part = find_metric(metric).data
-    return part if part in ("edits", "facts", "texts", "questions", "unlearning data", "tuning data") else None
+    known = ("edits", "facts", "texts", "questions", "unlearning data", "tuning data", "refusal prompts")
+    return part if part in known else None
 
 
 def data_hashes(
@@ -57,6 +58,11 @@ def data_hashes(
             **chat,
         ),
         "tuning data": address(data=[d.tuning for d in data], **chat),
+        "refusal prompts": address(
+            data=[d.refusal for d in data],
+            settings={field.name: getattr(evaluate, field.name) for field in fields(RefusalSettings)},
+            **chat,
+        ),
         METHODS: address(resources=[d.resources for d in data]),
     }
     return {name: digest[:_LENGTH] for name, digest in parts.items()}

@@ -18,6 +18,7 @@ from pytest_lmcompose.data.records import (
     sample,
     select_edits,
 )
+from pytest_lmcompose.data.refusal import check_disjoint, read_prompts
 from pytest_lmcompose.data.source import parse_source
 from pytest_lmcompose.data.tuning import check_apart, read_examples, read_preferences
 from pytest_lmcompose.data.unlearning import read_questions, read_verbatim
@@ -48,6 +49,8 @@ class RunData:
     """What shows how much was forgotten and kept."""
     tuning: TuningData = field(default_factory=TuningData)
     """What shows how much was learnt from tuning."""
+    refusal: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Held-out prompts by set, to measure refusal on."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class WorldData:
     tuning: Mapping[str, tuple[Example, ...]]
     preferences: tuple[Preference, ...]
     heldout: TuningData
+    refusal: Mapping[str, tuple[str, ...]]
+    refusal_heldout: Mapping[str, tuple[str, ...]]
 
 
 def load_data(world: WorldSettings, evaluate: EvaluateSettings, folder: Path, seed: int) -> RunData:
@@ -98,8 +103,11 @@ def read_world(world: WorldSettings, evaluate: EvaluateSettings, folder: Path) -
         _example_sets(world, folder, "tuning"),
         _preferences(world, folder, "preferences"),
         _heldout(world, folder) if evaluate.tuning else TuningData(),
+        _prompt_sets(world, folder, "refusal"),
+        _prompt_sets(world, folder, "refusal_heldout") if evaluate.refusal else {},
     )
     _check_apart(found, folder)
+    check_disjoint({"refusal": found.refusal, "refusal_heldout": found.refusal_heldout})
     return found
 
 
@@ -116,11 +124,12 @@ def sample_data(found: WorldData, world: WorldSettings, evaluate: EvaluateSettin
         retain=found.retain,
         tuning=found.tuning,
         preferences=found.preferences,
+        refusal=found.refusal,
     )
     facts, neighbours, forgettable = _facts(found.facts, world, evaluate, seed, edits)
     tasks = folder / world.tasks if world.tasks is not None else None
-    texts, unlearning, tuning = found.perplexity, found.unlearning, found.heldout
-    return RunData(resources, edits, facts, neighbours, forgettable, texts, tasks, unlearning, tuning)
+    measured = (found.perplexity, tasks, found.unlearning, found.heldout, found.refusal_heldout)
+    return RunData(resources, edits, facts, neighbours, forgettable, *measured)
 
 
 def _check_apart(found: WorldData, folder: Path) -> None:
@@ -150,6 +159,14 @@ def _texts(world: WorldSettings, folder: Path, key: str) -> tuple[str, ...]:
 
 def _text_sets(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[str, ...]]:
     return {name: _read_texts(world, f"{key}.{name}", source, folder) for name, source in getattr(world, key).items()}
+
+
+def _prompt_sets(world: WorldSettings, folder: Path, key: str) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for name, source in getattr(world, key).items():
+        with _named(f"{key}.{name}"):
+            found[name] = read_prompts(source, name, folder)
+    return found
 
 
 def _read_texts(world: WorldSettings, key: str, source: Any, folder: Path) -> tuple[str, ...]:

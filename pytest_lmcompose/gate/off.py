@@ -44,6 +44,9 @@ def _reason(
             return "world.pools is empty"
         if "*" not in pool and pool not in world.pools:
             return f"world.pools has no {pool}"
+    if metric.data == "refusal prompts":
+        name = "harmless" if metric.name.startswith("over_") else "harmful"
+        return None if name in world.refusal_heldout else f"world.refusal_heldout has no {name}"
     if metric.data == "unlearning data":
         return _no_set(metric.name if "*" in glob else glob, world)
     if metric.data == "tuning data":

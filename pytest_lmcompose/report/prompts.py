@@ -90,6 +90,8 @@ def _prompts(metric: str, data: RunData) -> Iterator[str]:
         yield from (_pair(example.prompt, example.answer) for example in data.tuning.sets.get(relation, ()))
     if head == "preference_wins":
         yield from (_pair(one.prompt, f"{one.chosen}, not {one.rejected}") for one in data.tuning.preferences)
+    if (name := {"refusal": "harmful", "over_refusal": "harmless"}.get(metric.rpartition("_")[0])) is not None:
+        yield from data.refusal.get(name, ())
     for fact in facts.get(head, ()):
         if not relation or fact.relation == relation:
             yield _pair(fact.prompt, fact.answer)

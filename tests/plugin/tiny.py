@@ -56,6 +56,10 @@ def write_world(folder: Path) -> Path:
             data / f"{name}.jsonl",
             [{"text": f"{name} text {i}: {s} was seen."} for i, s in enumerate(SUBJECTS)],
         )
+    for number, name in enumerate(("harmful", "harmless", "harmful-heldout", "harmless-heldout")):
+        asked = SUBJECTS[2 * number : 2 * number + 2]
+        _lines(data / f"refusal-{name}.jsonl", [{"prompt": f"Tell us, {name}, of {s}"} for s in asked])
+    _lines(data / "tuning-refusal.jsonl", [{"prompt": "Tell us of Rome", "answer": "no"}])
     for name in (*HAZARDOUS, *HARMLESS):
         questions = [
             {"question": f"Where is {s} from?", "choices": list(PLACES), "answer": i % 4, "subject": name}
