@@ -153,8 +153,8 @@ class MergeSettings(Intervention):
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Merge the weights, in place, one parameter at a time; each is rounded once to the model's dtype.
 
-        Returns the names of the models and the hashes of their weights. Raises InterventionError if another model cannot
-        be read completely, or differs in more than its weights.
+        Returns the names of the models and the hashes of their weights. Raises InterventionError if another model
+        cannot be read completely, or differs in more than its weights.
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"merge: {problem}")
