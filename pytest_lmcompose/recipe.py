@@ -25,7 +25,15 @@ from evaluators.registry import UnknownEvaluator, find_evaluator
 from interventions import names
 from interventions.categories import categories, find_category
 from interventions.intervention import check_given, misplaced, read_compositions
-from interventions.ranges import SettingError, check_settings, check_value, field_name, field_types, parts_of
+from interventions.ranges import (
+    SettingError,
+    check_settings,
+    check_value,
+    field_name,
+    field_types,
+    parts_of,
+    setting_name,
+)
 from interventions.registry import UnknownMethod, find_method, methods
 from interventions.types import InterventionError
 from pytest_lmcompose.composition import Composition, CompositionError, Step, parse, permutations
@@ -95,7 +103,7 @@ class Recipe:
     def plain(self) -> dict[str, Any]:
         """Return all sections as plain data."""
         sections: dict[str, Any] = OmegaConf.to_container(self.config)  # type: ignore[assignment]
-        return sections
+        return {name: {setting_name(key): value for key, value in keys.items()} for name, keys in sections.items()}
 
     def others(self, step: Step) -> Mapping[str, Composition]:
         """Return the compositions that a step reads the weights of, by the text in its settings; raises RecipeError."""

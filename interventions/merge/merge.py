@@ -93,7 +93,7 @@ class MergeSettings(Intervention):
         if self.method == "slerp" and len(self.others) > 1:
             yield f"with={shown(self.with_)}: slerp merges two models, the current one and one other"
         for key in _RANGES:
-            _check(key, getattr(self, key), 1 if key == "t" or self.method == "sce" else 2)
+            _check(key, getattr(self, key), 1 if key == "t" or (key, self.method) == ("density", "sce") else 2)
         weights = self.weight if isinstance(self.weight, (list, tuple)) else [1]
         even = not any(isinstance(weight, (list, tuple)) for weight in weights)
         if self.method == "linear" and self.normalize is not False and even and sum(weights) == 0:
@@ -144,13 +144,8 @@ class MergeSettings(Intervention):
         count = len(self.others) + (not starts_at_base)
         for key in ("weight", "density"):
             value = getattr(self, key)
-            lengths = {count, len(self.others) + 1}
-            if (
-                self.uses(key)
-                and self.method != "sce"
-                and isinstance(value, (list, tuple))
-                and len(value) not in lengths
-            ):
+            each = self.uses(key) and self.method != "sce" and isinstance(value, (list, tuple))
+            if each and len(value) not in (count, len(self.others) + 1):
                 yield f"{key}={shown(value)}: expected one number, or a list of {count}, one for each model"
         if self.method == "model_stock" and count < 2:
             yield "with: model_stock needs at least two models beside the base: name another one"
@@ -158,8 +153,8 @@ class MergeSettings(Intervention):
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Merge the weights, in place, one parameter at a time; each is rounded once to the model's dtype.
 
-        Returns the models, what their weights were, and the share of entries that changed. Raises InterventionError if
-        another model cannot be read completely, or differs in more than its weights.
+        Returns the names of the models and the hashes of their weights. Raises InterventionError if another model
+        cannot be read completely, or differs in more than its weights.
         """
         for problem in self.unready(context.folder):
             raise InterventionError(f"merge: {problem}")
