@@ -19,6 +19,8 @@ SHORT = (
     *(f"{method}.steps=3" for method in ("ft", "lora")),
     *(f"{method}.max_updates=3" for method in ("ga", "gd", "npo", "simnpo")),
     "rmu.max_num_batches=4",
+    "sft.max_updates=3",
+    "dpo.max_updates=3",
     *(f"{method}.samples=16" for method in ("gptq", "awq", "wanda", "sparsegpt", "smooth")),
 )
 

@@ -95,6 +95,7 @@ def _arguments(settings: Tuned, device: torch.device, seed: int) -> dict[str, An
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup,
         "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_updates or -1,
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
         "weight_decay": settings.weight_decay,
