@@ -22,6 +22,8 @@ SHORT = (
         for method in ("ga", "gd", "npo", "simnpo", "wga", "satimp", "undial", "jensun", "quail")
     ),
     "rmu.max_num_batches=4",
+    "sft.max_updates=3",
+    "dpo.max_updates=3",
     *(f"{method}.samples=16" for method in ("gptq", "awq", "wanda", "sparsegpt", "smooth")),
 )
 

@@ -40,6 +40,8 @@ class Tuned(Intervention):
     warmup: Share = 0.0
     """Share of the updates in which the learning rate rises."""
     epochs: Count = 3
+    max_updates: Count | None = None
+    """Maximum number of updates; None: as many as `epochs` has."""
     batch_size: Count = 8
     """Rows per forward pass."""
     accumulation: Count = 1

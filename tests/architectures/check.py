@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from evaluators import EditCase, EvaluationError, Fact, Probe, Question
 from evaluators.continuations import score
-from evaluators.data import EvaluationData, UnlearningData
+from evaluators.data import EvaluationData, TuningData, UneditedAnswers, UnlearningData
 from evaluators.encoding import Pair
 from evaluators.registry import BUILT_IN
 from evaluators.settings import PassSettings, QuestionSettings, UnlearningSettings
@@ -30,6 +30,7 @@ from interventions.anatomy import find_anatomy
 from interventions.compress.kernels.folding import fold_
 from interventions.edit.kernels.tail import Tail, open_tail
 from interventions.structure import Block, first_output
+from interventions.types import Example, Preference
 from tests.architectures.tiny import SMALL, Size, tiny
 from tests.tokenizers import SENTENCES, VOCABULARY, tiny_tokenizer
 
@@ -218,6 +219,10 @@ def _data() -> EvaluationData:
             verbatim=tuple(Probe(text[:20], text[20:].strip()) for text in SENTENCES[:2]),
             membership={"forget": SENTENCES[:2], "holdout": SENTENCES[2:4]},
         ),
+        unedited=UneditedAnswers(
+            {Probe("Copper turns", "green"): (5,), Probe("In winter the ferries", "run"): (5,)}, (0.0,)
+        ),
+        tuning=TuningData({"facts": (Example("Copper turns", "green"),)}, (Preference("Mira is", "a smith", "gold"),)),
     )
 
 

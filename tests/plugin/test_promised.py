@@ -195,3 +195,25 @@ def test_relative_promises_that_cannot_be_judged_are_refused(tmp_path: Path, bou
     (tmp_path / "thresholds.yaml").write_text(f"'*': {{accuracy/hazardous: {{promised: {bounds}}}}}")
     with pytest.raises(ThresholdError, match="accuracy/hazardous"):
         read_rules(tmp_path / "thresholds.yaml")
+
+
+@pytest.mark.parametrize(
+    ("composition", "metric", "value", "passed"),
+    [
+        ("sft", "tuning_recall/guilds", 0.95, True),
+        ("sft+awq[bits=2]", "tuning_recall/guilds", 0.4, False),
+        ("sft[sets=[harbours]]", "tuning_recall/harbours", 0.4, False),
+        ("sft[sets=[harbours]]", "tuning_recall/guilds", 0.0, None),
+        ("dpo", "tuning_recall/guilds", 0.0, None),
+        ("dpo", "preference_wins", 0.5, False),
+        ("sft", "preference_wins", 0.5, None),
+        ("memit+sft", "edit_success_exact", 0.5, False),
+        ("rmu+sft", "accuracy/hazardous", 0.7, False),
+    ],
+)
+def test_tuning_promises_what_it_trains_on_and_undoes_no_other_promise(
+    tmp_path: Path, composition: str, metric: str, value: float, passed: bool | None
+) -> None:
+    rules = PROMISED + "  tuning_recall/*: {promised: 0.9}\n  preference_wins: {promised: 0.9}\n"
+    found = verdicts(tmp_path, composition, metric, value, rules)
+    assert [verdict.passed for verdict in found] == ([] if passed is None else [passed])

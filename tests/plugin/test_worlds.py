@@ -313,6 +313,12 @@ def test_each_source_is_read_once_for_all_repeats(project: Project, monkeypatch:
         ("forget_quality", {"qa": {"retain": "q.json"}}, {}, "world.qa has no forget"),
         ("model_utility", {"qa": {"retain": "q.json", "world_facts": "w.json"}}, {}, "world.qa has no real_authors"),
         ("model_utility", {}, {"unlearning": False}, "evaluate.unlearning=false"),
+        ("tuning_recall/mine", {}, {}, "world.tuning_heldout is empty"),
+        ("tuning_loss/*", {}, {}, "world.tuning_heldout is empty"),
+        ("tuning_recall/mine", {"tuning_heldout": {"other": "o.jsonl"}}, {}, "world.tuning_heldout has no mine"),
+        ("tuning_recall/mine", {"tuning_heldout": {"mine": "o.jsonl"}}, {}, None),
+        ("preference_wins", {}, {}, "world.preferences_heldout=null"),
+        ("preference_wins", {"preferences_heldout": "p.jsonl"}, {"tuning": False}, "evaluate.tuning=false"),
     ],
 )
 def test_why_a_metric_is_off(

@@ -60,6 +60,12 @@ def write_world(folder: Path) -> Path:
         asked = SUBJECTS[2 * number : 2 * number + 2]
         _lines(data / f"refusal-{name}.jsonl", [{"prompt": f"Tell us, {name}, of {s}"} for s in asked])
     _lines(data / "tuning-refusal.jsonl", [{"prompt": "Tell us of Rome", "answer": "no"}])
+    for split in ("", "-heldout"):
+        for name in ("harbours", "guilds"):
+            rows = [{"prompt": f"{split} {name} of {s} is", "answer": PLACES[i % 4]} for i, s in enumerate(SUBJECTS)]
+            _lines(data / f"tuning-{name}{split}.jsonl", rows)
+        pairs = [{"prompt": f"{split} {s} likes", "chosen": "Karth", "rejected": "Lome"} for s in SUBJECTS]
+        _lines(data / f"preferences{split}.jsonl", pairs)
     for name in (*HAZARDOUS, *HARMLESS):
         questions = [
             {"question": f"Where is {s} from?", "choices": list(PLACES), "answer": i % 4, "subject": name}

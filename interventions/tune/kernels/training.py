@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _LOGS = 20
 """How often losses are reported."""
-_IGNORED = -100
 
 
 def train(
@@ -96,6 +95,7 @@ def _arguments(settings: Tuned, device: torch.device, seed: int) -> dict[str, An
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup,
         "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_updates or -1,
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
         "weight_decay": settings.weight_decay,
@@ -151,20 +151,16 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def _check_lengths(settings: Tuned, found: Any, given: int, limit: int, context: Context) -> None:
-    """Raise InterventionError if no answer is within the maximum length; warn if some are not."""
+    """Raise InterventionError if no answer is within the maximum length; warn if some are not.
+
+    Trainers leave out rows whose answer is not.
+    """
     name = f"{settings.name}.max_tokens={settings.max_tokens}"
-    if "labels" in found.column_names:
-        lost = sum(all(label == _IGNORED for label in labels) for labels in found["labels"])
-        cut = sum(len(ids) >= limit for ids in found["input_ids"]) if not getattr(settings, "packing", False) else 0
-    else:  # of preferences, TRL leaves out those without an answer
-        lost = given - len(found)
-        cut = sum(
-            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > limit for row in found
-        )
-    if lost >= len(found):
+    if not len(found):
         raise InterventionError(f"{name}: no row has its answer within {limit} tokens; raise it")
-    if lost or cut:
-        context.warn(f"{name}: {lost} rows have no answer within {limit} tokens, and {cut} are as long or longer")
+    lost = given - len(found)
+    if lost > 0 and not getattr(settings, "packing", False):
+        context.warn(f"{name}: {lost} of {given} rows are left out, their answers are not within {limit} tokens")
 
 
 @torch.no_grad()
