@@ -65,10 +65,9 @@ def train(
             arguments._n_gpu = 1
         more: dict[str, Any] = {}
         if settings.rank is not None:
-            linears = settings.adapted(model)
-            more["peft_config"] = LoraConfig(
-                r=settings.rank, lora_alpha=settings.alpha, task_type="CAUSAL_LM", **where_adapted(linears)
-            )
+            alpha: Any = settings.alpha  # peft takes numbers that are not whole, too
+            places = where_adapted(settings.adapted(model))
+            more["peft_config"] = LoraConfig(r=settings.rank, lora_alpha=alpha, task_type="CAUSAL_LM", **places)
         elif kind == "DPO":
             more["ref_model"] = copy.deepcopy(learner)
         watch = _Watch(settings, context, {} if settings.rank is not None else _masks(settings, learner))
@@ -125,7 +124,7 @@ def _masks(settings: Tuned, learner: nn.Module) -> dict[nn.Parameter, Tensor]:
     return {parameter: mask for parameter, mask in found.items() if mask is not None}
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch(TrainerCallback):
     """Reports losses, stops at one that is not finite, and keeps zeros."""
 
     def __init__(self, settings: Tuned, context: Context, masks: Mapping[nn.Parameter, Tensor]) -> None:
@@ -137,7 +136,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         for parameter, mask in self._masks.items():
             parameter.masked_fill_(mask, 0)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        logs: Mapping[str, float] = more.get("logs") or {}
         if "loss" not in logs:
             return
         loss, name = float(logs["loss"]), self._name
