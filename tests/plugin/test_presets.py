@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from interventions.ranges import field_name
 from interventions.registry import methods
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.recipe import Recipe, load_recipe, presets
@@ -189,7 +190,7 @@ def test_a_models_preset_holds_only_what_differs_from_the_code(model: str) -> No
     def same(default: Any, values: dict[str, Any], where: str) -> list[str]:
         found = []
         for key, value in values.items():
-            known = getattr(default, key)
+            known = getattr(default, field_name(key))
             if dataclasses.is_dataclass(known):
                 found += same(known, value, f"{where}.{key}")
             elif known == value:
