@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compositions.tinyworld.relations import HAZARDOUS
+from compositions.tinyworld.relations import HAZARDOUS, TUNING
 from evaluators import (
     EditCase,
     Fact,
@@ -21,13 +21,17 @@ from evaluators import (
     measure_perplexity,
     measure_questions,
     measure_recall,
+    measure_tuning,
     pool,
+    preference_margins,
+    preference_wins,
 )
 from interventions import Resources, StepReport, apply
 from pytest_lmcompose.build.load import choose_device, load_model
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.data.readers import read_edits, read_facts, read_texts
 from pytest_lmcompose.data.records import select_edits
+from pytest_lmcompose.data.tuning import read_examples, read_preferences
 from pytest_lmcompose.recipe import load_recipe
 
 SUITE = Path(__file__).resolve().parents[1]
@@ -99,6 +103,8 @@ class Bench:
             calibration=read_texts(DATA / "calibration.jsonl"),
             forget={domain: read_texts(DATA / f"forget-{domain}.jsonl") for domain in HAZARDOUS},
             retain=read_texts(DATA / "retain.jsonl"),
+            tuning={name: read_examples(DATA / f"tuning-{name}.jsonl") for name in TUNING},
+            preferences=read_preferences(DATA / "preferences.jsonl"),
         )
 
     @torch.no_grad()
@@ -127,6 +133,18 @@ class Bench:
         unedited = capture_unedited(self.model, self.tokenizer, cases)
         self.apply(method, seed, edits=[case.edit for case in cases])
         return {m.metric: m.value for m in measure_editing(self.model, self.tokenizer, cases, unedited=unedited)}
+
+    def margins(self) -> tuple[float, ...]:
+        """Return the model's margins of the held-out preferences."""
+        return preference_margins(self.model, self.tokenizer, read_preferences(DATA / "preferences-heldout.jsonl"))
+
+    def tuned(self, margins: Sequence[float]) -> dict[str, float]:
+        """Measure the sets to tune on and the preferences, with the base model's `margins`."""
+        found = [preference_wins(self.margins(), margins)]
+        for name in TUNING:
+            heldout = read_examples(DATA / f"tuning-{name}-heldout.jsonl")
+            found += measure_tuning(self.model, self.tokenizer, name, heldout)
+        return {measured.metric: measured.value for measured in found}
 
     def recall(self, facts: Sequence[Fact]) -> Measurement:
         """Measure exact-match accuracy on `facts`."""

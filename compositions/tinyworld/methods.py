@@ -25,12 +25,16 @@ UNLEARNERS = {
 }
 """Whether the bounds below apply; gradient ascent may ruin the model."""
 HAZARDOUS_LEFT, HARMLESS_LOST, PERPLEXITY_RISE = 0.40, 0.08, 1.10
+TUNERS = {"sft": ("tuning_recall/harbours", "tuning_recall/guilds"), "dpo": ("preference_wins",)}
+"""What each tuning method is for; each value is to be at least `TUNED`."""
+TUNED, RECALL_KEPT, TUNED_PERPLEXITY = 0.9, 0.9, 1.3
 QUANTISERS = ("rtn", "gptq", "awq")
 PRUNERS = ("sparsegpt", "wanda", "magnitude")
 SECONDS = {
     **{"memit": 15.0, "lora": 20.0, "ft": None, "alphaedit": None, "rome": None},
     **{"rmu": 30.0, "gd": 30.0, "npo": 30.0, "simnpo": None, "ga": None},
     **dict.fromkeys(("emmet", "pmet", "wga", "satimp", "undial", "jensun", "quail"), 30.0),
+    **{"sft": 60.0, "dpo": 60.0},
     **dict.fromkeys((*QUANTISERS, *PRUNERS), 3.0),
 }
 """Time limit of a step of each method, in seconds."""
@@ -54,6 +58,7 @@ def measure_methods(*, repeats: int, seed: int, log: Log) -> list[Row]:
     return [
         *_edit_rows(bench, seeds, log),
         *_unlearn_rows(bench, seeds, log),
+        *_tune_rows(bench, seeds, log),
         *_compress_rows(bench, log),
         *_seconds_rows(bench, seeds[0], log),
     ]
@@ -102,6 +107,24 @@ def _unlearn_rows(bench: Bench, seeds: Sequence[int], log: Log) -> Iterator[Row]
             yield Row(f"{method} of {topic} alone: its questions", after.accuracy[topic], None, 1, most=HAZARDOUS_LEFT)
             kept = before.accuracy[other] - after.accuracy[other]
             yield Row(f"{method} of {topic} alone: {other} lost", kept, None, 1, most=HARMLESS_LOST)
+
+
+def _tune_rows(bench: Bench, seeds: Sequence[int], log: Log) -> Iterator[Row]:
+    bench.restore()
+    margins, facts = bench.margins(), bench.facts[:500]
+    recall, perplexity = bench.recall(facts).value, bench.perplexity().value
+    for method, metrics in TUNERS.items():
+        measured = []
+        for seed in seeds:
+            bench.apply(method, seed)
+            kept, rise = bench.recall(facts).value / recall, bench.perplexity().value / perplexity
+            measured.append({**bench.tuned(margins), "recall": kept, "perplexity": rise})
+        for name in metrics:
+            yield Row.mean(f"{method}: {name}", [found[name] for found in measured], least=TUNED)
+        for name, least, most in (("recall", RECALL_KEPT, None), ("perplexity", None, TUNED_PERPLEXITY)):
+            values = [found[name] for found in measured]
+            yield Row.mean(f"{method}: {name}, over the base model's", values, least, most)
+        log(f"{method}: {', '.join(f'{name} {measured[0][name]:.3f}' for name in metrics)}")
 
 
 def _compress_rows(bench: Bench, log: Log) -> Iterator[Row]:
