@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from interventions.block_search import BlockList, find_blocks
 from interventions.compress.kernels.fold_proof import FoldProof
-from interventions.experts import ExpertLayer, find_experts
+from interventions.experts import ExpertLayer, find_experts, memories
 from interventions.layouts import ENTRY_POINT_GROUP, GroupLayout, Layout, Role
 from interventions.modes import keep_modes
 from interventions.roles import find_groups
@@ -147,7 +147,7 @@ def _block(
         numbers[group.role, expert] += 1
         groups.append(LinearGroup(group.role, group.linears, declared, scope, proof, expert=expert, number=number))
     groups += [group for layer in experts for group in layer.groups]
-    return Block(index, name, call.module, tuple(groups), wiring.left | left)
+    return Block(index, name, call.module, tuple(groups), wiring.left | left, memories(name, call.module, experts))
 
 
 def _beside(linears: Sequence[Linear], name: str, experts: Sequence[ExpertLayer]) -> str | None:
@@ -216,7 +216,8 @@ def _declared_block(index: int, name: str, module: nn.Module, layout: Layout, sh
     experts = find_experts(name, module)
     chosen = [group for group in layout.groups if not experts or not group.role.startswith("mlp")]
     groups = [_declared_group(module, name, group, shared, proof) for group in chosen]
-    block = Block(index, name, module, (*groups, *(group for layer in experts for group in layer.groups)))
+    groups += [group for layer in experts for group in layer.groups]
+    block = Block(index, name, module, tuple(groups), routed=memories(name, module, experts))
     named = {id(linear.module) for linear in block.linears}
     others = [path for path, part in module.named_modules() if is_linear(part) and id(part) not in named]
     if others and not experts:

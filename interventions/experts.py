@@ -19,7 +19,7 @@ from interventions.early_exit import replaced_forward
 from interventions.layouts import Role
 from interventions.modes import keep_modes
 from interventions.parts import PartsWatch, Place, Product, plain_experts, stacks, stacks_under
-from interventions.structure import Linear, LinearGroup, Part, first_output, is_linear
+from interventions.structure import Linear, LinearGroup, Memory, Part, first_output, is_linear
 from interventions.types import InterventionError
 
 TOKENS = 4
@@ -60,6 +60,17 @@ def find_experts(block_name: str, block: nn.Module) -> list[ExpertLayer]:
                 found.append(layer)
     order = list(dict(block.named_modules()))
     return sorted(found, key=lambda layer: order.index(layer.path))
+
+
+def memories(block_name: str, block: nn.Module, layers: Sequence[ExpertLayer]) -> tuple[Memory, ...]:
+    """Return the output layers of each layer of experts, with the module that puts out their weighted sum."""
+    found = []
+    for layer in layers:
+        inside = layer.path.rpartition(".")[0] if layer.form == "list" else layer.path
+        outputs = tuple(group.linears[0] for group in layer.groups if group.role == "mlp_out")
+        module = block.get_submodule(inside) if layer.form == "list" else layer.module
+        found.append(Memory(f"{block_name}.{inside}", module, outputs, routed=True))
+    return tuple(found)
 
 
 def router_parameters(block: nn.Module, layer: ExpertLayer) -> list[nn.Parameter]:

@@ -263,9 +263,9 @@ def _tail(model: Any) -> None:
     begins = [5, 0, 9]
     for block in anatomy.blocks:
         for inside in (False, True):
-            if inside and not _has_mlp_output(block):
+            if inside and not _has_memory(block):
                 continue
-            site = block.mlp_output.module if inside else block.module
+            site = block.memory.module if inside else block.module
             cached = open_tail(model, anatomy, block.index, rows, begins, 2, inside=inside)
             tail = Tail(model, anatomy, block.index, rows, begins, 2, inside=inside, cached=cached)
             generator = torch.Generator().manual_seed(0)
@@ -285,10 +285,10 @@ def _tail(model: Any) -> None:
                 raise Wrong(f"{block.name}, inside={inside}, cached={cached}: the tail's logits differ by {error:.2g}")
 
 
-def _has_mlp_output(block: Block) -> bool:
+def _has_memory(block: Block) -> bool:
     try:
-        return bool(block.mlp_output)
-    except InterventionError:  # routed experts alone, or no MLP
+        return bool(block.memory)
+    except InterventionError:  # no MLP
         return False
 
 

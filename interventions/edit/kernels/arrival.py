@@ -95,13 +95,14 @@ class Arrival:
         """Run the block on one chunk; return its output at the subjects, (rows, hidden) float32."""
         every = torch.arange(len(chunk.places), device=chunk.places.device)
 
-        def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows: Tensor = output.detach().reshape(len(every), -1, output.shape[-1])
+        def change(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            own = first_output(output).detach()
+            rows = own.reshape(len(every), -1, own.shape[-1])
             self._put_out = rows[every, chunk.places].float()
-            added = changes.to(output.dtype)
-            return rows.index_put((every, chunk.places), added, accumulate=True).reshape(output.shape)
+            new = rows.index_put((every, chunk.places), changes.to(own.dtype), accumulate=True).reshape(own.shape)
+            return (new, *output[1:]) if isinstance(output, tuple | list) else new
 
-        with self._block.mlp_output.module.register_forward_hook(change):
+        with self._block.memory.module.register_forward_hook(change):
             output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
         found: Tensor = output[every, chunk.places].float()
         return found

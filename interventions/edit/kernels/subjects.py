@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from interventions.early_exit import StopForward, run_until_seen
+from interventions.edit.kernels.memory import ReadKeys, reading
 from interventions.edit.kernels.prompts import TokenisedPrompt, tokenise
 from interventions.padding import pad_right, padding_id
 from interventions.structure import Anatomy, Block, first_output, module_device
@@ -21,7 +23,7 @@ class SubjectStates(NamedTuple):
     """Float32, a row per edit, at the subject's last token."""
 
     keys: Tensor
-    """(edits, d_k): input of an MLP output projection, averaged over the contexts."""
+    """(edits, d_k): what an MLP's output is linear in, averaged over the contexts."""
     values: Tensor
     """(edits, hidden): output of a block in the bare prompt."""
 
@@ -60,9 +62,10 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     """Return the keys and values of every text; without `value_block`, no values."""
     seen: dict[str, Tensor] = {}
+    places = torch.empty(0)
 
-    def see_key(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen["key"] = args[0]
+    def see_key(read: ReadKeys) -> None:
+        seen["key"] = read(places)
         if value_block is None:
             raise StopForward
 
@@ -72,21 +75,18 @@ def _read(
 
     device = module_device(model)
     keys, values = [], []
-    handles = [key_block.mlp_output.module.register_forward_pre_hook(see_key)]
-    if value_block is not None:
-        handles.append(value_block.module.register_forward_hook(see_value))
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(reading(key_block.memory, see_key))
+        if value_block is not None:
+            stack.enter_context(value_block.module.register_forward_hook(see_value))
         for start in range(0, len(rows), _BATCH):
             chunk = rows[start : start + _BATCH]
             ids, mask = pad_right([row.ids for row in chunk], padding_id(tokenizer), device)
-            run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
             every = torch.arange(len(chunk), device=device)
-            place = torch.tensor([row.subject_end for row in chunk], device=device)
-            # Some MLPs flatten rows and tokens.
-            keys.append(seen["key"].reshape(len(chunk), -1, seen["key"].shape[-1])[every, place].float())
+            ends = torch.tensor([row.subject_end for row in chunk], device=device)
+            places = every * ids.shape[1] + ends  # some MLPs flatten rows and tokens
+            run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
+            keys.append(seen["key"])
             if value_block is not None:
-                values.append(seen["value"][every, place].float())
-    finally:
-        for handle in handles:
-            handle.remove()
+                values.append(seen["value"][every, ends].float())
     return torch.cat(keys), torch.cat(values) if values else torch.empty(0)

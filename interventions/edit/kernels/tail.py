@@ -25,7 +25,7 @@ class Tail:
     """A model from block `layer` on, for one fixed batch of texts.
 
     `rows` are token ids; `begins` are the first positions whose value changes: the output of the block or, with
-    `inside`, of its MLP's output projection. The tokens from there on are *suffixes*, (rows, longest suffix), padded
+    `inside`, of its MLP. The tokens from there on are *suffixes*, (rows, longest suffix), padded
     on the right with `pad`. The batch runs through the model once; later passes skip the layers below. With `cached`,
     keys and values of earlier tokens are cached too; otherwise every pass runs whole texts. `open_tail` tells which
     works for a model.
@@ -44,7 +44,7 @@ class Tail:
         cached: bool = True,
     ) -> None:
         self._model, self._head = model, anatomy.head
-        self._site = anatomy.blocks[layer].mlp_output.module if inside else anatomy.blocks[layer].module
+        self._site = anatomy.blocks[layer].memory.module if inside else anatomy.blocks[layer].module
         below = [block.module for block in anatomy.blocks[:layer]]
         device = module_device(model)
         self.ids, after_mask = pad_right([row[begin:] for row, begin in zip(rows, begins, strict=True)], pad, device)
