@@ -89,7 +89,9 @@ def _find(model: nn.Module) -> Anatomy:
         )
     hidden = found.calls[-1].outputs[0]
     norm, width = _final_norm(model, seen, found, layout), hidden.shape[-1]
-    outs = [group.linears[0].out_features for b in blocks for group in b.groups_for("mlp_out") if not group.routed]
+    groups = [group for block in blocks for group in block.groups_for("mlp_out")]
+    outs = [group.linears[0].out_features for group in groups if not group.routed]
+    outs = outs or [group.linears[0].out_features for group in groups]
     states = hidden.numel() // (min(outs, default=width) * seen.tokens)
     return Anatomy(tuple(blocks), embeddings, norm, head, width, max(1, states))
 

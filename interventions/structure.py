@@ -208,7 +208,10 @@ class Block:
         That of the mixer in a block without MLP. Raises InterventionError where there is none.
         """
         found = [group.linears[0] for group in self.groups_for("mlp_out") if not group.routed]
-        return max(found, key=lambda linear: linear.weight.numel()) if found else self.group("mlp_out").linears[0]
+        if not found:
+            return self.group("mlp_out").linears[0]
+        # What mixes several hidden states into one may end here as well, with an output for each.
+        return max(found, key=lambda linear: (-linear.out_features, linear.weight.numel()))
 
     @property
     def memory(self) -> Memory:
@@ -240,14 +243,6 @@ class Anatomy:
     """Features of the hidden state that the blocks pass on."""
     states: int = 1
     """Hidden states that the blocks pass on for each token."""
-
-    def check_one_state(self, method: str) -> None:
-        """Raise InterventionError if there is more than one hidden state for a token."""
-        if self.states > 1:
-            raise InterventionError(
-                f"{method}: the blocks of this model pass on {self.states} hidden states for each token, and no one of "
-                "them is what the MLP's output is added to; edit it with ft or lora instead"
-            )
 
 
 def is_linear(module: nn.Module | None) -> bool:

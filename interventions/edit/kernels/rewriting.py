@@ -60,9 +60,21 @@ def rewrite(
     edits = resources.edits
     check_edits(edits)
     anatomy = find_anatomy(model)
-    anatomy.check_one_state(settings.name)
     layers = settings.choose_layers(len(anatomy.blocks))
     outputs = [anatomy.blocks[layer].memory for layer in layers]
+
+    pad = padding_id(tokenizer)
+    prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
+    gains = [
+        Arrival(model, anatomy.blocks[layer], prompts[:_PROBED], pad).gain(output.out_features)
+        for layer, output in zip(layers, outputs, strict=True)
+    ]
+    if len(layers) > 1 and not all(gain.aligned for gain in gains):
+        context.warn(
+            f"only layer {layers[-1]} is edited: the blocks of this model pass on several hidden states for a token, "
+            "and what the MLPs of other layers would have to add is not known"
+        )
+        layers, outputs, gains = layers[-1:], outputs[-1:], gains[-1:]
 
     window = within_context(model, settings.covariance_window)
     batches = _key_batches(tokenizer, resources.calibration, settings, window, outputs[0])
@@ -75,12 +87,6 @@ def rewrite(
     generator = context.generator(f"{settings.name} contexts")
     sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
     contexts = ["", *sampled]
-    prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
-    pad = padding_id(tokenizer)
-    gains = [
-        Arrival(model, anatomy.blocks[layer], prompts[:_PROBED], pad).gain(output.out_features)
-        for layer, output in zip(layers, outputs, strict=True)
-    ]
 
     cached: bool | None = None
 

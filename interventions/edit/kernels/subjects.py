@@ -88,5 +88,5 @@ def _read(
             run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
             keys.append(seen["key"])
             if value_block is not None:
-                values.append(seen["value"][every, ends].float())
+                values.append(seen["value"][every, ends].float().flatten(1))
     return torch.cat(keys), torch.cat(values) if values else torch.empty(0)

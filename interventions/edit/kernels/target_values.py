@@ -87,7 +87,7 @@ def optimise_values(
     owner = torch.tensor([subjects[edit.subject] for edit in edits], device=start.device)
     smallest = torch.full((len(subjects),), torch.inf, device=start.device)
     largest = settings.clamp_norm_factor * smallest.scatter_reduce(0, owner, start_norm, "amin")
-    delta = torch.zeros(len(subjects), start.shape[1], device=start.device)
+    delta = torch.zeros(len(subjects), batch.start.shape[1], device=start.device)
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
     said_before = batch.says()
     active = torch.ones(len(edits), dtype=torch.bool, device=start.device)
