@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from interventions.block_search import BlockList, find_blocks
 from interventions.compress.kernels.fold_proof import FoldProof
-from interventions.experts import ExpertLayer, find_experts, memories
+from interventions.experts import ExpertLayer, find_experts, memories, router_parameters
 from interventions.layouts import ENTRY_POINT_GROUP, GroupLayout, Layout, Role
 from interventions.modes import keep_modes
 from interventions.roles import find_groups
@@ -136,7 +136,8 @@ def _block(
     """Find the groups of a block by running it."""
     experts = find_experts(name, call.module)
     apart = {id(linear.module) for layer in experts for group in layer.groups for linear in group.linears}
-    apart |= {id(layer.router.module) for layer in experts if layer.router is not None}
+    routers = {id(p) for layer in experts for p in router_parameters(call.module, layer)}
+    apart |= {id(module) for module in call.module.modules() if is_linear(module) and id(module.weight) in routers}
     wiring = wire(name, call, inner, tokens, weights, apart)
     found, left = find_groups(wiring)
     groups = []

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from interventions.statistics import Batch, InputMaxima, InputNorms, InputStatistics, collect_statistics
-from interventions.structure import Block, Linear, LinearGroup, module_device, streaming
+from interventions.structure import Block, Linear, LinearGroup, Memory, module_device, streaming
 
 Sums = TypeVar("Sums", InputStatistics, InputNorms, InputMaxima)
 Entry = InputStatistics | InputNorms | InputMaxima
@@ -82,14 +82,14 @@ class SharedStatistics:
     state: str
 
 
-Collect = Callable[[nn.Module, Sequence[Batch], Sequence[Linear]], dict[str, InputStatistics]]
+Collect = Callable[[nn.Module, Sequence[Batch], Sequence[Any]], dict[str, InputStatistics]]
 
 
 def collect_shared(
     shared: SharedStatistics | None,
     model: nn.Module,
     batches: Sequence[Batch],
-    linears: Sequence[Linear],
+    linears: Sequence[Linear | Memory],
     collect: Collect = collect_statistics,
     pass_: str = "as the model runs",
 ) -> dict[str, InputStatistics]:

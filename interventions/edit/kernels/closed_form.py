@@ -3,8 +3,8 @@
 A projection W stores values under keys, W K = V. C (d_k, d_k), `second_moment`, is the second moment of the keys to
 preserve. New keys K are (d_k, n); R (d_out, n) is the wanted change of W K. All computations are in float64.
 
-The keys of E routed experts are E parts of length d below one another, and C is (E, d, d): the blocks on its diagonal.
-The blocks beside it, of tokens that two experts share, are taken as zero.
+The keys of E routed experts are E parts of length d below one another. C may be (E, d, d), the blocks on its diagonal:
+those beside it, of tokens that two experts share, are then taken as zero.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def null_space(second_moment: Tensor, threshold: float, *, relative: bool = Fals
             f"mean {float(mean):.3g}): raise nullspace_threshold, or count it in means by nullspace_relative=true"
         )
     most = int(free.sum(dim=1).max())  # eigenvalues ascend
-    basis = (vectors * free[:, None])[:, :, :most]
+    basis: Tensor = (vectors * free[:, None])[:, :, :most]
     return basis.reshape(*second_moment.shape[:-1], most)
 
 

@@ -24,6 +24,8 @@ from interventions.structure import Linear, Memory, first_output, module_device
 from interventions.trace import tensors
 from interventions.types import InterventionError
 
+LONGEST = 8192
+"""Length of the keys of all experts together up to which their second moment is computed as a whole."""
 ReadKeys = Callable[[Tensor], Tensor]
 """From the numbers of tokens, counted through all rows of a batch, to their keys (tokens, d_k) float32."""
 
@@ -47,39 +49,46 @@ def second_moments(
 ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """Return, by name, the second moment of the keys and the number of tokens that reached each layer.
 
-    The moment is (d_k, d_k) float32. Of experts it is (experts, d, d), the blocks on the diagonal; in that of an expert
-    that no token reached all columns count the same, as much as those of the others on average.
+    The moment is (d_k, d_k) float32. Of experts with keys longer than `LONGEST` it is (experts, d, d), the blocks on
+    the diagonal. In an expert that no token reached all columns count the same, as much as those of others on average.
     """
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    plain = [memory.linears[0] for memory in memories if not memory.routed]
-    found = collect_shared(shared, model, batches, plain)
     routed = [memory for memory in memories if memory.routed]
 
-    def collect(model: nn.Module, batches: Sequence[Batch], missing: Sequence[Linear]) -> dict[str, InputStatistics]:
-        return _collect(model, batches, [m for m in routed if any(linear in missing for linear in m.linears)])
+    def collect(
+        model: nn.Module, batches: Sequence[Batch], missing: Sequence[Linear | Memory]
+    ) -> dict[str, InputStatistics]:
+        names = {item.name for item in missing}
+        return _collect(model, batches, [m for m in routed if names & {m.name, *(part.name for part in m.linears)}])
 
-    outputs = [linear for memory in routed for linear in memory.linears]
-    found |= collect_shared(shared, model, batches, outputs, collect, "as the model runs, weighted by the router")
+    found = collect_shared(shared, model, batches, [memory.linears[0] for memory in memories if not memory.routed])
+    items = [item for memory in routed for item in (*memory.linears, *([memory] if _joint(memory) else []))]
+    found |= collect_shared(shared, model, batches, items, collect, "as the model runs, weighted by the router")
     moments, counts = {}, {}
     for memory in memories:
-        moment = torch.stack([found[linear.name].gram for linear in memory.linears]) / tokens
         reached = counts[memory.name] = [found[linear.name].count for linear in memory.linears]
+        blocks = [found[memory.name]] if _joint(memory) else [found[linear.name] for linear in memory.linears]
+        moment = torch.stack([block.gram for block in blocks]) / tokens
         if memory.routed and any(reached):
+            diagonal = moment.diagonal(dim1=1, dim2=2)
+            parts = diagonal.reshape(len(reached), -1)
             unseen = torch.tensor([count == 0 for count in reached], device=moment.device)
-            mean = moment[~unseen].diagonal(dim1=1, dim2=2).mean()
-            moment[unseen] = mean * torch.eye(memory.in_features, device=moment.device)
-        moments[memory.name] = moment if memory.routed else moment[0]
+            diagonal.copy_(torch.where(unseen[:, None], parts[~unseen].mean(), parts).reshape(diagonal.shape))
+        moments[memory.name] = moment if len(moment) > 1 else moment[0]
     return moments, counts
 
 
+def _joint(memory: Memory) -> bool:
+    """Return whether the second moment of all experts' keys together is affordable."""
+    return memory.routed and len(memory.linears) * memory.in_features <= LONGEST
+
+
 def _collect(model: nn.Module, batches: Sequence[Batch], memories: Sequence[Memory]) -> dict[str, InputStatistics]:
-    """Return the statistics of the keys of every expert of the memories, by the name of its layer."""
+    """Return the statistics of the keys of every expert, by the name of its layer, and of all by that of the memory."""
     device = module_device(model)
-    found = {
-        linear.name: InputStatistics.zeros(linear.in_features, linear.weight.device)
-        for memory in memories
-        for linear in memory.linears
-    }
+    sizes = {linear.name: linear.in_features for memory in memories for linear in memory.linears}
+    sizes |= {memory.name: len(memory.linears) * memory.in_features for memory in memories if _joint(memory)}
+    found = {name: InputStatistics.zeros(size, device) for name, size in sizes.items()}
     real = torch.empty(0)
     waiting: set[str] = set()
 
@@ -89,6 +98,8 @@ def _collect(model: nn.Module, batches: Sequence[Batch], memories: Sequence[Memo
                 reached = own.any(dim=1)
                 if bool(reached.any()):
                     found[linear.name].add_(own[reached])
+            if memory.name in found:
+                found[memory.name].add_(torch.cat(keys, dim=1))
         waiting.discard(memory.name)
         if not waiting:
             raise StopForward
@@ -121,7 +132,7 @@ def _by_expert(
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        for some in tokens.split(memory.out_features):
+        for some in torch.split(tokens, memory.out_features):
             some_args, some_kwargs = _cut(args, kwargs, some)
             with torch.enable_grad(), plain_experts(memory.module):
                 output = first_output(memory.module.forward(*some_args, **some_kwargs))
@@ -177,7 +188,7 @@ class EditedMemory:
             raise InterventionError(
                 f"{self._memory.parameter_name}: the update is not finite; look for NaN in the weights or in the text"
             )
-        parts = update.split(self._memory.in_features, dim=1)
+        parts = torch.split(update, self._memory.in_features, dim=1)
         for linear, start, total, part in zip(self._memory.linears, self._starts, self._updates, parts, strict=True):
             if bool(part.any()):
                 total += part.float()
