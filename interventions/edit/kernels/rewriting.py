@@ -21,7 +21,7 @@ from interventions.edit.kernels.arrival import Arrival
 from interventions.edit.kernels.closed_form import Factor, factorise
 from interventions.edit.kernels.memory import EditedMemory, second_moments
 from interventions.edit.kernels.prompts import check_edits, sample_contexts, tokenise
-from interventions.edit.kernels.subjects import keys_and_values
+from interventions.edit.kernels.subjects import keys_and_values, roots
 from interventions.edit.kernels.target_loss import all_nll, target_batches
 from interventions.edit.kernels.target_values import TargetValues, optimise_values
 from interventions.padding import padding_id
@@ -120,13 +120,24 @@ def rewrite(
         at_first = found.start
         for position, (layer, output, gain) in enumerate(zip(layers, outputs, gains, strict=True)):
             keys, reached = keys_and_values(
-                model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=settings.chat_template
+                model,
+                tokenizer,
+                anatomy,
+                chosen,
+                contexts,
+                layer,
+                layers[-1],
+                chat_template=settings.chat_template,
+                averaged=not output.routed,
             )
             if gain.linear or layer != layers[-1]:
                 residuals = (found.z - reached) / (len(layers) - position) / gain.factor
             else:  # the edits of the layers below changed the reachable values
                 found = find_values(start, chosen) if position else found
                 residuals = found.change
+            if output.routed:  # contexts reach other experts, so that no one key stands for all of them
+                residuals = residuals.repeat_interleave(len(contexts), dim=0)
+                residuals *= roots(len(chosen), len(contexts), residuals.device)
             weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
         starts.append(at_first)
         values.append(found.z)

@@ -39,11 +39,13 @@ def keys_and_values(
     value_layer: int | None = None,
     *,
     chat_template: bool = False,
+    averaged: bool = True,
 ) -> SubjectStates:
     """Return the keys of block `layer` and the outputs of block `value_layer` (None: `layer`), which is not below it.
 
     The first context must be empty. As published for MEMIT, keys are the mean of the bare prompt's key and the mean
-    key of the other contexts. Every text runs once, up to the last block needed.
+    key of the other contexts. If not `averaged`, there is a key for each edit and context, in this order, times the
+    square root of its share of that mean. Every text runs once, up to the last block needed.
     """
     key_block = anatomy.blocks[layer]
     value_block = anatomy.blocks[layer if value_layer is None else value_layer]
@@ -52,9 +54,20 @@ def keys_and_values(
     if len(contexts) > 1:
         pairs = [(edit, context) for edit in edits for context in contexts[1:]]
         others = [tokenise(tokenizer, edit, context, chat_template=chat_template) for edit, context in pairs]
-        in_contexts, _ = _read(model, tokenizer, others, key_block, None)
-        keys = (keys + in_contexts.reshape(len(edits), len(contexts) - 1, -1).mean(dim=1)) / 2
+        in_contexts = _read(model, tokenizer, others, key_block, None)[0].reshape(len(edits), len(contexts) - 1, -1)
+        if averaged:
+            keys = (keys + in_contexts.mean(dim=1)) / 2
+        else:
+            keys = torch.cat([keys[:, None], in_contexts], dim=1).flatten(0, 1)
+            keys *= roots(len(edits), len(contexts), keys.device)
     return SubjectStates(keys, values)
+
+
+def roots(edits: int, contexts: int, device: torch.device) -> Tensor:
+    """Return the square root of the share that each context has in the mean of an edit's keys, (edits * contexts, 1)."""
+    shares = torch.full((contexts,), 0.5 / max(1, contexts - 1), device=device)
+    shares[0] = 0.5 if contexts > 1 else 1.0
+    return shares.sqrt().repeat(edits)[:, None]
 
 
 def _read(
