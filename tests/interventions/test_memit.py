@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.edit.bases import ValueSettings
-from interventions.edit.kernels.prompts import sample_contexts, tokenise
 from interventions.edit.kernels.memory import EditedMemory
+from interventions.edit.kernels.prompts import sample_contexts, tokenise
 from interventions.edit.kernels.subjects import keys_and_values
 from interventions.edit.kernels.tail import Tail
 from interventions.edit.kernels.target_values import optimise_values

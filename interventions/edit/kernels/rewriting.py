@@ -202,7 +202,7 @@ def _remedy(settings: Rewriter) -> str:
 def _too_few(
     settings: Rewriter, tokens: int, outputs: Sequence[Memory], counts: Mapping[str, Sequence[int]]
 ) -> Iterator[str]:
-    """Yield warnings of layers and experts with so few tokens that the second moments of their keys are mostly noise."""
+    """Yield warnings of layers and experts with so few tokens that their second moments are mostly noise."""
     columns = {output.name: output.in_features for output in outputs if not output.routed}
     few = scarce(settings.name, tokens, columns, _remedy(settings))
     if few is not None:
@@ -212,9 +212,9 @@ def _too_few(
         rare = sum(count < wanted for count in counts[output.name])
         if output.routed and rare:
             yield (
-                f"{settings.name}: {rare} of the {len(output.linears)} experts of {output.name} got fewer than {wanted} "
-                f"of the {tokens} calibration tokens, {TOKENS_PER_COLUMN} for each of their {output.in_features} columns: "
-                f"{_remedy(settings)}"
+                f"{settings.name}: {rare} of the {len(output.linears)} experts of {output.name} got fewer than "
+                f"{wanted} of the {tokens} calibration tokens, {TOKENS_PER_COLUMN} for each of their "
+                f"{output.in_features} columns: {_remedy(settings)}"
             )
 
 

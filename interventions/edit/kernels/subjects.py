@@ -64,7 +64,7 @@ def keys_and_values(
 
 
 def roots(edits: int, contexts: int, device: torch.device) -> Tensor:
-    """Return the square root of the share that each context has in the mean of an edit's keys, (edits * contexts, 1)."""
+    """Return the square root of each context's share of the mean of an edit's keys, (edits * contexts, 1)."""
     shares = torch.full((contexts,), 0.5 / max(1, contexts - 1), device=device)
     shares[0] = 0.5 if contexts > 1 else 1.0
     return shares.sqrt().repeat(edits)[:, None]
