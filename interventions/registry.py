@@ -20,9 +20,7 @@ from interventions.intervention import Intervention
 from interventions.names import near_names
 
 ENTRY_POINT_GROUP = "lmcompose.interventions"
-PACKAGES = tuple(
-    f"interventions.{name}" for name in ("edit", "unlearn", "compress", "checkpoint", "merge", "tune", "steer")
-)
+PACKAGES = tuple(f"interventions.{name}" for name in ("edit", "unlearn", "compress", "checkpoint", "merge", "tune", "steer"))
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def _trained(family: str) -> tuple[Any, Any, dict[str, str], list[str]]:
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
-    for _ in range(150):
+    for _ in range(250):
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -62,7 +62,8 @@ def second_moments(
         return _collect(model, batches, [m for m in routed if names & {m.name, *(part.name for part in m.linears)}])
 
     found = collect_shared(shared, model, batches, [memory.linears[0] for memory in memories if not memory.routed])
-    items = [item for memory in routed for item in (*memory.linears, *([memory] if _joint(memory) else []))]
+    items: list[Linear | Memory] = [linear for memory in routed for linear in memory.linears]
+    items += [memory for memory in routed if _joint(memory)]
     found |= collect_shared(shared, model, batches, items, collect, "as the model runs, weighted by the router")
     moments, counts = {}, {}
     for memory in memories:
