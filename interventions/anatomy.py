@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from interventions.block_search import BlockList, find_blocks
 from interventions.compress.kernels.fold_proof import FoldProof
-from interventions.experts import ExpertLayer, find_experts
+from interventions.experts import ExpertLayer, find_experts, memories, router_parameters
 from interventions.layouts import ENTRY_POINT_GROUP, GroupLayout, Layout, Role
 from interventions.modes import keep_modes
 from interventions.roles import find_groups
@@ -89,7 +89,9 @@ def _find(model: nn.Module) -> Anatomy:
         )
     hidden = found.calls[-1].outputs[0]
     norm, width = _final_norm(model, seen, found, layout), hidden.shape[-1]
-    outs = [group.linears[0].out_features for b in blocks for group in b.groups_for("mlp_out") if not group.routed]
+    groups = [group for block in blocks for group in block.groups_for("mlp_out")]
+    outs = [group.linears[0].out_features for group in groups if not group.routed]
+    outs = outs or [group.linears[0].out_features for group in groups]
     states = hidden.numel() // (min(outs, default=width) * seen.tokens)
     return Anatomy(tuple(blocks), embeddings, norm, head, width, max(1, states))
 
@@ -134,7 +136,8 @@ def _block(
     """Find the groups of a block by running it."""
     experts = find_experts(name, call.module)
     apart = {id(linear.module) for layer in experts for group in layer.groups for linear in group.linears}
-    apart |= {id(layer.router.module) for layer in experts if layer.router is not None}
+    routers = {id(p) for layer in experts for p in router_parameters(call.module, layer)}
+    apart |= {id(module) for module in call.module.modules() if is_linear(module) and id(module.weight) in routers}
     wiring = wire(name, call, inner, tokens, weights, apart)
     found, left = find_groups(wiring)
     groups = []
@@ -147,7 +150,7 @@ def _block(
         numbers[group.role, expert] += 1
         groups.append(LinearGroup(group.role, group.linears, declared, scope, proof, expert=expert, number=number))
     groups += [group for layer in experts for group in layer.groups]
-    return Block(index, name, call.module, tuple(groups), wiring.left | left)
+    return Block(index, name, call.module, tuple(groups), wiring.left | left, memories(name, call.module, experts))
 
 
 def _beside(linears: Sequence[Linear], name: str, experts: Sequence[ExpertLayer]) -> str | None:
@@ -216,7 +219,8 @@ def _declared_block(index: int, name: str, module: nn.Module, layout: Layout, sh
     experts = find_experts(name, module)
     chosen = [group for group in layout.groups if not experts or not group.role.startswith("mlp")]
     groups = [_declared_group(module, name, group, shared, proof) for group in chosen]
-    block = Block(index, name, module, (*groups, *(group for layer in experts for group in layer.groups)))
+    groups += [group for layer in experts for group in layer.groups]
+    block = Block(index, name, module, tuple(groups), routed=memories(name, module, experts))
     named = {id(linear.module) for linear in block.linears}
     others = [path for path, part in module.named_modules() if is_linear(part) and id(part) not in named]
     if others and not experts:

@@ -19,7 +19,7 @@ from interventions.early_exit import replaced_forward
 from interventions.layouts import Role
 from interventions.modes import keep_modes
 from interventions.parts import PartsWatch, Place, Product, plain_experts, stacks, stacks_under
-from interventions.structure import Linear, LinearGroup, Part, first_output, is_linear
+from interventions.structure import Linear, LinearGroup, Memory, Part, first_output, is_linear
 from interventions.types import InterventionError
 
 TOKENS = 4
@@ -60,6 +60,17 @@ def find_experts(block_name: str, block: nn.Module) -> list[ExpertLayer]:
                 found.append(layer)
     order = list(dict(block.named_modules()))
     return sorted(found, key=lambda layer: order.index(layer.path))
+
+
+def memories(block_name: str, block: nn.Module, layers: Sequence[ExpertLayer]) -> tuple[Memory, ...]:
+    """Return the output layers of each layer of experts, with the module that puts out their weighted sum."""
+    found = []
+    for layer in layers:
+        inside = layer.path.rpartition(".")[0] if layer.form == "list" else layer.path
+        outputs = tuple(group.linears[0] for group in layer.groups if group.role == "mlp_out")
+        module = block.get_submodule(inside) if layer.form == "list" else layer.module
+        found.append(Memory(f"{block_name}.{inside}", module, outputs, routed=True))
+    return tuple(found)
 
 
 def router_parameters(block: nn.Module, layer: ExpertLayer) -> list[nn.Parameter]:
@@ -227,7 +238,7 @@ def _layer(
             experts.append(tuple(own))
         linears.append(experts)
     holders = [f"{path}.{owner}".rstrip(".") for owner, _, _ in (*stages[0], *stages[1])]
-    router = _router(block_name, block, path, holders, max(counts))
+    router = _router(block_name, block, path, holders, max(counts), wider=form == "routed")
     return ExpertLayer(path, module, form, count, width, router, _groups(linears, where, module, form, width))
 
 
@@ -247,18 +258,25 @@ def _groups(
     return tuple(groups)
 
 
-def _router(block_name: str, block: nn.Module, path: str, holders: Sequence[str], count: int) -> Linear | None:
-    """Return the layer with one output per expert that stands nearest to the experts, outside of their `holders`."""
+def _router(
+    block_name: str, block: nn.Module, path: str, holders: Sequence[str], count: int, *, wider: bool = False
+) -> Linear | None:
+    """Return the layer with one output per expert that stands nearest to the experts, outside of their `holders`.
+
+    With `wider`, a layer with some more outputs if there is none: for shared experts, or for none.
+    """
     scopes = [path]
     while scopes[-1]:
         scopes.append(scopes[-1].rpartition(".")[0])
+    found: list[tuple[int, Linear]] = []
     for scope in scopes:
         for name, module in block.get_submodule(scope).named_modules(prefix=scope):
             weight = getattr(module, "weight", None)
             outside = not any(f"{name}.".startswith(f"{holder}.") for holder in holders)
-            if outside and isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == count:
-                return Linear(f"{block_name}.{name}", module)
-    return None
+            if outside and isinstance(weight, Tensor) and weight.dim() == 2:
+                found.append((len(weight), Linear(f"{block_name}.{name}", module)))
+    sizes = range(count, 2 * count if wider else count + 1)
+    return next((router for size in sizes for outputs, router in found if outputs == size), None)
 
 
 def _listed(block_name: str, block: nn.Module, path: str, module: nn.Module) -> ExpertLayer | None:

@@ -86,8 +86,10 @@ def _family(wiring: Wiring, end: Site) -> str:
         mixed for site in inner for other, mixed in site.feeds.items() if other in inner
     ):
         return "mlp"
-    first = min(site.order for site in inner)
-    return "attention" if any(s.attends for s in wiring.sites if first < s.order <= end.order) else "mixer"
+    mixing = [(other.order, site.order) for site in inner for other, mixed in site.feeds.items() if mixed]
+    last = max(reader for reader, _ in mixing if reader <= end.order)
+    first = min(order for reader, order in mixing if reader == last)
+    return "attention" if any(site.attends for site in wiring.sites if first < site.order <= last) else "mixer"
 
 
 def _reached(site: Site) -> set[Site]:

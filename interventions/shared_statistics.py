@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from interventions.statistics import Batch, InputMaxima, InputNorms, InputStatistics, collect_statistics
-from interventions.structure import Block, Linear, LinearGroup, module_device, streaming
+from interventions.structure import Block, Linear, LinearGroup, Memory, module_device, streaming
 
 Sums = TypeVar("Sums", InputStatistics, InputNorms, InputMaxima)
 Entry = InputStatistics | InputNorms | InputMaxima
@@ -82,20 +82,28 @@ class SharedStatistics:
     state: str
 
 
+Collect = Callable[[nn.Module, Sequence[Batch], Sequence[Any]], dict[str, InputStatistics]]
+
+
 def collect_shared(
-    shared: SharedStatistics | None, model: nn.Module, batches: Sequence[Batch], linears: Sequence[Linear]
+    shared: SharedStatistics | None,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    linears: Sequence[Linear | Memory],
+    collect: Collect = collect_statistics,
+    pass_: str = "as the model runs",
 ) -> dict[str, InputStatistics]:
-    """Return what `collect_statistics` returns, from the cache where possible; do not change it."""
+    """Return what `collect` returns, from the cache where possible; do not change it. `pass_` says what it collects."""
     if shared is None:
         with streaming(model, on=True):
-            fresh = collect_statistics(model, batches, linears)
+            fresh = collect(model, batches, linears)
         return {linear.name: fresh[linear.name].to(module_device(linear.module)) for linear in linears}
     tokens = hash_batches(batches)
-    keys = {linear.name: Key(shared.state, tokens, "as the model runs", linear.name) for linear in linears}
+    keys = {linear.name: Key(shared.state, tokens, pass_, linear.name) for linear in linears}
     found: dict[str, Any] = {name: shared.cache.get(key) for name, key in keys.items()}
     missing = [linear for linear in linears if found[linear.name] is None]
     with streaming(model, on=True):
-        fresh = collect_statistics(model, batches, missing)
+        fresh = collect(model, batches, missing)
     for name, entry in fresh.items():
         shared.cache.put(keys[name], entry)
     return {

@@ -125,6 +125,41 @@ class LinearGroup:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """The weights that an MLP's output is linear in: those of one layer, or of all routed experts.
+
+    A router gives expert e the weight g_e(x), 0 for most: the output sum_e g_e W_e h_e is [W_1 ... W_E] times the key
+    [g_1 h_1; ...; g_E h_E], so all experts together are one layer with one long key.
+    """
+
+    name: str
+    module: nn.Module
+    """The module that puts out the product."""
+    linears: tuple[Linear, ...]
+    """The output layers, of equal shapes."""
+    routed: bool = False
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return list(dict.fromkeys(linear.parameter_name for linear in self.linears))
+
+    @property
+    def parameter_name(self) -> str:
+        """What errors call the weights: their parameter, or the module whose experts have one each."""
+        names = self.parameter_names
+        return names[0] if len(names) == 1 else self.name
+
+    @property
+    def in_features(self) -> int:
+        """Length of a key, or of the part of one expert."""
+        return self.linears[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linears[0].out_features
+
+
+@dataclass(frozen=True)
 class Block:
     """One decoder block."""
 
@@ -135,6 +170,8 @@ class Block:
     linear_groups: tuple[LinearGroup, ...]
     left: Mapping[str, str] = field(default_factory=dict)
     """The linear layers that no method changes, by name, with the reason."""
+    routed: tuple[Memory, ...] = ()
+    """The output layers of its routed experts."""
 
     def group(self, role: Role) -> LinearGroup:
         """Return the group of linears with this role, the one with most weights.
@@ -168,26 +205,24 @@ class Block:
     def mlp_output(self) -> Linear:
         """The output layer of the MLP, or of the shared expert: one that every token reaches.
 
-        That of the mixer in a block without MLP. Raises InterventionError where a router chooses the tokens of every
-        output layer, and where there is none.
+        That of the mixer in a block without MLP. Raises InterventionError where there is none.
         """
-        found = [group for group in self.groups_for("mlp_out") if not group.routed]
-        if not found and any(group.routed for group in self.linear_groups):
-            raise InterventionError(
-                f"{self.name}: no MLP output layer that every token reaches, only those of routed experts: choose "
-                "other layers, or a method that does not change the MLP output"
-            )
+        found = [group.linears[0] for group in self.groups_for("mlp_out") if not group.routed]
         if not found:
             return self.group("mlp_out").linears[0]
-        return max((group.linears[0] for group in found), key=lambda linear: linear.weight.numel())
+        # What mixes several hidden states into one may end here as well, with an output for each.
+        return max(found, key=lambda linear: (-linear.out_features, linear.weight.numel()))
 
     @property
-    def mlp_output_names(self) -> list[str]:
-        """The parameters of the MLP's output layer, or of those of all experts if every token reaches none of them."""
-        groups = self.groups_for("mlp_out")
-        if any(not group.routed for group in groups):
-            return [self.mlp_output.parameter_name]
-        return list(dict.fromkeys(linear.parameter_name for group in groups for linear in group.linears))
+    def memory(self) -> Memory:
+        """What the MLP's output is linear in: `mlp_output`, or the output layers of routed experts where there is none.
+
+        Raises InterventionError if there is neither.
+        """
+        if self.routed and all(group.routed for group in self.groups_for("mlp_out")):
+            return max(self.routed, key=lambda memory: sum(linear.weight.numel() for linear in memory.linears))
+        output = self.mlp_output
+        return Memory(output.name, output.module, (output,))
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -209,12 +244,12 @@ class Anatomy:
     states: int = 1
     """Hidden states that the blocks pass on for each token."""
 
-    def check_one_state(self, method: str) -> None:
+    def check_one_stream(self, method: str) -> None:
         """Raise InterventionError if there is more than one hidden state for a token."""
         if self.states > 1:
             raise InterventionError(
-                f"{method}: the blocks of this model pass on {self.states} hidden states for each token, and no one of "
-                "them is what the MLP's output is added to; edit it with ft or lora instead"
+                f"{method}: the blocks of this model pass on {self.states} hidden states for each token, so there is no "
+                "one stream that has the direction; leave this step out for this model"
             )
 
 

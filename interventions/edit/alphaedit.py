@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from interventions.edit.kernels.rewriting import Solve
-    from interventions.structure import Linear
+    from interventions.structure import Memory
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class AlphaEditSettings(LayersRewriter):
 
         The details also have the share of directions used for edits, by layer.
         """
-        from interventions.edit.kernels.closed_form import NullSpaceSolve, null_space
+        from interventions.edit.kernels.closed_form import NullSpaceSolve, free_share, null_space
         from interventions.edit.kernels.rewriting import rewrite
         from interventions.types import InterventionError
 
         free: dict[str, float] = {}
 
-        def make_solve(output: Linear, second_moment: Tensor) -> Solve:
+        def make_solve(output: Memory, second_moment: Tensor) -> Solve:
             try:
                 basis = null_space(second_moment, self.nullspace_threshold, relative=self.nullspace_relative)
             except InterventionError as error:
                 raise InterventionError(f"alphaedit: {output.parameter_name}: {error}") from None
-            free[output.parameter_name] = basis.shape[1] / basis.shape[0]
-            if basis.shape[1] == basis.shape[0]:
+            share = free[output.parameter_name] = free_share(basis)
+            if share == 1:
                 context.warn(
                     f"{output.parameter_name}: every direction is below nullspace_threshold="
                     f"{self.nullspace_threshold}, so no key is preserved; lower it"

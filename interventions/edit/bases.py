@@ -34,11 +34,11 @@ class OutputEditor(Intervention):
         raise NotImplementedError
 
     def may_change(self, model: Model) -> list[str]:
-        """Return the MLP output projections of the edited blocks."""
+        """Return the MLP output projections of the edited blocks, or those of all their experts."""
         from interventions.anatomy import find_anatomy
 
         blocks = find_anatomy(model).blocks
-        return [name for layer in self.choose_layers(len(blocks)) for name in blocks[layer].mlp_output_names]
+        return [name for layer in self.choose_layers(len(blocks)) for name in blocks[layer].memory.parameter_names]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from interventions.edit.kernels.rewriting import Solve
-    from interventions.structure import Linear
+    from interventions.structure import Memory
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EmmetSettings(LayersRewriter):
         from interventions.edit.kernels.closed_form import emmet_update
         from interventions.edit.kernels.rewriting import factorised, rewrite
 
-        def make_solve(output: Linear, second_moment: Tensor) -> Solve:
+        def make_solve(output: Memory, second_moment: Tensor) -> Solve:
             return partial(emmet_update, stored=factorised(output, second_moment, context), ridge=self.ridge)
 
         return rewrite(model, tokenizer, self, resources, context, make_solve, remedy="lower emmet.ridge")

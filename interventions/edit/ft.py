@@ -78,7 +78,7 @@ class FtSettings(OutputEditor):
 
         anatomy = find_anatomy(model)
         layers = self.choose_layers(len(anatomy.blocks))
-        names = [name for layer in layers for name in anatomy.blocks[layer].mlp_output_names]
+        names = [name for layer in layers for name in anatomy.blocks[layer].memory.parameter_names]
         batches = target_batches(
             tokenizer, edits, self.batch_size, module_device(model), chat_template=self.chat_template
         )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from interventions.edit.kernels.rewriting import Solve
-    from interventions.structure import Linear
+    from interventions.structure import Memory
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MemitSettings(LayersRewriter):
         from interventions.edit.kernels.closed_form import memit_update
         from interventions.edit.kernels.rewriting import factorised, rewrite
 
-        def make_solve(output: Linear, second_moment: Tensor) -> Solve:
+        def make_solve(output: Memory, second_moment: Tensor) -> Solve:
             return partial(
                 memit_update, stored=factorised(output, second_moment, context), weight=self.covariance_weight
             )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from interventions.edit.kernels.rewriting import Solve
-    from interventions.structure import Linear
+    from interventions.structure import Memory
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PmetSettings(LayersRewriter):
         from interventions.edit.kernels.rewriting import factorised, rewrite
         from interventions.edit.kernels.target_values import Components
 
-        def make_solve(output: Linear, second_moment: Tensor) -> Solve:
+        def make_solve(output: Memory, second_moment: Tensor) -> Solve:
             return partial(
                 memit_update, stored=factorised(output, second_moment, context), weight=self.covariance_weight
             )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from interventions.edit.kernels.rewriting import Solve
-    from interventions.structure import Linear
+    from interventions.structure import Memory
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RomeSettings(Rewriter):
         from interventions.edit.kernels.closed_form import rome_update
         from interventions.edit.kernels.rewriting import factorised, rewrite
 
-        def make_solve(output: Linear, second_moment: Tensor) -> Solve:
+        def make_solve(output: Memory, second_moment: Tensor) -> Solve:
             return partial(rome_update, stored=factorised(output, second_moment, context))
 
         remedy = "make fewer edits, or lower rome.contexts_per_length"

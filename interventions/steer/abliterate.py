@@ -86,11 +86,7 @@ class AbliterateSettings(PromptSettings):
         from interventions.tying import tied_head, untie_head_
 
         anatomy = find_anatomy(model)
-        if anatomy.states > 1:
-            raise InterventionError(
-                f"abliterate: the blocks of this model pass on {anatomy.states} hidden states for each token, so there "
-                "is no one stream to remove a direction from; leave this step out for this model"
-            )
+        anatomy.check_one_stream("abliterate")
         depth = len(anatomy.blocks)
         changed = list(range(depth)) if self.layers is None else check_layers("abliterate.layers", self.layers, depth)
         prompts = Prompts("abliterate", model, tokenizer, resources.refusal, self.chat(tokenizer), self.batch_size)

@@ -56,7 +56,7 @@ class SteerSettings(PromptSettings):
         from interventions.structure import check_layers
 
         anatomy = find_anatomy(model)
-        anatomy.check_one_state("steer")
+        anatomy.check_one_stream("steer")
         depth = len(anatomy.blocks)
         if self.layers is None:
             layers = [min(round(self.layer_fraction * depth), depth - 1)]

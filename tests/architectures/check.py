@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rome": _REWRITES,
     "alphaedit": _REWRITES,
     "ft": _FEW | {"steps": 3},
-    "lora": {"steps": 10},
+    "lora": _FEW | {"steps": 10},
     "rmu": {"max_num_batches": 2, "lr": 1e-3},
     "ga": _FEW,
     "gd": _FEW,
@@ -263,14 +263,13 @@ def _folds(model: Any) -> None:
 def _tail(model: Any) -> None:
     """Rerun from a block with a changed vector, the logits are the model's."""
     anatomy = find_anatomy(model)
-    anatomy.check_one_state("tail")
     rows = [tokenizer()(text)["input_ids"][:length] for text, length in zip(SENTENCES, (20, 13, 17), strict=False)]
     begins = [5, 0, 9]
     for block in anatomy.blocks:
-        for inside in (False, True):
-            if inside and not _has_mlp_output(block):
+        for inside in (False, True)[anatomy.states > 1 :]:  # no one of several states is changed
+            if inside and not _has_memory(block):
                 continue
-            site = block.mlp_output.module if inside else block.module
+            site = block.memory.module if inside else block.module
             cached = open_tail(model, anatomy, block.index, rows, begins, 2, inside=inside)
             tail = Tail(model, anatomy, block.index, rows, begins, 2, inside=inside, cached=cached)
             generator = torch.Generator().manual_seed(0)
@@ -290,10 +289,10 @@ def _tail(model: Any) -> None:
                 raise Wrong(f"{block.name}, inside={inside}, cached={cached}: the tail's logits differ by {error:.2g}")
 
 
-def _has_mlp_output(block: Block) -> bool:
+def _has_memory(block: Block) -> bool:
     try:
-        return bool(block.mlp_output)
-    except InterventionError:  # routed experts alone, or no MLP
+        return bool(block.memory)
+    except InterventionError:  # no MLP
         return False
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.edit.bases import ValueSettings
+from interventions.edit.kernels.memory import EditedMemory
 from interventions.edit.kernels.prompts import sample_contexts, tokenise
-from interventions.edit.kernels.rewriting import _EditedWeight
 from interventions.edit.kernels.subjects import keys_and_values
 from interventions.edit.kernels.tail import Tail
 from interventions.edit.kernels.target_values import optimise_values
@@ -311,7 +311,7 @@ def test_however_many_batches_weights_are_rounded_once(tokenizer: Any) -> None:
     model = tiny_model(dtype=torch.bfloat16)
     output = find_anatomy(model).blocks[0].mlp_output
     before = output.weight.float()
-    weight = _EditedWeight(output)
+    weight = EditedMemory(output)
     step = before.abs().clamp_min(1e-3) * 1e-3  # less than half the distance between bfloat16 values
     for _ in range(20):
         weight.add_(step.double())

@@ -30,6 +30,8 @@ class Gain(NamedTuple):
     """Norm of the change of the block's output, relative to that of a small change of the MLP's output."""
     linear: bool
     """Whether any change is multiplied by `factor`."""
+    aligned: bool = True
+    """Whether both have the same features; not where a block passes on several hidden states for a token."""
 
 
 ADDED = Gain(1.0, linear=True)
@@ -76,20 +78,21 @@ class Arrival:
         random = torch.randn(len(chunk.places), width, generator=generator).to(chunk.places.device)
         random /= random.norm(dim=1, keepdim=True)
         before = self._run(chunk, torch.zeros_like(random))
+        aligned = before.shape[1] == width
         large = random * before.norm(dim=1, keepdim=True)
         arrives = self._run(chunk, large) - before
         if not bool(arrives.any()):
             raise InterventionError(
                 f"{self._block.name}: changing the MLP's output does not change the block's output; edit other layers"
             )
-        factor = float((arrives * large).sum() / (large * large).sum())
+        factor = float((arrives * large).sum() / (large * large).sum()) if aligned else 0.0
         eps = torch.finfo(next(self._block.module.parameters()).dtype).eps
         rounding = eps / 2 * float(before.norm())
-        if float((arrives - factor * large).norm()) <= eps**0.5 * float(arrives.norm()) + rounding:
+        if aligned and float((arrives - factor * large).norm()) <= eps**0.5 * float(arrives.norm()) + rounding:
             return Gain(1.0 if abs(factor - 1) < min(eps**0.5, _EXACT) else factor, linear=True)
         small = _SMALL * random * self._put_out.norm(dim=1, keepdim=True)
         arrives = self._run(chunk, small) - before
-        return Gain(float(arrives.norm() / small.norm()), linear=False)
+        return Gain(float(arrives.norm() / small.norm()), linear=False, aligned=aligned)
 
     def _run(self, chunk: _Chunk, changes: Tensor) -> Tensor:
         """Run the block on one chunk; return its output at the subjects, (rows, hidden) float32."""
@@ -100,10 +103,9 @@ class Arrival:
             self._put_out = hidden.reshape(len(every), -1, hidden.shape[-1])[every, chunk.places].float()
             return add_at(output, chunk.places, changes)
 
-        with self._block.mlp_output.module.register_forward_hook(change):
+        with self._block.memory.module.register_forward_hook(change):
             output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
-        found: Tensor = output[every, chunk.places].float()
-        return found
+        return output[every, chunk.places].float().flatten(1)
 
 
 def add_at(output: Any, places: Tensor, changes: Tensor) -> Any:

@@ -2,6 +2,9 @@
 
 A projection W stores values under keys, W K = V. C (d_k, d_k), `second_moment`, is the second moment of the keys to
 preserve. New keys K are (d_k, n); R (d_out, n) is the wanted change of W K. All computations are in float64.
+
+The keys of E routed experts are E parts of length d below one another. C may be (E, d, d), the blocks on its diagonal:
+those beside it, of tokens that two experts share, are then taken as zero.
 """
 
 from __future__ import annotations
@@ -20,20 +23,28 @@ class Factor(NamedTuple):
     """Cholesky factor L of a second moment, C + ridge = L L^T, reused by all solves."""
 
     lower: Tensor
-    """(d_k, d_k) float64."""
+    """(d_k, d_k) or (E, d, d) float64."""
     ridge: float
-    """Added to the diagonal, as a multiple of its mean; 0.0 if not needed."""
+    """Added to the diagonal, as a multiple of its mean; 0.0 if not needed. Of several blocks the largest."""
+
+    def solve(self, keys: Tensor) -> Tensor:
+        """Return C^-1 K for keys K (d_k, n) float64."""
+        return torch.cholesky_solve(_parts(keys, self.lower), self.lower).reshape(keys.shape)
 
 
 def factorise(second_moment: Tensor) -> Factor:
     """Factorise C, with a ridge if it is singular (a key that is always zero, too few tokens)."""
     C, scale = _symmetric(second_moment)
+    lower, used = torch.empty_like(C), 0.0
+    left = torch.arange(len(C), device=C.device)
     for ridge in _RIDGES:
-        damped = C.clone()
-        damped.diagonal().add_(ridge * scale)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0:
-            return Factor(lower, ridge)
+        damped = C[left]
+        damped.diagonal(dim1=1, dim2=2).add_(ridge * scale)
+        lower[left], failed = torch.linalg.cholesky_ex(damped)
+        used = ridge
+        left = left[failed > 0]
+        if not len(left):
+            return Factor(lower.reshape(second_moment.shape), used)
     raise InterventionError(
         f"the second moment of the keys stays singular with a ridge of {_RIDGES[-1]}; "
         "give more text (covariance_tokens)"
@@ -46,7 +57,7 @@ def memit_update(keys: Tensor, residuals: Tensor, stored: Factor, weight: float)
     By Woodbury's identity, with A = weight C: (A + K K^T)^-1 K = A^-1 K (I + K^T A^-1 K)^-1.
     """
     K, R = keys.double(), residuals.double()
-    A_inv_K = torch.cholesky_solve(K, stored.lower) / weight  # (d_k, n)
+    A_inv_K = stored.solve(K) / weight  # (d_k, n)
     identity = torch.eye(K.shape[1], dtype=torch.float64, device=K.device)
     adjusted = torch.linalg.solve(identity + K.t() @ A_inv_K, A_inv_K, left=False)
     update: Tensor = R @ adjusted.t()
@@ -62,7 +73,7 @@ def rome_update(keys: Tensor, residuals: Tensor, stored: Factor) -> Tensor:
     al., 2024, arXiv 2403.07175).
     """
     K, R = keys.double(), residuals.double()
-    C_inv_K = torch.cholesky_solve(K, stored.lower)  # (d_k, n)
+    C_inv_K = stored.solve(K)  # (d_k, n)
     update = torch.zeros(R.shape[0], K.shape[0], dtype=torch.float64, device=K.device)
     for k, u, r in zip(K.t(), C_inv_K.t(), R.t(), strict=True):
         update += torch.outer((r - update @ k) / (u @ k), u)
@@ -76,7 +87,7 @@ def emmet_update(keys: Tensor, residuals: Tensor, stored: Factor, ridge: float) 
     Lagrangian; keys that depend on each other get the least-squares solution. As published, one key gets no ridge.
     """
     K, R = keys.double(), residuals.double()
-    C_inv_K = torch.cholesky_solve(K, stored.lower)  # (d_k, n)
+    C_inv_K = stored.solve(K)  # (d_k, n)
     gram = K.t() @ C_inv_K
     if len(gram) > 1:
         gram.diagonal().add_(ridge)
@@ -87,20 +98,27 @@ def emmet_update(keys: Tensor, residuals: Tensor, stored: Factor, ridge: float) 
 def null_space(second_moment: Tensor, threshold: float, *, relative: bool = False) -> Tensor:
     """Return the eigenvectors of C with eigenvalues below `threshold`, as orthonormal columns (d_k, r).
 
-    With `relative`, the threshold is a multiple of the mean eigenvalue. Raises InterventionError if there are none.
+    Of several blocks (E, d, r), with columns of zeros in blocks that have fewer than others. With `relative`, the
+    threshold is a multiple of the mean eigenvalue. Raises InterventionError if there are none.
     """
     C, mean = _symmetric(second_moment)
     eigenvalues, vectors = torch.linalg.eigh(C)
     limit = threshold * float(mean) if relative else threshold
     free = eigenvalues < limit
     if not bool(free.any()):
-        low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+        low, high = float(eigenvalues.min()), float(eigenvalues.max())
         raise InterventionError(
             f"no eigenvalue of the keys' second moment is below {limit:.3g} (they go from {low:.3g} to {high:.3g}, "
             f"mean {float(mean):.3g}): raise nullspace_threshold, or count it in means by nullspace_relative=true"
         )
-    basis: Tensor = vectors[:, free]
-    return basis
+    most = int(free.sum(dim=1).max())  # eigenvalues ascend
+    basis: Tensor = (vectors * free[:, None])[:, :, :most]
+    return basis.reshape(*second_moment.shape[:-1], most)
+
+
+def free_share(basis: Tensor) -> float:
+    """Return the share of all directions that a basis of null spaces has."""
+    return float(basis.any(dim=-2).sum()) / basis.shape[:-1].numel()
 
 
 def alphaedit_update(keys: Tensor, residuals: Tensor, earlier: Tensor, basis: Tensor, ridge: float) -> Tensor:
@@ -112,7 +130,8 @@ def alphaedit_update(keys: Tensor, residuals: Tensor, earlier: Tensor, basis: Te
     """
     K, R = keys.double(), residuals.double()
     U = basis.double()
-    Q = U @ (U.t() @ torch.cat([K, earlier.double()], dim=1))  # (d_k, n + m), projected
+    Q = torch.cat([K, earlier.double()], dim=1)  # (d_k, n + m)
+    Q = (U @ (U.mT @ _parts(Q, U))).reshape(Q.shape)  # projected
     gram = Q.t() @ Q
     gram.diagonal().add_(ridge)
     wanted = torch.cat([R, R.new_zeros(R.shape[0], earlier.shape[1])], dim=1)
@@ -120,11 +139,16 @@ def alphaedit_update(keys: Tensor, residuals: Tensor, earlier: Tensor, basis: Te
     return update
 
 
+def _parts(keys: Tensor, blocks: Tensor) -> Tensor:
+    """Return keys (d_k, n) in the parts that blocks (d_k, .) or (E, d, .) multiply."""
+    return keys.reshape(*blocks.shape[:-1], keys.shape[1])
+
+
 def _symmetric(second_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return C in float64 and its mean diagonal; raises InterventionError if that is not above zero."""
-    C = second_moment.double()
-    C = (C + C.t()) / 2  # float32 sums are symmetric only up to rounding, and the solvers read one half
-    scale = C.diagonal().mean()
+    """Return C in blocks, float64, and its mean diagonal; raises InterventionError if that is not above zero."""
+    C = second_moment.double().reshape(-1, *second_moment.shape[-2:])
+    C = (C + C.mT) / 2  # float32 sums are symmetric only up to rounding, and the solvers read one half
+    scale = C.diagonal(dim1=1, dim2=2).mean()
     if not bool(scale > 0) or not bool(torch.isfinite(scale)):
         raise InterventionError(f"the second moment of the keys has mean diagonal {float(scale)}; is the text empty?")
     return C, scale
@@ -139,7 +163,7 @@ class NullSpaceSolve:
     def __init__(self, basis: Tensor, ridge: float) -> None:
         self._basis = basis
         self._ridge = ridge
-        self._earlier = basis.new_zeros(basis.shape[0], 0)
+        self._earlier = basis.new_zeros(basis.shape[:-1].numel(), 0)
 
     def __call__(self, keys: Tensor, residuals: Tensor) -> Tensor:
         update = alphaedit_update(keys, residuals, self._earlier, self._basis, self._ridge)

@@ -8,7 +8,7 @@ how the solve preserves the outputs of other keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,15 @@ from interventions.context import Context
 from interventions.edit.bases import Rewriter
 from interventions.edit.kernels.arrival import ADDED, Arrival
 from interventions.edit.kernels.closed_form import Factor, factorise
+from interventions.edit.kernels.memory import EditedMemory, second_moments
 from interventions.edit.kernels.prompts import check_edits, sample_contexts, tokenise
 from interventions.edit.kernels.sequence import batch_sizes
-from interventions.edit.kernels.subjects import SubjectStates, keys_and_values
+from interventions.edit.kernels.subjects import SubjectStates, keys_and_values, roots
 from interventions.edit.kernels.target_loss import nll_of
 from interventions.edit.kernels.target_values import Components, TargetValues, optimise_values
 from interventions.padding import padding_id
-from interventions.shared_statistics import collect_shared
-from interventions.statistics import Batch, scarce, token_batches
-from interventions.structure import Linear, within_context
+from interventions.statistics import TOKENS_PER_COLUMN, Batch, scarce, token_batches
+from interventions.structure import Memory, within_context
 from interventions.types import Edit, InterventionError, Resources
 
 Solve = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +48,7 @@ def rewrite(
     settings: Rewriter,
     resources: Resources,
     context: Context,
-    make_solve: Callable[[Linear, Tensor], Solve],
+    make_solve: Callable[[Memory, Tensor], Solve],
     *,
     remedy: str,
     components: Components | None = None,
@@ -64,29 +64,34 @@ def rewrite(
     edits = resources.edits
     check_edits(edits)
     anatomy = find_anatomy(model)
-    anatomy.check_one_state(settings.name)
     layers = settings.choose_layers(len(anatomy.blocks))
-    outputs = [anatomy.blocks[layer].mlp_output for layer in layers]
+    outputs = [anatomy.blocks[layer].memory for layer in layers]
 
-    window = within_context(model, settings.covariance_window)
-    batches = _key_batches(tokenizer, resources.calibration, settings, window, outputs[0].in_features)
-    statistics = collect_shared(context.statistics, model, batches, outputs)
-    tokens = statistics[outputs[0].name].count
-    context.progress(f"second moments of {tokens} keys")
-    few = scarce(settings.name, tokens, {output.name: output.in_features for output in outputs}, _remedy(settings))
-    if few is not None:
-        context.warn(few)
-    solves = {output.name: make_solve(output, statistics.pop(output.name).second_moment()) for output in outputs}
-    generator = context.generator(f"{settings.name} contexts")
-    sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
-    contexts = ["", *sampled]
-    prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
     pad = padding_id(tokenizer)
     inside = components is not None
+    prompts = [tokenise(tokenizer, edit, chat_template=settings.chat_template) for edit in edits]
     gains = [
         ADDED if inside else Arrival(model, anatomy.blocks[layer], prompts[:_PROBED], pad).gain(output.out_features)
         for layer, output in zip(layers, outputs, strict=True)
     ]
+    if len(layers) > 1 and not all(gain.aligned for gain in gains):
+        context.warn(
+            f"only layer {layers[-1]} is edited: the blocks of this model pass on several hidden states for a token, "
+            "and what the MLPs of other layers would have to add is not known"
+        )
+        layers, outputs, gains = layers[-1:], outputs[-1:], gains[-1:]
+
+    window = within_context(model, settings.covariance_window)
+    batches = _key_batches(tokenizer, resources.calibration, settings, window, outputs[0])
+    moments, counts = second_moments(context.statistics, model, batches, outputs)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    context.progress(f"second moments of {tokens} keys")
+    for warning in _too_few(settings, tokens, outputs, counts):
+        context.warn(warning)
+    solves = {output.name: make_solve(output, moments.pop(output.name)) for output in outputs}
+    generator = context.generator(f"{settings.name} contexts")
+    sampled = sample_contexts(model, tokenizer, settings.context_lengths, settings.contexts_per_length, generator)
+    contexts = ["", *sampled]
 
     cached: bool | None = None
 
@@ -110,13 +115,11 @@ def rewrite(
         cached = found.cached
         return found
 
-    def read(chosen: Sequence[Edit], contexts: Sequence[str], layer: int) -> SubjectStates:
-        chat_template = settings.chat_template
-        return keys_and_values(
-            model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], chat_template=chat_template, inside=inside
-        )
+    def read(chosen: Sequence[Edit], contexts: Sequence[str], layer: int, *, averaged: bool = True) -> SubjectStates:
+        options: dict[str, Any] = {"chat_template": settings.chat_template, "inside": inside, "averaged": averaged}
+        return keys_and_values(model, tokenizer, anatomy, chosen, contexts, layer, layers[-1], **options)
 
-    weights = {output.name: _EditedWeight(output) for output in outputs}
+    weights = {output.name: EditedMemory(output) for output in outputs}
     sizes = batch_sizes(len(edits), settings.batch_size)
     reports: list[dict[str, Any]] = []
     starts: list[Tensor] = []
@@ -127,12 +130,15 @@ def rewrite(
         found = find_values(start, chosen)
         at_first = found.start
         for position, (layer, output, gain) in enumerate(zip(layers, outputs, gains, strict=True)):
-            keys, reached = read(chosen, contexts, layer)
+            keys, reached = read(chosen, contexts, layer, averaged=not output.routed)
             if gain.linear or layer != layers[-1]:
                 residuals = (found.z - reached) / spread(len(layers) - position) / gain.factor
             else:  # the edits of the layers below changed the reachable values
                 found = find_values(start, chosen) if position else found
                 residuals = found.change
+            if output.routed:  # contexts reach other experts, so that no one key stands for all of them
+                residuals = residuals.repeat_interleave(len(contexts), dim=0)
+                residuals *= roots(len(chosen), len(contexts), residuals.device)
             weights[output.name].add_(solves[output.name](keys.t(), residuals.t()))
         starts.append(at_first)
         values.append(found.z)
@@ -161,7 +167,7 @@ def rewrite(
         "sequence": sizes,
         "covariance_tokens": tokens,
         "contexts": contexts,
-        "updates": {output.parameter_name: weights[output.name].change() for output in outputs},
+        "updates": {name: change for output in outputs for name, change in weights[output.name].changes().items()},
         "edits": [
             {**report, "reached": share, "nll_after": nll}
             for report, share, nll in zip(reports, shares, after, strict=True)
@@ -179,28 +185,7 @@ def shares_reached(start: Tensor, wanted: Tensor, now: Tensor) -> Tensor:
     return torch.where(length > 0, ((now - start) * way).sum(dim=1) / length, 1.0)
 
 
-class _EditedWeight:
-    """A projection's weight plus all updates so far, rounded once from the original."""
-
-    def __init__(self, output: Linear) -> None:
-        self._output = output
-        self._start = output.weight.clone()
-        self._update = torch.zeros_like(self._start, dtype=torch.float32)
-
-    def add_(self, update: Tensor) -> None:
-        if not bool(torch.isfinite(update).all()):
-            raise InterventionError(
-                f"{self._output.parameter_name}: the update is not finite; look for NaN in the weights or in the text"
-            )
-        self._update += update.float()
-        self._output.set_weight_(self._start.double() + self._update)
-
-    def change(self) -> float:
-        """Return the norm of all updates relative to that of the weight."""
-        return float(self._update.norm() / self._start.float().norm())
-
-
-def factorised(output: Linear, second_moment: Tensor, context: Context) -> Factor:
+def factorised(output: Memory, second_moment: Tensor, context: Context) -> Factor:
     """Return the factor of a projection's second moment; warn if it is singular."""
     stored = factorise(second_moment)
     if stored.ridge:
@@ -215,9 +200,30 @@ def _remedy(settings: Rewriter) -> str:
     )
 
 
-def _key_batches(tokenizer: Any, texts: Sequence[str], settings: Rewriter, window: int, width: int) -> list[Batch]:
+def _too_few(
+    settings: Rewriter, tokens: int, outputs: Sequence[Memory], counts: Mapping[str, Sequence[int]]
+) -> Iterator[str]:
+    """Yield warnings of layers and experts with so few tokens that their second moments are mostly noise."""
+    columns = {output.name: output.in_features for output in outputs if not output.routed}
+    few = scarce(settings.name, tokens, columns, _remedy(settings))
+    if few is not None:
+        yield few
+    for output in outputs:
+        wanted = TOKENS_PER_COLUMN * output.in_features
+        rare = sum(count < wanted for count in counts[output.name])
+        if output.routed and rare:
+            yield (
+                f"{settings.name}: {rare} of the {len(output.linears)} experts of {output.name} got fewer than "
+                f"{wanted} of the {tokens} calibration tokens, {TOKENS_PER_COLUMN} for each of their "
+                f"{output.in_features} columns: {_remedy(settings)}"
+            )
+
+
+def _key_batches(tokenizer: Any, texts: Sequence[str], settings: Rewriter, window: int, output: Memory) -> list[Batch]:
     """Tokenise texts, in order, until there are enough tokens for the second moment."""
     if not texts:
         raise InterventionError(f"{settings.name} needs calibration text for the second moment of keys; none was given")
-    wanted = settings.covariance_tokens if settings.covariance_tokens is not None else 10 * width
+    wanted = settings.covariance_tokens
+    if wanted is None:
+        wanted = 10 * output.in_features * len(output.linears)
     return token_batches(tokenizer, texts, max_tokens=window, batch_tokens=_BATCH_TOKENS, least_tokens=wanted)

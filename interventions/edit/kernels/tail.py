@@ -26,7 +26,7 @@ class Tail:
     """A model from block `layer` on, for one fixed batch of texts.
 
     `rows` are token ids; `begins` are the first positions whose value changes: the output of the block or, with
-    `inside`, of its MLP's output projection or, with `attention`, of that of its attention; then the MLP's output can
+    `inside`, of its MLP or, with `attention`, of its attention's output projection; then the MLP's output can
     change at these positions too. The tokens from there on are *suffixes*, (rows, longest suffix), padded on the right
     with `pad`. The batch runs through the model once; later passes skip the layers below. With `cached`,
     keys and values of earlier tokens are cached too; otherwise every pass runs whole texts. `open_tail` tells which
@@ -48,7 +48,7 @@ class Tail:
     ) -> None:
         self._model, self._head = model, anatomy.head
         block = anatomy.blocks[layer]
-        self._site = block.mlp_output.module if inside else block.module
+        self._site = block.memory.module if inside else block.module
         self._also: nn.Module | None = None
         if attention:
             self._site, self._also = attention_and_mlp(block)
@@ -125,7 +125,7 @@ class Tail:
 
 def attention_and_mlp(block: Block) -> tuple[nn.Module, nn.Module]:
     """Return the output projections of a block's attention and MLP; InterventionError for a block without both."""
-    attention, mlp = block.group("attention_out").linears[0].module, block.mlp_output.module
+    attention, mlp = block.group("attention_out").linears[0].module, block.memory.module
     if attention is mlp:
         raise InterventionError(f"{block.name}: attention without an MLP; choose other layers")
     return attention, mlp

@@ -107,7 +107,7 @@ def optimise_values(
     smallest = start_norm.new_full((len(subjects), start.shape[1]), torch.inf)
     owners = owner[:, None].expand_as(start_norm)
     largest = settings.clamp_norm_factor * smallest.scatter_reduce(0, owners, start_norm, "amin")
-    delta = torch.zeros(len(subjects), *start.shape[1:], device=start.device)
+    delta = torch.zeros(len(subjects), *batch.start.shape[1:], device=start.device)
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
     said_before = batch.says()
     active = torch.ones(len(edits), dtype=torch.bool, device=start.device)
