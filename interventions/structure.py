@@ -248,8 +248,8 @@ class Anatomy:
         """Raise InterventionError if there is more than one hidden state for a token."""
         if self.states > 1:
             raise InterventionError(
-                f"{method}: the blocks of this model pass on {self.states} hidden states for each token, so there is no "
-                "one stream that has the direction; leave this step out for this model"
+                f"{method}: the blocks of this model pass on {self.states} hidden states for each token, so there is "
+                "no one stream that has the direction; leave this step out for this model"
             )
 
 

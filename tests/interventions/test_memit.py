@@ -309,11 +309,13 @@ def test_batches_follow_one_another_on_what_the_model_has_become(batch_size: int
 def test_however_many_batches_weights_are_rounded_once(tokenizer: Any) -> None:
     """An update too small for bfloat16 is not lost where many of them add up."""
     model = tiny_model(dtype=torch.bfloat16)
-    output = find_anatomy(model).blocks[0].mlp_output
+    memory = find_anatomy(model).blocks[0].memory
+    (output,) = memory.linears
     before = output.weight.float()
-    weight = EditedMemory(output)
+    weight = EditedMemory(memory)
     step = before.abs().clamp_min(1e-3) * 1e-3  # less than half the distance between bfloat16 values
     for _ in range(20):
         weight.add_(step.double())
     assert torch.equal(output.weight, (before + 20 * step).bfloat16())
-    assert weight.change() == pytest.approx(float(20 * step.norm() / before.norm()), rel=1e-4)
+    change = float(20 * step.norm() / before.norm())
+    assert weight.changes() == {output.parameter_name: pytest.approx(change, rel=1e-4)}
