@@ -77,7 +77,6 @@ LORA = {"rank": 2, "targets": ["query", "mlp_out"]}
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
-        ({}, {}),
         (LORA, {}),
         ({"packing": True}, {"packing": True}),
         (
@@ -178,7 +177,7 @@ def test_nothing_but_weights_changes(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_the_seed_decides(method: str, tokenizer: Any) -> None:
     def trained(seed: int) -> Mapping[str, torch.Tensor]:
         model = tiny_model()
@@ -201,6 +200,7 @@ def test_only_the_chosen_weights_change(tokenizer: Any) -> None:
     assert "lm_head.weight" in whole.changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt"])
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_other_families(method: str, family: str, tokenizer: Any) -> None:
@@ -209,7 +209,7 @@ def test_other_families(method: str, family: str, tokenizer: Any) -> None:
     assert report.changed and all(loss == loss for loss in report.details["losses"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_low_precision_is_trained_in_float32_and_rounded_once(dtype: torch.dtype, tokenizer: Any) -> None:
     exact, rounded = tiny_model(dtype=dtype).float(), tiny_model(dtype=dtype)
     for model in (exact, rounded):
@@ -218,7 +218,7 @@ def test_low_precision_is_trained_in_float32_and_rounded_once(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("preserve", [True, False])
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_pruned_weights_stay_zero_if_asked(method: str, preserve: bool, tokenizer: Any) -> None:
     model = tiny_model()
     linear = find_anatomy(model).blocks[1].mlp_output
