@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rome": _REWRITES,
     "alphaedit": _REWRITES,
     "ft": _FEW | {"steps": 3},
-    "lora": _FEW | {"steps": 10},
+    "lora": {"steps": 20},
     "rmu": {"max_num_batches": 2, "lr": 1e-3},
     "ga": _FEW,
     "gd": _FEW,

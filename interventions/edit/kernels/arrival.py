@@ -58,7 +58,7 @@ class Arrival:
                 ids, mask = pad_right([prompt.ids for prompt in some], pad, device)
                 run_until_seen(model, {"input_ids": ids, "attention_mask": mask})
                 places = torch.tensor([prompt.subject_end for prompt in some], device=device)
-                self._chunks.append(_Chunk(*calls.pop(), places))
+                self._chunks.append(_Chunk(*calls.pop(), places, ids.shape[1]))
 
     @torch.no_grad()
     def outputs(self, changes: Tensor) -> Tensor:
@@ -105,6 +105,12 @@ class Arrival:
 
         with self._block.memory.module.register_forward_hook(change):
             output = first_output(self._block.module(*chunk.args, **chunk.kwargs))
+        if output.shape[0] != len(every) or output.shape[1] < chunk.tokens:  # some models pad texts
+            raise InterventionError(
+                f"{self._block.name}: what it puts out for {len(every)} texts of {chunk.tokens} tokens has the shape "
+                f"{tuple(output.shape)}, in which the subject's state is not known; edit the model with ft or lora "
+                "instead"
+            )
         return output[every, chunk.places].float().flatten(1)
 
 
@@ -123,3 +129,5 @@ class _Chunk(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     places: Tensor
+    tokens: int
+    """Of each prompt, with padding."""
