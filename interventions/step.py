@@ -27,7 +27,7 @@ from interventions.rounding import rounding_of, set_rounding_
 from interventions.safety import SafetyCopy
 from interventions.shared_statistics import SharedStatistics
 from interventions.structure import placement, streaming
-from interventions.types import Edit, InterventionError, Resources, StepReport
+from interventions.types import Edit, Example, InterventionError, Preference, Resources, StepReport
 
 
 def apply(
@@ -41,6 +41,8 @@ def apply(
     calibration: Sequence[str] | None = None,
     forget: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
     retain: Sequence[str] | None = None,
+    tuning: Mapping[str, Sequence[Example]] | None = None,
+    preferences: Sequence[Preference] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     statistics: SharedStatistics | None = None,
@@ -51,8 +53,8 @@ def apply(
     """Apply the intervention named `method` to `model` in place, and return a report.
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
-    values. `edits`, `calibration`, `forget` and `retain` replace those in `resources`; `forget` is a mapping by topic
-    or the texts of a single topic. `statistics` is the cache for the model's current state. `copies` are host tensors
+    values. `edits`, `calibration`, `forget`, `retain`, `tuning` and `preferences` replace those in `resources`; `forget` is
+    a mapping by topic or the texts of a single topic. `statistics` is the cache for the model's current state. `copies` are host tensors
     with the current values of all parameters, if the caller has them; without, the step copies what it may change.
     Relative paths in settings start at `folder` (None: the working folder).
 
@@ -70,6 +72,10 @@ def apply(
     chosen = find_method(method)
     complete = _complete_settings(chosen, settings, overrides)
     given = _complete_resources(resources, edits, calibration, forget, retain)
+    if tuning is not None:
+        given = dataclasses.replace(given, tuning={name: tuple(examples) for name, examples in tuning.items()})
+    if preferences is not None:
+        given = dataclasses.replace(given, preferences=tuple(preferences))
     warnings: list[str] = []
     satisfied: list[str] = []
     grids: dict[str, KnownGrid] = {}

@@ -65,10 +65,8 @@ def train(
             arguments._n_gpu = 1
         more: dict[str, Any] = {}
         if settings.rank is not None:
-            linears = settings.adapted(model)
-            more["peft_config"] = LoraConfig(
-                r=settings.rank, lora_alpha=settings.alpha, task_type="CAUSAL_LM", **where_adapted(linears)
-            )
+            scale: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha}
+            more["peft_config"] = LoraConfig(**scale, task_type="CAUSAL_LM", **where_adapted(settings.adapted(model)))
         elif kind == "DPO":
             more["ref_model"] = copy.deepcopy(learner)
         watch = _Watch(settings, context, {} if settings.rank is not None else _masks(settings, learner))
@@ -125,7 +123,7 @@ def _masks(settings: Tuned, learner: nn.Module) -> dict[nn.Parameter, Tensor]:
     return {parameter: mask for parameter, mask in found.items() if mask is not None}
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch(TrainerCallback):
     """Reports losses, stops at one that is not finite, and keeps zeros."""
 
     def __init__(self, settings: Tuned, context: Context, masks: Mapping[nn.Parameter, Tensor]) -> None:
@@ -137,10 +135,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         for parameter, mask in self._masks.items():
             parameter.masked_fill_(mask, 0)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        if "loss" not in logs:
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if "loss" not in more["logs"]:
             return
-        loss, name = float(logs["loss"]), self._name
+        loss, name = float(more["logs"]["loss"]), self._name
         if not math.isfinite(loss):
             raise InterventionError(
                 f"{name}: the loss became {loss} by update {state.global_step} with {name}.lr={self._lr}; lower "
