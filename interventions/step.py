@@ -53,10 +53,11 @@ def apply(
     """Apply the intervention named `method` to `model` in place, and return a report.
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
-    values. `edits`, `calibration`, `forget`, `retain`, `tuning` and `preferences` replace those in `resources`; `forget` is
-    a mapping by topic or the texts of a single topic. `statistics` is the cache for the model's current state. `copies` are host tensors
-    with the current values of all parameters, if the caller has them; without, the step copies what it may change.
-    Relative paths in settings start at `folder` (None: the working folder).
+    values. `edits`, `calibration`, `forget`, `retain`, `tuning` and `preferences` replace those in `resources`;
+    `forget` is a mapping by topic or the texts of a single topic, `tuning` one by set. `statistics` is the cache for
+    the model's current state. `copies` are host tensors with the current values of all parameters, if the caller has
+    them; without, the step copies what it may change. Relative paths in settings start at `folder` (None: the working
+    folder).
 
     Only weights change, and what the model rounds as it runs: parameter names, shapes, dtypes and requires_grad flags,
     train mode, the KV cache flag and the tokenizer stay the same; gradients are dropped. A method that removes experts
