@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from interventions.categories import Category, register_category
 from interventions.intervention import Intervention
 from interventions.registry import Method, UnknownMethod, find_method, methods, register
-from interventions.types import Edit, InterventionError, Resources, StepReport
+from interventions.types import Edit, Example, InterventionError, Preference, Resources, StepReport
 
 if TYPE_CHECKING:
     from interventions.step import apply
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Category",
     "Edit",
+    "Example",
     "Intervention",
     "InterventionError",
     "Method",
+    "Preference",
     "Resources",
     "StepReport",
     "UnknownMethod",

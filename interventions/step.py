@@ -27,7 +27,7 @@ from interventions.rounding import rounding_of, set_rounding_
 from interventions.safety import SafetyCopy
 from interventions.shared_statistics import SharedStatistics
 from interventions.structure import placement, streaming
-from interventions.types import Edit, InterventionError, Resources, StepReport
+from interventions.types import Edit, Example, InterventionError, Preference, Resources, StepReport
 
 
 def apply(
@@ -43,6 +43,8 @@ def apply(
     forget: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
     retain: Sequence[str] | None = None,
     refusal: Mapping[str, Sequence[str]] | None = None,
+    tuning: Mapping[str, Sequence[Example]] | None = None,
+    preferences: Sequence[Preference] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     statistics: SharedStatistics | None = None,
@@ -54,10 +56,10 @@ def apply(
     """Apply the intervention named `method` to `model` in place, and return a report.
 
     `settings` is an instance of the method's settings dataclass (None: the defaults); `overrides` replace single
-    values, `with_` that of the setting `with`. `edits`, `calibration`, `forget`, `retain` and `refusal` replace those
-    in `resources`; `forget` is a mapping by topic or the texts of a single topic, `refusal` has prompts by set.
-    `statistics` is the cache for the model's current state. `copies` are host tensors with the current values of all
-    parameters, if the caller has them; without, the step copies what it may change.
+    values, `with_` that of the setting `with`. `edits`, `calibration`, `forget`, `retain`, `refusal`, `tuning` and
+    `preferences` replace those in `resources`; `forget` is a mapping by topic or the texts of a single topic, `refusal`
+    and `tuning` are mappings by set. `statistics` is the cache for the model's current state. `copies` are host tensors
+    with the current values of all parameters, if the caller has them; without, the step copies what it may change.
     Relative paths in settings start at `folder` (None: the working folder). `states` are those of the compositions that
     the settings name, which only a run builds.
 
@@ -75,6 +77,10 @@ def apply(
     chosen = find_method(method)
     complete = _complete_settings(chosen, settings, overrides)
     given = _complete_resources(resources, edits, calibration, forget, retain, refusal)
+    if tuning is not None:
+        given = dataclasses.replace(given, tuning={name: tuple(examples) for name, examples in tuning.items()})
+    if preferences is not None:
+        given = dataclasses.replace(given, preferences=tuple(preferences))
     warnings: list[str] = []
     satisfied: list[str] = []
     grids: dict[str, KnownGrid] = {}

@@ -31,7 +31,7 @@ ON = "--lmcompose-set=evaluate.chat_template=true"
 SYSTEM = "--lmcompose-set=evaluate.system_prompt='Answer with one word.'"
 CHATML = FAMILIES["ChatML without BOS"].template
 SHORT = {"answer_tokens": 5, "knowledge_tokens": 5, "verbatim_tokens": 5}
-ASKED = {"edits", "facts", "questions", "unlearning data"}
+ASKED = {"edits", "facts", "questions", "unlearning data", "tuning data"}
 """Parts of the data with prompts."""
 
 

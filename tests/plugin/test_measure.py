@@ -17,7 +17,15 @@ from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 from tests.plugin.tiny import PLACES, SUBJECTS, copy_with_hazardous_facts
 
 NOTHING = EvaluateSettings(
-    edits=3, facts=8, editing=False, recall=False, perplexity=False, questions=False, unlearning=False, efficiency=False
+    edits=3,
+    facts=8,
+    editing=False,
+    recall=False,
+    perplexity=False,
+    questions=False,
+    unlearning=False,
+    tuning=False,
+    efficiency=False,
 )
 WORLD = WorldSettings(
     edits="zsre.json",

@@ -65,9 +65,8 @@ def train(
             arguments._n_gpu = 1
         more: dict[str, Any] = {}
         if settings.rank is not None:
-            alpha: Any = settings.alpha  # peft takes numbers that are not whole, too
-            places = where_adapted(settings.adapted(model))
-            more["peft_config"] = LoraConfig(r=settings.rank, lora_alpha=alpha, task_type="CAUSAL_LM", **places)
+            scale: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha}
+            more["peft_config"] = LoraConfig(**scale, task_type="CAUSAL_LM", **where_adapted(settings.adapted(model)))
         elif kind == "DPO":
             more["ref_model"] = copy.deepcopy(learner)
         watch = _Watch(settings, context, {} if settings.rank is not None else _masks(settings, learner))
@@ -140,7 +139,7 @@ class _Watch(TrainerCallback):
         logs: Mapping[str, float] = more.get("logs") or {}
         if "loss" not in logs:
             return
-        loss, name = float(logs["loss"]), self._name
+        loss, name = float(more["logs"]["loss"]), self._name
         if not math.isfinite(loss):
             raise InterventionError(
                 f"{name}: the loss became {loss} by update {state.global_step} with {name}.lr={self._lr}; lower "
