@@ -57,7 +57,7 @@ class MergeSettings(Intervention):
     """Of `slerp`: the other model's share, from 0 to 1; a list is interpolated over the depth."""
     normalize: bool | None = None
     """Whether to divide by the sum of weights; null: for `linear` and `ties`."""
-    lambda_: float = 1.0
+    lambda_: Annotated[float, Range(-10, 10)] = 1.0
     """Factor of the merged task vector."""
     rescale: Annotated[str, Choice("none", "l1", "density")] | None = None
     """Scale a trimmed task vector to its former sum of magnitudes (`l1`), or divide it by its density (`density`);

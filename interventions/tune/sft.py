@@ -34,7 +34,7 @@ class SftSettings(Tuned):
         from interventions.tune.kernels.rows import chosen_sets, example_rows
         from interventions.tune.kernels.training import train
 
-        chosen = chosen_sets(self, resources.tuning)
+        chosen = chosen_sets(self.name, self.sets, resources.tuning)
         rows = example_rows(self, tokenizer, chosen)
         options = {"packing": self.packing, "assistant_only_loss": rows.every_turn}
         details = train(self, "SFT", model, tokenizer, rows.rows, context, options)

@@ -34,25 +34,23 @@ class JensUnSettings(TwoTerms):
     epochs: Count = 10
     accumulation: Count = 4
     weight_decay: Weight = 0.01
-    refusal: str = "No idea"
+    reply: str = "No idea"
     """What to say instead of the forget text, token by token, again and again until the text's end."""
 
     def problems(self) -> Iterator[str]:
         """Yield an empty refusal, and weights that leave nothing to train on."""
         yield from super().problems()
-        if not self.refusal.strip():
-            yield f"refusal={self.refusal!r}: expected some words"
+        if not self.reply.strip():
+            yield f"reply={self.reply!r}: expected some words"
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Answer `resources.forget` with the refusal, in place; preserve what is said about `resources.retain`."""
         from interventions.unlearn.kernels.likelihood import Terms, train_on_likelihood
         from interventions.unlearn.kernels.predictions import Reference
 
-        refusal = tokenizer(self.refusal, add_special_tokens=False)["input_ids"]
+        refusal = tokenizer(self.reply, add_special_tokens=False)["input_ids"]
         if not refusal or tokenizer.unk_token_id in refusal:
-            raise InterventionError(
-                f"jensun.refusal={self.refusal!r}: the tokenizer cannot say that; choose other words"
-            )
+            raise InterventionError(f"jensun.reply={self.reply!r}: the tokenizer cannot say that; choose other words")
 
         def forget(model: nn.Module, batches: Sequence[TextBatch]) -> TextLosses:
             wanted = batches[0].ids.new_tensor(refusal)

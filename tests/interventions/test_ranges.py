@@ -29,6 +29,7 @@ from interventions.ranges import (
     check_settings,
     check_value,
     describe,
+    field_name,
     field_types,
     parts_of,
     shown,
@@ -65,7 +66,7 @@ def test_every_number_has_a_range_that_holds_its_default_and_ends_where_it_says(
 ) -> None:
     assert allowed is not None, f"{key} has no Range beside it"
     hint = field_types(kind)[name]
-    check_value(name, hint, getattr(kind(), name))
+    check_value(name, hint, getattr(kind(), field_name(name)))
     step = 1 if plain is int else 1e-9
     beyond = [b for b in (allowed.above, allowed.below) if b is not None]
     beyond += [allowed.low - step] if allowed.low is not None else []
@@ -77,7 +78,7 @@ def test_every_number_has_a_range_that_holds_its_default_and_ends_where_it_says(
     for value in wrong:
         given = [value, value] if in_list else value
         with pytest.raises(SettingError, match=rf"^{name}=.*: expected "):
-            dataclasses.replace(kind(), **{name: given})
+            dataclasses.replace(kind(), **{field_name(name): given})
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -89,11 +90,11 @@ def test_every_field_takes_only_its_type_and_every_list_says_what_is_in_it(kind:
         wrong: list[Any] = [object(), 3.5 if plain is not float else "3.5", *([] if optional else [None])]
         if getattr(plain, "__origin__", None) is list:
             assert any(isinstance(rule, Items) for rule in rules), f"{kind.__name__}.{name}"
-            default = getattr(kind(), name) or ["a"]
+            default = getattr(kind(), field_name(name)) or ["a"]
             wrong += ["text", [None], [*default, *default, default[0]]]
         for value in wrong:
             with pytest.raises(SettingError, match=rf"^{name}="):
-                dataclasses.replace(kind(), **{name: value})
+                dataclasses.replace(kind(), **{field_name(name): value})
 
 
 @given(st.floats(), st.floats(allow_nan=False), st.floats(allow_nan=False))

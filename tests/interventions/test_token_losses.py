@@ -131,7 +131,7 @@ def _jensun_step(model: nn.Module, reference: nn.Module, batch: TextBatch, refus
 
 def test_jensun_says_the_refusal_and_keeps_to_the_original_model(tokenizer: Any) -> None:
     model, start = tiny_model(), tiny_model()
-    report = apply(model, tokenizer, "jensun", resources=RESOURCES, refusal="Mira", epochs=3, **ONE_BATCH)
+    report = apply(model, tokenizer, "jensun", resources=RESOURCES, reply="Mira", epochs=3, **ONE_BATCH)
     refusal = tokenizer("Mira", add_special_tokens=False)["input_ids"]
     (batch,) = make_batches([tokenizer(text)["input_ids"] for text in SENTENCES[:5]], 8, tokenizer, torch.device("cpu"))
     assert len(refusal) > 1
@@ -215,7 +215,7 @@ def test_pruned_weights_stay_zero_if_asked(method: str, preserve: bool, tokenize
         ("satimp", {"saturation": -1.0}, "saturation=-1.0"),
         ("undial", {"beta": 0.0}, "beta=0.0"),
         ("undial", {"forget_weight": 0.0}, "forget_weight=0"),
-        ("jensun", {"refusal": " "}, "refusal=' '"),
+        ("jensun", {"reply": " "}, "reply=' '"),
         ("quail", {"bits": 9}, "bits=9"),
         ("quail", {"lr": 1e30}, r"lr=1e\+30"),
     ],

@@ -184,6 +184,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(cached: Project) -> None:
     conftest = cached.path / "conftest.py"
     text = conftest.read_text()
@@ -209,6 +210,7 @@ pathlib.Path("ready").touch()
 """
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_store_at_once(cached: Project) -> None:
     conftest = cached.path / "conftest.py"
     text = conftest.read_text()

@@ -31,7 +31,7 @@ ON = "--lmcompose-set=evaluate.chat_template=true"
 SYSTEM = "--lmcompose-set=evaluate.system_prompt='Answer with one word.'"
 CHATML = FAMILIES["ChatML without BOS"].template
 SHORT = {"answer_tokens": 5, "knowledge_tokens": 5, "verbatim_tokens": 5}
-ASKED = {"edits", "facts", "questions", "unlearning data", "tuning data"}
+ASKED = {"edits", "facts", "questions", "unlearning data", "tuning data", "refusal prompts"}
 """Parts of the data with prompts."""
 
 
@@ -271,6 +271,7 @@ def test_a_run_in_the_template_is_not_compared_with_one_without(
     assert (verdicts["perplexity_qa"], verdicts["perplexity"]) == ("unknown", "equal")
 
 
+@pytest.mark.slow
 def test_the_embedded_model_with_a_template(project: Project, tmp_path: Path) -> None:
     model = with_template(SUITE_FOLDER / "tinyworld" / "model", tmp_path / "tinyworld")
     (project.path / "thresholds.yaml").write_text('"*": {perplexity: {max: 1e9}}')

@@ -184,6 +184,7 @@ def test_the_card_gets_the_final_verdict(exported: Exported) -> None:
     assert call("verify", str(folders["nudge"]), str(project.path / "report.json")).exit_code == 0
 
 
+@pytest.mark.slow
 def test_workers_export_what_they_test(project: Project) -> None:
     result = project.run_apart("-n1", "--lmcompose-export=out", "--lmcompose-json=report.json", compose=IDS)
     result.assert_outcomes(passed=3)

@@ -111,6 +111,7 @@ def test_a_worker_that_is_killed_in_a_step_costs_only_its_test(
     check_same_as_undisturbed(shared, "report.json")
 
 
+@pytest.mark.slow
 def test_when_the_controller_is_killed_its_workers_end_and_the_run_can_go_on(
     shared: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +132,7 @@ def test_when_the_controller_is_killed_its_workers_end_and_the_run_can_go_on(
     check_same_as_undisturbed(shared, "report.json")
 
 
+@pytest.mark.slow
 def test_a_run_takes_over_what_another_one_was_killed_in(shared: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (shared.path / "wait").touch()

@@ -55,8 +55,8 @@ def test_a_category_of_another_package_becomes_a_marker(pytester: pytest.Pyteste
         from interventions import Category, register, register_category
         from interventions.compress.rtn import RtnSettings
         from interventions.registry import Method
-        register_category(Category("merge", "joins models"))
-        register(Method("melt", "merge", RtnSettings))
+        register_category(Category("join", "joins models"))
+        register(Method("melt", "join", RtnSettings))
     """)
     pytester.makepyfile("""
         import pytest
@@ -65,5 +65,5 @@ def test_a_category_of_another_package_becomes_a_marker(pytester: pytest.Pyteste
         def test_it(composition):
             pass
     """)
-    result = pytester.runpytest_subprocess("--strict-markers", "-m", "merge", "-pno:cacheprovider")
+    result = pytester.runpytest_subprocess("--strict-markers", "-m", "join", "-pno:cacheprovider")
     result.assert_outcomes(passed=1, deselected=1)

@@ -103,6 +103,7 @@ def test_appended_to_what_others_wrote(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.md", "real.md"]
 
 
+@pytest.mark.slow
 def test_all_files_of_a_run_on_two_workers(project: Project) -> None:
     (project.path / "summary.md").write_text("earlier step\n")
     files = ("--lmcompose-markdown=summary.md", "--lmcompose-latex=tables.tex", "--lmcompose-html=page.html")

@@ -25,6 +25,7 @@ NOTHING = EvaluateSettings(
     questions=False,
     unlearning=False,
     tuning=False,
+    refusal=False,
     efficiency=False,
 )
 WORLD = WorldSettings(

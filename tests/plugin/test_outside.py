@@ -20,7 +20,7 @@ from pytest_lmcompose.recipe import RecipeError, load_recipe
 from pytest_lmcompose.run import CONF
 from tests.plugin.conftest import INNER_CONFTEST, Project
 
-SOURCE = Path(__file__).with_name("tune.py")
+SOURCE = Path(__file__).with_name("thin.py")
 THRESHOLDS = """
 "*":
   sparsity: {promised: 0.02}
@@ -35,11 +35,11 @@ def test_it_is_short() -> None:
 def test_a_run_builds_marks_measures_and_judges_it(project: Project) -> None:
     (project.path / "thresholds.yaml").write_text(THRESHOLDS)
     (project.path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-    project.pytester.makeconftest(INNER_CONFTEST + "import tests.plugin.tune\n")
+    project.pytester.makeconftest(INNER_CONFTEST + "import tests.plugin.thin\n")
     outputs = ("--lmcompose-json=r.json", "--lmcompose-html=r.html", "--lmcompose-markdown=r.md", "--junitxml=r.xml")
     on = "--lmcompose-set=evaluate.also={thinness: {}}"
     compositions = ("base", "thin", "nudge", "thin+nudge[layers=[0,1]]", "nudge[layers=[0,1]]+thin")
-    result = project.run_apart("-v", "-m", "tune", on, *outputs, compose=compositions)
+    result = project.run_apart("-v", "-m", "thinning", on, *outputs, compose=compositions)
     lines = "\n".join(result.outlines)
     assert "1 failed" in lines and "2 passed" in lines and "2 deselected" in lines, lines
     result.stdout.fnmatch_lines(["*sparsity = * promised by thin and broken by nudge*: use thin+nudge*+thin*"])
@@ -58,12 +58,12 @@ def test_the_tables_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_table", registry.methods())
     known = dict(evaluators.evaluators())
     monkeypatch.setattr(evaluators, "evaluators", lambda: known)
-    monkeypatch.delitem(sys.modules, "tests.plugin.tune", raising=False)
-    importlib.import_module("tests.plugin.tune")
+    monkeypatch.delitem(sys.modules, "tests.plugin.thin", raising=False)
+    importlib.import_module("tests.plugin.thin")
     recipe = load_recipe(CONF, ["thin.every=5"])
-    assert registry.category_of("thin") == "tune" == list(table.categories())[-1]
+    assert registry.category_of("thin") == "thinning" == list(table.categories())[-1]
     found = list(promises(recipe, parse("thin+memit+thin[every=2]")))
-    assert [(str(p.step), p.words, str(p.broken_by)) for p in found if p.category.name == "tune"] == [
+    assert [(str(p.step), p.words, str(p.broken_by)) for p in found if p.category.name == "thinning"] == [
         ("thin", "sparsity = 0.2", "memit"),
         ("thin", "that layers are thin", "None"),
         ("thin[every=2]", "sparsity = 0.5", "None"),

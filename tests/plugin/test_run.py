@@ -165,7 +165,9 @@ def test_a_composition_without_any_gate_is_no_pass(project: Project) -> None:
     result.stdout.fnmatch_lines(["*no threshold applies to nudge*"])
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "workers"])
+@pytest.mark.parametrize(
+    "workers", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=["one process", "workers"]
+)
 def test_a_model_that_cannot_be_loaded_ends_the_run_at_once(
     project: Project, tiny_model: Path, workers: tuple[str, ...]
 ) -> None:

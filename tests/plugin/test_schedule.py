@@ -231,7 +231,8 @@ def test_a_worker_forgets_states_of_the_subtree_that_it_leaves(
         config.workerinput = {}
     session = Session(config, read_options(config))
     found: list[str] = []
-    run: Any = SimpleNamespace(release=lambda states: found.extend(map(str, states)), results={})
+    recipe = SimpleNamespace(reads=lambda step: ())
+    run: Any = SimpleNamespace(release=lambda states: found.extend(map(str, states)), results={}, recipe=recipe)
     session._run = run
     # As far as this process knows, all tests may still come here.
     session.expect([parse(name) for name in ("awq+ga+ft", "awq+ga+ft", "awq+memit", "awq+ga")])
@@ -504,6 +505,7 @@ def test_gpus_that_are_not_there(
 # Whole runs. What is not here, -n 2 alone on one store, is in test_cache.
 
 
+@pytest.mark.slow
 def test_reports_are_the_same_however_tests_are_distributed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums of other threads round otherwise
     (project.path / "thresholds.yaml").write_text("'*': {perplexity: {max_ratio_of_base: 100, no_drop_p: 0.001}}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,10 @@ from interventions.merge.kernels.others import read_others
 from interventions.structure import placement
 from interventions.types import InterventionError
 
-if TYPE_CHECKING:
-    from interventions.merge.merge import MergeSettings
-
 
 @without_gradients
-def merge_(model: nn.Module, tokenizer: Any, settings: MergeSettings, context: Context) -> dict[str, Any]:
-    """Replace the weights of `model` with those merged; see `MergeSettings.run`."""
+def merge_(model: nn.Module, tokenizer: Any, settings: Any, context: Context) -> dict[str, Any]:
+    """Replace the weights of `model` with those merged; `settings` are those of `merge`, which has the details."""
     others = read_others(model, tokenizer, settings.named, context)
     base = others.pop() if settings.uses("base") else None
     ours = dict(model.named_parameters())
@@ -67,7 +64,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 class _Recipe:
     """The settings for each parameter."""
 
-    def __init__(self, model: nn.Module, settings: MergeSettings, context: Context, first: int) -> None:
+    def __init__(self, model: nn.Module, settings: Any, context: Context, first: int) -> None:
         """Merge all models from the one with number `first`; the current state has number 0."""
         self._settings, self._context, self._first = settings, context, first
         self._models = len(settings.others) + 1 - first

@@ -11,7 +11,6 @@ from interventions.types import Example, InterventionError, Preference, Turns
 
 if TYPE_CHECKING:
     from interventions.tune.bases import Tuned
-    from interventions.tune.sft import SftSettings
 
 Row = dict[str, Any]
 
@@ -24,20 +23,20 @@ class ExampleRows(NamedTuple):
     """Whether each turn of the assistant is an answer to learn, not only the last one."""
 
 
-def chosen_sets(settings: SftSettings, sets: Mapping[str, Sequence[Example]]) -> dict[str, Sequence[Example]]:
+def chosen_sets(
+    method: str, wanted: Sequence[str] | None, sets: Mapping[str, Sequence[Example]]
+) -> dict[str, Sequence[Example]]:
     """Return the sets to train on; raises InterventionError for one that is not there, and for none."""
     if not sets:
-        raise InterventionError(f"{settings.name}: no examples to tune on; set world.tuning")
-    for name in settings.sets or ():
+        raise InterventionError(f"{method}: no examples to tune on; set world.tuning")
+    for name in wanted or ():
         if name not in sets:
             near = near_names(name, list(sets))
-            raise InterventionError(
-                f"{settings.name}.sets: world.tuning has no set {name!r}.{near} Known: {', '.join(sets)}"
-            )
-    return {name: sets[name] for name in (sets if settings.sets is None else settings.sets)}
+            raise InterventionError(f"{method}.sets: world.tuning has no set {name!r}.{near} Known: {', '.join(sets)}")
+    return {name: sets[name] for name in (sets if wanted is None else wanted)}
 
 
-def example_rows(settings: SftSettings, tokenizer: Any, sets: Mapping[str, Sequence[Example]]) -> ExampleRows:
+def example_rows(settings: Tuned, tokenizer: Any, sets: Mapping[str, Sequence[Example]]) -> ExampleRows:
     """Return every example of the sets; raises InterventionError for conversations without a chat template."""
     examples = [example for one in sets.values() for example in one]
     if not _in_chat(settings, tokenizer, examples):

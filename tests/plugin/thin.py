@@ -11,7 +11,7 @@ from evaluators.registry import register as register_evaluator
 from interventions import Category, Intervention, register, register_category
 from interventions.ranges import Range
 
-register_category(Category("tune", "thins out layers", promises=("thinned",), promised="that layers are thin"))
+register_category(Category("thinning", "thins out layers", promises=("thinned",), promised="that layers are thin"))
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Thin(Intervention):
     """Every n-th input of each linear layer, switched off."""
 
     name = "thin"
-    category = "tune"
+    category = "thinning"
 
     every: Annotated[int, Range(2)] = 4
 
@@ -48,6 +48,6 @@ def _linears(model: Any) -> list[Any]:
 
 
 register(Thin)
-THINNED = Metric("thinned", "share", low=0, high=1, targeted_by=("tune",), data="weights", headline=True)
+THINNED = Metric("thinned", "share", low=0, high=1, targeted_by=("thinning",), data="weights", headline=True)
 NAMES = ("evaluators.settings:NoSettings", f"{__name__}:measure")
 register_evaluator(Evaluator("thinness", "layers that are thin", *NAMES, (THINNED,)))
