@@ -30,25 +30,35 @@ SHORT = (
 pytestmark = pytest.mark.slow
 
 
-def test_every_ordered_pair_runs_and_reports(tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
-    thresholds = tmp_path / "thresholds.yaml"
+def run_suite(suite: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run a suite with few updates; return its compositions by id, all of them measured."""
+    report, thresholds = folder / "report.json", folder / "thresholds.yaml"
     # What so few updates achieve is not the question here; without any gate the suite's test fails.
     thresholds.write_text("'*': {average_bits: {min: 1, max: 32}}\n")
-    options = ["--lmcompose-suite=every_pair", f"--lmcompose-json={report}", f"--lmcompose-thresholds={thresholds}"]
+    options = [f"--lmcompose-suite={suite}", f"--lmcompose-json={report}", f"--lmcompose-thresholds={thresholds}"]
     options += [f"--lmcompose-set={setting}" for setting in SHORT]
     done = run_pytest(ROOT, "compositions", "-n2", "--lmcompose-no-cache", *options)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
     records: dict[str, dict[str, Any]] = {r["id"]: r for r in json.loads(report.read_text())["compositions"]}
-    # Without the attack, which has its own suite, what only removes experts, and the steps that bring in weights of the
-    # user's.
-    left = ("relearn", "reap")
-    names = [name for name, method in methods().items() if name not in left and method.category != "checkpoint"]
-    pairs = {f"{first}+{second}" for first in names for second in names if first != second}
-    assert set(records) == {"base", *names, *pairs}
     for name, record in records.items():
         assert record["status"] == "measured", name
         assert record["executed"] == ([] if name == "base" else name.split("+")), name
         metrics = {m["metric"]: m["value"] for m in record["measurements"]}
         assert {"edit_success_exact", "recall", "average_bits", "sparsity"} <= set(metrics), name
         assert all(math.isfinite(value) for value in metrics.values()), name
+    return records
+
+
+def test_every_ordered_pair_runs_and_reports(tmp_path: Path) -> None:
+    # Without the attack, which has its own suite, what only removes experts, what needs an output bias or another
+    # model, and the steps that bring in weights of the user's.
+    left = ("relearn", "reap", "steer", "merge")
+    names = [name for name, method in methods().items() if name not in left and method.category != "checkpoint"]
+    pairs = {f"{first}+{second}" for first in names for second in names if first != second}
+    assert set(run_suite("every_pair", tmp_path)) == {"base", *names, *pairs}
+
+
+def test_every_ordered_pair_of_categories_runs_and_reports(tmp_path: Path) -> None:
+    names = ["memit", "rmu", "awq", "wanda", "sft", "abliterate", "merge[with=lora]"]
+    pairs = {f"{first}+{second}" for first in names for second in names if first != second}
+    assert set(run_suite("categories", tmp_path)) == {"base", *names, *pairs} - {"awq+wanda", "wanda+awq"}

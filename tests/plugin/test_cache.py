@@ -130,6 +130,7 @@ def test_share_of_the_cores():
 """
 
 
+@pytest.mark.slow
 def test_workers_share_cores_and_what_they_build_and_report_the_same_as_one_process(
     cached: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

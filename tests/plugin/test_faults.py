@@ -93,6 +93,7 @@ def check_same_as_undisturbed(project: Project, report: str) -> None:
     assert one == other
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_in_a_step_costs_only_its_test(
     shared: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
