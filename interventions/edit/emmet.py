@@ -7,17 +7,11 @@ the one that changes the outputs of other keys least. With one edit, that is ROM
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from interventions.edit.bases import LayersRewriter
 from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Fractions, Weight
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from interventions.edit.kernels.rewriting import Solve
-    from interventions.structure import Memory
 
 
 @dataclass(frozen=True)
@@ -34,12 +28,8 @@ class EmmetSettings(LayersRewriter):
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.edits` in place, preserving the keys of `resources.calibration`."""
-        from functools import partial
-
         from interventions.edit.kernels.closed_form import emmet_update
-        from interventions.edit.kernels.rewriting import factorised, rewrite
+        from interventions.edit.kernels.rewriting import rewrite, with_factor
 
-        def make_solve(output: Memory, second_moment: Tensor) -> Solve:
-            return partial(emmet_update, stored=factorised(output, second_moment, context), ridge=self.ridge)
-
+        make_solve = with_factor(emmet_update, context, ridge=self.ridge)
         return rewrite(model, tokenizer, self, resources, context, make_solve, remedy="lower emmet.ridge")

@@ -12,17 +12,11 @@ alone, so that an earlier layer counts as far as it changes the inputs of that M
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from interventions.edit.bases import LayersRewriter, ValueSettings
 from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Fractions, Positive, Range, Weight
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from interventions.edit.kernels.rewriting import Solve
-    from interventions.structure import Memory
 
 
 @dataclass(frozen=True)
@@ -57,17 +51,12 @@ class PmetSettings(LayersRewriter):
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.edits` in place, preserving the keys of `resources.calibration`."""
         import math
-        from functools import partial
 
         from interventions.edit.kernels.closed_form import memit_update
-        from interventions.edit.kernels.rewriting import factorised, rewrite
+        from interventions.edit.kernels.rewriting import rewrite, with_factor
         from interventions.edit.kernels.target_values import Components
 
-        def make_solve(output: Memory, second_moment: Tensor) -> Solve:
-            return partial(
-                memit_update, stored=factorised(output, second_moment, context), weight=self.covariance_weight
-            )
-
+        make_solve = with_factor(memit_update, context, weight=self.covariance_weight)
         components = Components(self.z.sure_weight, self.z.sure_divergence)
         remedy = "lower pmet.covariance_weight"
         return rewrite(

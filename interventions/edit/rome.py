@@ -8,18 +8,12 @@ authors' first code), and keys are the mean of the bare prompt's key and the mea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from interventions.edit.bases import Rewriter
 from interventions.intervention import Context, Model, Resources
 from interventions.ranges import Count, Items, Layer, Range, Share
 from interventions.types import InterventionError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from interventions.edit.kernels.rewriting import Solve
-    from interventions.structure import Memory
 
 
 @dataclass(frozen=True)
@@ -40,14 +34,10 @@ class RomeSettings(Rewriter):
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.edits` in place, one after another, in one layer."""
-        from functools import partial
-
         from interventions.edit.kernels.closed_form import rome_update
-        from interventions.edit.kernels.rewriting import factorised, rewrite
+        from interventions.edit.kernels.rewriting import rewrite, with_factor
 
-        def make_solve(output: Memory, second_moment: Tensor) -> Solve:
-            return partial(rome_update, stored=factorised(output, second_moment, context))
-
+        make_solve = with_factor(rome_update, context)
         remedy = "make fewer edits, or lower rome.contexts_per_length"
         return rewrite(model, tokenizer, self, resources, context, make_solve, remedy=remedy)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from interventions.anatomy import find_anatomy
 from interventions.context import Context
 from interventions.edit.bases import Rewriter
 from interventions.edit.kernels.arrival import ADDED, Arrival
-from interventions.edit.kernels.closed_form import Factor, factorise
+from interventions.edit.kernels.closed_form import factorise
 from interventions.edit.kernels.memory import EditedMemory, second_moments
 from interventions.edit.kernels.prompts import check_edits, sample_contexts, tokenise
 from interventions.edit.kernels.sequence import batch_sizes
@@ -32,6 +33,8 @@ from interventions.types import Edit, InterventionError, Resources
 
 Solve = Callable[[Tensor, Tensor], Tensor]
 """From keys (d_k, n) and residuals (d_out, n) to the update of a weight, (d_out, d_k) float64."""
+MakeSolve = Callable[[Memory, Tensor], Solve]
+"""From a projection and the second moment of its keys to its solve."""
 
 _BATCH = 32
 _BATCH_TOKENS = 4096
@@ -48,7 +51,7 @@ def rewrite(
     settings: Rewriter,
     resources: Resources,
     context: Context,
-    make_solve: Callable[[Memory, Tensor], Solve],
+    make_solve: MakeSolve,
     *,
     remedy: str,
     components: Components | None = None,
@@ -185,12 +188,19 @@ def shares_reached(start: Tensor, wanted: Tensor, now: Tensor) -> Tensor:
     return torch.where(length > 0, ((now - start) * way).sum(dim=1) / length, 1.0)
 
 
-def factorised(output: Memory, second_moment: Tensor, context: Context) -> Factor:
-    """Return the factor of a projection's second moment; warn if it is singular."""
-    stored = factorise(second_moment)
-    if stored.ridge:
-        context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
-    return stored
+def with_factor(update: Callable[..., Tensor], context: Context, **options: float) -> MakeSolve:
+    """Return what prepares a closed form for a projection: with the factor of its second moment, and `options`.
+
+    Warns if the second moment is singular.
+    """
+
+    def make_solve(output: Memory, second_moment: Tensor) -> Solve:
+        stored = factorise(second_moment)
+        if stored.ridge:
+            context.warn(f"{output.parameter_name}: singular second moment, solved with a ridge of {stored.ridge}")
+        return partial(update, stored=stored, **options)
+
+    return make_solve
 
 
 def _remedy(settings: Rewriter) -> str:
