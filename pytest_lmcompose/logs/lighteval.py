@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pytest_lmcompose.logs.log import Log, LogError, Metric, number
+from pytest_lmcompose.logs.log import Log, LogError, Metric, last_run, number
 
 _DATED = re.compile(r"details_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.:-]+)\.parquet")
 _LOWER = ("ppl", "perplexity", "bits_per_byte", "loss")
@@ -13,9 +13,7 @@ _LOWER = ("ppl", "perplexity", "bits_per_byte", "loss")
 
 def find(folder: Path) -> list[Path]:
     """Return the details of the last run in a folder, or below it."""
-    dated = [(m["date"], file) for file in folder.rglob("details_*.parquet") if (m := _DATED.fullmatch(file.name))]
-    last = max((date for date, _ in dated), default="")
-    return sorted(file for date, file in dated if date == last)
+    return last_run(folder, "details_*.parquet", _DATED)
 
 
 def read(folder: Path, files: list[Path]) -> Log:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pytest_lmcompose.logs.log import Log, LogError, Metric, number
+from pytest_lmcompose.logs.log import Log, LogError, Metric, last_run, number
 
 _DATED = re.compile(r"(?P<kind>samples_(?P<task>.+)|results)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl?")
 _LOWER = ("perplexity", "ppl", "bits_per_byte", "brier", "loss")
@@ -23,11 +23,7 @@ class _Results(msgspec.Struct):
 
 def find(folder: Path) -> list[Path]:
     """Return the files of samples of the last run in a folder, also below it, as the harness nests them by model."""
-    dated = [
-        (match["date"], file) for file in folder.rglob("samples_*.jsonl") if (match := _DATED.fullmatch(file.name))
-    ]
-    last = max((date for date, _ in dated), default="")
-    return sorted(file for date, file in dated if date == last)
+    return last_run(folder, "samples_*.jsonl", _DATED)
 
 
 def read(folder: Path, files: list[Path]) -> Log:

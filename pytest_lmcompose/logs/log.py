@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 class LogError(Exception):
@@ -33,6 +35,13 @@ class Log:
     tool: str
     """lm-evaluation-harness, Inspect or LightEval."""
     metrics: Mapping[str, Metric]
+
+
+def last_run(folder: Path, files: str, dated: re.Pattern[str]) -> list[Path]:
+    """Return the files of the last run in a folder, or below it: those that match `dated` with the latest `date`."""
+    found = [(match["date"], file) for file in folder.rglob(files) if (match := dated.fullmatch(file.name))]
+    last = max((date for date, _ in found), default="")
+    return sorted(file for date, file in found if date == last)
 
 
 def number(value: object) -> float | None:
