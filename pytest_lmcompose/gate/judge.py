@@ -48,6 +48,7 @@ from pytest_lmcompose.gate.thresholds import (
     NO_DROP,
     NOT_WORSE,
     NOT_WORSE_PERCENT,
+    OF_EVIDENCE,
     PROMISED,
     Bound,
     Rule,
@@ -61,8 +62,6 @@ if TYPE_CHECKING:
     from pytest_lmcompose.gate.promises import Promise
 
 _LOWER = ("min", "min_ratio", "min_ratio_of_base", "max_drop")
-_OF_EVIDENCE = {NOT_WORSE: LOSS, NOT_WORSE_PERCENT: LOSS_PERCENT}
-"""Kinds of bounds that ask for evidence, and those that they become for metrics without noise."""
 _SHOWN = 5
 """Samples that a message names."""
 
@@ -195,7 +194,7 @@ class _MetricGates:
         if reference.replaced:
             text = f": {bound.kind} is not judged by {name}, which this run replaces"
             return self.gate(bound.kind, bound.value, True, text, **{**shown, "base_value": None})
-        needs_pairs = bound.kind in (NO_DROP, LOSS_ERRORS, *_OF_EVIDENCE)
+        needs_pairs = bound.kind in (NO_DROP, LOSS_ERRORS, *OF_EVIDENCE)
         unpaired = reference.unpaired.get(metric) if needs_pairs else None
         if reason := reference.missing or reference.unlike.get(metric) or unpaired:
             return cannot(f" by {name}: {reason}")
@@ -203,7 +202,7 @@ class _MetricGates:
         effective, unit = bound, 1.0
         notes: list[str] = []
         if needs_pairs and base and is_exact(runs, base):
-            kind, value = _OF_EVIDENCE.get(bound.kind, LOSS), bound.value if bound.kind in _OF_EVIDENCE else 0.0
+            kind, value = OF_EVIDENCE.get(bound.kind, LOSS), bound.value if bound.kind in OF_EVIDENCE else 0.0
             effective = dataclasses.replace(bound, kind=kind, value=value)
             notes.append("exact, not sampled" + (": any loss counts" if not value else ""))
         try:
@@ -211,7 +210,7 @@ class _MetricGates:
                 paired, value = compare_with_base(runs, base, bound.value, self.paired_gates, name)
                 gate = self.gate(bound.kind, bound.value, False, "", **{**shown, "base_value": value})
                 return paired_gate(self.composition, gate, paired, paired.smallest_p)
-            if effective.kind in _OF_EVIDENCE:
+            if effective.kind in OF_EVIDENCE:
                 percent = effective.kind == NOT_WORSE_PERCENT
                 evidence, value = evidence_within(runs, base, bound.value, bound.level, name, percent=percent)
                 gate = self.gate(NOT_WORSE, evidence.margin, False, "", **{**shown, "base_value": value})
@@ -267,7 +266,7 @@ class _MetricGates:
 
     def _is_lower(self, bound: Bound) -> bool:
         """Return whether a bound is a lower limit."""
-        if bound.kind.startswith(LOSS) or bound.kind in (NO_DROP, *_OF_EVIDENCE):
+        if bound.kind.startswith(LOSS) or bound.kind in (NO_DROP, *OF_EVIDENCE):
             return self.measurement.higher_is_better
         return bound.kind in _LOWER
 

@@ -21,8 +21,7 @@ from pytest_lmcompose.gate.thresholds import (
     LOSS_PERCENT,
     LOST,
     NO_DROP,
-    NOT_WORSE,
-    NOT_WORSE_PERCENT,
+    OF_EVIDENCE,
     PROMISED,
     Bound,
     Rule,
@@ -124,7 +123,7 @@ def _range_of(bound: Bound, metric: Metric) -> tuple[float, float]:
 
 
 def _margin(bound: Bound, metric: Metric, value: float, reference: float, better: bool) -> float:
-    kind, limit = bound.kind, bound.value
+    kind, limit = OF_EVIDENCE.get(bound.kind, bound.kind), bound.value
     if kind == PROMISED:  # a tolerance for compressors, a limit for others
         slack = "compress" in metric.targeted_by
         kind, limit = (LOSS_PERCENT, 100 * limit) if slack else ("min" if better else "max", limit)
@@ -139,8 +138,6 @@ def _margin(bound: Bound, metric: Metric, value: float, reference: float, better
         "max_ratio": limit * reference - value,
         "max_ratio_of_base": limit * reference - value,
         LOSS: limit - loss,
-        NOT_WORSE: limit - loss,
         LOSS_PERCENT: limit / 100 * abs(reference) - loss,
-        NOT_WORSE_PERCENT: limit / 100 * abs(reference) - loss,
     }
     return table[kind]

@@ -31,6 +31,8 @@ SINGLE, REVERSE, BASELINE = "single", "reverse", "baseline"
 NO_DROP = "no_drop_p"
 LOSS, LOSS_PERCENT, LOSS_ERRORS = "max_loss", "max_loss_percent", "max_loss_se"
 NOT_WORSE, NOT_WORSE_PERCENT = "not_worse_than", "not_worse_than_percent"
+OF_EVIDENCE = {NOT_WORSE: LOSS, NOT_WORSE_PERCENT: LOSS_PERCENT}
+"""Kinds of bounds that ask for evidence, and those that they become for metrics without noise."""
 ABSOLUTE = ("min", "max")
 RELATIVE = ("max_drop", "max_rise", "min_ratio", "max_ratio", LOSS, NO_DROP, NOT_WORSE)
 """Bounds relative to a reference: the base model, unless `of` names another one."""
