@@ -1,4 +1,4 @@
-"""Judge the claims of `findings.yaml` on reports of the suite `findings`, and write the page of findings.
+"""Judge the claims of `findings.yaml` on reports of the suite `findings`.
 
     python docs/findings.py tinyworld=tinyworld.json SmolLM2-135M=smollm2.json
 
@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 from scipy import stats
 
+from evaluators.measurement import Measurement
 from evaluators.significance import error_over_repeats
 from pytest_lmcompose.baseline.storage import read_run
 from pytest_lmcompose.gate.repeats import evened, independent
-from pytest_lmcompose.results import Measured, Report
+from pytest_lmcompose.results import Report
 
 CLAIMS = Path(__file__).with_suffix(".yaml")
 LEVEL = 0.95
@@ -78,24 +79,25 @@ def estimate(effect: Effect, report: Report) -> Found | None:
 
     The samples of the compositions are paired within each repeat. Raises ValueError if they cannot be paired.
     """
-    found = [_measured(report, name, effect.metric) for name in effect.terms]
-    if any(one is None for one in found):
+    records = report.by_id
+    if any(name not in records or effect.metric not in records[name].by_metric for name in effect.terms):
         return None
-    known = [one for one in found if one is not None]
+    known = [records[name].by_metric[effect.metric] for name in effect.terms]
+    factors = list(effect.terms.values())
     values, errors, samples = [], [], []
     for runs in zip(*(one.runs for one in known), strict=True):
         columns = [evened(run.samples, run.weights) for run in runs]
         if len({len(column) for column in columns}) != 1 or not columns[0]:
             raise ValueError(f"{effect.name}: the samples of {effect.metric} cannot be paired")
-        factors = list(effect.terms.values())
         sums = [math.fsum(map(mul, factors, row)) for row in zip(*columns, strict=True)]
-        units = independent(sums, runs[0].clusters)
-        mean = math.fsum(units) / len(units)
-        values.append(mean)
-        errors.append(math.sqrt(math.fsum((x - mean) ** 2 for x in units) / (len(units) - 1) / len(units)))
-        samples.append(units)
+        mean = Measurement.mean(effect.metric, sums, clusters=runs[0].clusters)
+        values.append(mean.value)
+        errors.append(mean.stderr)
+        samples.append(independent(sums, runs[0].clusters))
     error = error_over_repeats(values, errors, samples)
-    return Found(math.fsum(values) / len(values), error or 0.0, min(map(len, samples)))
+    if error is None:
+        raise ValueError(f"{effect.name}: a single sample of {effect.metric} has no standard error")
+    return Found(math.fsum(values) / len(values), error, min(map(len, samples)))
 
 
 def rows(report: Report) -> Iterator[tuple[str, ...]]:
@@ -118,11 +120,6 @@ def table(report: Report) -> str:
     heads = ("claim", "source", "effect", "terms", "estimate (95 % interval)", "verdict")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(report))])
-
-
-def _measured(report: Report, composition: str, metric: str) -> Measured | None:
-    records = (record for record in report.compositions if record.id == composition)
-    return next((m for record in records for m in record.measurements if m.metric == metric), None)
 
 
 if __name__ == "__main__":

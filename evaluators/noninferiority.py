@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.optimize import brentq
 
-from evaluators.measurement import EvaluationError, ratio_error
-from evaluators.significance import is_binary, paired, sizes_of, units_of
+from evaluators.measurement import EvaluationError
+from evaluators.significance import is_binary, mean_error, paired
 
 SCORE, T = "paired score", "paired t"
 
@@ -68,9 +68,7 @@ def non_inferiority(
         losses, gains = int((drops > 0).sum()), int((drops < 0).sum())
         upper = score_bound(losses, gains, n, level)
         return NonInferiority(SCORE, n, n, loss, upper, _needed_pairs(losses + gains, n, margin, level, power))
-    sizes = sizes_of(drops, clusters)
-    deviations = np.asarray(units_of(drops, clusters)) - drops.mean() * sizes
-    units, error = len(sizes), ratio_error(deviations.tolist(), n)
+    error, units = mean_error(drops, clusters)
     if error is None:
         return NonInferiority(T, n, units, loss, math.inf, None)
     upper = loss + float(stats.t.isf(level, units - 1)) * error

@@ -63,9 +63,9 @@ def compare(
     drops = _finite(old - new if higher_is_better else new - old, "differences")
     if test is None:
         test = MCNEMAR if clusters is None and is_binary(old, new) else T
-    units = np.asarray(units_of(drops, clusters))
-    error = ratio_error((units - drops.mean() * sizes_of(drops, clusters)).tolist(), len(drops))
-    p = _TESTS[test](drops, units, error, alternative, sizes_of(drops, clusters), generator, resamples)
+    units, sizes = _units(drops, clusters), _sizes(drops, clusters)
+    error, _ = mean_error(drops, clusters)
+    p = _TESTS[test](drops, units, error, alternative, sizes, generator, resamples)
     if not 0 <= p <= 1:
         raise EvaluationError(_TOO_LARGE.format(test))
     return Comparison(test, len(drops), math.fsum(drops) / len(drops), error, p)
@@ -110,11 +110,10 @@ def smallest_drop(
         losses, gains = int((drops > 0).sum()), int((drops < 0).sum())
         good = float((old if higher_is_better else 1 - old).mean())
         return _smallest_loss(len(drops), min(losses, gains) / len(drops), good, alpha, power)
-    sizes = sizes_of(drops, clusters)
-    error = ratio_error((np.asarray(units_of(drops, clusters)) - drops.mean() * sizes).tolist(), len(drops))
+    error, units = mean_error(drops, clusters)
     if not error:  # one unit, or no variation: the noise is unknown
         return None
-    freedom = len(sizes) - 1
+    freedom = units - 1
     critical = stats.t.isf(alpha, freedom)
     excess = _root(lambda shift: float(stats.nct.sf(critical, freedom, shift)) - power, 0.0, 2 * critical + 20)
     return None if excess is None or not math.isfinite(excess * error) else excess * error
@@ -225,14 +224,19 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float 
     return float(brentq(function, low, high, xtol=1e-6)) if function(low) < 0 else low
 
 
-def units_of(x: Floats, clusters: Sequence[Hashable] | None) -> list[float]:
+def mean_error(x: Floats, clusters: Sequence[Hashable] | None) -> tuple[float | None, int]:
+    """Return the standard error of the mean of `x`, None for a single unit, and the number of independent units."""
+    sizes = _sizes(x, clusters)
+    return ratio_error((_units(x, clusters) - x.mean() * sizes).tolist(), len(x)), len(sizes)
+
+
+def _units(x: Floats, clusters: Sequence[Hashable] | None) -> Floats:
     """Return the sum of `x` in each independent unit."""
-    return per_unit(x.tolist(), clusters)
+    return np.asarray(per_unit(x.tolist(), clusters))
 
 
-def sizes_of(x: Floats, clusters: Sequence[Hashable] | None) -> Floats:
-    """Return the number of samples in each independent unit."""
-    return np.asarray(units_of(np.ones(len(x)), clusters))
+def _sizes(x: Floats, clusters: Sequence[Hashable] | None) -> Floats:
+    return _units(np.ones(len(x)), clusters)
 
 
 def is_binary(*samples: Floats) -> bool:
