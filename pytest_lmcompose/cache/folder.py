@@ -79,6 +79,7 @@ class Cache:
         A broken entry, and one made for another address, is reported and removed.
         """
         folder = self._place(address)
+        found = _version(folder)
         try:
             entry = _checked(folder, address, kind)
         except FileNotFoundError as error:
@@ -91,13 +92,16 @@ class Cache:
                 self.remove(folder)
             return None
         if isinstance(entry, str):
-            if folder.exists():  # it was not evicted meanwhile
+            now = _version(folder)
+            if now != found:  # it was evicted meanwhile, and perhaps made again
+                return self.read(address, kind)
+            if now is not None:
                 self._warn(f"lmcompose cache: {folder} is broken ({entry}); it is removed and made again")
                 self.remove(folder)
             return None
-        now = time.time_ns()  # finer than the default time stamp
+        used = time.time_ns()  # finer than the default time stamp
         with suppress(OSError):  # the folder may be read-only
-            os.utime(folder / ENTRY, ns=(now, now))
+            os.utime(folder / ENTRY, ns=(used, used))
         return entry
 
     def write(self, address: str, kind: str, about: dict[str, Any], fill: Callable[[Path], None]) -> None:
@@ -246,6 +250,15 @@ class Cache:
 def default_folder(environ: Mapping[str, str]) -> Path:
     """Return the user's default cache folder, from the environment."""
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcompose"
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a published folder from a later one in its place; None if there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _rename(folder: Path, place: Path) -> None:

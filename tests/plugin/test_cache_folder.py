@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pytest_lmcompose.cache import folder
 from pytest_lmcompose.cache.folder import ENTRY, Cache, default_folder
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,26 @@ print(told, store.full)
     listed = store.entries()
     assert listed and sum(entry.bytes for entry in listed) <= 5_000
     assert all(store.read(entry.folder.name, "state") is not None for entry in listed) and told == []
+
+
+def test_an_entry_that_is_evicted_and_made_again_while_it_is_read_is_read_again(
+    store: Cache, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(store, A, 100)
+    checked, reads = folder._checked, []
+
+    def meanwhile(place: Path, *rest: Any) -> Any:
+        reads.append(place)
+        if len(reads) == 1:
+            store.remove(place)
+            keep(store, A, 200)
+            raise FileNotFoundError(2, "gone", str(place / "data"))
+        return checked(place, *rest)
+
+    monkeypatch.setattr(folder, "_checked", meanwhile)
+    entry = store.read(A, "state")
+    assert entry is not None and (entry.folder / "data").stat().st_size == 200
+    assert len(reads) == 2 and told == []
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path, told: list[str]) -> None:
