@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from evaluators.encoding import check_length, encode, pad, padding_id
 from evaluators.measurement import EvaluationError
-from evaluators.passes import read
+from evaluators.passes import read, sequences
 from evaluators.reading import generates, reading
 from evaluators.state import borrowed
 from interventions.tokens import Chat
@@ -83,7 +83,7 @@ def continue_greedily(
         how = reading(model, fill, longest)
         at_once = how.padded and pads_in_generation(model, fill)
         groups = [order] if at_once else [list(g) for _, g in groupby(order, key=lambda i: len(contexts[i]))]
-        size = batch_size if how.together else 1
+        size = sequences(batch_size, longest) if how.together else 1
         for rows in (group[start : start + size] for group in groups for start in range(0, len(group), size)):
             texts, most = [contexts[i] for i in rows], max(budgets[i] for i in rows)
             generated, recorder = (_generate if at_once else step_by_step)(model, texts, most, fill, stops)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaluators.encoding import pad
+from evaluators.trees import Tree, visible
+
+LENGTH = 128
+"""Tokens of a sequence when a number of sequences is meant as a measure of memory."""
+
+
+def sequences(rows: int, longest: int) -> int:
+    """Return how many sequences of up to `longest` tokens may take the place of `rows` sequences of `LENGTH`."""
+    return rows * max(1, LENGTH // longest)
 
 
 def arguments(model: Any) -> frozenset[str]:
@@ -36,45 +44,37 @@ def read(model: Any, rows: Sequence[Sequence[int]], fill: int, keep: int | None 
     return logits[:, -keep:]
 
 
-class Contexts(NamedTuple):
-    """Texts in a KV cache, ready to be continued."""
+def read_trees(model: Any, trees: Sequence[Tree], wanted: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Return the logits after the places `wanted` of each tree, (wanted places, vocabulary), in one pass."""
+    width = max(len(tree.ids) for tree in trees)
+    places = torch.tensor([row * width + place for row, own in enumerate(wanted) for place in own])
 
-    logits: Tensor
-    """Logits after the last token of each text, (texts, 1, vocabulary)."""
-    mask: Tensor
-    cache: Any
+    def choose(head: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+        return inputs[0].flatten(0, 1)[places.to(inputs[0].device)].unsqueeze(0)
 
-
-def read_contexts(model: Any, rows: Sequence[Sequence[int]], fill: int) -> Contexts:
-    """Read `rows` into a KV cache in one left-padded pass."""
-    batch = pad(rows, "left", fill, model.device)
-    places = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    output = model(**batch._asdict(), position_ids=places, use_cache=True, logits_to_keep=1)
-    return Contexts(output.logits[:, -1:], batch.attention_mask, output.past_key_values)
-
-
-def read_on(model: Any, contexts: Contexts, owners: Sequence[int], rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Return the logits after each row's context and at all positions of the row.
-
-    `owners` are the indices of the contexts, in any order and repeated as needed; their cache does not change.
-    """
-    owner = torch.tensor(owners, device=model.device)
-    batch = pad(rows, "right", fill, model.device)
-    seen = contexts.mask[owner]
-    start = seen.sum(dim=1, keepdim=True)
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=torch.cat([seen, batch.attention_mask], dim=1),
-        position_ids=start + torch.arange(batch.input_ids.shape[1], device=model.device),
-        past_key_values=_rows_of(contexts.cache, owner),
-        use_cache=True,
-    )
-    return torch.cat([contexts.logits[owner], output.logits], dim=1)
+    positions = pad([tree.positions for tree in trees], "right", 0, model.device).input_ids
+    with model.get_output_embeddings().register_forward_pre_hook(choose):
+        logits: Tensor = model(
+            pad([tree.ids for tree in trees], "right", fill, model.device).input_ids,
+            attention_mask=_masks(model, visible(trees, width).to(model.device), positions),
+            position_ids=positions,
+            **({"use_cache": False} if "use_cache" in arguments(model) else {}),
+        ).logits
+    return logits[0]
 
 
-def _rows_of(cache: Any, rows: Tensor) -> Any:
-    """Return a KV cache with some rows of `cache`, which does not change."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
-    return chosen
+def _masks(model: Any, seen: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """Return masks to add to attention scores: for every layer, or by type of layer if there are several."""
+    config = model.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+
+    def mask(kind: str) -> Tensor:
+        chosen = seen
+        if kind == "sliding_attention" and window:
+            chosen = seen & (positions.unsqueeze(2) - positions.unsqueeze(1) < window)
+        hidden = torch.finfo(model.dtype).min
+        return torch.zeros(chosen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~chosen, hidden)[:, None]
+
+    if len(kinds) > 1:
+        return {kind: mask(kind) for kind in kinds}
+    return mask(next(iter(kinds), "sliding_attention"))

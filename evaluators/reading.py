@@ -1,12 +1,13 @@
-"""Test whether batches, padding and the KV cache preserve a model's logits.
+"""Test whether batches, padding and trees of texts preserve a model's logits.
 
-They should, but on many architectures they do not: recurrent layers read padding, internal position counters move
-with it, and a cache of states has no rows to select. Class names do not tell. So three short texts are read on their
-own; a way of reading that gives different logits is not used with that model.
+They should, but on many architectures they do not: recurrent layers read padding, and know no tree; internal position
+counters move with either. Class names do not tell. So three short texts are read on their own; a way of reading that
+gives different logits is not used with that model.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,13 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from evaluators.passes import arguments, read, read_contexts, read_on
+from evaluators.passes import arguments, read, read_trees
+from evaluators.trees import grow
 
-CACHED = frozenset({"position_ids", "past_key_values", "logits_to_keep"})
-"""Arguments of forward that reading contexts once needs."""
 _LENGTHS = (48, 31, 9)
 _CONTEXTS = (40, 27, 3)
-"""Tokens of each text and of its context; scaled down for models with fewer positions."""
+"""Tokens of each text and of its first part; scaled down for models with fewer positions."""
+_LONGEST_WINDOW = 512
+"""Texts are made longer than a sliding window of up to so many tokens."""
 _NOISE = 1e-5
 _STEPS = 8
 """Tolerance of logits: this share of their spread, or this many roundings of their dtype."""
@@ -33,8 +35,8 @@ class Reading(NamedTuple):
     """Texts of equal length in a batch."""
     padded: bool
     """Texts of different lengths in a batch, padded on the right."""
-    cached: bool
-    """Left-padded contexts once, and continuations from selected rows of the KV cache."""
+    trees: int = 0
+    """Tokens in a tree of texts (`evaluators.trees`), at most; 0: the model reads no trees."""
 
 
 _found: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
@@ -48,8 +50,8 @@ def reading(model: Any, fill: int, longest: int = 0) -> Reading:
     gradients. No random numbers are drawn and the model is not changed.
     """
     if longest > _length_of_one_rope(model):  # the longest row determines the angles of all
-        return Reading(together=True, padded=False, cached=False)
-    found: Reading = _once(model, "reading", lambda: _try_reading(model, fill)) or Reading(True, False, False)
+        return Reading(together=True, padded=False)
+    found: Reading = _once(model, "reading", lambda: _try_reading(model, fill)) or Reading(True, False)
     return found
 
 
@@ -87,32 +89,50 @@ def _try_reading(model: Any, fill: int) -> Reading:
     # Only the batch size differs here, so the difference is rounding, and also sets the tolerance below.
     together = _attempt(lambda: same.off(read(model, [texts[0], texts[0]], fill), [alone[0], alone[0]]))
     if not together <= max(10 * _NOISE, same.limit):
-        return Reading(together=False, padded=False, cached=False)
+        return Reading(together=False, padded=False)
     same.limit = max(same.limit, 4 * together)
     padded = _attempt(lambda: same.off(read(model, texts, fill), alone)) <= same.limit
-    cached = (
-        arguments(model) >= CACHED
-        and _attempt(lambda: _off_cached(model, texts, parts, alone, fill, same)) <= same.limit
-    )
-    return Reading(together=True, padded=padded, cached=cached)
+    trees = _attempt(lambda: _off_trees(model, texts, parts, alone, fill, same)) <= same.limit
+    return Reading(True, padded, _widest(model) if trees else 0)
 
 
-def _off_cached(
-    model: Any,
-    texts: Sequence[list[int]],
-    parts: Sequence[int],
-    alone: Sequence[Tensor],
-    fill: int,
-    same: _Same,
+def _off_trees(
+    model: Any, texts: Sequence[list[int]], parts: Sequence[int], alone: Sequence[Tensor], fill: int, same: _Same
 ) -> float:
-    """Return the error of logits read from the cache, with repeated and reordered rows."""
-    before = read_contexts(model, [text[:n] for text, n in zip(texts, parts, strict=True)], fill)
+    """Return the error of logits read from two trees, in which texts begin alike and stand side by side."""
+    branch = texts[0][: parts[1]] + texts[1][: parts[2]]
+    every = [*texts, branch]
+    logits = [*alone, *_alone(model, [branch], fill)]
+    trees = grow(every, len(texts[0]) + len(texts[1]))
+    wanted = [range(len(tree.ids)) for tree in trees]
+    rows = torch.split(read_trees(model, trees, wanted, fill), [len(own) for own in wanted])
+    return max(
+        same.off(row[path].unsqueeze(0), [logits[i]])
+        for tree, row in zip(trees, rows, strict=True)
+        for i, path in tree.paths.items()
+    )
 
-    def off(owners: Sequence[int]) -> float:
-        after = read_on(model, before, owners, [texts[i][parts[i] :] for i in owners], fill)
-        return same.off(after, [alone[i][parts[i] - 1 :] for i in owners])
 
-    return max(off((2, 0, 2)), off((1, 2, 1)))
+def _widest(model: Any) -> int:
+    """Return how many tokens a tree may have: no more than positions, or than attention was seen to reach back."""
+    config = model.config.get_text_config()
+    names = {key for key in config.to_dict() if key.endswith(("window", "window_size", "chunk_size"))}
+    if _window(config):
+        names.discard("sliding_window")
+    reach = (value for key in names if type(value := getattr(config, key, None)) is int and value > 0)
+    return min([*_positions(config), *reach], default=sys.maxsize)
+
+
+def _window(config: Any) -> int:
+    """Return the model's sliding window if it is short enough to be tested; otherwise 0."""
+    window = getattr(config, "sliding_window", None) or 0
+    return window if window <= _LONGEST_WINDOW else 0
+
+
+def _positions(config: Any) -> list[int]:
+    """Return the limits of the length of a text."""
+    names = ("max_position_embeddings", "max_seq_len", "context_length")
+    return [n for name in names if (n := getattr(config, name, None)) is not None and n > 0]
 
 
 def _try_generating(model: Any, fill: int, generate: Generate) -> bool:
@@ -174,8 +194,7 @@ def _texts(model: Any, fill: int) -> tuple[list[list[int]], list[int]]:
     Raises _Broken for a model with too few positions.
     """
     config = model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "context_length")]
-    most = min([n for n in limits if n is not None and n > 0] + [_LENGTHS[0]])
+    most = min([*_positions(config), max(_LENGTHS[0], _window(config) * 5 // 4)])
     if most < _LENGTHS[-1]:
         raise _Broken
     lengths, parts = ([max(1, n * most // _LENGTHS[0]) for n in group] for group in (_LENGTHS, _CONTEXTS))

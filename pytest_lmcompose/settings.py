@@ -234,7 +234,7 @@ class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings, Unlea
     latency: bool = False
     """Measure the time of a forward pass and tokens per second with dense kernels; noisy on a shared machine."""
     batch_size: Count = 32
-    """Sequences per forward pass."""
+    """Sequences of 128 tokens per forward pass, more of shorter ones."""
     chat_template: bool = False
     """Put prompts of facts, edits and question tasks into the tokenizer's chat template; running text stays plain."""
     system_prompt: str = ""

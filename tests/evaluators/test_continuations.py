@@ -11,6 +11,7 @@ import torch
 
 from evaluators.continuations import Scored, score
 from evaluators.encoding import Pair
+from evaluators.reading import reading
 from tests.models import CONFIGS, VOCABULARY, tiny_model
 
 
@@ -48,24 +49,40 @@ def test_equals_one_full_pass_for_each(family: str) -> None:
         assert [s.greedy_ids for s in got] == [s.greedy_ids for s in expected]
 
 
-def test_a_context_is_read_once_for_all_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_texts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    read: list[int] = []
+    read: list[list[int]] = []
     forward = model.forward
 
-    def count(
-        input_ids: Any, position_ids: Any = None, past_key_values: Any = None, logits_to_keep: int = 0, **rest: Any
-    ) -> Any:
-        read.append(input_ids.numel())
-        kept = {"past_key_values": past_key_values, "logits_to_keep": logits_to_keep}
-        return forward(input_ids=input_ids, position_ids=position_ids, **kept, **rest)
+    def count(input_ids: Any, attention_mask: Any = None, position_ids: Any = None, use_cache: bool = True) -> Any:
+        read.extend(input_ids.tolist())
+        return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
 
     monkeypatch.setattr(model, "forward", count)
     context = [0, *range(10, 60)]
     score(model, [Pair([0], [5])], fill=2)  # a model is looked at once before it is read
     read.clear()
-    score(model, [Pair(context, [5, 6]), Pair(context, [7, 8]), Pair(context, [9])], fill=2)
-    assert read == [51, 2]  # the context, then one token for each target of two
+    score(model, [Pair(context, [5, 6]), Pair(context, [7, 8]), Pair(context[:20], [9, 4]), Pair([0], [3])], fill=2)
+    assert read == [[*context[:20], 9, *context[20:], 5, 7]]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+def test_texts_longer_than_a_sliding_window_make_trees_too(family: str) -> None:
+    model, pairs = tiny_model(family), some_pairs()
+    with torch.no_grad():
+        assert model.config.sliding_window < max(len(pair.prompt) for pair in pairs) < reading(model, 2).trees
+
+
+def test_a_broken_text_leaves_the_others_of_its_tree_alone() -> None:
+    model, pairs = tiny_model(), some_pairs()
+    expected = score(model, pairs, fill=2)
+    word = pairs[6].prompt[5]  # in no other pair
+    assert sum(word in pair.prompt + pair.target for pair in pairs) == 1
+    with torch.no_grad():
+        model.get_input_embeddings().weight[word] = math.nan
+    got = score(model, pairs, fill=2)
+    assert [math.isnan(s.total) for s in got] == [i == 6 for i in range(len(pairs))]
+    assert [s.total for s in got[:6]] == pytest.approx([s.total for s in expected[:6]], abs=1e-5)
 
 
 def test_a_forward_without_the_arguments_reads_in_full(monkeypatch: pytest.MonkeyPatch) -> None:

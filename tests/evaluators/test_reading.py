@@ -1,4 +1,4 @@
-"""Models on which padding or a KV cache is not inert: every measurement is the same at any batch size."""
+"""Models on which padding or a tree of texts changes logits: every measurement is the same at any batch size."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ _LINEAR: dict[str, Any] = {
 CONFIGS: dict[str, tuple[Callable[[], Any], Reading]] = {
     "qwen3_5": (
         lambda: transformers.Qwen3_5TextConfig(**_BLOCKS, **_LINEAR, num_key_value_heads=2, head_dim=8),
-        Reading(True, True, False),
+        Reading(True, True),
     ),
     "mamba": (
         lambda: transformers.MambaConfig(**_IDS, hidden_size=32, num_hidden_layers=2, state_size=8),
-        Reading(True, True, False),
+        Reading(True, True),
     ),
     "rwkv": (
         lambda: transformers.RwkvConfig(**_IDS, hidden_size=32, num_hidden_layers=2, context_length=128),
-        Reading(True, True, False),
+        Reading(True, True),
     ),
     "recurrent_gemma": (
         lambda: transformers.RecurrentGemmaConfig(
             **_BLOCKS | {"num_hidden_layers": 3}, num_key_value_heads=1, lru_width=32, attention_window_size=16
         ),
-        Reading(True, True, False),
+        Reading(True, True),
     ),
     "jamba": (
         lambda: transformers.JambaConfig(
@@ -71,17 +71,17 @@ CONFIGS: dict[str, tuple[Callable[[], Any], Reading]] = {
             num_key_value_heads=2,
             use_mamba_kernels=False,
         ),
-        Reading(True, True, False),
+        Reading(True, True),
     ),
     "bloom": (
         lambda: transformers.BloomConfig(**_IDS, hidden_size=32, n_layer=2, n_head=4),
-        Reading(True, True, False),
+        Reading(True, True),
     ),
     "roberta": (
         lambda: transformers.RobertaConfig(**_BLOCKS, is_decoder=True),
-        Reading(True, True, False),
+        Reading(True, True),
     ),
-    "doge": (lambda: transformers.DogeConfig(**_BLOCKS, num_key_value_heads=2), Reading(True, False, False)),
+    "doge": (lambda: transformers.DogeConfig(**_BLOCKS, num_key_value_heads=2), Reading(True, False)),
 }
 
 
@@ -161,9 +161,9 @@ def test_every_measurement_is_that_of_full_passes_at_any_batch_size(family: str)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
-def test_ordinary_models_keep_batches_and_cache_in_every_dtype(family: str, dtype: torch.dtype) -> None:
+def test_ordinary_models_read_batches_and_trees_in_every_dtype(family: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
-        assert reading(common_model(family, dtype=dtype), 2) == Reading(True, True, True)
+        assert reading(common_model(family, dtype=dtype), 2) == Reading(True, True, 128)
 
 
 def test_looks_once_draws_nothing_and_leaves_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +182,9 @@ def test_nothing_is_concluded_from_broken_weights() -> None:
     head = model.lm_head.weight.clone()
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-        assert reading(model, 2) == Reading(True, False, False)  # right whatever the model is
+        assert reading(model, 2) == Reading(True, False)  # right whatever the model is
         model.lm_head.weight.copy_(head)
-        assert reading(model, 2) == Reading(True, True, True)
+        assert reading(model, 2) == Reading(True, True, 128)
 
 
 def test_texts_are_read_alone_where_one_in_the_batch_changes_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,5 +213,5 @@ def test_angles_that_follow_the_longest_text_of_a_batch_do_not_mix_lengths() -> 
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        assert reading(model, 2, longest=64) == Reading(True, True, True)
-        assert reading(model, 2, longest=65) == Reading(True, False, False)
+        assert reading(model, 2, longest=64) == Reading(True, True, 64)
+        assert reading(model, 2, longest=65) == Reading(True, False)
