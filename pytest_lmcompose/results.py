@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evaluators.measurement import Measurement
 
 SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_MINOR = 8
+SCHEMA_MINOR = 9
 """Number of compatible additions to version 1."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -235,6 +235,10 @@ class Paired(Base, frozen=True):
     ] = 0
     smallest_p: Annotated[Probability, Meta(description="smallest p that these samples can give; 0: any")] = 0.0
     rises: Annotated[bool, Meta(description="whether the metric gets worse by rising")] = False
+    effect: Annotated[Number, Meta(description="the drop that needed is for; null: unknown")] = None
+    needed: Annotated[
+        Whole | None, Meta(description="units with which a drop of effect is detected with this power; null: unknown")
+    ] = None
 
 
 class Evidence(Base, frozen=True):

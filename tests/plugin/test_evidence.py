@@ -43,12 +43,12 @@ def test_it_passes_on_evidence_and_fails_without(tmp_path: Path) -> None:
     assert (gate.gate, gate.threshold, gate.base_value) == ("not_worse_than", 0.02, 0.902)
     assert gate.message == (
         "memit  recall = 0.9 is not worse than 0.902 of the base model by 0.02 (loss 0.002, with 0.95 confidence below "
-        f"{gate.evidence.upper:.6g}; paired score, n = 500)"
+        f"{gate.evidence.upper:.6g}; exact McNemar, n = 500)"
     )
     few = only(rules(tmp_path, "0.02"), answers(45, 50), answers(45, 50))
-    assert not few.passed and few.evidence is not None and few.evidence.needed == 133
-    assert "too little evidence; a model without any loss needs about 133 samples" in few.message
-    assert only(rules(tmp_path, "0.02"), answers(120, 134), answers(120, 134)).passed
+    assert not few.passed and few.evidence is not None and few.evidence.needed == 149
+    assert "too little evidence; a model without any loss needs about 149 samples" in few.message
+    assert only(rules(tmp_path, "0.02"), answers(120, 149), answers(120, 149)).passed
     lost = only(rules(tmp_path, "{margin: 0.02, level: 0.01}"), answers(400, 500), answers(450, 500))
     assert not lost.passed and "is worse than 0.9 of the base model by 0.02 or more" in lost.message
 
