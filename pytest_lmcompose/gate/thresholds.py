@@ -44,7 +44,9 @@ _KEYS = {NO_DROP: ("value", "of", "effect", "pool"), NOT_WORSE: ("margin", "leve
 """Keys of bounds that have more than `value` and `of`."""
 LEVEL = 0.05
 """Significance level of `not_worse_than`, unless it names another."""
-_LIMIT = re.compile(r"(?P<pool>pool\s+)?(?P<sign>[pn])?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?")
+_LIMIT = re.compile(
+    r"(?P<pool>pool\s+)?(?P<sign>[pn])?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?"
+)
 _LIMITS = (
     "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), a level such as p0.01 or 'pool p0.01', or a "
     "margin such as n0.02, n5% or 'pool n0.02'"

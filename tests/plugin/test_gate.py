@@ -274,7 +274,7 @@ def test_the_base_model_is_no_gate_of_its_own(tmp_path: Path) -> None:
     verdict = only(judge(found, "base", [answers(90)], [answers(90)]))
     assert verdict.passed and verdict.paired is None
     assert compares_with(found, parse("memit")) == (parse("base"),)
-    assert [count_paired(found, name, ["m", "k"]) for name in ("base", "memit")] == [0, 1]
+    assert [count_paired(found, name, [answers(90), answers(90, metric="k")]) for name in ("base", "memit")] == [0, 1]
 
 
 def test_repeats_stand_side_by_side_and_the_same_questions_are_averaged(tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_references_stand_in_the_message(tmp_path: Path) -> None:
         "memit+awq  m = 0.8 > max_ratio 2 of 0.3 of rmu[layer=2]+awq = 0.6",
     ]
     assert "m = 0.8 is worse than 0.95 of the baseline 0001_v1 at no_drop_p 0.05: p = " in verdicts[5].message
-    assert count_paired(found, "memit+awq", ["m"]) == 1
+    assert count_paired(found, "memit+awq", [answers(90)]) == 1
     del known["memit"]
     known["awq"] = Reference("awq", missing="it could not be measured: out of memory")
     failed = [v.message for v in judge_by(found, "memit+awq", [answers(80)], known)[1:3]]
