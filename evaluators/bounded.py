@@ -19,6 +19,8 @@ from scipy.optimize import brentq
 Floats = NDArray[np.float64]
 _STEP = 0.08
 """Step of the integral, which is exact to about 10 digits."""
+_OUTER = 500
+"""Smallest and largest values that are always taken one by one."""
 _NEGLIGIBLE = 60.0
 """Where the integral ends: its terms have fallen by a factor of exp(30)."""
 
@@ -58,8 +60,7 @@ def _below_zero(y: Floats, counts: Floats) -> float:
         return 1.0
     if low >= 0:
         return 0.0
-    values, places = np.unique(y, return_inverse=True)
-    counts = np.asarray(np.bincount(places, counts), dtype=np.float64)
+    values, counts = _grouped(y, counts)
     least = 0.5 / math.sqrt(counts @ values**2)
     c = _saddlepoint(values, counts, low, high)
     c = c if abs(c) > least else math.copysign(least, c)  # 1 / s is not smooth near 0
@@ -76,6 +77,18 @@ def _below_zero(y: Floats, counts: Floats) -> float:
     terms[0] /= 2
     whole = _STEP / math.pi * float(terms.sum()) * math.exp(-float(counts @ np.log1p(-c * values)))
     return min(1.0, max(0.0, -whole if c < 0 else 1 - whole))
+
+
+def _grouped(y: Floats, counts: Floats) -> tuple[Floats, Floats]:
+    """Return the distinct values with their counts; of very many, those between the outer ones as means of neighbours."""
+    values, places = np.unique(y, return_inverse=True)
+    counts = np.asarray(np.bincount(places, counts), dtype=np.float64)
+    if len(values) <= 4 * _OUTER:
+        return values, counts
+    middle = np.linspace(_OUTER, len(values) - _OUTER, 2 * _OUTER, endpoint=False).astype(int)
+    starts = np.concatenate([np.arange(_OUTER), middle, np.arange(len(values) - _OUTER, len(values))])
+    totals = np.add.reduceat(counts, starts)
+    return np.add.reduceat(values * counts, starts) / totals, totals
 
 
 def _saddlepoint(y: Floats, counts: Floats, low: float, high: float) -> float:

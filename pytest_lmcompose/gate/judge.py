@@ -380,11 +380,11 @@ def _bound_text(bound: Bound, reference: float, name: str, lower: bool) -> str:
 
 
 def _standard_error(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> float:
-    """Return the standard error of the difference of the pairs."""
-    error = change(runs, base, name).stderr
-    if error is None:
+    """Return the standard error of the difference of the pairs, but at least what may be rounding."""
+    found = change(runs, base, name)
+    if found.stderr is None:
         raise EvaluationError("a single sample has no standard error")
-    return error
+    return max(found.stderr, found.rounding)
 
 
 def _sample_notes(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> Iterator[str]:

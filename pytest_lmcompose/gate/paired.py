@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement, expm1
@@ -38,6 +40,8 @@ class Change(NamedTuple):
     n: int
     worse: tuple[int, ...]
     """Indices of the samples that got worse."""
+    rounding: float
+    """A drop up to this may be rounding."""
 
 
 def change(
@@ -158,7 +162,8 @@ def power_text(smallest: float | None, power: float = POWER, level: float = LEVE
     return f"detects {found} with {power:.0%} power at level {level:.3g}"
 
 
-class _Pairs(NamedTuple):
+@dataclass(frozen=True)
+class _Pairs:
     """Samples of a reference and of a state, in pairs."""
 
     before: list[float]
@@ -173,7 +178,7 @@ class _Pairs(NamedTuple):
     heaviest: float
     """Weight of the heaviest sample, as a multiple of the mean weight."""
 
-    @property
+    @cached_property
     def drops(self) -> Drops:
         """The losses of the samples."""
         return self.drops_to(self.after)
@@ -249,10 +254,10 @@ def _change(pairs: _Pairs, alternative: Alternative) -> Change:
     better = pairs.higher_is_better
     found = compare_drops(pairs.drops, alternative)
     worse = (i for i, (x, y) in enumerate(zip(pairs.before, pairs.after, strict=True)) if (y < x if better else y > x))
-    error = found.stderr
+    error, rounding = found.stderr, pairs.in_unit(pairs.drops.rounding)
     if error is not None and pairs.link == "exp":  # to first order
         error = error * pairs.base if math.isfinite(error * pairs.base) else None
-    return Change(pairs.in_unit(found.drop), error, found.p, found.test, found.n, tuple(worse))
+    return Change(pairs.in_unit(found.drop), error, found.p, found.test, found.n, tuple(worse), rounding)
 
 
 def _smallest_drop(pairs: _Pairs, alpha: float) -> float | None:

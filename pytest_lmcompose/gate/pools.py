@@ -113,7 +113,8 @@ def members(
 
 def of_pool(reasons: Mapping[str, str], pool: Pool) -> dict[str, str]:
     """Return why a pool cannot be compared, from the reasons of its metrics."""
-    return {pool.name: f"{metric}: {reasons[metric]}" for metric in reversed(pool.metrics) if metric in reasons}
+    first = next((metric for metric in pool.metrics if metric in reasons), None)
+    return {} if first is None else {pool.name: f"{first}: {reasons[first]}"}
 
 
 def _counted(measurement: Measurement, names: Collection[str]) -> bool:

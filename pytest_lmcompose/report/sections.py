@@ -28,8 +28,8 @@ def write_paired(reporter: pytest.TerminalReporter, records: Sequence[Compositio
     for rows, title in (
         (
             paired_rows(records),
-            f"paired tests against the base model{other}; finds: smallest drop detected with 80 % power; needs: samples "
-            "to find this drop",
+            f"paired tests against the base model{other}; finds: smallest drop detected with 80 % power; "
+            "needs: samples to find a drop, given in brackets",
         ),
         (
             evidence_rows(records),

@@ -113,3 +113,14 @@ def test_expressions(text: str, kind: str, value: float) -> None:
     assert (bound.kind, bound.value, bound.of, bound.level) == (kind, value, "baseline", 0.05)
     with pytest.raises(ThresholdError, match="expected a margin above 0"):
         read_expression("a:n0")
+
+
+def test_rounding_fails_no_gate_of_samples(tmp_path: Path) -> None:
+    """Another number of threads moves every sample by a millionth, all in the same direction."""
+    logs = [2.0 + 0.01 * (i % 30) for i in range(200)]
+    old = [Measurement.mean("recall", [x / 3 for x in logs]), perplexity(logs)]
+    new = [Measurement.mean("recall", [x / 3 - 1e-6 for x in logs]), perplexity([x + 1e-6 for x in logs])]
+    path = tmp_path / "thresholds.yaml"
+    path.write_text("'*': {'*': {no_drop_p: 0.3, max_loss: 3se, not_worse_than: 0.05}}")
+    gates = judge(read_rules(path), "memit", new, {"base": Reference("the base model", old, [old])})
+    assert len(gates) == 6 and all(gate.passed for gate in gates), [gate.message for gate in gates]
