@@ -80,7 +80,7 @@ def _below_zero(y: Floats, counts: Floats) -> float:
 
 
 def _grouped(y: Floats, counts: Floats) -> tuple[Floats, Floats]:
-    """Return the distinct values with their counts; of very many, those between the outer ones as means of neighbours."""
+    """Return the distinct values with their counts; of very many, the inner ones as means of neighbours."""
     values, places = np.unique(y, return_inverse=True)
     counts = np.asarray(np.bincount(places, counts), dtype=np.float64)
     if len(values) <= 4 * _OUTER:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from scipy import stats
 
 from evaluators.bounded import chance, upper_bound
-from evaluators.significance import Drops, least_units, t_bound
+from evaluators.significance import Drops, least_units, t_bound, whole
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,5 @@ def non_inferiority(drops: Drops, margin: float, level: float = 0.05, power: flo
         return NonInferiority(upper, least_units(units, passes))
     if error is None:
         return NonInferiority(math.inf, None)
-    needed = max(2, math.ceil(units * ((float(stats.norm.isf(level)) + z) * error / margin) ** 2))
-    return NonInferiority(t_bound(drops, level), needed)
+    ratio = (float(stats.norm.isf(level)) + z) * error / margin
+    return NonInferiority(t_bound(drops, level), whole(max(2, units * ratio * ratio)))

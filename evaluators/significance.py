@@ -31,6 +31,8 @@ _NEGLIGIBLE = 1e-12
 """Probability of numbers of changed answers that are left out of the power."""
 _ROUNDING = 1e-4
 """A mean change below this share of a metric's range, or else of its samples, may be rounding, and is no change."""
+_MOST = 1e12
+"""More samples than this are never asked for."""
 _OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # results are checked for finiteness
 
 
@@ -155,12 +157,18 @@ def units_needed(drops: Drops, effect: float, alpha: float, power: float = 0.8) 
         if changed > 1:
             return None
         normal = (z[0] * math.sqrt(changed) + z[1] * math.sqrt(max(0.0, changed - effect**2))) / effect
-        return math.ceil(normal**2 / 4 * (1 + math.sqrt(1 + 2 / (normal**2 * effect))) ** 2)
+        return whole(normal**2 / 4 * (1 + math.sqrt(1 + 2 / (normal**2 * effect))) ** 2)
     if drops.error is None:
         return None
     if drops.span is None:
-        return max(2, math.ceil(len(drops.sums) * (sum(z) * drops.error / effect) ** 2))
+        ratio = sum(z) * drops.error / effect
+        return whole(max(2, len(drops.sums) * ratio * ratio))
     return least_units(len(drops.sums), lambda times: _p_at(drops, effect, power, times) <= alpha)
+
+
+def whole(units: float) -> int | None:
+    """Return a number of units, rounded up; None: above 10^12."""
+    return math.ceil(units) if units <= _MOST else None
 
 
 def least_units(units: int, enough: Callable[[float], bool]) -> int | None:
@@ -168,7 +176,7 @@ def least_units(units: int, enough: Callable[[float], bool]) -> int | None:
     high = 1
     while not enough(high / units):
         high *= 2
-        if high > 1e12:
+        if high > _MOST:
             return None
     low = high // 2
     while high - low > 1 + high // 1000:

@@ -7,7 +7,8 @@ measured and was not, or whose reference is missing.
 `no_drop_p: 0.05` fails if a one-sided paired test on the same samples finds the metric worse than its reference at
 that level, after Holm's correction over all paired gates of the run (see `paired`). `not_worse_than: 0.02` passes only
 if the samples exclude a loss of that margin. It needs no correction: a model passes only if all such gates pass, so the
-chance that a model passes which lost a margin is at most the level.
+chance that a model passes which lost a margin is at most the level. With `pool: true`, a rule decides once over the
+samples of all its metrics (see `pools`).
 
 `promised: NUMBER` applies if a step promises something about the metric (see `promises`). If a step's settings promise
 a value, such as `average_bits`, the number is the tolerance, as a share of that value; if its category makes the
@@ -139,19 +140,29 @@ def judge(
 def _pool_gates(pool: Pool, judged: Sequence[_MetricGates], task_of: Callable[[str], str]) -> Iterator[Gate]:
     """Yield the gates of a pool, one for each reference."""
     first = judged[0]
-    runs = [[m for m in run if m is not None] for run in zip(*(of.repeats for of in judged), strict=True)]
-    bound = dataclasses.replace(pool.bound, if_promised=False)
     try:
-        together = pooled_runs(pool, runs, task_of)
-        found = pooled_over_repeats(together)[0]
-        known = {key: _pooled(reference, pool, task_of) for key, reference in first.known.items()}
+        yield from _judged_together(pool, judged, task_of)
     except EvaluationError as error:
-        yield first.gate(bound.kind, bound.value, False, f": {bound.kind} cannot be judged: {error}")
-        return
-    repeats = [run[0] for run in together]
-    metric = dataclasses.replace(first, measurement=found, repeats=repeats, known=known, promises=())
+        kind = pool.bound.kind
+        yield first.gate(kind, pool.bound.value, False, f": {kind} cannot be judged with {pool.name}: {error}")
+
+
+def _judged_together(pool: Pool, judged: Sequence[_MetricGates], task_of: Callable[[str], str]) -> Iterator[Gate]:
+    first = judged[0]
+    runs = [[m for m in run if m is not None] for run in zip(*(of.repeats for of in judged), strict=True)]
+    together = pooled_runs(pool, runs, task_of)
+    if not together:
+        raise EvaluationError(f"no repeat has measured all of {', '.join(pool.metrics)}")
+    known = {key: _pooled(reference, pool, task_of) for key, reference in first.known.items()}
+    metric = dataclasses.replace(
+        first,
+        measurement=pooled_over_repeats(together)[0],
+        repeats=[run[0] for run in together],
+        known=known,
+        promises=(),
+    )
     names = {reference.name: reference for reference in first.known.values()}
-    for gate in metric.judge(bound):
+    for gate in metric.judge(dataclasses.replace(pool.bound, if_promised=False)):
         if gate.paired is not None or gate.evidence is not None:
             reference = names[gate.reference or BASE_MODEL]
             gate = replace(gate, pool=members(pool, runs, reference.runs, reference.name))
