@@ -179,10 +179,11 @@ class SessionReport:
         """Write advice for failed gates."""
         records = self._collected.results
         failed = [
-            (gate.metric, record.by_metric.get(gate.metric))
+            (metric, record.by_metric.get(metric))
             for record in records
             for gate in record.gates
             if not gate.passed
+            for metric in gate.metrics
         ]
         for line in advice((metric, None if found is None else found.higher_is_better) for metric, found in failed):
             reporter.write_line(f"next: {line}", yellow=True)

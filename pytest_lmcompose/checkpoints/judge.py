@@ -143,7 +143,7 @@ def judge_folder(run: FolderRun) -> Judged:
         raise CheckpointError(f"{run.location} cannot be compared with {report.path}: {problem}")
     name, steps = run.name, run.judged_as or base  # errors in the options come before any work
     measured = run.measurements(base)
-    total = max(1, count_paired(run.rules, name, [m.metric for m in measured]))
+    total = max(1, count_paired(run.rules, name, measured))
     world, evaluate = run.recipe.world, run.recipe.evaluate
     gates = judge(
         run.rules,

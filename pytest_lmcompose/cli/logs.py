@@ -41,7 +41,7 @@ def judge_two_logs(old: Path, new: Path, expressions: Sequence[str], *, common: 
     except (LogError, StorageError, ThresholdError) as error:
         raise CommandError(str(error)) from None
     failed = [gate for gate in found.gates if not gate.passed]
-    names = {gate.metric for gate in failed}
+    names = {metric for gate in failed for metric in gate.metrics}
     rows = [row for row in found.rows if every or row.verdict not in QUIET or row.metric in names]
     if rows:
         marked = {(row.composition, row.metric) for row in rows if row.metric in names}

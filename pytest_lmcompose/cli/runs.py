@@ -203,7 +203,7 @@ def _only(record: CompositionResult, globs: Sequence[str]) -> CompositionResult:
     return replace(
         record,
         measurements=tuple(m for m in record.measurements if kept(m.metric)),
-        gates=tuple(gate for gate in record.gates if kept(gate.metric)),
+        gates=tuple(gate for gate in record.gates if any(map(kept, gate.metrics))),
     )
 
 

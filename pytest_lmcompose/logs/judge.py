@@ -42,7 +42,8 @@ def judge_logs(old: Log, new: Log, rules: Sequence[Rule], *, common: bool = Fals
             raise LogError(f"{rule.source!r} matches no metric of both logs: {', '.join(names)}")
     before, after = [pair.old for pair in pairs], [pair.new for pair in pairs]
     known = {BASELINE: Reference(old.path, before, [before])}
-    gates = settle({new.path: judge(rules, new.path, after, known, runs=[after])})[new.path]
+    judged = judge(rules, new.path, after, known, runs=[after], task_of=lambda metric: metric.partition("/")[0])
+    gates = settle({new.path: judged})[new.path]
     rows = [compare_metric(new.path, Measured.of(pair.old), Measured.of(pair.new)) for pair in pairs]
     gone = tuple(sorted(old.metrics.keys() - new.metrics.keys()))
     return Judged(tuple(with_verdicts(rows)), gates, gone, sum(pair.left_out for pair in pairs))

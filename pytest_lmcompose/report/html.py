@@ -140,7 +140,10 @@ def missing_figures() -> str | None:
 def _by_weight(metrics: Sequence[str], records: Sequence[CompositionResult]) -> list[str]:
     """Sort metrics: failed gates first, then known losses, then other gates."""
     gates = [gate for record in records for gate in record.gates]
-    states = {state: {gate.metric for gate in gates if gate.state == state} for state in ("failed", "lost", "passed")}
+    states = {
+        state: {metric for gate in gates if gate.state == state for metric in gate.metrics}
+        for state in ("failed", "lost", "passed")
+    }
     return sorted(metrics, key=lambda metric: [metric not in found for found in states.values()])
 
 

@@ -70,7 +70,7 @@ def test_repeats_and_both_orders_give_intervals_interference_and_paired_gates(
         [
             "round  step 1/1 round *(repeat 2 of 2)",
             "*edit_locality_agreement = * is worse than 1 of the base model at no_drop_p 0.3: p = *, after Holm over "
-            "9 gates * (*, n = 5, drop * with standard error *; detects * with 80% power at level 0.0333)",
+            "9 gates * (*, n = 5, drop * with standard error *; detects * with 80% power at level 0.0333*",
             "paired tests against the base model; *",
             "round  perplexity *",
             "composability, with 95% intervals",
