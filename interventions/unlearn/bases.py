@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from interventions.intervention import Intervention, Model
-from interventions.ranges import Count, Items, Layers, Positive, Range, Weight
+from interventions.ranges import (
+    Count,
+    Items,
+    Layers,
+    LearningRate,
+    Positive,
+    Range,
+    Restraint,
+    Strength,
+    Updates,
+    Weight,
+)
 
 Names = Annotated[list[str], Items()]
 Tokens = Annotated[int, Range(2)]
@@ -32,10 +43,10 @@ class Trained(Intervention):
     linear layers, or parameter names relative to a block; None: all."""
     train_head: bool = True
     """Also train the final norm and the output head, unless the head is tied to the embeddings."""
-    lr: Positive = 5e-5
+    lr: LearningRate = 5e-5
     decay: bool = False
     """Decay the learning rate linearly to zero."""
-    epochs: Count = 1
+    epochs: Updates = 1
     """Passes over the forget text."""
     batch_size: Count = 4
     """Texts per forward pass."""
@@ -66,8 +77,8 @@ class Trained(Intervention):
 class TwoTerms(Trained):
     """Settings of methods with a loss on forget text and one on retain text."""
 
-    forget_weight: Weight = 1.0
-    retain_weight: Weight = 1.0
+    forget_weight: Strength = 1.0
+    retain_weight: Restraint = 1.0
     """Weight of the loss on retain text; 0: train on forget text only."""
 
     def problems(self) -> Iterator[str]:

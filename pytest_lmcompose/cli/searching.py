@@ -1,0 +1,230 @@
+"""`lmcompose repair` and `lmcompose tune`: search for compositions and settings that keep all promises."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import pytest
+
+from pytest_lmcompose.baseline.storage import Storage, StorageError
+from pytest_lmcompose.cli.checkpoints import RunCommand
+from pytest_lmcompose.cli.planning import arguments
+from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
+from pytest_lmcompose.cli.runs import STORAGE, load
+from pytest_lmcompose.report.numbers import counted
+from pytest_lmcompose.report.text import visible
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.composition import Composition
+    from pytest_lmcompose.results import Base, Report
+    from pytest_lmcompose.search.bench import Bench
+    from pytest_lmcompose.search.records import Repair
+
+_RUN = (
+    *("model", "world", "conf", "set", "thresholds", "seed", "repeats", "device"),
+    *("cache-dir", "no-cache", "allow-commands"),
+)
+_UNITS = {"s": 1, "min": 60, "h": 3600}
+
+
+class _Duration(click.ParamType):
+    """A time such as 90s, 10min or 1h; a number without unit is in seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*(s|min|h)?", str(value).strip())
+        if match is None or not float(match[1]):
+            self.fail(f"expected a time such as 90s, 10min or 1h, not {value!r}", param, ctx)
+        return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+_BUDGET = click.option(
+    "--budget", type=_Duration(), default="10min", show_default=True, help="Time to search, for each composition."
+)
+_JSON = click.option("--json", "json_file", metavar="PATH", help="Write all trials as JSON.")
+
+
+class _InRun:
+    """A pytest plugin that works with a run as soon as options and ini values are known, and collects no tests."""
+
+    def __init__(self, work: Callable[[Bench], None]) -> None:
+        self._work = work
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self, config: pytest.Config) -> int:
+        from evaluators.measurement import EvaluationError
+        from pytest_lmcompose.data.records import WorldError
+        from pytest_lmcompose.devices import check_device
+        from pytest_lmcompose.failures import usage_errors
+        from pytest_lmcompose.options import read_options
+        from pytest_lmcompose.run import Run, ignore
+        from pytest_lmcompose.search.bench import Bench
+        from pytest_lmcompose.search.tune import SearchError
+
+        with usage_errors():
+            run = Run(read_options(config), ignore)
+            run.check()
+            check_device(run.options.device)
+            try:
+                self._work(Bench(run))
+            except (WorldError, EvaluationError, SearchError) as error:
+                raise pytest.UsageError(f"lmcompose: {error}") from None
+        return 0
+
+
+def _in_run(work: Callable[[Bench], None], given: Sequence[str], compose: Sequence[str]) -> None:
+    """Call `work` in a run with these arguments; exit with 2 if it cannot start, and 1 if interrupted."""
+    from pytest_lmcompose.search.study import missing_optuna
+
+    if (problem := missing_optuna()) is not None:
+        raise CommandError(problem)
+    ids = [f"--lmcompose-compose={name}" for name in compose]
+    fixed = ["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", "-n0"]
+    if pytest.main([*fixed, *given, *ids], plugins=[_InRun(work)]):
+        raise click.exceptions.Exit(ERROR)
+
+
+def _say(line: str) -> None:
+    click.echo(visible(line))
+
+
+@click.command(cls=RunCommand, shown=_RUN)
+@click.argument("what", nargs=-1, required=True, metavar="COMPOSITION...|RUN")
+@_BUDGET
+@_JSON
+@STORAGE
+def repair(what: Sequence[str], budget: float, json_file: str | None, storage: Path, **values: Any) -> None:
+    """Search for the smallest change of a red COMPOSITION, or of each red one of RUN, that turns all gates green.
+
+    Tries another order, a repeated step, layers to spare, and the settings that matter most: single changes first,
+    then several, at last what Optuna proposes. Every trial is built, measured and judged as pytest does, with the same
+    thresholds. Takes the options of `pytest compositions`; seed and repeats are those of RUN unless you set others.
+
+    Needs the extra search. An interrupted search goes on when you call it again. The exit code is 0 if everything is
+    repaired or was green, and 1 if not: then the best composition found is printed.
+    """
+    from pytest_lmcompose.search.records import Repairs
+
+    report = _report(what[0], storage) if len(what) == 1 else None
+    if report is not None:
+        what = [r.id for r in report.compositions if r.steps and (r.error or any(not g.passed for g in r.gates))]
+        if not what:
+            click.echo("every composition is green: there is nothing to repair")
+            return
+        seeds = {"seed": str(report.seed), "repeats": str(report.repeats)}
+        values |= {key: values[key] or value for key, value in seeds.items()}
+    _check_files({"--json": json_file})
+    given, found = arguments(values), []
+
+    def work(bench: Bench) -> None:
+        _same_model(report, bench)
+        for composition in bench.run.compositions:
+            repaired, finished = _repaired(bench, composition, budget, given)
+            found.append(repaired)
+            if not finished:
+                break
+
+    _in_run(work, given, what)
+    if len(found) > 1 or len(what) > 1:
+        click.echo(f"{sum(one.repaired for one in found)} of {counted(len(what), 'composition')} repaired")
+    _write(json_file, Repairs("repair", 1, budget, tuple(found)))
+    if len(found) < len(what) or not all(one.repaired for one in found):
+        raise click.exceptions.Exit(FAILED)
+
+
+def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequence[str]) -> tuple[Repair, bool]:
+    """Search for a repair and print it; also return whether the search was not interrupted."""
+    from pytest_lmcompose.search.bench import Budget
+    from pytest_lmcompose.search.records import Repair
+    from pytest_lmcompose.search.repair import Repairer
+
+    limit, finished = Budget(budget), True
+    search = Repairer(bench, composition, limit, _say)
+    try:
+        search.search()
+    except KeyboardInterrupt:
+        finished = False
+        click.echo("interrupted: the trials are kept, so call this again to go on")
+    best = search.best
+    command = shlex.join(["pytest", "--pyargs", "compositions", *given, f"--lmcompose-compose={best.composition}"])
+    found = Repair(
+        composition.id,
+        search.first,
+        best,
+        best.green,
+        command,
+        tuple(search.notes()),
+        tuple(search.study.known.values()),
+        limit.spent,
+    )
+    _print_repair(found)
+    return found, finished
+
+
+def _print_repair(found: Repair) -> None:
+    from pytest_lmcompose.costs import duration
+    from pytest_lmcompose.search.records import verdict
+
+    asked, best = found.asked, found.best
+    if asked.green:
+        click.echo(visible(f"{found.composition} is green as it is"))
+        return
+    trials = f"{counted(len(found.trials), 'trial')}, {duration(found.seconds)}"
+    head = "repaired" if found.repaired else "not repaired; the best found"
+    click.echo(visible(f"{head}: {best.composition}  ({trials})"))
+    click.echo(visible(f"  changes: {'; '.join(best.changes) or 'none'} (distance {best.distance})"))
+    click.echo(f"  costs: {_cost('bits a weight', best.bits, asked.bits)}, ", nl=False)
+    click.echo(_cost("s to build", best.build_seconds, asked.build_seconds))
+    click.echo(visible(f"  gates: {verdict(best)}"))
+    for note in found.notes:
+        click.echo(visible(f"  note: {note}"))
+    click.echo(visible(f"  run it: {found.command}"))
+
+
+def _cost(unit: str, now: float | None, before: float | None) -> str:
+    if now is None or before is None:
+        return f"unknown {unit}"
+    return f"{now:.3g} {unit}" + (f" instead of {before:.3g}" if f"{now:.3g}" != f"{before:.3g}" else " as before")
+
+
+def _report(name: str, storage: Path) -> Report | None:
+    """Return the report of a run of this name; None if there is none, so that it is a composition."""
+    try:
+        Storage(storage).find(name)
+    except StorageError as error:
+        if name.endswith(".json") or "/" in name.partition("[")[0]:
+            raise CommandError(str(error)) from None
+        return None
+    return load(name, storage)[1]
+
+
+def _same_model(report: Report | None, bench: Bench) -> None:
+    """Raise SearchError if the report is of another model or world than the run."""
+    from pytest_lmcompose.search.tune import SearchError
+
+    now = bench.run.recipe.model.path
+    if report is not None and (before := report.recipe.model.get("path", now)) != now:
+        raise SearchError(f"the run is of the model {before}, not of {now}: set --model, and its other options, alike")
+
+
+def _check_files(files: Mapping[str, str | None]) -> None:
+    from pytest_lmcompose.report.files import TargetError, check_targets
+
+    try:
+        check_targets({flag: Path(name) for flag, name in files.items() if name is not None}, {})
+    except TargetError as error:
+        raise CommandError(str(error)) from None
+
+
+def _write(file: str | None, document: Base) -> None:
+    from pytest_lmcompose.report.files import write_text
+    from pytest_lmcompose.results import encode
+
+    if file is not None:
+        write_text(Path(file), encode(document, indent=1) + "\n")
