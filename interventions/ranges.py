@@ -265,10 +265,11 @@ def describe(hint: Any) -> str:
 
 def searched(settings: Any) -> Iterator[tuple[str, Any, Any, Search]]:
     """Yield the settings with a `Search`, of any dataclass: key, value, type and what to try."""
-    for key, hint in field_types(type(settings)).items():
+    kind: type = type(settings)
+    for key, hint in field_types(kind).items():
         value = getattr(settings, field_name(key))
         if dataclasses.is_dataclass(hint):
-            yield from ((f"{key}.{name}", *rest) for name, *rest in searched(value))  # type: ignore[misc]
+            yield from ((f"{key}.{name}", *rest) for name, *rest in searched(value))
         elif typing.get_origin(hint) is Annotated:
             yield from ((key, value, hint, rule) for rule in typing.get_args(hint)[1:] if isinstance(rule, Search))
 

@@ -13,6 +13,7 @@ import pytest
 
 from pytest_lmcompose.baseline.storage import Storage, StorageError
 from pytest_lmcompose.cli.checkpoints import RunCommand
+from pytest_lmcompose.cli.listing import aligned
 from pytest_lmcompose.cli.planning import arguments
 from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
 from pytest_lmcompose.cli.runs import STORAGE, load
@@ -21,18 +22,19 @@ from pytest_lmcompose.report.text import visible
 
 if TYPE_CHECKING:
     from pytest_lmcompose.composition import Composition
-    from pytest_lmcompose.results import Base, Report
+    from pytest_lmcompose.results import Report
     from pytest_lmcompose.search.bench import Bench
-    from pytest_lmcompose.search.records import Repair
+    from pytest_lmcompose.search.records import Repair, Tuning
 
 _RUN = (
     *("model", "world", "conf", "set", "thresholds", "seed", "repeats", "device"),
     *("cache-dir", "no-cache", "allow-commands"),
 )
+_INTERRUPTED = "interrupted: the trials are kept, so call this again to go on"
 _UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
-class _Duration(click.ParamType):
+class _Duration(click.ParamType[float]):
     """A time such as 90s, 10min or 1h; a number without unit is in seconds."""
 
     name = "TIME"
@@ -109,6 +111,7 @@ def repair(what: Sequence[str], budget: float, json_file: str | None, storage: P
     Needs the extra search. An interrupted search goes on when you call it again. The exit code is 0 if everything is
     repaired or was green, and 1 if not: then the best composition found is printed.
     """
+    from pytest_lmcompose.results import encode
     from pytest_lmcompose.search.records import Repairs
 
     report = _report(what[0], storage) if len(what) == 1 else None
@@ -133,9 +136,76 @@ def repair(what: Sequence[str], budget: float, json_file: str | None, storage: P
     _in_run(work, given, what)
     if len(found) > 1 or len(what) > 1:
         click.echo(f"{sum(one.repaired for one in found)} of {counted(len(what), 'composition')} repaired")
-    _write(json_file, Repairs("repair", 1, budget, tuple(found)))
+    _write(json_file, lambda: encode(Repairs("repair", 1, budget, tuple(found)), indent=1))
     if len(found) < len(what) or not all(one.repaired for one in found):
         raise click.exceptions.Exit(FAILED)
+
+
+@click.command(cls=RunCommand, shown=_RUN)
+@click.argument("composition")
+@_BUDGET
+@click.option("--cost", metavar="METRIC", help="What should be cheap.  [default: average_bits, or perplexity]")
+@_JSON
+@click.option("--html", metavar="PATH", help="Write a page with the front.")
+def tune(
+    composition: str, budget: float, cost: str | None, json_file: str | None, html: str | None, **values: Any
+) -> None:
+    """Search the settings of the last step of COMPOSITION, such as "rmu" or "memit+awq".
+
+    Prints the front: settings that no others beat both in cost and in the least margin of the gates. A margin is the
+    distance of a metric from its limit, as a share of the limit; below 0, a gate fails. Every trial is built, measured
+    and judged as pytest does. Takes the options of `pytest compositions`.
+
+    Needs the extra search. An interrupted search goes on when you call it again. The exit code is 1 if no settings on
+    the front pass all gates.
+    """
+    from pytest_lmcompose.results import encode
+
+    _check_files({"--json": json_file, "--html": html})
+    found: list[Tuning] = []
+
+    def work(bench: Bench) -> None:
+        found.append(_tuned(bench, bench.run.compositions[0], budget, cost))
+
+    _in_run(work, arguments(values), [composition])
+    (tuning,) = found
+    from pytest_lmcompose.report import tuning as tables
+
+    for line in aligned(iter([tables.head(tuning), *tables.rows(tuning, tuning.front)])):
+        _say(line)
+    _write(json_file, lambda: encode(tuning, indent=1))
+    _write(html, lambda: tables.render(tuning))
+    if not any(trial.green for trial in tuning.front):
+        raise click.exceptions.Exit(FAILED)
+
+
+def _tuned(bench: Bench, composition: Composition, budget: float, cost: str | None) -> Tuning:
+    from interventions.registry import category_of
+    from pytest_lmcompose.search.bench import Budget
+    from pytest_lmcompose.search.records import Tuning
+    from pytest_lmcompose.search.tune import SearchError, Tuner
+
+    if not composition.steps:
+        raise SearchError("the base model has no settings: name a method")
+    usual = "average_bits" if category_of(composition.steps[-1].method) == "compress" else "perplexity"
+    limit = Budget(budget)
+    search = Tuner(bench, composition, limit, _say, cost or usual)
+    try:
+        search.search()
+    except KeyboardInterrupt:
+        click.echo(_INTERRUPTED)
+    return Tuning(
+        "tune",
+        1,
+        composition.id,
+        search.cost,
+        search.lower_is_cheaper,
+        search.first,
+        tuple(search.front()),
+        tuple(search.study.known.values()),
+        budget,
+        limit.spent,
+    )
 
 
 def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequence[str]) -> tuple[Repair, bool]:
@@ -150,7 +220,7 @@ def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequ
         search.search()
     except KeyboardInterrupt:
         finished = False
-        click.echo("interrupted: the trials are kept, so call this again to go on")
+        click.echo(_INTERRUPTED)
     best = search.best
     command = shlex.join(["pytest", "--pyargs", "compositions", *given, f"--lmcompose-compose={best.composition}"])
     found = Repair(
@@ -222,9 +292,8 @@ def _check_files(files: Mapping[str, str | None]) -> None:
         raise CommandError(str(error)) from None
 
 
-def _write(file: str | None, document: Base) -> None:
+def _write(file: str | None, render: Callable[[], str]) -> None:
     from pytest_lmcompose.report.files import write_text
-    from pytest_lmcompose.results import encode
 
     if file is not None:
-        write_text(Path(file), encode(document, indent=1) + "\n")
+        write_text(Path(file), render().rstrip("\n") + "\n")

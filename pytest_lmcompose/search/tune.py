@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 
 from interventions.names import near_names
 from pytest_lmcompose.composition import Composition
@@ -51,8 +50,8 @@ class Tuner(Searcher):
         """Return the cost, and the least margin of the gates on other metrics."""
         return [trial.metrics.get(self.cost, _WORST if self.lower_is_cheaper else -_WORST), trial.margin]
 
-    def search(self) -> list[Trial]:
-        """Try settings until the budget is spent; return the front, the cheapest first."""
+    def search(self) -> None:
+        """Try settings until the budget is spent."""
         space = self.space
         if space.points <= _ALL:
             points = sorted(itertools.product(*(range(len(dial.options)) for dial in space.dials)), key=space.distance)
@@ -63,13 +62,12 @@ class Tuner(Searcher):
         if space.points > _ALL:
             for _ in self.proposals():
                 pass
-        return self.front(self.study.known.values())
 
-    def front(self, trials: Iterable[Trial]) -> list[Trial]:
+    def front(self) -> list[Trial]:
         """Return the trials that no other one beats in both cost and margin, the cheapest first."""
         sign = 1 if self.lower_is_cheaper else -1
         found: list[Trial] = []
-        measured = [trial for trial in trials if trial.error is None and self.cost in trial.metrics]
+        measured = [trial for trial in self.study.known.values() if trial.error is None and self.cost in trial.metrics]
         for trial in sorted(measured, key=lambda t: (sign * t.metrics[self.cost], -t.margin, t.distance)):
             if not found or trial.margin > found[-1].margin:
                 found.append(trial)
