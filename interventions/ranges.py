@@ -159,6 +159,8 @@ Strength = Annotated[Weight, SMALLER_IS_MILDER]
 """The weight of what changes the model."""
 Restraint = Annotated[Weight, LARGER_IS_MILDER]
 """The weight of what should stay as it is."""
+Preserve = Annotated[bool, Search((False, True))]
+"""Whether to leave something as it is."""
 Layer = Annotated[int, Range(0)]
 """The index of a decoder block."""
 Layers = Annotated[list[Layer], Items(rising=True)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from interventions.compress.bases import Damping, Pruner, Sequential, Sparsity
 from interventions.compress.engines.table import OWN
 from interventions.intervention import ZEROS, Context, Model, Resources, without_gradients
-from interventions.ranges import Count
+from interventions.ranges import Count, Preserve
 
 if TYPE_CHECKING:
     from interventions.statistics import InputStatistics
@@ -35,7 +35,7 @@ class SparseGptSettings(Sequential, Pruner):
     leaves the matrix singular."""
     true_sequential: bool = False
     """The same within a block: calibrate each group of linears on the pruned ones before it. More forward passes."""
-    preserve_mask: bool = True
+    preserve_mask: Preserve = True
     """Keep weights at zero that are zero already, and count them, in a linear with at least 5 % of them. As
     published, compensation would fill them again."""
 

@@ -15,6 +15,7 @@ from interventions.ranges import (
     Items,
     Layers,
     Positive,
+    Preserve,
     Range,
     Weight,
 )
@@ -68,7 +69,7 @@ class Rewriter(OutputEditor):
     """Lengths, in tokens, of the contexts that the model generates before the prompts."""
     contexts_per_length: Annotated[int, Range(0)] = 5
     z: ValueSettings = field(default_factory=ValueSettings)
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
 
 

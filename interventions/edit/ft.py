@@ -13,7 +13,7 @@ from typing import Any
 
 from interventions.edit.bases import OutputEditor
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Fractions, Layers, LearningRate, Positive, Updates, Weight
+from interventions.ranges import Count, Fractions, Layers, LearningRate, Positive, Preserve, Updates, Weight
 from interventions.types import Edit
 
 
@@ -41,7 +41,7 @@ class FtSettings(OutputEditor):
     """Maximum change of a single weight, the L-infinity norm of Zhu et al. (2020); None: no bound."""
     chat_template: bool = False
     """Apply the tokenizer's chat template: prompts become user messages, targets the start of the answers."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in linears with at least 5 % exact zeros."""
 
     def choose_layers(self, depth: int) -> list[int]:

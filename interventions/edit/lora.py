@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.adapters import Target, chosen_linears, where_adapted
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
-from interventions.ranges import Count, Items, Layers, LearningRate, Positive, Share, Updates, Weight
+from interventions.ranges import Count, Items, Layers, LearningRate, Positive, Preserve, Share, Updates, Weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
@@ -65,7 +65,7 @@ class LoraSettings(Intervention):
     """AdaLoRA only: weight of the penalty that keeps singular vectors orthonormal."""
     chat_template: bool = False
     """Apply the tokenizer's chat template: prompts become user messages, targets the start of the answers."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in linears with at least 5 % exact zeros."""
 
     @property

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 from interventions.adapters import Target, chosen_linears
 from interventions.intervention import Intervention, Model
 from interventions.layouts import ROLES
-from interventions.ranges import Choice, Count, Items, Layers, LearningRate, Positive, Range, Share, Updates, Weight
+from interventions.ranges import (
+    Choice,
+    Count,
+    Items,
+    Layers,
+    LearningRate,
+    Positive,
+    Preserve,
+    Range,
+    Share,
+    Updates,
+    Weight,
+)
 
 if TYPE_CHECKING:
     from interventions.structure import Linear
@@ -53,7 +65,7 @@ class Tuned(Intervention):
     """Maximum tokens per row; longer ones are truncated."""
     chat_template: bool = False
     """Put plain prompts into the tokenizer's chat template; conversations always are."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
 
     def may_change(self, model: Model) -> Collection[str] | None:

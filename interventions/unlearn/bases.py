@@ -13,6 +13,7 @@ from interventions.ranges import (
     Layers,
     LearningRate,
     Positive,
+    Preserve,
     Range,
     Restraint,
     Strength,
@@ -60,7 +61,7 @@ class Trained(Intervention):
     weight_decay: Weight = 0.0
     max_tokens: Tokens = 512
     """Maximum tokens per text; longer texts are truncated."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
 
     def may_change(self, model: Model) -> list[str]:

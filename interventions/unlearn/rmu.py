@@ -18,6 +18,7 @@ from interventions.ranges import (
     Layers,
     LearningRate,
     Positive,
+    Preserve,
     Restraint,
     Search,
     Share,
@@ -62,7 +63,7 @@ class RmuSettings(Intervention):
     """Texts per batch; each update uses one batch of forget text and one of retain text."""
     max_tokens: Tokens = 512
     """Maximum tokens per text; longer texts are truncated."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
 
     def problems(self) -> Iterator[str]:

@@ -180,6 +180,7 @@ def tune(
 
 
 def _tuned(bench: Bench, composition: Composition, budget: float, cost: str | None) -> Tuning:
+    from interventions.ranges import searched
     from interventions.registry import category_of
     from pytest_lmcompose.search.bench import Budget
     from pytest_lmcompose.search.records import Tuning
@@ -187,6 +188,8 @@ def _tuned(bench: Bench, composition: Composition, budget: float, cost: str | No
 
     if not composition.steps:
         raise SearchError("the base model has no settings: name a method")
+    if not any(searched(bench.run.recipe.settings(composition.steps[-1]))):
+        raise SearchError(f"{composition.steps[-1].method} has no setting to search")
     usual = "average_bits" if category_of(composition.steps[-1].method) == "compress" else "perplexity"
     limit = Budget(budget)
     search = Tuner(bench, composition, limit, _say, cost or usual)

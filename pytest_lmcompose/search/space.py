@@ -149,7 +149,9 @@ def _spared(before: Sequence[str], forms: Sequence[str], parameters: Sequence[st
     names = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
     sets = [names] if 0 < len(names) <= _LAYERS else []
     for layers in (*sets, ["first", "last"]):
-        yield from ([*before, *(form.format(layer) for layer in layers)] for form in forms)
+        for form in forms:
+            added = [form.format(layer) for layer in layers]
+            yield [*(one for one in before if one not in added), *added]  # the last one that matches counts
 
 
 def _without(step: Step, key: str) -> list[tuple[str, str]]:

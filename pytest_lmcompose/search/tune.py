@@ -10,7 +10,7 @@ from pytest_lmcompose.search.bench import Bench, Budget, Say
 from pytest_lmcompose.search.records import Trial
 from pytest_lmcompose.search.searcher import Searcher
 
-_ALL = 32
+_ALL = 48
 """A space with so many points at most is tried as a whole."""
 _WORST = 1e9
 """Cost of a step that failed."""
@@ -26,12 +26,10 @@ class Tuner(Searcher):
     def __init__(self, bench: Bench, composition: Composition, budget: Budget, say: Say, cost: str) -> None:
         """Judge `composition`; `cost` is the metric to weigh against the least margin of the gates on others.
 
-        Raises SearchError if it is not measured, or if nothing can be searched.
+        Raises SearchError if it is not measured.
         """
         self.cost = cost
         super().__init__(bench, composition, budget, say, len(composition.steps) - 1, cost)
-        if not self.space.dials:
-            raise SearchError(f"{composition.steps[-1].method} has no setting to search")
 
     @property
     def lower_is_cheaper(self) -> bool:
