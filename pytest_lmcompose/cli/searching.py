@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +75,15 @@ class _InRun:
             check_device(run.options.device)
             try:
                 self._work(Bench(run))
+            except KeyboardInterrupt:
+                click.echo(_INTERRUPTED)
             except (WorldError, EvaluationError, SearchError) as error:
                 raise pytest.UsageError(f"lmcompose: {error}") from None
         return 0
 
 
 def _in_run(work: Callable[[Bench], None], given: Sequence[str], compose: Sequence[str]) -> None:
-    """Call `work` in a run with these arguments; exit with 2 if it cannot start, and 1 if interrupted."""
+    """Call `work` in a run with these arguments; exit with 2 if it cannot start. An interrupt ends the work."""
     from pytest_lmcompose.search.study import missing_optuna
 
     if (problem := missing_optuna()) is not None:
@@ -126,12 +128,9 @@ def repair(what: Sequence[str], budget: float, json_file: str | None, storage: P
     given, found = arguments(values), []
 
     def work(bench: Bench) -> None:
-        _same_model(report, bench)
+        _same_settings(report, bench)
         for composition in bench.run.compositions:
-            repaired, finished = _repaired(bench, composition, budget, given)
-            found.append(repaired)
-            if not finished:
-                break
+            found.extend(_repaired(bench, composition, budget, given))
 
     _in_run(work, given, what)
     if len(found) > 1 or len(what) > 1:
@@ -168,6 +167,8 @@ def tune(
         found.append(_tuned(bench, bench.run.compositions[0], budget, cost))
 
     _in_run(work, arguments(values), [composition])
+    if not found:  # interrupted before the first trial
+        raise click.exceptions.Exit(FAILED)
     (tuning,) = found
     from pytest_lmcompose.report import tuning as tables
 
@@ -211,33 +212,26 @@ def _tuned(bench: Bench, composition: Composition, budget: float, cost: str | No
     )
 
 
-def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequence[str]) -> tuple[Repair, bool]:
-    """Search for a repair and print it; also return whether the search was not interrupted."""
+def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequence[str]) -> Iterator[Repair]:
+    """Search for a repair; print and yield what is found, also if the search is interrupted."""
     from pytest_lmcompose.search.bench import Budget
     from pytest_lmcompose.search.records import Repair
     from pytest_lmcompose.search.repair import Repairer
 
-    limit, finished = Budget(budget), True
+    limit, interrupted = Budget(budget), None
     search = Repairer(bench, composition, limit, _say)
     try:
         search.search()
-    except KeyboardInterrupt:
-        finished = False
-        click.echo(_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        interrupted = error
     best = search.best
     command = shlex.join(["pytest", "--pyargs", "compositions", *given, f"--lmcompose-compose={best.composition}"])
-    found = Repair(
-        composition.id,
-        search.first,
-        best,
-        best.green,
-        command,
-        tuple(search.notes()),
-        tuple(search.study.known.values()),
-        limit.spent,
-    )
+    trials = tuple(search.study.known.values())
+    found = Repair(composition.id, search.first, best, best.green, command, tuple(search.notes()), trials, limit.spent)
     _print_repair(found)
-    return found, finished
+    yield found
+    if interrupted is not None:
+        raise interrupted
 
 
 def _print_repair(found: Repair) -> None:
@@ -277,13 +271,17 @@ def _report(name: str, storage: Path) -> Report | None:
     return load(name, storage)[1]
 
 
-def _same_model(report: Report | None, bench: Bench) -> None:
-    """Raise SearchError if the report is of another model or world than the run."""
+def _same_settings(report: Report | None, bench: Bench) -> None:
+    """Raise SearchError if the report has another model, world or evaluation than the run."""
+    from interventions.ranges import shown
     from pytest_lmcompose.search.tune import SearchError
 
-    now = bench.run.recipe.model.path
-    if report is not None and (before := report.recipe.model.get("path", now)) != now:
-        raise SearchError(f"the run is of the model {before}, not of {now}: set --model, and its other options, alike")
+    now = bench.run.recipe.plain()
+    for name in () if report is None else ("model", "world", "evaluate"):
+        for key, value in getattr(report.recipe, name).items():
+            if now[name].get(key, value) != value:
+                here = shown(now[name][key])
+                raise SearchError(f"the run had {name}.{key}={shown(value)}, not {here}: use the options of that run")
 
 
 def _check_files(files: Mapping[str, str | None]) -> None:
