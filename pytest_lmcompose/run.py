@@ -145,13 +145,13 @@ class Run(RunSetup):
             return self._measure(composition, number)
         read = run_cache.measurements_read
         found = run_cache.measured(
-            self._address(composition, number), composition, lambda: self._measure(composition, number)
+            self.address(composition, number), composition, lambda: self._measure(composition, number)
         )
         if run_cache.measurements_read > read:
             self._count(composition, None, "measurements read from the cache")
         return found
 
-    def _address(self, composition: Composition, number: int) -> str:
+    def address(self, composition: Composition, number: int) -> str:
         """Return the cache address of the measurements of one repeat."""
         state = self.managers[number].address(composition)
         world, evaluate = self.recipe.world, self.recipe.evaluate

@@ -15,6 +15,7 @@ from pytest_lmcompose.cli.merging import merge
 from pytest_lmcompose.cli.planning import plan
 from pytest_lmcompose.cli.runs import compare, report, show
 from pytest_lmcompose.cli.scaffolding import init
+from pytest_lmcompose.cli.searching import repair, tune
 
 
 class _Commands(click.Group):
@@ -49,5 +50,5 @@ def main() -> None:
     """
 
 
-for command in (build, cache, compare, doctor, gate, init, list_, merge, plan, report, show, verify):
+for command in (build, cache, compare, doctor, gate, init, list_, merge, plan, repair, report, show, tune, verify):
     main.add_command(command)

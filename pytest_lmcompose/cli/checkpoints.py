@@ -30,7 +30,7 @@ _NOT_BUILD = ("compose", "suite", "shard", "plan", "export", "export-format", "e
 _FOLDER = click.Path(path_type=Path)
 
 
-class _RunCommand(click.Command):
+class RunCommand(click.Command):
     """A command that also takes the plugin's flags; they are created on first use, because importing them is slow."""
 
     def __init__(self, *args: Any, shown: Sequence[str], without: Sequence[str] | None = None, **kwargs: Any) -> None:
@@ -72,7 +72,7 @@ class _Build:
         self.written = own.has_results and any(record.export is not None for record in own.collected.results)
 
 
-@click.command(cls=_RunCommand, shown=_BUILD, without=_NOT_BUILD)
+@click.command(cls=RunCommand, shown=_BUILD, without=_NOT_BUILD)
 @click.argument("composition")
 @click.option("--output", "-o", required=True, type=_FOLDER, metavar="DIR", help="Folder to write.")
 @click.option("--format", metavar="FORMAT", help="plain, compressed-tensors, gptq or awq.  [default: plain]")
@@ -157,7 +157,7 @@ class _Judge:
         return 0
 
 
-@click.command(cls=_RunCommand, shown=_GATE)
+@click.command(cls=RunCommand, shown=_GATE)
 @click.argument("folder", type=_FOLDER)
 @click.argument("new", type=_FOLDER, required=False)
 @click.option("--baseline", metavar="RUN", help="Report, or stored run, to compare the model in FOLDER with.")

@@ -1,0 +1,142 @@
+"""Repair a composition: find the change nearest to what was asked for that turns all gates green.
+
+Single changes come first, the nearest first: another order, a repeated step, layers to spare, settings one place on.
+Only those are tried that may help: a step that broke others' promises, or what every step must leave alone, becomes
+milder, and a step whose promise is broken is repeated or becomes stronger. Then the changes that helped are put
+together and moved on, and at last Optuna proposes (TPE, with the violation of the gates as a constraint). What is found
+is simplified: each change is taken back, in whole or by one place, if the gates stay green.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from pytest_lmcompose.composition import Step
+from pytest_lmcompose.gate.promises import promises
+from pytest_lmcompose.search.records import Trial
+from pytest_lmcompose.search.searcher import Searcher
+from pytest_lmcompose.search.space import Dial, Point
+
+_TOGETHER = 12
+"""Trials that put changes together before Optuna proposes."""
+_KINDS = ("order", "again", "layers", "setting")
+
+
+class Repairer(Searcher):
+    """The search for a repair of one composition."""
+
+    def directions(self) -> list[str]:
+        """Return that the distance is to be small."""
+        return ["minimize"]
+
+    def values(self, trial: Trial) -> list[float]:
+        """Return the distance."""
+        return [float(trial.distance)]
+
+    def constraints(self, trial: Trial) -> dict[str, float]:
+        """Return the violation of the gates."""
+        return {"gates": trial.violation}
+
+    def search(self) -> None:
+        """Search until a repair is found and simplified, or the budget is spent."""
+        if not self.first.green:
+            found = next((point for point, trial in self._trials() if trial.green), None)
+            if found is not None:
+                self._simplify(found)
+
+    @property
+    def best(self) -> Trial:
+        """The repair nearest to what was asked for; if there is none yet, the trial that comes nearest to one."""
+        return min(self.study.known.values(), key=lambda trial: (trial.violation, trial.distance))
+
+    def notes(self) -> Iterator[str]:
+        """Yield rules for the composition that was asked for that do not judge the best one."""
+        best = self.best.composition
+        for rule in self.bench.run.rules:
+            if rule.bounds and rule.covers(self.asked.id) and not rule.covers(best):
+                yield f"the rule {rule.metric} of the thresholds for {rule.composition!r} does not judge {best}"
+
+    def _trials(self) -> Iterator[tuple[Point, Trial]]:
+        """Yield trials in the order described above."""
+        for point in self._singles():
+            if (trial := self.attempt(point)) is not None:
+                yield point, trial
+        yield from self._together()
+        yield from self.proposals()
+
+    def _singles(self) -> list[Point]:
+        """Return the points with one change that may help, the nearest first."""
+        dials, found = self.space.dials, []
+        for place, point in self.space.neighbours(self.space.asked):
+            if self._may_help(dials[place], point[place]):
+                found.append((self.space.distance(point), _KINDS.index(dials[place].kind), place, point))
+        return [point for *_, point in sorted(found)]
+
+    def _may_help(self, dial: Dial, option: int) -> bool:
+        lost, damaged = self._lost
+        if dial.kind in ("order", "again"):
+            return dial.kind == "order" or self.space.steps[dial.options[option]] in lost
+        step = self.space.steps[dial.step]
+        milder = dial.kind == "layers" or option > dial.asked
+        return (damaged or bool(lost - {step})) if milder else step in lost
+
+    @cached_property
+    def _lost(self) -> tuple[set[Step], bool]:
+        """The steps whose promises are broken, and whether anything else is."""
+        run, lost, damaged = self.bench.run, set(), self.record.error is not None
+        result = run.result(self.asked)
+        made = list(promises(run.recipe, self.asked, result.steps))
+        for measurement in result.measurements or ():
+            if measurement.metric in self.record.failed_metrics:
+                about = {promise.step for promise in made if promise.about(measurement)}
+                lost |= about
+                damaged = damaged or not about
+        return lost, damaged
+
+    def _together(self) -> Iterator[tuple[Point, Trial]]:
+        """Yield trials of several changes, the most promising first: effects of single changes are added up."""
+        asked, refused = self.space.asked, set()
+        effects: dict[tuple[int, int], float] = {}
+        for place, point in self.space.neighbours(asked):
+            if (trial := self.study.known.get(point)) is not None:
+                effects[self._move(asked, point, place)] = trial.violation - self.first.violation
+        for _ in range(_TOGETHER):
+            found = [
+                (trial.violation + effect, self.space.distance(near), near)
+                for point, trial in self.study.known.items()
+                for place, near in self.space.neighbours(point)
+                if (effect := effects.get(self._move(point, near, place), 0.0)) < 0
+                and near not in self.study.known
+                and near not in refused
+            ]
+            if not found:
+                return
+            near = min(found)[-1]
+            if (trial := self.attempt(near)) is None:
+                refused.add(near)
+            else:
+                yield near, trial
+
+    def _move(self, start: Point, end: Point, place: int) -> tuple[int, int]:
+        """Return a key that is equal for moves of a dial that should have the same effect."""
+        if self.space.dials[place].kind == "setting":
+            return place, 1 if end[place] > start[place] else -1
+        return place, 2 + end[place]
+
+    def _simplify(self, point: Point) -> None:
+        """Take changes back while the gates stay green."""
+        while True:
+            simpler = [q for q in self._simpler(point) if (trial := self.attempt(q)) is not None and trial.green]
+            if not simpler:
+                return
+            point = min(simpler, key=self.space.distance)
+
+    def _simpler(self, point: Point) -> Iterator[Point]:
+        """Yield points with one change less, or a setting one place nearer to what was asked for."""
+        for place, dial in enumerate(self.space.dials):
+            away = point[place] - dial.asked
+            if away:
+                yield self.space.moved(point, place, dial.asked)
+            if dial.kind == "setting" and abs(away) > 1:
+                yield self.space.moved(point, place, point[place] - (1 if away > 0 else -1))
