@@ -36,7 +36,10 @@ def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, data: Eva
 def capture_predictions(
     model: Any, tokenizer: Any, texts: Sequence[str], *, window: int = 128, batch_size: int = 32
 ) -> Predictions:
-    """Record what the base model predicts for `texts`, in one pass; raises EvaluationError like `measure_perplexity`."""
+    """Record what the base model predicts for `texts`, in one pass.
+
+    Raises EvaluationError like `measure_perplexity`.
+    """
     recorder = Recorder(model)
     with recorder.watching():
         measure_perplexity(model, tokenizer, texts, window=window, batch_size=batch_size, observe=recorder)

@@ -34,11 +34,13 @@ def measure_flips(before: Sequence[Measurement], after: Sequence[Measurement]) -
 def _comparable(old: Measurement, new: Measurement) -> bool:
     answers = find_metric(new.metric, higher_is_better=new.higher_is_better).answers
     same = len(old.samples) == len(new.samples) and old.clusters == new.clusters and old.weights == new.weights
-    return answers and same and all(x in RIGHT_OR_WRONG or x != x for m in (old, new) for x in m.samples)
+    return answers and same and all(x in _RIGHT_OR_WRONG or x != x for m in (old, new) for x in m.samples)
 
 
 def _flips(old: Measurement, new: Measurement) -> list[Measurement]:
-    pairs = [(x == new.higher_is_better, y == new.higher_is_better) for x, y in zip(old.samples, new.samples, strict=True)]
+    pairs = [
+        (x == new.higher_is_better, y == new.higher_is_better) for x, y in zip(old.samples, new.samples, strict=True)
+    ]
     lost, won = [x and not y for x, y in pairs], [y and not x for x, y in pairs]
     note = f"{sum(lost)} of {len(pairs)} right to wrong, {sum(won)} wrong to right"
     kinds = [([x or y for x, y in zip(lost, won, strict=True)], note), (lost, note)]

@@ -65,7 +65,9 @@ def read_texts(
         base = None if data.unedited is None else data.unedited.predictions
         compared = None if base is None else Comparison(model, base)
         window, size = settings.window, data.batch_size
-        return measure_perplexity(model, tokenizer, data.texts, window=window, batch_size=size, observe=compared), compared
+        return measure_perplexity(
+            model, tokenizer, data.texts, window=window, batch_size=size, observe=compared
+        ), compared
 
     return data.once("texts", read)
 
