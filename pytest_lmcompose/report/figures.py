@@ -260,6 +260,29 @@ def costs(records: Sequence[CompositionResult]) -> Figure | None:
     )
 
 
+def front(values: Values, cost: str, head: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> Figure:
+    """Return the trials of a search by cost (`x`) and least margin (`y`), with a line through those on the front."""
+    x: Spec = {"field": "x", "type": "quantitative", "title": cost, "scale": {"zero": False}}
+    y: Spec = {"field": "y", "type": "quantitative", "title": "least margin", "scale": {"zero": False}}
+    tooltip = _tooltip([("row", "settings"), ("full", cost), ("series", "trial")])
+    on_front = {"filter": "datum.front"}
+    layers: list[Spec] = [
+        {
+            "data": {"values": [{"y": 0}]},
+            "mark": {"type": "rule", "strokeDash": [3, 4], "color": "#808080"},
+            "encoding": {"y": y},
+        },
+        {"transform": [on_front], "mark": {"type": "line", "interpolate": "step-after"}, "encoding": {"x": x, "y": y}},
+        {
+            "mark": {"type": "point", "filled": True, "size": 70},
+            "encoding": {"x": x, "y": y, "color": _series(values), "shape": _series(values), "tooltip": tooltip},
+        },
+    ]
+    text = "The least margin of all gates, as a share of the limit: below 0, a gate fails. The line joins the front."
+    plot = Plot("Front", _spec(values, 320, layer=layers))
+    return Figure("front", "Front", text, (plot,), head, rows)
+
+
 def _along(record: CompositionResult, setting: str) -> list[tuple[str, float]]:
     """Return for each step with `setting` the composition's name without its value, and the value."""
     if len(record.requested) != len(record.steps):

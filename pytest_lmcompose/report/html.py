@@ -88,9 +88,31 @@ class Detail:
 
 def render(report: Report, baseline: Report | None = None) -> str:
     """Return the HTML page of a report, compared with `baseline` if there is one."""
+    report, baseline = _cleaned(report), None if baseline is None else _cleaned(baseline)
+    records = report.compositions
+    metrics = _by_weight(headline_metrics(records), records)
+    stored = compare_with_baseline(report, baseline)
+    return page(
+        "report.html.jinja",
+        {} if missing_figures() else _figures(report, metrics),
+        report=report,
+        gates=summarise_gates(records),
+        places={record.id: i for i, record in enumerate(records, start=1)},
+        metrics=metrics,
+        better=_directions(records),
+        lines=[_line(record, metrics) for record in records],
+        details=[_detail(record, report, baseline, metrics) for record in records],
+        stored=stored,
+        rows=() if stored is None else stored.changed_first(metrics),
+        drifting=drifting(report),
+        missing=MISSING,
+    )
+
+
+def page(template: str, drawn: Mapping[str, Figure], **values: Any) -> str:
+    """Return the page of a template with figures, style and scripts, from `values` that are safe to show."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    report, baseline = _cleaned(report), None if baseline is None else _cleaned(baseline)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -101,33 +123,18 @@ def render(report: Report, baseline: Report | None = None) -> str:
     environment.filters["number"] = number
     environment.filters["split_name"] = lambda name: re.split("(?<=[_/])", name)
     environment.filters["pretty"] = _pretty
-    records = report.compositions
-    gates = summarise_gates(records)
-    metrics = _by_weight(headline_metrics(records), records)
-    drawn = {} if missing_figures() else _figures(report, metrics)
-    stored = compare_with_baseline(report, baseline)
     scripts = [_vega() if drawn else "", (TEMPLATES / "page.js").read_text(encoding="utf-8")]
     specs = [plot.spec for figure in drawn.values() for plot in figure.plots]
-    page = environment.get_template("report.html.jinja").render(
-        report=report,
-        gates=gates,
-        places={record.id: i for i, record in enumerate(records, start=1)},
-        metrics=metrics,
-        better=_directions(records),
-        lines=[_line(record, metrics) for record in records],
+    found = environment.get_template(template).render(
         figures=drawn,
-        details=[_detail(record, report, baseline, metrics) for record in records],
-        stored=stored,
-        rows=() if stored is None else stored.changed_first(metrics),
-        drifting=drifting(report),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         scripts=scripts,
         hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
         specs=_inert(json.dumps(specs, separators=(",", ":"), allow_nan=False)),
-        missing=MISSING,
         no_figures=missing_figures(),
+        **values,
     )
-    return str(page)
+    return str(found)
 
 
 def missing_figures() -> str | None:

@@ -93,7 +93,7 @@
   for (const button of document.querySelectorAll("th[aria-sort] button")) {
     button.addEventListener("click", () => sort(button.closest("th")));
   }
-  document.getElementById("filter").addEventListener("input", (event) => filter(event.target.value));
+  document.getElementById("filter")?.addEventListener("input", (event) => filter(event.target.value));
   addEventListener("hashchange", open);
   dark.addEventListener("change", redraw);
   open();
