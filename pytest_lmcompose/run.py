@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+from evaluators.flips import measure_flips
 from evaluators.measurement import Measurement
 from pytest_lmcompose.baseline.reference import architecture
 from pytest_lmcompose.cache.address import measurements_address, retained_address
@@ -54,6 +55,8 @@ class Run(RunSetup):
         )
         self._manager: StateManager | None = None
         self._answers: dict[int, UneditedAnswers | None] = {}
+        self._base: dict[int, Repeat] = {}
+        """Repeats of the base model."""
 
     def prepare(self, composition: Composition) -> tuple[str, ...]:
         """Build the state of `composition` in every repeat and return its addresses; raises BuildError."""
@@ -129,7 +132,7 @@ class Run(RunSetup):
         with self._kept(result):
             repeats: list[Repeat] = []
             for number in range(len(self.seeds)):
-                repeats.append(self._repeat(composition, number))
+                repeats.append(self._with_flips(composition, number))
                 if number == 0:
                     result.steps, result.state_hash = repeats[0].steps, repeats[0].state_hash
             result.measurements = pooled([repeat.measurements for repeat in repeats])
@@ -137,6 +140,21 @@ class Run(RunSetup):
             result.data = self.data_hashes
             result.evaluate_seconds = sum(repeat.evaluate_seconds for repeat in repeats)
         return result.measurements
+
+    def _with_flips(self, composition: Composition, number: int) -> Repeat:
+        """Return one repeat of `composition` with the answers that changed since the base model."""
+        if not self.recipe.evaluate.closeness:
+            return self._repeat(composition, number)
+        base = self._measured_base(number)
+        found = (None if composition.steps else self._base.get(number)) or self._repeat(composition, number)
+        flips = measure_flips(base, found.measurements)
+        return dataclasses.replace(found, measurements=(*found.measurements, *flips))
+
+    def _measured_base(self, number: int) -> Sequence[Measurement]:
+        """Return the measurements of the base model in a repeat."""
+        if number not in self._base:
+            self._base[number] = self._repeat(Composition(), number)
+        return self._base[number].measurements
 
     def _repeat(self, composition: Composition, number: int) -> Repeat:
         """Return one repeat of `composition` from the cache, or build and measure it."""
@@ -212,14 +230,15 @@ class Run(RunSetup):
         self._progress(f"{composition}  {counted}{': ' if counted else ''}{done}")
 
     def _unedited(self, number: int) -> UneditedAnswers | None:
-        """Return the base model's answers to the edit prompts of a repeat, and its preferences, computed once."""
+        """Return the base model's answers in a repeat, and its predictions on the texts of all, computed once."""
         from pytest_lmcompose.measure import capture_unedited
 
         if number not in self._answers:
             with self.manager.visit(Composition()) as base:
                 self._doing("the base model answers")
+                predictions = next((answers.predictions for answers in self._answers.values() if answers), None)
                 self._answers[number] = capture_unedited(
-                    base.model, base.tokenizer, self.data[number], self.recipe.evaluate
+                    base.model, base.tokenizer, self.data[number], self.recipe.evaluate, predictions
                 )
         return self._answers[number]
 

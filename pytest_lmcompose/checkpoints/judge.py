@@ -8,7 +8,7 @@ compositions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,10 +29,11 @@ from pytest_lmcompose.run import Run
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
+    from evaluators.measurement import Measurement
 
 UNKNOWN = "folder"
 """Stands for the composition of a folder if nobody says which one it is."""
-_OF_BASE = ("edit_locality_agreement", "preference_wins")
+_OF_BASE = ("edit_locality_agreement", "preference_wins", "kl_to_base", "top1_agreement")
 """Metrics that compare answers with those of the base model."""
 
 
@@ -127,8 +128,17 @@ class FolderRun(Run):
         except ModelError as error:
             self._progress(f"{what} cannot be measured: {error}")
             return
+        predictions = None  # on the same texts in all repeats
         for number, data in enumerate(self.data):
-            self._answers[number] = capture_unedited(loaded.model, loaded.tokenizer, data, self.recipe.evaluate)
+            found = capture_unedited(loaded.model, loaded.tokenizer, data, self.recipe.evaluate, predictions)
+            predictions = found and found.predictions
+            self._answers[number] = found
+
+    def _measured_base(self, number: int) -> Sequence[Measurement]:
+        """Return the measurements of the report's base model that the folder's can be paired with."""
+        found = self.report.reference(BASE, Circumstances(self.model_facts(), self.data_hashes, self.seeds))
+        other = {*found.unlike, *found.unpaired}
+        return [] if found.missing else [m for m in found.runs[number] if m.metric not in other]
 
 
 def judge_folder(run: FolderRun) -> Judged:
