@@ -9,7 +9,7 @@ from scipy import stats
 
 from tests.docs.test_docs import DOCS, module
 
-RUNS = 60
+RUNS = 40
 
 
 @pytest.fixture(scope="module")

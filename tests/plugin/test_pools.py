@@ -16,6 +16,8 @@ from pytest_lmcompose.gate import paired
 from pytest_lmcompose.gate.judge import Reference, count_paired, judge, settle
 from pytest_lmcompose.gate.pools import pooled, pools
 from pytest_lmcompose.gate.thresholds import Rule, ThresholdError, read_expression, read_rules
+from pytest_lmcompose.logs.judge import judge_logs
+from pytest_lmcompose.logs.log import Log, Metric
 from pytest_lmcompose.report.sections import evidence_rows, paired_rows
 from pytest_lmcompose.results import CompositionResult, Gate, encode
 
@@ -195,3 +197,17 @@ def test_a_pool_finds_a_drop_that_forty_gates_miss(tmp_path: Path, monkeypatch: 
         old, new = sides
         assert not judged(together, new, old)[0].passed
         assert all(gate.passed for gate in settle({"awq": judged(apart, new, old)}, 40)["awq"])
+
+
+def test_tasks_of_a_log_are_independent_and_their_metrics_are_not() -> None:
+    def log(path: str, lost: int) -> Log:
+        metrics = {}
+        for name in ("a/acc", "b/acc", "a/acc_norm"):
+            values = {str(i): [float(i >= lost)] for i in range(40)}
+            metrics[name] = Metric(name, values=values)
+        return Log(path, "Inspect", metrics)
+
+    for expression, clusters, p in (("*/acc:pool p0.05", 0, 2**-6), ("*:pool p0.05", 80, None)):
+        (gate,) = judge_logs(log("old", 0), log("new", 3), [read_expression(expression)]).gates
+        assert gate.paired is not None and gate.paired.clusters == clusters
+        assert p is None or (gate.paired.p == p and not gate.passed)
