@@ -51,7 +51,7 @@ def decide(report: Report) -> Decision:
     verdict = {"failed": "Do not ship", "not judged": "No verdict"}.get(gates.state, "Ship")
     judged = [record for record in records if record.requested and (record.gates or record.error)]
     green = [record.id for record in judged if _green(record)]
-    named = ", ".join(green[:_NAMED]) + (", ..." if len(green) > _NAMED else "")
+    named = ", ".join(green[:_NAMED]) + (f" and {len(green) - _NAMED} more" if len(green) > _NAMED else "")
     reasons = _reasons(records)
     return Decision(
         gates.state,
@@ -144,8 +144,8 @@ def _certainty(records: Sequence[CompositionResult]) -> Iterator[str]:
         yield f"The closest pass, {gate.metric} of {name}, is {distance:.1f} standard errors within its limit."
         if near:
             yield (
-                f"{counted(near, 'passed gate')} of {len(passed)} less than {CLOSE:g} standard errors from the limit: "
-                "other samples might fail it."
+                f"{near} of {counted(len(passed), 'passed gate')} with a limit: less than {CLOSE:g} standard errors "
+                "from it, so other samples might fail."
             )
     blind = [
         g for r in records for g in r.gates if g.passed and g.paired is not None and g.paired.smallest_drop is None

@@ -13,6 +13,7 @@ COLOURS = 8
 _LABELS = {"labelColor": "var(--fg)", "titleColor": "var(--muted)", "labelFontSize": 12, "titleFontSize": 12}
 _CONFIG = {
     "background": "transparent",
+    "padding": {"left": 20, "right": 40, "top": 5, "bottom": 5},  # fonts differ in width
     "axis": {**_LABELS, "domainColor": "var(--muted)", "tickColor": "var(--muted)", "gridColor": "var(--line)"},
     "legend": {**_LABELS, "symbolStrokeColor": "var(--fg)"},
     "range": {"category": [f"var(--c{i})" for i in range(1, COLOURS + 1)]},
