@@ -42,19 +42,21 @@ def _flips(old: Measurement, new: Measurement) -> list[Measurement]:
         (x == new.higher_is_better, y == new.higher_is_better) for x, y in zip(old.samples, new.samples, strict=True)
     ]
     lost, won = [x and not y for x, y in pairs], [y and not x for x, y in pairs]
-    note = f"{sum(lost)} of {len(pairs)} right to wrong, {sum(won)} wrong to right"
-    kinds = [([x or y for x, y in zip(lost, won, strict=True)], note), (lost, note)]
+    kinds = [
+        ([x or y for x, y in zip(lost, won, strict=True)], "answers that are right in one of both models only"),
+        (lost, "answers that the base model gets right, and this one wrong"),
+    ]
     if old.answers and new.answers:
         others = [x != y for x, y in zip(old.answers, new.answers, strict=True)]
-        kinds.append((others, f"{sum(others)} of {len(others)} answers differ from the base model's"))
+        kinds.append((others, "answers that are not those of the base model"))
     return [
         Measurement.mean(
             f"{kind}/{new.metric}",
             [float(x) for x in samples],
             higher_is_better=False,
-            note=text,
+            note=note,
             clusters=new.clusters or None,
             weights=new.weights,
         )
-        for kind, (samples, text) in zip(KINDS, kinds, strict=False)
+        for kind, (samples, note) in zip(KINDS, kinds, strict=False)
     ]

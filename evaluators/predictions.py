@@ -21,6 +21,8 @@ from evaluators.passes import arguments
 
 LIMIT = 2**30
 """Bytes to keep; texts beyond are not compared. With 576 float32 numbers per token, it is reached at 466,000 tokens."""
+_CHUNK = 2**19
+"""Logits to compare at a time, so that they stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Comparison:
             )
         place = slice(context - 1, -1)
         pairs = zip(before[:, place], logits[:, place], strict=True)
-        found = torch.stack([_difference(one, other) for one, other in pairs])  # a window at a time, for its memory
+        found = torch.stack([_difference(one, other) for one, other in pairs])
         tokens = logits.shape[1] - context
         self.windows += [Difference(kl, agreement, tokens) for kl, agreement in found.tolist()]
 
@@ -148,13 +150,20 @@ class Comparison:
 
 def _difference(base: Tensor, state: Tensor) -> Tensor:
     """Return mean KL(base || state) and agreement of the logits (tokens, vocabulary) of a window, in float64."""
+    size = max(1, _CHUNK // base.shape[-1])
+    parts = [_by_token(one, other) for one, other in zip(base.split(size), state.split(size), strict=True)]
+    return torch.cat(parts).mean(dim=0)
+
+
+def _by_token(base: Tensor, state: Tensor) -> Tensor:
+    """Return KL and agreement of each token, (tokens, 2)."""
     before, after = torch.log_softmax(base.float(), dim=-1), torch.log_softmax(state.float(), dim=-1)
     lost = after.neg_().add_(before)  # in place, which takes half the time
     if before.amin() == -torch.inf:  # an id that the base model excludes: 0 * log 0 is 0
         lost.masked_fill_(before == -torch.inf, 0.0)
     kl = before.exp_().mul_(lost).sum(dim=-1, dtype=torch.float64).clamp(min=0)  # rounding may leave less than nothing
     same = (base.argmax(dim=-1) == state.argmax(dim=-1)).double()
-    return torch.stack([kl.mean(), torch.where(kl.isnan(), torch.nan, same).mean()])
+    return torch.stack([kl, torch.where(kl.isnan(), torch.nan, same)], dim=1)
 
 
 def _replayed(model: Any, head: Any, given: Tensor) -> Tensor:

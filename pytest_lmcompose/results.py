@@ -549,6 +549,14 @@ class Drift(Base, frozen=True):
     rows: tuple[DriftRow, ...]
 
 
+class Fix(Base, frozen=True):
+    """What to do about a composition that failed."""
+
+    composition: str
+    use: Annotated[str | None, Meta(description="the composition to use instead; null: none is known")]
+    note: Annotated[str, Meta(description="what changes, what it costs, and whether it was tested")]
+
+
 class Report(Base, frozen=True, kw_only=True):
     """The report of a run."""
 
@@ -572,6 +580,7 @@ class Report(Base, frozen=True, kw_only=True):
     comparison: Annotated[Comparison | None, Meta(description="with a stored run")] = None
     drift: Drift | None = None
     unused_rules: Annotated[tuple[Unused, ...] | None, Meta(description="rules that matched nothing")] = None
+    repairs: Annotated[tuple[Fix, ...], Meta(description="found by lmcompose repair")] = ()
 
     @property
     def by_id(self) -> dict[str, CompositionResult]:

@@ -14,7 +14,7 @@ from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
 from pytest_lmcompose.report.prompts import prompts
-from pytest_lmcompose.report.sections import write_composability, write_paired
+from pytest_lmcompose.report.sections import write_closeness, write_composability, write_paired
 from pytest_lmcompose.report.terminal import write_summary
 from pytest_lmcompose.report.write import write_reports
 from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
@@ -137,6 +137,7 @@ class SessionReport:
         if records:
             write_summary(reporter, records, self._wanted, self._options.outputs.layout)
             write_paired(reporter, records, self._collected.late)
+            write_closeness(reporter, records)
             write_composability(reporter, self._collected.composability, self._shown())
             self._write_compared(reporter)
             self._write_next(reporter)

@@ -50,7 +50,7 @@ _METRICS = click.option(
 def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group: str | None, storage: Path) -> None:
     """Show the tables that pytest prints at the end of RUN."""
     from pytest_lmcompose.report.layout import shown_metrics, sorted_records
-    from pytest_lmcompose.report.sections import write_composability, write_paired
+    from pytest_lmcompose.report.sections import write_closeness, write_composability, write_paired
     from pytest_lmcompose.report.terminal import write_summary
 
     path, document = load(run, storage)
@@ -68,6 +68,7 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
     console = cast(pytest.TerminalReporter, Console())
     write_summary(console, records, wanted, Layout(tuple(metrics), None, group))
     write_paired(console, records, [])
+    write_closeness(console, records)
     write_composability(console, document.composability, shown_metrics(records, wanted))
 
 

@@ -31,12 +31,12 @@ def _share(gate: Gate, higher: bool) -> float:
     if gate.evidence is not None:
         upper = gate.evidence.upper
         return -1.0 if upper is None else 1 - upper / (gate.evidence.margin or 1.0)
-    limit, lower = _limit(gate, higher)
+    limit, lower = limit_of(gate, higher)
     distance = gate.value - limit if lower else limit - gate.value
     return distance / (abs(limit) or 1.0)
 
 
-def _limit(gate: Gate, higher: bool) -> tuple[float, bool]:
+def limit_of(gate: Gate, higher: bool) -> tuple[float, bool]:
     """Return the limit of a value, and whether it is a lower one."""
     kind, threshold, base = gate.gate, gate.threshold or 0.0, gate.base_value
     if kind == PROMISED or base is None:

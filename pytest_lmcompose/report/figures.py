@@ -1,7 +1,7 @@
 """Figures of the HTML page as Vega-Lite specifications, each with a table of its data.
 
 Names of models, methods and metrics are only ever values, not field names, because Vega parses field names.
-Colours of text and axes come from the page; see templates/page.js.
+Colours of text and axes come from the page; see `report.drawing`.
 """
 
 from __future__ import annotations

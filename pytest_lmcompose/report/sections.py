@@ -9,6 +9,7 @@ import pytest
 from evaluators.metrics import find_metric
 from interventions.registry import category_of
 from pytest_lmcompose.composition import parse
+from pytest_lmcompose.report.closeness import TITLE, closeness_rows
 from pytest_lmcompose.report.numbers import MISSING, interval, number, with_error
 from pytest_lmcompose.report.terminal import Cell, blocks, write_blocks
 from pytest_lmcompose.report.text import visible
@@ -63,6 +64,13 @@ def write_composability(
         if len(rows) > 1:
             reporter.write_line(title, bold=True)
             _write(reporter, rows)
+
+
+def write_closeness(reporter: pytest.TerminalReporter, records: Sequence[CompositionResult]) -> None:
+    """Write how close the compositions are to the base model, if that was measured."""
+    if rows := closeness_rows(records):
+        reporter.write_line(TITLE, bold=True)
+        _write(reporter, [list(map(Cell, row)) for row in rows])
 
 
 def paired_rows(records: Sequence[CompositionResult]) -> Rows:
