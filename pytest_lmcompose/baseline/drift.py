@@ -13,15 +13,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
 from pytest_lmcompose.baseline.compare import incomparable, other_questions
 from pytest_lmcompose.gate.paired import corrected
-from pytest_lmcompose.results import DriftRow, Report, replace
+from pytest_lmcompose.results import DriftRow, Measured, Report, replace
 
 WINDOW = 10
 """Number of runs, including the current one."""
 LEVEL = 0.01
 """Probability of any false alarm in a run."""
+
+
+class Series(NamedTuple):
+    """A metric of a composition over runs."""
+
+    composition: str
+    metric: str
+    higher_is_better: bool
+    points: tuple[tuple[int, Measured], ...]
+    """Index of the run, and what it measured."""
 
 
 def drifts(
@@ -33,13 +44,9 @@ def drifts(
 ) -> list[DriftRow]:
     """Test the metrics of the last of `reports` for drift; the oldest run comes first.
 
-    `judged` selects metrics by composition and metric. Runs of other models are left out, and for each metric runs
-    that lack it, or measured it on different data with the same seed. A series has at least three values.
+    `judged` selects metrics by composition and metric. A series has at least three values; see `series`.
     """
-    if not reports:
-        return []
-    alike = [report for report in reports[-window:] if incomparable(report.model, reports[-1].model) is None]
-    found = list(_series(alike, judged))
+    found = [_row(entry) for entry in series(reports[-window:], judged) if len(entry.points) >= 3]
     adjusted = corrected([row.p for row in found])
     return [replace(row, p_holm=p, drifts=p <= level) for row, p in zip(found, adjusted, strict=True)]
 
@@ -60,24 +67,40 @@ def trend_p(losses: Sequence[float]) -> float:
     return sum(ways[: falls + 1]) / sum(ways)
 
 
-def _series(reports: Sequence[Report], judged: Callable[[str, str], bool]) -> Iterator[DriftRow]:
-    runs = [(report.by_id, (report.seed, report.repeats)) for report in reports]
-    for name, now in runs[-1][0].items():
-        known = [(run[name], run[name].by_metric, seeds) for run, seeds in runs if name in run]
-        for metric, last in now.by_metric.items():
-            if last.value is None or not judged(name, metric):
+def series(reports: Sequence[Report], judged: Callable[[str, str], bool]) -> Iterator[Series]:
+    """Yield the values of each metric of the last of `reports` that is finite and `judged`, where they are comparable.
+
+    Runs of other models are left out, and for each metric runs that lack it, or measured it on different data with the
+    same seed.
+    """
+    if not reports:
+        return
+    last = reports[-1]
+    runs = [(i, run.by_id, _seeds(run)) for i, run in enumerate(reports) if incomparable(run.model, last.model) is None]
+    for name, now in last.by_id.items():
+        known = [(i, run[name], run[name].by_metric, seeds) for i, run, seeds in runs if name in run]
+        for metric, measured in now.by_metric.items():
+            if measured.value is None or not judged(name, metric):
                 continue
-            values = tuple(
-                found.value
-                for record, table, seeds in known
+            points = tuple(
+                (i, found)
+                for i, record, table, seeds in known
                 if (found := table.get(metric)) is not None
                 and found.value is not None
-                and not (seeds == runs[-1][1] and other_questions(metric, record.data, now.data))
+                and not (seeds == _seeds(last) and other_questions(metric, record.data, now.data))
             )
-            if len(values) >= 3:
-                losses = [-value if last.higher_is_better else value for value in values]
-                p = trend_p(losses)
-                yield DriftRow(name, metric, values, losses[-1] - losses[0], p, p, False)
+            yield Series(name, metric, measured.higher_is_better, points)
+
+
+def _row(found: Series) -> DriftRow:
+    values = tuple(measured.number for _, measured in found.points)
+    losses = [-value if found.higher_is_better else value for value in values]
+    p = trend_p(losses)
+    return DriftRow(found.composition, found.metric, values, losses[-1] - losses[0], p, p, False)
+
+
+def _seeds(report: Report) -> tuple[int, int]:
+    return report.seed, report.repeats
 
 
 def _gaussian_binomial(n: int, k: int) -> list[int]:

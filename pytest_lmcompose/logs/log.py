@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,17 +14,30 @@ class LogError(Exception):
 
 @dataclass
 class Metric:
-    """One metric of one task."""
+    """One metric of one task, by sample."""
 
     name: str
     """As `task/metric`."""
     higher_is_better: bool = True
-    values: dict[str, list[float]] = field(default_factory=dict)
-    """Values by the id of the sample; several if it was asked several times."""
+    samples: list[str] = field(default_factory=list)
+    """Ids; one appears several times if it was asked several times."""
+    prompts: list[str] = field(default_factory=list)
+    """What was asked, or a hash of it, for each of `samples`; empty if unknown."""
+    values: list[float] = field(default_factory=list)
 
-    def add(self, sample: str, value: float) -> None:
-        """Add the value of a sample."""
-        self.values.setdefault(sample, []).append(value)
+    def means(self) -> dict[str, float]:
+        """Return the value of each sample; those of one that was asked several times are averaged."""
+        found = dict(zip(self.samples, self.values, strict=True))
+        if len(found) < len(self.samples):
+            several: dict[str, list[float]] = {}
+            for sample, value in zip(self.samples, self.values, strict=True):
+                several.setdefault(sample, []).append(value)
+            found = {sample: sum(values) / len(values) for sample, values in several.items()}
+        return found
+
+    def asked(self) -> dict[str, str]:
+        """Return the prompt of each sample, empty if unknown."""
+        return dict(zip(self.samples, self.prompts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,32 @@ class Log:
     tool: str
     """lm-evaluation-harness, Inspect or LightEval."""
     metrics: Mapping[str, Metric]
+    model: str = ""
+    """The model's name; empty: unknown."""
 
 
-def last_run(folder: Path, files: str, dated: re.Pattern[str]) -> list[Path]:
-    """Return the files of the last run in a folder, or below it: those that match `dated` with the latest `date`."""
+def gather(
+    found: dict[str, Metric], metric: Metric, samples: Sequence[str], prompts: Sequence[str], values: Sequence[object]
+) -> None:
+    """Add a column of values to the metric of that name in `found`; what is no score of a sample is left out."""
+    if not set(map(type, values)) <= {bool, int, float}:
+        scored = [place for place, value in enumerate(values) if number(value) is not None]
+        samples, prompts, values = ([column[place] for place in scored] for column in (samples, prompts, values))
+    if values:
+        known = found.setdefault(metric.name, metric)
+        known.samples += samples
+        known.prompts += prompts
+        known.values += map(number, values)
+
+
+def last_run(folder: Path, files: str, dated: re.Pattern[str], level: int = 0) -> list[Path]:
+    """Return the files of the last run in a folder, or below it: those that match `dated` with the latest `date`.
+
+    The folder `level` steps above a file is that of the model. Raises LogError for files of several models.
+    """
     found = [(match["date"], file) for file in folder.rglob(files) if (match := dated.fullmatch(file.name))]
+    if len(models := sorted({str(file.parents[level]) for _, file in found})) > 1:
+        raise LogError(f"{folder}: logs of {len(models)} models; name the folder of one, such as {models[0]}")
     last = max((date for date, _ in found), default="")
     return sorted(file for date, file in found if date == last)
 
