@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from evaluators.measurement import Measurement
+from evaluators.measurement import Measurement, exp
 from pytest_lmcompose.baseline.compare import compare_metric, compare_reports, with_verdicts
 from pytest_lmcompose.baseline.reference import Baseline, Circumstances
 from pytest_lmcompose.gate.judge import Reference, judge, settle
@@ -112,10 +112,19 @@ def _paired(old: Log, new: Log, name: str, *, common: bool, any_prompt: bool) ->
 
 
 def _measured(metric: Metric, values: Mapping[str, float], samples: Sequence[str]) -> Measurement:
-    """Return the mean over samples."""
-    return Measurement.mean(
-        metric.name, [values[sample] for sample in samples], higher_is_better=metric.higher_is_better
+    """Return the metric over samples."""
+    units = dict(zip(metric.samples, metric.weights, strict=False))
+    weights = [units[sample] for sample in samples] if len(set(metric.weights)) > 1 else []
+    found = Measurement.mean(
+        metric.name,
+        [values[sample] for sample in samples],
+        higher_is_better=metric.higher_is_better,
+        weights=weights,
     )
+    if not metric.exponential:
+        return found
+    value = exp(found.value)
+    return replace(found, value=value, stderr=None if found.stderr is None else value * found.stderr)
 
 
 def _some(log: Log) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pytest_lmcompose.logs.log import Log, LogError, Metric, gather, last_run
+from pytest_lmcompose.logs.log import Log, LogError, Metric, gather, last_run, lower_is_better
 
 _DATED = re.compile(r"details_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.:-]+)\.parquet")
-_LOWER = ("ppl", "perplexity", "bits_per_byte", "loss")
 
 
 def find(folder: Path) -> list[Path]:
@@ -38,6 +37,6 @@ def read(folder: Path, files: list[Path]) -> Log:
         prompts = [str(text) for text in values.get("doc.query") or values.get("full_prompt") or [""] * len(table)]
         for column, scored in values.items():
             if (name := column.removeprefix(f"{scores}.")) != column:
-                lower = any(part in name for part in _LOWER)
-                gather(found, Metric(f"{match['task']}/{name}", not lower), samples, prompts, scored)
+                metric = Metric(f"{match['task']}/{name}", not lower_is_better(name))
+                gather(found, metric, samples, prompts, scored)
     return Log(str(folder), "LightEval", found)

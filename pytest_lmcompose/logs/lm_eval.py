@@ -11,11 +11,9 @@ from typing import Any
 
 import msgspec
 
-from pytest_lmcompose.logs.log import Log, LogError, Metric, gather, last_run, number
+from pytest_lmcompose.logs.log import Log, LogError, Metric, gather, last_run, lower_is_better, number
 
 _DATED = re.compile(r"(?P<kind>samples_(?P<task>.+)|results)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl?")
-_LOWER = ("perplexity", "ppl", "bits_per_byte", "brier", "loss")
-"""Parts of the names of metrics where lower is better, for results that do not say."""
 _BLOCK = 1 << 24
 """Bytes to decode at once."""
 _UNNAMED = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter"} | {
@@ -56,7 +54,7 @@ def read(folder: Path, files: list[Path]) -> Log:
                 prompts = [row.doc_hash + row.prompt_hash for row in part]
                 for place, name in enumerate(names):
                     better = directions.get(task, {}).get(name)
-                    lower = any(word in name for word in _LOWER) if better is None else not better
+                    lower = lower_is_better(name) if better is None else not better
                     full = f"{task}/{name}" + ("" if filter in ("", "none") else f",{filter}")
                     values = list(map(attrgetter(f"value_{place}"), part))
                     gather(found, Metric(full, not lower), samples, prompts, values)

@@ -220,7 +220,7 @@ def trend(numbers: Sequence[int], found: Sequence[Series]) -> Spec:
         plots.append(_curve(values, "number of the run", None) | {"title": metric, "width": 560})
     return {"$schema": plots[0]["$schema"], "background": "white"} | {
         "vconcat": [{key: part for key, part in plot.items() if key not in ("$schema", "autosize")} for plot in plots],
-        "resolve": {"scale": {"color": "independent", "shape": "independent"}},
+        "resolve": {"scale": {key: "independent" for key in ("color", "shape", "strokeDash")}},
     }
 
 

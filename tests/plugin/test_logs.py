@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 import struct
@@ -356,3 +357,38 @@ def test_mixed_logs_are_one_line(tmp_path: Path) -> None:
         found = gate(tmp_path / path, tmp_path / path if path != "report.json" else tmp_path / "e.eval")
         assert found.exit_code == 2 and found.output.count("\n") == 1, found.output
         assert re.search(message, found.output), found.output
+
+
+def test_perplexities_are_read_from_log_likelihoods(tmp_path: Path) -> None:
+    """A sample of word_perplexity is its log-likelihood with its words, one of perplexity is a log-likelihood."""
+    texts = [(-30.0 - i % 7, 10 + i % 5) for i in range(50)]
+    for name, worse in (("old", 0.0), ("new", 0.5)):
+        folder = lm_eval(tmp_path / name, RIGHT[:50])
+        (file,) = folder.rglob("samples_*")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row, (likelihood, words) in zip(rows, texts, strict=True):
+            pair = [likelihood - worse * words, words]
+            row |= {"metrics": ["word_perplexity", "bits_per_byte", "perplexity"], "perplexity": pair[0]}
+            row |= {"word_perplexity": pair, "bits_per_byte": pair}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        better = {"toy_task": {"word_perplexity": False, "bits_per_byte": False, "perplexity": False}}
+        (results,) = folder.rglob("results_*")
+        results.write_text(json.dumps({"higher_is_better": better}))
+    found = gate(tmp_path / "old", tmp_path / "new", "--all")
+    assert found.exit_code == 1 and "3 of 3 gates failed" in found.output
+    values = {line.split()[1]: line.split()[2:4] for line in found.output.splitlines() if "toy_task/" in line[:300]}
+    per_word = -sum(likelihood for likelihood, _ in texts) / sum(words for _, words in texts)
+    assert values["toy_task/word_perplexity!"] == [f"{math.exp(per_word + worse):.3f}" for worse in (0, 0.5)]
+    assert values["toy_task/bits_per_byte!"] == [f"{(per_word + worse) / math.log(2):.3f}" for worse in (0, 0.5)]
+    assert gate(tmp_path / "new", tmp_path / "old").exit_code == 0
+
+
+def test_perplexities_of_lighteval(tmp_path: Path) -> None:
+    rows = [
+        {"doc": {"id": str(i), "query": "?"}, "metric": {"ppl": {"logprobs": -float(i), "weights": 2}}}
+        for i in range(4)
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "details_toy|0_2026-01-01T00-00-00.parquet")
+    (metric,) = read_log(tmp_path).metrics.values()
+    assert metric.exponential and not metric.higher_is_better
+    assert (metric.values, metric.weights) == ([0.0, 0.5, 1.0, 1.5], [2.0] * 4)
