@@ -24,6 +24,7 @@ from pytest_lmcompose.cache.folder import DEFAULT_LIMIT, default_folder
 from pytest_lmcompose.cache.remote import check_url, front_folder, is_url, local_path
 from pytest_lmcompose.checkpoints.options import FORMATS, PLAIN, ExportOptions
 from pytest_lmcompose.distribute.shard import Shard, read_shard
+from pytest_lmcompose.report import github
 from pytest_lmcompose.report.files import TargetError, check_folder, is_file, path_of
 from pytest_lmcompose.report.options import FLAGS, Outputs, read_outputs
 
@@ -148,6 +149,8 @@ def add_options(parser: pytest.Parser) -> None:
 
     flag("no-cache", "ignore the cache; store nothing")
     parser.addini("lmcompose_no_cache", "ignore the cache; store nothing", type="bool", default=False)
+    flag("no-github", "in GitHub Actions: no annotations of failed gates, and no job summary")
+    parser.addini("lmcompose_no_github", "default of --lmcompose-no-github", type="bool", default=False)
     flag("allow-commands", "permit steps such as command[run=...] to run the commands in their settings")
     flag("resume", "resume an interrupted run with the same options and report its progress")
     for name, help in SWITCHES:
@@ -181,7 +184,11 @@ def read_options(config: pytest.Config) -> Options:
         folder,
         config.rootpath,
     )
-    outputs = read_outputs(lambda name: _value(config, _key(name).removeprefix("lmcompose_")), folder)
+    outputs = read_outputs(
+        lambda name: _value(config, _key(name).removeprefix("lmcompose_")),
+        folder,
+        github=github.active() and not _switch(config, "no_github"),
+    )
     return Options(
         model=values["model"],
         world=values["world"],

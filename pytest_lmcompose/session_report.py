@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pytest_lmcompose import hookspec as hooks
 from pytest_lmcompose import session_checks
 from pytest_lmcompose.gate.advice import advice
+from pytest_lmcompose.report import github
 from pytest_lmcompose.report.collect import make_report, now, write
 from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
@@ -62,6 +64,7 @@ class SessionReport:
             or self._options.baselines.wanted
             or self._session.baseline is not None
             or hooks.read_reports(self._config)
+            or (self._options.outputs.github and bool(self._collected.records))
         )
         # Confidence intervals are slow: without a report, compute only those that the terminal shows.
         metrics = None if reported or junit_file(self._config) is not None else self._shown()
@@ -100,7 +103,19 @@ class SessionReport:
         compared = None if baseline is None else baseline.report
         if not write_reports(self._options.outputs, report, compared, tell):
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        if self._options.outputs.github and self._collected.records:
+            self._add_to_job_summary(report, compared)
         self._session.report = report
+
+    def _add_to_job_summary(self, report: Report, baseline: Report | None) -> None:
+        """Append the Markdown report to the job summary, unless --lmcompose-markdown did."""
+        from pytest_lmcompose.report import markdown
+
+        mine = self._options.outputs.markdown
+        if mine is not None and str(mine) == os.environ.get("GITHUB_STEP_SUMMARY"):
+            return
+        if (problem := github.add_summary(markdown.render(report, baseline))) is not None:
+            self._session.progress(problem)
 
     def _update_cards(self, session: pytest.Session) -> None:
         """Write the final verdicts of gates into the cards of exported folders."""
@@ -149,6 +164,19 @@ class SessionReport:
         for record in records:
             if record.export is not None:
                 reporter.write_line(f"lmcompose export: {record.export.folder}")
+        if self._options.outputs.github and records:
+            self._annotate(reporter)
+
+    def _annotate(self, reporter: pytest.TerminalReporter) -> None:
+        """Write an annotation for each failure, at the thresholds or the ini file."""
+        from pytest_lmcompose.report.view import summarise_gates
+
+        failures = summarise_gates(self._collected.results).failure_messages
+        found = [(f"lmcompose: {name}", message) for name, message in failures]
+        found += [("lmcompose", line) for line in self._idle]
+        reporter.ensure_newline()
+        for line in github.annotations(found, self._options.thresholds or self._config.inipath):
+            reporter.write_line(line)
 
     def _plan(self) -> Plan | None:
         """Return the plan of the whole run; None if collection did not finish."""

@@ -10,6 +10,7 @@ import click
 from pytest_lmcompose.cli.cache import cache
 from pytest_lmcompose.cli.checkpoints import build, gate, verify
 from pytest_lmcompose.cli.health import doctor
+from pytest_lmcompose.cli.history import runs
 from pytest_lmcompose.cli.listing import list_
 from pytest_lmcompose.cli.merging import merge
 from pytest_lmcompose.cli.planning import plan
@@ -50,5 +51,21 @@ def main() -> None:
     """
 
 
-for command in (build, cache, compare, doctor, gate, init, list_, merge, plan, repair, report, show, tune, verify):
+for command in (
+    build,
+    cache,
+    compare,
+    doctor,
+    gate,
+    init,
+    list_,
+    merge,
+    plan,
+    repair,
+    report,
+    runs,
+    show,
+    tune,
+    verify,
+):
     main.add_command(command)

@@ -228,7 +228,10 @@ def _pairs(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) 
     # questions, assume they did: averaging never overstates the number of independent units.
     alike = {(x if name == BASE_MODEL else len(x), m.clusters) for x, m in zip(before, base, strict=True)}
     if len(alike) == 1:
-        old, new = ([math.fsum(row) / len(row) for row in zip(*group, strict=True)] for group in (before, after))
+        old, new = (
+            list(group[0]) if len(group) == 1 else [math.fsum(row) / len(row) for row in zip(*group, strict=True)]
+            for group in (before, after)
+        )
         old = list(before[0]) if name == BASE_MODEL else old
         return _Pairs(old, new, base[0].clusters or None, link, value, better, ends, heaviest)
     clusters = side_by_side([(len(m.samples), m.clusters) for m in base])

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.report.numbers import MISSING, interval, number, value_text, with_error
 from pytest_lmcompose.report.sections import best_order
 from pytest_lmcompose.results import Composability, CompositionResult, Interval, Measured, OrderedSet, Share
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.baseline.drift import Series
 
 Spec = dict[str, Any]
 Values = list[dict[str, Any]]
@@ -201,6 +204,24 @@ def sequences(records: Sequence[CompositionResult]) -> Figure | None:
     return Figure(
         "sequence", "Survival over the sequence of edits", text, plots, ("composition", "edits", "success"), tuple(rows)
     )
+
+
+def trend(numbers: Sequence[int], found: Sequence[Series]) -> Spec:
+    """Return a plot for each metric, over runs with these numbers, with a curve for each composition."""
+    plots = []
+    for metric in dict.fromkeys(entry.metric for entry in found):
+        values: Values = []
+        for entry in found:
+            for place, measured in entry.points if entry.metric == metric else ():
+                y, error = measured.number, measured.stderr or 0.0
+                full = with_error(y, measured.stderr)
+                point = {"x": numbers[place], "y": y, "low": y - error, "high": y + error, "full": full}
+                values.append({"series": entry.composition, **point})
+        plots.append(_curve(values, "number of the run", None) | {"title": metric, "width": 560})
+    return {"$schema": plots[0]["$schema"], "background": "white"} | {
+        "vconcat": [{key: part for key, part in plot.items() if key not in ("$schema", "autosize")} for plot in plots],
+        "resolve": {"scale": {key: "independent" for key in ("color", "shape", "strokeDash")}},
+    }
 
 
 def shares(
