@@ -70,7 +70,9 @@ class Repairer(Searcher):
         dials, found = self.space.dials, []
         for place, point in self.space.neighbours(self.space.asked):
             if self._may_help(dials[place], point[place]):
-                found.append((self.space.distance(point), _KINDS.index(dials[place].kind), place, point))
+                dial = dials[place]
+                switch = len(dial.options)  # a switch before a scale
+                found.append((self.space.distance(point), _KINDS.index(dial.kind), switch, place, point))
         return [point for *_, point in sorted(found)]
 
     def _may_help(self, dial: Dial, option: int) -> bool:
@@ -78,20 +80,26 @@ class Repairer(Searcher):
         if dial.kind in ("order", "again"):
             return dial.kind == "order" or self.space.steps[dial.options[option]] in lost
         step = self.space.steps[dial.step]
-        milder = dial.kind == "layers" or option > dial.asked
-        return (damaged or bool(lost - {step})) if milder else step in lost
+        if dial.kind == "layers" or option > dial.asked:
+            return damaged or any(other != step for other in lost)
+        return lost.get(step, False)
 
     @cached_property
-    def _lost(self) -> tuple[set[Step], bool]:
-        """The steps whose promises are broken, and whether anything else is."""
-        run, lost, damaged = self.bench.run, set(), self.record.error is not None
+    def _lost(self) -> tuple[dict[Step, bool], bool]:
+        """The steps whose promises are broken, and whether anything else is.
+
+        With each step, whether it could keep its promise by being stronger: not if it promises a value, such as bits.
+        """
+        run, damaged = self.bench.run, self.record.error is not None
+        lost: dict[Step, bool] = {}
         result = run.result(self.asked)
         made = list(promises(run.recipe, self.asked, result.steps))
         for measurement in result.measurements or ():
             if measurement.metric in self.record.failed_metrics:
-                about = {promise.step for promise in made if promise.about(measurement)}
-                lost |= about
+                about = [promise for promise in made if promise.about(measurement)]
                 damaged = damaged or not about
+                for promise in about:
+                    lost[promise.step] = lost.get(promise.step, False) or promise.value is None
         return lost, damaged
 
     def _together(self) -> Iterator[tuple[Point, Trial]]:
