@@ -125,10 +125,12 @@ def repair(what: Sequence[str], budget: float, json_file: str | None, storage: P
         seeds = {"seed": str(report.seed), "repeats": str(report.repeats)}
         values |= {key: values[key] or value for key, value in seeds.items()}
     _check_files({"--json": json_file})
-    given, found = arguments(values), []
+    given = arguments(values)
+    found: list[Repair] = []
 
     def work(bench: Bench) -> None:
-        _same_settings(report, bench)
+        if report is not None:
+            _same_settings(report, bench)
         for composition in bench.run.compositions:
             found.extend(_repaired(bench, composition, budget, given))
 
@@ -271,13 +273,13 @@ def _report(name: str, storage: Path) -> Report | None:
     return load(name, storage)[1]
 
 
-def _same_settings(report: Report | None, bench: Bench) -> None:
+def _same_settings(report: Report, bench: Bench) -> None:
     """Raise SearchError if the report has another model, world or evaluation than the run."""
     from interventions.ranges import shown
     from pytest_lmcompose.search.tune import SearchError
 
     now = bench.run.recipe.plain()
-    for name in () if report is None else ("model", "world", "evaluate"):
+    for name in ("model", "world", "evaluate"):
         for key, value in getattr(report.recipe, name).items():
             if now[name].get(key, value) != value:
                 here = shown(now[name][key])

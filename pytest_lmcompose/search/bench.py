@@ -69,14 +69,15 @@ class Bench:
         base model cannot be measured.
         """
         start = time.monotonic()
-        result = self.run.result(composition)
+        result, evaluator = self.run.result(composition), GateEvaluator(self.run)
         try:
-            GateEvaluator(self.run).gates(composition)  # as in a run of this composition alone
+            evaluator.gates(composition)  # as in a run of this composition alone
         except (BuildError, EvaluationError):
             if result.error is None:
                 raise
         finally:
-            self.run.release(s for s in composition.prefixes() if len(s.steps) > 1 or s.steps[0] not in asked.steps)
+            built = [s for c in (composition, *evaluator.compared_with(composition)) for s in c.prefixes()]
+            self.run.release(s for s in built if len(s.steps) > 1 or s.steps[0] not in asked.steps)
         record = result.record()
         for step, done in zip(composition.steps, record.steps, strict=False):
             self._took[str(step)] = self._took[step.method] = done.seconds

@@ -32,9 +32,14 @@ class Trial(Base, frozen=True):
         return self.error is None and not self.failed and self.gates > 0
 
     @property
+    def violations(self) -> dict[str, float]:
+        """How far the failed gates are from their limits."""
+        return {gate: -margin for gate, margin in self.failed.items()} if self.error is None else {"error": 10.0}
+
+    @property
     def violation(self) -> float:
-        """How far the failed gates are from their limits, together; 0: green."""
-        return 0.0 if self.green else -sum(self.failed.values()) if self.error is None else 10.0
+        """The sum of the violations; 0: green."""
+        return sum(self.violations.values())
 
 
 class Repair(Base, frozen=True):

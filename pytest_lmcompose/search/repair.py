@@ -9,7 +9,7 @@ is simplified: each change is taken back, in whole or by one place, if the gates
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from pytest_lmcompose.composition import Step
@@ -17,6 +17,7 @@ from pytest_lmcompose.gate.promises import promises
 from pytest_lmcompose.search.records import Trial
 from pytest_lmcompose.search.searcher import Searcher
 from pytest_lmcompose.search.space import Dial, Point
+from pytest_lmcompose.search.study import Direction
 
 _TOGETHER = 12
 """Trials that put changes together before Optuna proposes."""
@@ -26,7 +27,7 @@ _KINDS = ("order", "again", "layers", "setting")
 class Repairer(Searcher):
     """The search for a repair of one composition."""
 
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Direction]:
         """Return that the distance is to be small."""
         return ["minimize"]
 
@@ -70,7 +71,9 @@ class Repairer(Searcher):
         dials, found = self.space.dials, []
         for place, point in self.space.neighbours(self.space.asked):
             if self._may_help(dials[place], point[place]):
-                found.append((self.space.distance(point), _KINDS.index(dials[place].kind), place, point))
+                dial = dials[place]
+                switch = len(dial.options)  # a switch before a scale
+                found.append((self.space.distance(point), _KINDS.index(dial.kind), switch, place, point))
         return [point for *_, point in sorted(found)]
 
     def _may_help(self, dial: Dial, option: int) -> bool:
@@ -78,45 +81,51 @@ class Repairer(Searcher):
         if dial.kind in ("order", "again"):
             return dial.kind == "order" or self.space.steps[dial.options[option]] in lost
         step = self.space.steps[dial.step]
-        milder = dial.kind == "layers" or option > dial.asked
-        return (damaged or bool(lost - {step})) if milder else step in lost
+        if dial.kind == "layers" or option > dial.asked:
+            return damaged or any(other != step for other in lost)
+        return lost.get(step, False)
 
     @cached_property
-    def _lost(self) -> tuple[set[Step], bool]:
-        """The steps whose promises are broken, and whether anything else is."""
-        run, lost, damaged = self.bench.run, set(), self.record.error is not None
+    def _lost(self) -> tuple[dict[Step, bool], bool]:
+        """The steps whose promises are broken, and whether anything else is.
+
+        With each step, whether it could keep its promise by being stronger: not if it promises a value, such as bits.
+        """
+        run, damaged = self.bench.run, self.record.error is not None
+        lost: dict[Step, bool] = {}
         result = run.result(self.asked)
         made = list(promises(run.recipe, self.asked, result.steps))
         for measurement in result.measurements or ():
             if measurement.metric in self.record.failed_metrics:
-                about = {promise.step for promise in made if promise.about(measurement)}
-                lost |= about
+                about = [promise for promise in made if promise.about(measurement)]
                 damaged = damaged or not about
+                for promise in about:
+                    lost[promise.step] = lost.get(promise.step, False) or promise.value is None
         return lost, damaged
 
     def _together(self) -> Iterator[tuple[Point, Trial]]:
-        """Yield trials of several changes, the most promising first: effects of single changes are added up."""
-        asked, refused = self.space.asked, set()
-        effects: dict[tuple[int, int], float] = {}
+        """Yield trials of several changes, the most promising first: effects of single changes are added up by gate."""
+        asked, known, refused = self.space.asked, self.study.known, set()
+        effects: dict[tuple[int, int], dict[str, float]] = {}
         for place, point in self.space.neighbours(asked):
-            if (trial := self.study.known.get(point)) is not None:
-                effects[self._move(asked, point, place)] = trial.violation - self.first.violation
+            if point in known:
+                effects[self._move(asked, point, place)] = _sum(known[point].violations, self.first.violations, -1)
         for _ in range(_TOGETHER):
-            found = [
-                (trial.violation + effect, self.space.distance(near), near)
-                for point, trial in self.study.known.items()
-                for place, near in self.space.neighbours(point)
-                if (effect := effects.get(self._move(point, near, place), 0.0)) < 0
-                and near not in self.study.known
-                and near not in refused
-            ]
+            found = []
+            for point, trial in known.items():
+                for place, near in self.space.neighbours(point):
+                    effect = effects.get(self._move(point, near, place), {})
+                    expected = sum(max(0.0, left) for left in _sum(trial.violations, effect).values())
+                    if expected < trial.violation and near not in known and near not in refused:
+                        found.append((expected, self.space.distance(near), near))
             if not found:
                 return
             near = min(found)[-1]
-            if (trial := self.attempt(near)) is None:
+            tried = self.attempt(near)
+            if tried is None:
                 refused.add(near)
             else:
-                yield near, trial
+                yield near, tried
 
     def _move(self, start: Point, end: Point, place: int) -> tuple[int, int]:
         """Return a key that is equal for moves of a dial that should have the same effect."""
@@ -140,3 +149,7 @@ class Repairer(Searcher):
                 yield self.space.moved(point, place, dial.asked)
             if dial.kind == "setting" and abs(away) > 1:
                 yield self.space.moved(point, place, point[place] - (1 if away > 0 else -1))
+
+
+def _sum(one: Mapping[str, float], other: Mapping[str, float], sign: int = 1) -> dict[str, float]:
+    return {key: one.get(key, 0.0) + sign * other.get(key, 0.0) for key in {**one, **other}}

@@ -12,7 +12,7 @@ from pytest_lmcompose.results import CompositionResult
 from pytest_lmcompose.search.bench import Bench, Budget, Say
 from pytest_lmcompose.search.records import Trial, trial_of, verdict
 from pytest_lmcompose.search.space import Point, space_of
-from pytest_lmcompose.search.study import Study
+from pytest_lmcompose.search.study import Direction, Study
 
 STUDIES = "searches"
 """Folder in the cache."""
@@ -54,7 +54,7 @@ class Searcher:
         if before:
             self._say(f"going on after {counted(before, 'trial')} of earlier calls")
 
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Direction]:
         """Return the directions of `values`, `minimize` or `maximize`."""
         raise NotImplementedError
 

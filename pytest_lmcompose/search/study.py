@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -16,6 +16,7 @@ from pytest_lmcompose.search.space import Point, Space
 if TYPE_CHECKING:
     import optuna
 
+Direction = Literal["minimize", "maximize"]
 MISSING = "Optuna is not installed: pip install 'pytest-lmcompose[search]'"
 _PROPOSALS = 200
 """Proposals in a row that were tried before, after which the search ends."""
@@ -31,7 +32,7 @@ def missing_optuna() -> str | None:
 class Study:
     """Trials by point, of this call and of earlier ones."""
 
-    def __init__(self, space: Space, file: Path | None, directions: Sequence[str], seed: int, say: Say) -> None:
+    def __init__(self, space: Space, file: Path | None, directions: Sequence[Direction], seed: int, say: Say) -> None:
         """Read and append to `file`; None: keep trials in memory. `directions` of the values to record."""
         import optuna
 
@@ -84,7 +85,7 @@ class Study:
         return tuple(params[name] for name in self._distributions)
 
 
-def _open(file: Path | None, directions: Sequence[str]) -> optuna.Study:
+def _open(file: Path | None, directions: Sequence[Direction]) -> optuna.Study:
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 

@@ -9,6 +9,7 @@ from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.search.bench import Bench, Budget, Say
 from pytest_lmcompose.search.records import Trial
 from pytest_lmcompose.search.searcher import Searcher
+from pytest_lmcompose.search.study import Direction
 
 _ALL = 48
 """A space with so many points at most is tried as a whole."""
@@ -36,7 +37,7 @@ class Tuner(Searcher):
         """The direction of the cost."""
         return not self.record.by_metric[self.cost].higher_is_better
 
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Direction]:
         """Return those of the cost and the margin."""
         known = list(self.record.by_metric)
         if self.cost not in known:

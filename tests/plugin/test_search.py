@@ -37,6 +37,7 @@ from pytest_lmcompose.search.space import space_of
 from pytest_lmcompose.search.study import Study
 from pytest_lmcompose.search.tune import SearchError, Tuner
 from pytest_lmcompose.steps import StepRecord
+from tests.plugin import documents
 from tests.plugin.conftest import Project
 from tests.plugin.stubs import round_weights
 
@@ -466,3 +467,14 @@ def test_a_missing_optuna_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     result = call("repair", "memit+awq")
     assert result.exit_code == 2
     assert result.stderr == "Error: Optuna is not installed: pip install 'pytest-lmcompose[search]'\n"
+
+
+def test_a_report_names_what_to_repair(tmp_path: Path, heavy_modules: None) -> None:
+    (tmp_path / "green.json").write_text(json.dumps(documents.report({"base": {}, "memit": {"recall": [1.0]}})))
+    result = call("repair", str(tmp_path / "green.json"))
+    assert result.exit_code == 0 and "nothing to repair" in result.output
+    other = documents.report({"base": {}}, recipe={"model": {}, "world": {}, "evaluate": {"edits": 7}, "suite": {}})
+    other["compositions"].append(documents.composition("memit", {}, gates=[documents.gate("recall", passed=False)]))
+    (tmp_path / "red.json").write_text(json.dumps(other))
+    result = call("repair", str(tmp_path / "red.json"), "--no-cache")
+    assert result.exit_code == 2 and "the run had evaluate.edits=7, not 20" in result.stderr
