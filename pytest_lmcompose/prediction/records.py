@@ -1,0 +1,86 @@
+"""Predictions as plain records. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PROBABLE = 0.9
+"""Probability from which an order is called better."""
+MODEL_ERROR = {"edit": 0.03, "unlearn": 0.03, "perplexity": 0.02, "recall": 0.02}
+"""Standard errors of the first-order model; see docs/prediction.md."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Which order of two steps is better for one promise."""
+
+    first: str
+    second: str
+    promise: str
+    """edit, unlearn, perplexity, recall or bits."""
+    gap: float | None
+    """Value of `first+second` minus that of `second+first`, where more is better; None: unknown.
+
+    Probabilities per token; for perplexity, the logarithm; for bits, fewer bits per weight.
+    """
+    error: float = 0.0
+    """Standard error of the gap; 0 for bits."""
+
+    @property
+    def probability(self) -> float:
+        """The probability that `first+second` is the better order; 0.5 where nothing is known."""
+        if not self.gap:
+            return 0.5
+        if self.error == 0:
+            return float(self.gap > 0)
+        return 0.5 * math.erfc(-self.gap / self.error / math.sqrt(2))
+
+    @property
+    def better(self) -> str | None:
+        """The better order; None: cannot tell."""
+        if max(self.probability, 1 - self.probability) < PROBABLE:
+            return None
+        return self.orders[0] if self.probability > 0.5 else self.orders[1]
+
+    @property
+    def orders(self) -> tuple[str, str]:
+        """Both orders."""
+        return f"{self.first}+{self.second}", f"{self.second}+{self.first}"
+
+    @property
+    def information(self) -> float:
+        """How much a measurement is expected to tell: the entropy of the sign in bits, times the size of the effect."""
+        p = self.probability
+        entropy = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+        return entropy * (1.0 if self.gap is None else abs(self.gap) + self.error)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the prediction as JSON data."""
+        return asdict(self) | {"better": self.better, "probability": self.probability}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The predictions for two steps, and what they follow from."""
+
+    first: str
+    second: str
+    predictions: tuple[Prediction, ...]
+    commutator: float | None
+    """Distance between the states of both orders, relative to the weights where they differ; None: unknown."""
+    survival: float | None
+    """Share of the change by the one step that is left after the lossy other; None without such steps."""
+    intensity: tuple[float, float]
+    """Norm of each step's change, relative to the weights that it changes."""
+
+    @property
+    def information(self) -> float:
+        """The sum over promises."""
+        return sum(prediction.information for prediction in self.predictions)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the pair as JSON data."""
+        about = {key: value for key, value in asdict(self).items() if key != "predictions"}
+        return about | {"predictions": [prediction.plain() for prediction in self.predictions]}
