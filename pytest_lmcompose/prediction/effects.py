@@ -72,6 +72,24 @@ class Grid(NamedTuple):
         return found.reshape(len(rounded), -1)[:, : rounded.shape[1]]
 
 
+def pruned(base: Tensor, own: Tensor, delta: Tensor, norms: Tensor) -> Tensor:
+    """Return what pruning makes of `base + delta`, where it made `own` of `base`; all (out, in).
+
+    Each row keeps as many weights as before: those of the largest magnitude times the norm of their input (`norms`, one
+    per column). A weight that was chosen otherwise starts at the threshold of its row, so that nothing changes without
+    a `delta`.
+    """
+    kept = own != 0
+    score = base.abs() * norms
+    count = kept.sum(dim=1, keepdim=True)
+    ordered = score.sort(dim=1, descending=True).values
+    threshold = ordered.gather(1, (count - 1).clamp(min=0))
+    start = torch.where(kept, torch.maximum(score, threshold), torch.minimum(score, threshold * 0.999))
+    moved = start + ((base + delta).abs() - base.abs()) * norms
+    lowest = moved.sort(dim=1, descending=True).values.gather(1, (count - 1).clamp(min=0))
+    return (torch.where(kept, own, base) + delta) * ((moved >= lowest) & (count > 0))
+
+
 @dataclass(frozen=True)
 class Effect:
     """The effect of one step on the weights, from its state."""
@@ -83,6 +101,8 @@ class Effect:
     """Those that differ in the state."""
     layers: Mapping[str, bool]
     """Names of the decoder's linear weights, and whether each is stored as (in, out)."""
+    norms: Mapping[str, Tensor]
+    """Root mean square of the inputs of these weights, where known."""
 
     @cached_property
     def grids(self) -> dict[str, Grid]:
@@ -170,7 +190,8 @@ class Effect:
             unrounded = _scaled(base, self.scales[name]) if name in self.scales else base
             found = self._turned(name, grid.round(*(self._turned(name, t) for t in (unrounded, own, delta))))
         elif name in self.masks:
-            found = (own + delta) * self.masks[name]
+            norms = self.norms.get(name, torch.ones(1))
+            found = self._turned(name, pruned(*(self._turned(name, t) for t in (base, own, delta)), norms))
         else:
             change = own - base
             found = start + (_scaled(change, first.scales[name]) if name in first.scales else change)

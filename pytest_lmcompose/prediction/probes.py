@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import Any, Literal, NamedTuple
@@ -75,6 +75,30 @@ class Probes(NamedTuple):
                 value -= math.exp(other.total / other.tokens)
             found[promise].append(-value if promise == "unlearn" else value)
         return {promise: torch.tensor(values, dtype=torch.float64) for promise, values in found.items()}
+
+
+def input_norms(model: Any, probes: Probes, layers: Collection[str]) -> dict[str, Tensor]:
+    """Return the root mean square of each input of the linear weights `layers`, on the texts of the probes."""
+    squares: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def see(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        def hook(module: Any, inputs: tuple[Any, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2).float()
+            squares[name] = squares.get(name, 0) + rows.square().sum(dim=0).cpu()
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return hook
+
+    owners = {name: name.removesuffix(".weight") for name in layers}
+    modules = {name: model.get_submodule(owner) for name, owner in owners.items() if name.endswith(".weight")}
+    hooks = [module.register_forward_pre_hook(see(name)) for name, module in modules.items()]
+    try:
+        probes.measure(model, ["perplexity"])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (total / counts[name]).sqrt() for name, total in squares.items()}
 
 
 @contextmanager
