@@ -13,6 +13,7 @@ from pytest_lmcompose.cli.health import doctor
 from pytest_lmcompose.cli.listing import list_
 from pytest_lmcompose.cli.merging import merge
 from pytest_lmcompose.cli.planning import plan
+from pytest_lmcompose.cli.predicting import predict
 from pytest_lmcompose.cli.runs import compare, report, show
 from pytest_lmcompose.cli.scaffolding import init
 
@@ -49,5 +50,5 @@ def main() -> None:
     """
 
 
-for command in (build, cache, compare, doctor, gate, init, list_, merge, plan, report, show, verify):
+for command in (build, cache, compare, doctor, gate, init, list_, merge, plan, predict, report, show, verify):
     main.add_command(command)

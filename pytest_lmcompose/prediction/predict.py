@@ -17,22 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pytest_lmcompose.composition import Composition, Step
+from pytest_lmcompose.composition import Step
 from pytest_lmcompose.prediction.effects import Effect, commutator, survival
 from pytest_lmcompose.prediction.probes import PROMISES, Probes, Promise, having
 from pytest_lmcompose.prediction.records import MODEL_ERROR, Pair, Prediction
 
 Values = Mapping[Promise, Tensor]
-
-
-def pairs_of(compositions: Iterable[Composition]) -> tuple[tuple[Step, Step], ...]:
-    """Return the pairs of different steps that the compositions of two steps apply, each once."""
-    found: dict[frozenset[Step], tuple[Step, Step]] = {}
-    for composition in compositions:
-        if len(composition.steps) == 2 and len(set(composition.steps)) == 2:
-            first, second = composition.steps
-            found.setdefault(frozenset(composition.steps), (first, second))
-    return tuple(found.values())
 
 
 @dataclass

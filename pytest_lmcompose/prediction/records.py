@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pytest_lmcompose.composition import Composition, Step
+
 PROBABLE = 0.9
 """Probability from which an order is called better."""
+UNKNOWN = 4.0
+"""Information of a pair without a prediction: more than any other."""
 MODEL_ERROR = {"edit": 0.03, "unlearn": 0.03, "perplexity": 0.02, "recall": 0.02}
 """Standard errors of the first-order model; see docs/prediction.md."""
 
@@ -84,3 +90,32 @@ class Pair:
         """Return the pair as JSON data."""
         about = {key: value for key, value in asdict(self).items() if key != "predictions"}
         return about | {"predictions": [prediction.plain() for prediction in self.predictions]}
+
+
+def pairs_of(compositions: Iterable[Composition]) -> tuple[tuple[Step, Step], ...]:
+    """Return the pairs of different steps that the compositions of two steps apply, each once."""
+    found: dict[frozenset[Step], tuple[Step, Step]] = {}
+    for composition in compositions:
+        if len(composition.steps) == 2 and len(set(composition.steps)) == 2:
+            first, second = composition.steps
+            found.setdefault(frozenset(composition.steps), (first, second))
+    return tuple(found.values())
+
+
+def in_order_of_information(compositions: Sequence[Composition], pairs: Iterable[Pair]) -> list[Composition]:
+    """Sort compositions: single steps first, then both orders of each pair, those that tell most first.
+
+    A longer composition counts as its neighbouring pairs together. A pair without a prediction tells most.
+    """
+    known = {frozenset((pair.first, pair.second)): pair.information for pair in pairs}
+    place = {composition: number for number, composition in enumerate(compositions)}
+    firsts: dict[frozenset[str], int] = {}
+    for composition, number in place.items():
+        firsts.setdefault(frozenset(map(str, composition.steps)), number)
+
+    def key(composition: Composition) -> tuple[float, int, int]:
+        names = list(map(str, composition.steps))
+        told = math.fsum(known.get(frozenset(two), UNKNOWN) for two in itertools.pairwise(names))
+        return -told if len(names) > 1 else -math.inf, firsts[frozenset(names)], place[composition]
+
+    return sorted(compositions, key=key)
