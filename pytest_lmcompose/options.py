@@ -133,7 +133,11 @@ def add_options(parser: pytest.Parser) -> None:
         "N",
     )
     add("shard", "test part K of N of the compositions; `lmcompose merge` joins the reports", "K/N")
-    add("budget", "leave out what does not fit into this time, e.g. 90s, 10min or 2h; what tells most goes first", "TIME")
+    add(
+        "budget",
+        "time for the run, e.g. 90s or 10min: what tells most goes first, and what does not fit is left out",
+        "TIME",
+    )
     add("engine", "where the tests run: local, ray, or an engine of another plugin (default: local)", "ENGINE")
     add("json", "write the report as JSON to this file", "PATH")
     add("export", "write each composition to a folder in DIR that from_pretrained loads, with a model card", "DIR")

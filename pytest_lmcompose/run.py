@@ -121,7 +121,7 @@ class Run(RunSetup):
             yield from planned(pairs)
 
     def predicted(self, compositions: Iterable[Composition]) -> tuple[Pair, ...]:
-        """Predict the pairs of `compositions` whose single states are in the cache; loads the model only if some are."""
+        """Predict the pairs of `compositions` whose single states the cache has; if it has some, load the model."""
         from pytest_lmcompose.prediction.records import pairs_of
 
         if self.cache is None or not (names := stored(self.cache, self.recipe.model.path)):

@@ -56,7 +56,9 @@ def _predict(as_json: bool, **values: Any) -> None:
         for line in aligned(rows(predicted.pairs)):
             click.echo(line)
     if predicted.missing:
-        given = [flag for flag in arguments(values) if not flag.startswith(("--lmcompose-compose", "--lmcompose-suite"))]
+        given = [
+            flag for flag in arguments(values) if not flag.startswith(("--lmcompose-compose", "--lmcompose-suite"))
+        ]
         steps = [f"--lmcompose-compose={step}" for step in predicted.missing]
         click.echo(f"not in the cache: {', '.join(predicted.missing)}; build these with", err=as_json)
         click.echo("    " + shlex.join(["pytest", "compositions", *given, *steps]), err=as_json)

@@ -82,12 +82,10 @@ def pruned(base: Tensor, own: Tensor, delta: Tensor, norms: Tensor) -> Tensor:
     kept = own != 0
     score = base.abs() * norms
     count = kept.sum(dim=1, keepdim=True)
-    ordered = score.sort(dim=1, descending=True).values
-    threshold = ordered.gather(1, (count - 1).clamp(min=0))
+    threshold = _lowest(score, count)
     start = torch.where(kept, torch.maximum(score, threshold), torch.minimum(score, threshold * 0.999))
     moved = start + ((base + delta).abs() - base.abs()) * norms
-    lowest = moved.sort(dim=1, descending=True).values.gather(1, (count - 1).clamp(min=0))
-    return (torch.where(kept, own, base) + delta) * ((moved >= lowest) & (count > 0))
+    return (torch.where(kept, own, base) + delta) * ((moved >= _lowest(moved, count)) & (count > 0))
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class Effect:
             return False
         return self.category != "compress" or bool(self.grids or self.masks or self.scales)
 
-    @property
+    @cached_property
     def intensity(self) -> float:
         """The norm of the change, relative to the weights that changed."""
         change = sum(float((new.float() - self.base[name].float()).square().sum()) for name, new in self._comparable)
@@ -174,7 +172,8 @@ class Effect:
 
     @property
     def _comparable(self) -> list[tuple[str, Tensor]]:
-        return [(name, new) for name, new in self.changed.items() if new.shape == self.base[name].shape]
+        base = self.base
+        return [(name, new) for name, new in self.changed.items() if name in base and new.shape == base[name].shape]
 
     def _turned(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.t() if self.layers.get(name) else tensor
@@ -192,6 +191,8 @@ class Effect:
         elif name in self.masks:
             norms = self.norms.get(name, torch.ones(1))
             found = self._turned(name, pruned(*(self._turned(name, t) for t in (base, own, delta)), norms))
+        elif name in self.scales:
+            found = own + delta
         else:
             change = own - base
             found = start + (_scaled(change, first.scales[name]) if name in first.scales else change)
@@ -208,14 +209,22 @@ def commutator(base: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Map
     return float((difference / whole) ** 0.5) if whole else 0.0
 
 
-def survival(delta: Effect, lossy: Effect) -> float:
-    """Return the share of a step's change that a later lossy step keeps, along the change itself."""
+def survival(delta: Effect, lossy: Effect, after: Mapping[str, Tensor]) -> float:
+    """Return the share of the change by `delta` that is left in the state `after` a lossy step, along the change."""
     kept = whole = 0.0
     for name in (delta.changed.keys() & lossy.changed.keys()) - lossy.scales.keys():
         change = delta.changed[name].float() - delta.base[name].float()
-        kept += float(((lossy._on(delta, name).float() - lossy.changed[name].float()) * change).sum())
+        kept += float(((after[name].float() - lossy.changed[name].float()) * change).sum())
         whole += float(change.square().sum())
     return kept / whole if whole else 1.0
+
+
+def _lowest(scores: Tensor, count: Tensor) -> Tensor:
+    """Return the lowest of the `count` (rows, 1) largest scores of each row."""
+    width, same = scores.shape[1], int(count[0])
+    if bool((count == same).all()):
+        return scores.kthvalue(min(width - same + 1, width), dim=1, keepdim=True).values
+    return scores.sort(dim=1, descending=True).values.gather(1, (count - 1).clamp(min=0))
 
 
 def _groups(weight: Tensor, size: int) -> Tensor:

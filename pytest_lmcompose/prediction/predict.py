@@ -59,7 +59,7 @@ class Predictor:
         told = [self._prediction(about, promise, *values[promise]) for promise in concerned]
         kept = None
         if lossy and one.category != other.category:
-            kept = survival(one, other) if other.category == "compress" else survival(other, one)
+            kept = survival(one, other, there) if other.category == "compress" else survival(other, one, back)
         return Pair(*about, (*told, *wanted), commutator(one.base, there, back), kept, intensity)
 
     def _concerns(self, promise: Promise, one: Effect, other: Effect) -> bool:
@@ -125,4 +125,3 @@ class Predictor:
         sizes = {name: one.base[name].numel() for name in one.layers}
         gap = sum((one.bits(name, other) - other.bits(name, one)) * size for name, size in sizes.items())
         return gap / sum(sizes.values())
-

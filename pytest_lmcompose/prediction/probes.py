@@ -55,9 +55,10 @@ class Probes(NamedTuple):
         )
 
     def measure(self, model: Any, promises: Sequence[Promise]) -> dict[Promise, Tensor]:
-        """Return a value of each sample, more is better: probabilities per token, for perplexity their logarithms.
+        """Return a value of each sample, more is better.
 
-        An edit counts by how much more likely the new answer is than the old one, text to forget by how unlikely it is.
+        An edit counts by the probability per token of the new answer minus that of the old one, a fact by that of its
+        answer, and text by its log-probability per token in nats, with the opposite sign if it is to be forgotten.
         """
         samples = [(promise, pair) for promise in promises for pair in self.pairs[promise]]
         wanted = [pair for _, both in samples for pair in both if pair is not None]
@@ -66,14 +67,14 @@ class Probes(NamedTuple):
         for promise, (_, rival) in samples:
             own = next(scored)
             log = own.total / own.tokens
-            if promise == "perplexity":
-                found[promise].append(log)
+            if promise in ("perplexity", "unlearn"):
+                found[promise].append(log if promise == "perplexity" else -log)
                 continue
             value = math.exp(log)
             if rival is not None:
                 other = next(scored)
                 value -= math.exp(other.total / other.tokens)
-            found[promise].append(-value if promise == "unlearn" else value)
+            found[promise].append(value)
         return {promise: torch.tensor(values, dtype=torch.float64) for promise, values in found.items()}
 
 

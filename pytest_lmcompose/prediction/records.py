@@ -14,7 +14,7 @@ PROBABLE = 0.9
 """Probability from which an order is called better."""
 UNKNOWN = 4.0
 """Information of a pair without a prediction: more than any other."""
-MODEL_ERROR = {"edit": 0.03, "unlearn": 0.03, "perplexity": 0.02, "recall": 0.02}
+MODEL_ERROR = {"edit": 0.03, "unlearn": 0.1, "perplexity": 0.02, "recall": 0.02}
 """Standard errors of the first-order model; see docs/prediction.md."""
 
 
@@ -29,7 +29,7 @@ class Prediction:
     gap: float | None
     """Value of `first+second` minus that of `second+first`, where more is better; None: unknown.
 
-    Probabilities per token; for perplexity, the logarithm; for bits, fewer bits per weight.
+    In the units of `probes.Probes.measure`; for bits, fewer bits per weight.
     """
     error: float = 0.0
     """Standard error of the gap; 0 for bits."""
