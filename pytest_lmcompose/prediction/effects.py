@@ -59,12 +59,15 @@ class Grid(NamedTuple):
     def round(self, base: Tensor, rounded: Tensor, delta: Tensor) -> Tensor:
         """Return what rounding makes of `base + delta`, where it made `rounded` of `base`; all (out, in).
 
-        A weight that was not rounded to the nearest level starts at the edge of its bucket, so that it stays there
-        without a `delta`. Where a group's range grows, its steps grow as much.
+        A weight that was not rounded to the nearest level made up for errors of others, by an unknown amount: it starts
+        anywhere in its bucket. So it stays there without a `delta`, and with one leaves as probably as others. Where a
+        group's range grows, its steps grow as much.
         """
         before, after, change = (_groups(tensor, self.size) for tensor in (base, rounded, delta))
         codes = (after / self.steps).round()
-        start = torch.clamp(before, after - _EDGE * self.steps, after + _EDGE * self.steps)
+        noise = torch.rand(after.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+        nearest = (before - after).abs() <= _EDGE * self.steps
+        start = torch.where(nearest, before, after + 2 * _EDGE * noise * self.steps)
         wider = _range(before + change) / _range(before).clamp(min=1e-12)
         steps = self.steps * torch.where(wider > _WIDER, wider, 1.0)
         low, high = codes.amin(dim=1, keepdim=True), codes.amax(dim=1, keepdim=True)
