@@ -36,6 +36,7 @@ COMPRESSION_ENGINES = ("autoawq", "gptqmodel", "llmcompressor", "auto_gptq")
 """Names of `interventions.compress.engines`, repeated here so that importing this module does not import them."""
 LOCAL = "local"
 """Name of the default engine, pytest's own loop."""
+BUDGET = r"(?=.*[1-9])\d{1,5}(\.\d{1,3})?(s|min|h)"
 _DEVICE = r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?"
 
 
@@ -72,6 +73,8 @@ class Options:
     cache_size: int
     """Maximum size of the cache in bytes."""
     resume: bool
+    budget: float | None
+    """Seconds that the run may take; None: any."""
     allow_commands: bool
     """Whether steps may run the user's commands."""
     engines: tuple[tuple[str, str], ...]
@@ -131,6 +134,11 @@ def add_options(parser: pytest.Parser) -> None:
         "N",
     )
     add("shard", "test part K of N of the compositions; `lmcompose merge` joins the reports", "K/N")
+    add(
+        "budget",
+        "time for the run, e.g. 90s or 10min: what tells most goes first, and what does not fit is left out",
+        "TIME",
+    )
     add("engine", "where the tests run: local, ray, or an engine of another plugin (default: local)", "ENGINE")
     add("json", "write the report as JSON to this file", "PATH")
     add("export", "write each composition to a folder in DIR that from_pretrained loads, with a model card", "DIR")
@@ -209,6 +217,7 @@ def read_options(config: pytest.Config) -> Options:
         cache_url=values["cache_dir"] if is_url(values["cache_dir"] or "") else None,
         cache_size=_cache_size(values["cache_size"]),
         resume=bool(config.getoption("lmcompose_resume")),
+        budget=_budget(config),
         allow_commands=bool(config.getoption("lmcompose_allow_commands")),
         engines=_engines(config),
         folder=folder,
@@ -264,6 +273,17 @@ def _shard(value: str | None) -> Shard | None:
         return read_shard(value) if value else None
     except ValueError as error:
         raise pytest.UsageError(f"--lmcompose-shard: {error}") from None
+
+
+def _budget(config: pytest.Config) -> float | None:
+    value = _value(config, "budget")
+    if value is None:
+        return None
+    expected = "a time such as 90s, 10min or 1.5h"
+    number, unit = re.fullmatch(r"([\d.]+)(s|min|h)", _checked("budget", value, BUDGET, expected)).groups()  # type: ignore[union-attr]
+    if any(getattr(config.option, name, None) for name in ("numprocesses", "tx")):
+        raise pytest.UsageError("--lmcompose-budget: one process decides what still fits: run without -n (-n 0)")
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
 def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,7 @@ from evaluators.flips import measure_flips
 from evaluators.measurement import Measurement
 from pytest_lmcompose.baseline.reference import architecture
 from pytest_lmcompose.cache.address import measurements_address, retained_address
+from pytest_lmcompose.cache.run_cache import stored
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.counter import Counter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from evaluators import UneditedAnswers
     from evaluators.data import RetainReference
     from pytest_lmcompose.build.states import ModelState, StateManager
+    from pytest_lmcompose.prediction.records import Pair
     from pytest_lmcompose.steps import StepRecord
 
 
@@ -109,6 +111,30 @@ class Run(RunSetup):
             self.manager,
             *(self.manager.repeat(data.resources, seed, named(i)) for i, (data, seed) in enumerate(others, start=2)),
         )
+
+    def plan(self, compositions: Iterable[Composition]) -> Iterator[str]:
+        """Yield the lines of the plan, and the predicted better orders of pairs whose states are in the cache."""
+        compositions = tuple(compositions)
+        yield from super().plan(compositions)
+        pairs = self.predicted(compositions)
+        if pairs:
+            from pytest_lmcompose.prediction.lines import planned
+
+            yield "predicted better orders, from single states in the cache (see `lmcompose predict`):"
+            yield from planned(pairs)
+
+    def predicted(self, compositions: Iterable[Composition]) -> tuple[Pair, ...]:
+        """Predict the pairs of `compositions` whose single states the cache has; if it has some, load the model."""
+        from pytest_lmcompose.prediction.records import pairs_of
+
+        if self.cache is None or not (names := stored(self.cache, self.recipe.model.path)):
+            return ()
+        known = [Composition(pair) for pair in pairs_of(compositions) if names.issuperset(map(str, pair))]
+        if not known:
+            return ()
+        from pytest_lmcompose.prediction.states import predict
+
+        return predict(self.manager, self.data[0], known).pairs
 
     def result(self, composition: Composition) -> Result:
         """Return the result of `composition`, which is created if needed, and mark it as touched."""

@@ -9,12 +9,14 @@ import pytest
 
 from pytest_lmcompose import hookspec as hooks
 from pytest_lmcompose import session_checks
+from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.gate.advice import advice
 from pytest_lmcompose.report import github
 from pytest_lmcompose.report.collect import make_report, now, write
 from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
+from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.prompts import prompts
 from pytest_lmcompose.report.sections import write_closeness, write_composability, write_paired
 from pytest_lmcompose.report.terminal import write_summary
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from pytest_lmcompose.gate.thresholds import Unused
     from pytest_lmcompose.session import Session
 
+_NAMED = 8
+"""Compositions to name in a line."""
 _STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
 
 
@@ -51,7 +55,8 @@ class SessionReport:
         path = self._options.json
         if not self._session.writes or self._config.option.collectonly or self._options.plan:
             return
-        stopped = self._stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail)
+        stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail or self._left_out)
+        self._stopped = stopped
         if self._collected.records and self._session.run.journal is not None and not stopped:
             self._session.run.journal.ended()
         if self._session.in_use:  # results of an interrupted test, which has no report
@@ -156,6 +161,10 @@ class SessionReport:
             write_composability(reporter, self._collected.composability, self._shown())
             self._write_compared(reporter)
             self._write_next(reporter)
+        if left := self._left_out:
+            names, count = ", ".join(c.id for c in left[:_NAMED]), counted(len(left), "composition")
+            more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+            reporter.write_line(f"not run, because the time was used up: {count}: {names}{more}", yellow=True)
         if self._stopped and self._session.begun:
             reporter.write_line(how_to_resume(self._session), yellow=True)
         for path in (self._options.json, *self._options.outputs.files.values()):
@@ -177,6 +186,11 @@ class SessionReport:
         reporter.ensure_newline()
         for line in github.annotations(found, self._options.thresholds or self._config.inipath):
             reporter.write_line(line)
+
+    @property
+    def _left_out(self) -> tuple[Composition, ...]:
+        """The compositions that did not fit into the time."""
+        return () if self._session.budget is None else self._session.budget.left_out
 
     def _plan(self) -> Plan | None:
         """Return the plan of the whole run; None if collection did not finish."""

@@ -14,6 +14,7 @@ from pytest_lmcompose.cli.history import runs
 from pytest_lmcompose.cli.listing import list_
 from pytest_lmcompose.cli.merging import merge
 from pytest_lmcompose.cli.planning import plan
+from pytest_lmcompose.cli.predicting import predict
 from pytest_lmcompose.cli.runs import compare, report, show
 from pytest_lmcompose.cli.scaffolding import init
 from pytest_lmcompose.cli.searching import repair, tune
@@ -61,6 +62,7 @@ for command in (
     list_,
     merge,
     plan,
+    predict,
     repair,
     report,
     runs,
