@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
-from interventions.logits import logits_at
 from interventions.edit.kernels.prompts import tokenise
+from interventions.logits import logits_at
 from interventions.padding import pad_right, padding_id
 from interventions.structure import module_device
 from interventions.types import Edit, InterventionError
