@@ -33,7 +33,7 @@ def fast_imports() -> Iterator[None]:
 
 def _import_without_sklearn() -> None:
     """Import the module of transformers that uses scikit-learn with a stand-in for its function."""
-    from transformers.utils import is_sklearn_available
+    from transformers.utils.import_utils import is_sklearn_available
 
     is_sklearn_available()  # which remembers the answer
     metrics: Any = ModuleType("sklearn.metrics")

@@ -271,7 +271,8 @@ def _instance(kind: type, values: Mapping[str, Any], where: str) -> Any:
         hint, key = hints[setting_name(name)], f"{where}.{setting_name(name)}"
         if value == _UNSET:
             raise RecipeError(f"{key}={_UNSET}: expected a value")
-        complete[name] = _instance(hint, value, key) if dataclasses.is_dataclass(hint) else copy.deepcopy(value)
+        nested = dataclasses.is_dataclass(hint)
+        complete[name] = _instance(typing.cast(type, hint), value, key) if nested else copy.deepcopy(value)
     try:
         settings = kind(**complete)
         check_settings(settings)
