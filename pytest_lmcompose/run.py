@@ -18,6 +18,7 @@ from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.counter import Counter
 from pytest_lmcompose.gate.repeats import Repeat, pooled
+from pytest_lmcompose.imports import fast_imports
 from pytest_lmcompose.options import Options
 from pytest_lmcompose.results import Model, Tokenisation
 from pytest_lmcompose.run_setup import CONF as CONF
@@ -79,11 +80,12 @@ class Run(RunSetup):
         if self._manager is None:
             data = self.data  # fail on broken data before loading the model
             self._doing(f"loading {self.recipe.model.path}")
-            from pytest_lmcompose.build.chat import check_chat
-            from pytest_lmcompose.build.load import choose_device, load_model
-            from pytest_lmcompose.build.states import StateManager
+            with fast_imports():
+                from pytest_lmcompose.build.chat import check_chat
+                from pytest_lmcompose.build.load import choose_device, load_model
+                from pytest_lmcompose.build.states import StateManager
 
-            loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
+                loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
             check_chat(loaded.tokenizer, self.recipe.evaluate, self.location)
             self._manager = StateManager(
                 loaded,
