@@ -19,8 +19,9 @@ def measure_flips(before: Sequence[Measurement], after: Sequence[Measurement]) -
     """Compare the answers of a state with those of the base model, `before`, metric by metric.
 
     For each metric of right or wrong answers (see `Metric.answers`) with the same samples in both: `flips/METRIC`, the
-    share of answers that became wrong or right, `flips_to_wrong/METRIC`, the share that became wrong, and, if the
-    answers are known, `churn/METRIC`, the share with another answer. A broken answer, a NaN, is wrong.
+    share of answers that became wrong or right. For headline metrics also `flips_to_wrong/METRIC`, the share that
+    became wrong, and, if the answers are known, `churn/METRIC`, the share with another answer. A broken answer, a NaN,
+    is wrong.
     """
     known = {measurement.metric: measurement for measurement in before}
     found: list[Measurement] = []
@@ -46,7 +47,9 @@ def _flips(old: Measurement, new: Measurement) -> list[Measurement]:
         ([x or y for x, y in zip(lost, won, strict=True)], "answers that are right in one of both models only"),
         (lost, "answers that the base model gets right, and this one wrong"),
     ]
-    if old.answers and new.answers:
+    if not find_metric(new.metric, higher_is_better=new.higher_is_better).headline:
+        kinds = kinds[:1]  # there may be dozens of tasks
+    elif old.answers and new.answers:
         others = [x != y for x, y in zip(old.answers, new.answers, strict=True)]
         kinds.append((others, "answers that are not those of the base model"))
     return [

@@ -151,8 +151,8 @@ class Comparison:
 def _difference(base: Tensor, state: Tensor) -> Tensor:
     """Return mean KL(base || state) and agreement of the logits (tokens, vocabulary) of a window, in float64."""
     size = max(1, _CHUNK // base.shape[-1])
-    parts = [_by_token(one, other) for one, other in zip(base.split(size), state.split(size), strict=True)]
-    return torch.cat(parts).mean(dim=0)
+    parts = zip(torch.split(base, size), torch.split(state, size), strict=True)
+    return torch.cat([_by_token(one, other) for one, other in parts]).mean(dim=0)
 
 
 def _by_token(base: Tensor, state: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class FolderRun(Run):
         predictions = None  # on the same texts in all repeats
         for number, data in enumerate(self.data):
             found = capture_unedited(loaded.model, loaded.tokenizer, data, self.recipe.evaluate, predictions)
-            predictions = found and found.predictions
+            predictions = None if found is None else found.predictions
             self._answers[number] = found
 
     def _measured_base(self, number: int) -> Sequence[Measurement]:

@@ -190,6 +190,8 @@ def test_flips_of_what_should_stay_only() -> None:
     harmless = answers("accuracy/harmless", [1, 0, 1])
     (found, lost) = measure_flips([harmless], [answers("accuracy/harmless", [1, 1, 0])])  # answers are unknown
     assert (found.metric, lost.metric) == ("flips/accuracy/harmless", "flips_to_wrong/accuracy/harmless")
+    task = answers("accuracy/botany", [1, 0], "a b")
+    assert [m.metric for m in measure_flips([task], [task])] == ["flips/accuracy/botany"]  # one of dozens
     assert measure_flips([harmless], [answers("accuracy/harmless", [1, 0.5, 1])]) == []
     assert measure_flips([harmless], [answers("accuracy/harmless", [1, 0])]) == []
     assert measure_flips([], [harmless]) == []
