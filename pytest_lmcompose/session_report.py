@@ -174,7 +174,7 @@ class SessionReport:
         found = [(f"lmcompose: {name}", message) for name, message in failures]
         found += [("lmcompose", line) for line in self._idle]
         reporter.ensure_newline()
-        for line in github.annotations(found, self._options.thresholds or self._config.inipath):
+        for line in github.error_lines(found, self._options.thresholds or self._config.inipath):
             reporter.write_line(line)
 
     def _plan(self) -> Plan | None:

@@ -157,8 +157,8 @@ def _write_trends(found: Runs, trends: Sequence[Trend]) -> None:
     for entry, test in trends:
         change = entry.points[-1][1].number - entry.points[0][1].number
         p = "too few runs" if test is None else f"{test.p_holm:.2g}" + (" drifts" if test.drifts else "")
-        values = {place: measured.number for place, measured in entry.points}
-        bars = sparkline([values.get(place) for place in range(len(found))])
+        heights = {place: measured.number for place, measured in entry.points}
+        bars = sparkline([heights.get(place) for place in range(len(found))])
         rows.append((f"{entry.composition}  {entry.metric}", bars, f"{change:+.3g}", p))
     _table(rows, {f"{entry.composition}  {entry.metric}" for entry, test in trends if test and test.drifts})
 

@@ -92,8 +92,8 @@ def read(file: Path) -> Log:
                 ):
                     column.append(item)
     found: dict[str, Metric] = {}
-    for name, column in columns.items():
-        gather(found, Metric(name), *column)
+    for name, (ids, prompts, values) in columns.items():
+        gather(found, Metric(name), ids, prompts, values)
     return Log(str(file), "Inspect", found, header.eval.model)
 
 

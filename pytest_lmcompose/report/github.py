@@ -23,7 +23,7 @@ def active(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("GITHUB_ACTIONS") == "true"
 
 
-def annotations(
+def error_lines(
     failures: Sequence[tuple[str, str]], file: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Iterator[str]:
     """Yield a workflow command for each failure, a pair of title and message; the last one counts what does not fit.
