@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
 
 _LIKELIHOODS = ("perplexity", "ppl", "bits_per_byte")
 """Parts of the names of metrics whose samples are log-likelihoods."""
@@ -122,6 +127,16 @@ def last_run(folder: Path, files: str, dated: re.Pattern[str], level: int = 0) -
         raise LogError(f"{folder}: logs of {len(models)} models; name the folder of one, such as {models[0]}")
     last = max((date for date, _ in found), default="")
     return sorted(file for date, file in found if date == last)
+
+
+def decode(text: bytes, kind: type[T]) -> T:
+    """Decode JSON, also with the NaN and Infinity that Python writes; raises ValueError or msgspec.MsgspecError."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return msgspec.convert(json.loads(text), kind)
 
 
 def number(value: object) -> float | None:
