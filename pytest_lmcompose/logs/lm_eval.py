@@ -26,7 +26,7 @@ class _Results(msgspec.Struct):
     higher_is_better: dict[str, dict[str, bool | None]] = {}
 
 
-class _Row(msgspec.Struct):
+class _Row(msgspec.Struct, gc=False):
     doc_id: Any
     metrics: tuple[str, ...] = ()
     doc_hash: str = ""
@@ -64,9 +64,10 @@ def read(folder: Path, files: list[Path]) -> Log:
 def _blocks(file: Path) -> Iterator[tuple[Sequence[str], list[Any]]]:
     """Yield the rows of a file of samples in blocks, with the names of `value_0`, `value_1`, ...; raises LogError."""
     names: tuple[str, ...] = ()
-    line = 1
+    line, size = 1, 1  # the first row says which metrics to decode
     with file.open("rb") as stream:
-        while block := stream.read(_BLOCK) + stream.readline():
+        while block := stream.read(size) + stream.readline():
+            size = _BLOCK
             rows = _decoded(file, block, names, line)
             given = {name for named in {row.metrics for row in rows} for name in named or _unnamed(block)}
             if new := sorted(given - set(names)):
@@ -97,7 +98,7 @@ def _kind(names: tuple[str, ...]) -> type[Any]:
     """Return the type of rows with these metrics, as `value_0`, `value_1`, ..., which skips all else."""
     fields = [(f"value_{place}", Any, None) for place in range(len(names))]
     renamed = {f"value_{place}": name for place, name in enumerate(names)}
-    return msgspec.defstruct("Row", fields, bases=(_Row,), rename=renamed, kw_only=True)
+    return msgspec.defstruct("Row", fields, bases=(_Row,), rename=renamed, kw_only=True, gc=False)
 
 
 def _unnamed(block: bytes) -> Iterator[str]:
