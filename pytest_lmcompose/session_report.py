@@ -177,14 +177,23 @@ class SessionReport:
             self._annotate(reporter)
 
     def _annotate(self, reporter: pytest.TerminalReporter) -> None:
-        """Write an annotation for each failure, at the thresholds or the ini file."""
+        """Write an annotation for each failure and each drift, at the thresholds or the ini file."""
         from pytest_lmcompose.report.view import summarise_gates
 
         failures = summarise_gates(self._collected.results).failure_messages
         found = [(f"lmcompose: {name}", message) for name, message in failures]
         found += [("lmcompose", line) for line in self._idle]
+        drifting = [
+            (
+                f"lmcompose: {row.composition}",
+                f"{row.metric} got worse over {len(row.values)} stored runs, by {row.loss:.4g}",
+            )
+            for row in (() if self._outcome is None else self._outcome.drift)
+            if row.drifts
+        ]
+        file = self._options.thresholds or self._config.inipath
         reporter.ensure_newline()
-        for line in github.annotations(found, self._options.thresholds or self._config.inipath):
+        for line in (*github.annotation_lines(found, file), *github.annotation_lines(drifting, file, kind="warning")):
             reporter.write_line(line)
 
     @property

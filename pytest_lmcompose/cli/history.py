@@ -33,7 +33,7 @@ _SHORT = 8
 @click.command()
 @click.option("--metric", "-m", "metrics", multiple=True, metavar="GLOB", help="Follow these metrics.  [repeatable]")
 @click.option("--of", "-c", "compositions", multiple=True, metavar="GLOB", help="Of these compositions.  [repeatable]")
-@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the last N runs.")
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the last N stored runs.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="PATH", help="Draw the metrics, as .svg or .html.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @STORAGE
@@ -140,8 +140,11 @@ def _trends(found: Runs, metrics: Sequence[str], compositions: Sequence[str]) ->
     def wanted(composition: str, metric: str) -> bool:
         return matches(composition, compositions) and matches(metric, metrics)
 
+    chosen = list(series(reports, wanted))
+    if not chosen:
+        raise CommandError(f"the last run, {found[-1][0]}, has no finite value of these metrics")
     tests = {(row.composition, row.metric): row for row in drifts(reports, judged=wanted, window=len(reports))}
-    return [(entry, tests.get((entry.composition, entry.metric))) for entry in series(reports, wanted)]
+    return [(entry, tests.get((entry.composition, entry.metric))) for entry in chosen]
 
 
 def _write_trends(found: Runs, trends: Sequence[Trend]) -> None:
@@ -153,12 +156,12 @@ def _write_trends(found: Runs, trends: Sequence[Trend]) -> None:
         texts = [MISSING if cell is None else with_error(cell.value, cell.stderr) for cell in cells]
         columns.append([f"{entry.composition} {entry.metric}", *texts])
     _table(list(zip(*columns, strict=True)))
-    rows = [("composition  metric", "over the runs", "change", "p of a decline (Holm)")]
+    rows = [("composition  metric", "over the runs", "change", "p of getting worse (Holm)")]
     for entry, test in trends:
         change = entry.points[-1][1].number - entry.points[0][1].number
         p = "too few runs" if test is None else f"{test.p_holm:.2g}" + (" drifts" if test.drifts else "")
-        values = {place: measured.number for place, measured in entry.points}
-        bars = sparkline([values.get(place) for place in range(len(found))])
+        heights = {place: measured.number for place, measured in entry.points}
+        bars = sparkline([heights.get(place) for place in range(len(found))])
         rows.append((f"{entry.composition}  {entry.metric}", bars, f"{change:+.3g}", p))
     _table(rows, {f"{entry.composition}  {entry.metric}" for entry, test in trends if test and test.drifts})
 

@@ -72,7 +72,7 @@ def tell_github(title: str, gates: Sequence[Gate], file: Path, rows: Sequence[Ro
     if not github.active():
         return
     failures = [(f"lmcompose: {gate.metric}", gate.message) for gate in gates if not gate.passed]
-    for line in github.annotations(failures, file):
+    for line in github.annotation_lines(failures, file):
         click.echo(line)
     if (problem := github.add_summary(markdown.render_gates(title, gates, rows))) is not None:
         click.echo(problem, err=True)

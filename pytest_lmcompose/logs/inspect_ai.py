@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pytest_lmcompose.logs.log import Log, LogError, Metric, gather
+from pytest_lmcompose.logs.log import Log, LogError, Metric, decode, gather
 
 _ZSTANDARD = 93
 _BROKEN = (
@@ -67,13 +67,13 @@ def read(file: Path) -> Log:
                 names = archive.namelist()
                 if "header.json" not in names or "summaries.json" not in names:
                     raise LogError(f"{file}: no finished log of Inspect: header.json or summaries.json is missing")
-                header = msgspec.json.decode(_member(archive, file, "header.json"), type=_Header)
-                samples = msgspec.json.decode(_member(archive, file, "summaries.json"), type=list[_Sample])
+                header = decode(_member(archive, file, "header.json"), _Header)
+                samples = decode(_member(archive, file, "summaries.json"), list[_Sample])
         else:
             text = file.read_bytes()
             if text.startswith(b"PK"):
                 raise LogError(f"{file} is a truncated archive; copy it again")
-            header = msgspec.json.decode(text, type=_Header)
+            header = decode(text, _Header)
             samples = header.samples or []
     except _BROKEN as error:
         raise LogError(f"{file} cannot be read as a log of Inspect: {error}") from None
@@ -87,13 +87,12 @@ def read(file: Path) -> Log:
             parts = score.value if isinstance(score.value, dict) else {None: score.value}
             for part, value in parts.items():
                 name = f"{header.eval.task}/{scorer}" + ("" if part is None else f"/{part}")
-                for column, item in zip(
-                    columns.setdefault(name, ([], [], [])), (str(sample.id), sample.prompt, value), strict=True
-                ):
+                row = str(sample.id), sample.prompt, None if value != value else value  # NaN: not scored
+                for column, item in zip(columns.setdefault(name, ([], [], [])), row, strict=True):
                     column.append(item)
     found: dict[str, Metric] = {}
-    for name, column in columns.items():
-        gather(found, Metric(name), *column)
+    for name, (ids, prompts, values) in columns.items():
+        gather(found, Metric(name), ids, prompts, values)
     return Log(str(file), "Inspect", found, header.eval.model)
 
 

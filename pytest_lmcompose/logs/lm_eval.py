@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from pytest_lmcompose.logs.log import Log, LogError, Metric, gather, last_run, lower_is_better, number
+from pytest_lmcompose.logs.log import Log, LogError, Metric, decode, gather, last_run, lower_is_better, number
 
 _DATED = re.compile(r"(?P<kind>samples_(?P<task>.+)|results)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl?")
 _BLOCK = 1 << 24
@@ -26,7 +26,7 @@ class _Results(msgspec.Struct):
     higher_is_better: dict[str, dict[str, bool | None]] = {}
 
 
-class _Row(msgspec.Struct):
+class _Row(msgspec.Struct, gc=False):
     doc_id: Any
     metrics: tuple[str, ...] = ()
     doc_hash: str = ""
@@ -64,9 +64,10 @@ def read(folder: Path, files: list[Path]) -> Log:
 def _blocks(file: Path) -> Iterator[tuple[Sequence[str], list[Any]]]:
     """Yield the rows of a file of samples in blocks, with the names of `value_0`, `value_1`, ...; raises LogError."""
     names: tuple[str, ...] = ()
-    line = 1
+    line, size = 1, 1  # the first row says which metrics to decode
     with file.open("rb") as stream:
-        while block := stream.read(_BLOCK) + stream.readline():
+        while block := stream.read(size) + stream.readline():
+            size = _BLOCK
             rows = _decoded(file, block, names, line)
             given = {name for named in {row.metrics for row in rows} for name in named or _unnamed(block)}
             if new := sorted(given - set(names)):
@@ -77,24 +78,27 @@ def _blocks(file: Path) -> Iterator[tuple[Sequence[str], list[Any]]]:
 
 
 def _decoded(file: Path, block: bytes, names: tuple[str, ...], first: int) -> list[Any]:
+    """Return the rows of a block; NaN and a broken line are looked for line by line."""
+    kind = _kind(names)
     try:
-        return _decoder(names).decode_lines(block)
+        return msgspec.json.Decoder(kind).decode_lines(block)
     except msgspec.MsgspecError:
+        rows = []
         for line, text in enumerate(block.split(b"\n"), start=first):
             try:
                 if text.strip():
-                    _decoder(names).decode(text)
-            except msgspec.MsgspecError as error:
+                    rows.append(decode(text, kind))
+            except (ValueError, msgspec.MsgspecError) as error:
                 raise LogError(f"{file}, line {line}: no sample of lm-evaluation-harness: {error}") from None
-        raise
+        return rows
 
 
 @cache
-def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
-    """Return a decoder of rows with these metrics, which skips all else: as `value_0`, `value_1`, ..."""
+def _kind(names: tuple[str, ...]) -> type[Any]:
+    """Return the type of rows with these metrics, as `value_0`, `value_1`, ..., which skips all else."""
     fields = [(f"value_{place}", Any, None) for place in range(len(names))]
     renamed = {f"value_{place}": name for place, name in enumerate(names)}
-    return msgspec.json.Decoder(msgspec.defstruct("Row", fields, bases=(_Row,), rename=renamed, kw_only=True))
+    return msgspec.defstruct("Row", fields, bases=(_Row,), rename=renamed, kw_only=True, gc=False)
 
 
 def _unnamed(block: bytes) -> Iterator[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
 
 _LIKELIHOODS = ("perplexity", "ppl", "bits_per_byte")
 """Parts of the names of metrics whose samples are log-likelihoods."""
@@ -68,22 +73,27 @@ def gather(
     found: dict[str, Metric], metric: Metric, samples: Sequence[str], prompts: Sequence[str], values: Sequence[Any]
 ) -> None:
     """Add a column of values to the metric of that name in `found`; what is no score of a sample is left out."""
-    weights: Sequence[float] = ()
     name = metric.name.rpartition("/")[2]
-    if any(word in name for word in _LIKELIHOODS) and values and None not in (pairs := list(map(_likelihood, values))):
+    weights: list[float] = []
+    if any(word in name for word in _LIKELIHOODS) and (texts := _likelihoods(values)):
         bits = "bits" in name
         metric.higher_is_better, metric.exponential = False, not bits
-        weights = [units if any(unit in name for unit in _UNITS) else 1.0 for _, units in pairs]
+        weights = [units if any(unit in name for unit in _UNITS) else 1.0 for _, units in texts]
         base = math.log(2) if bits else 1.0
-        values = [-pair[0] / units / base for pair, units in zip(pairs, weights, strict=True)]
-    elif not set(map(type, values)) <= {bool, int, float}:
-        scored = [place for place, value in enumerate(values) if number(value) is not None]
-        samples, prompts, values = ([column[place] for place in scored] for column in (samples, prompts, values))
-    if values:
+        scores = [-likelihood / units / base for (likelihood, _), units in zip(texts, weights, strict=True)]
+    else:
+        known_scores = list(map(number, values))
+        scores = [score for score in known_scores if score is not None]
+        if len(scores) < len(known_scores):
+            samples, prompts = (
+                [item for item, score in zip(column, known_scores, strict=True) if score is not None]
+                for column in (samples, prompts)
+            )
+    if scores:
         known = found.setdefault(metric.name, metric)
         known.samples += samples
         known.prompts += prompts
-        known.values += map(number, values)
+        known.values += scores
         known.weights += weights
 
 
@@ -92,15 +102,19 @@ def lower_is_better(name: str) -> bool:
     return any(word in name for word in (*_LIKELIHOODS, "brier", "loss"))
 
 
-def _likelihood(value: Any) -> tuple[float, float] | None:
-    """Return the log-likelihood of a text with its number of units, such as words, None if `value` is neither."""
-    match value:
-        case {"logprobs": likelihood, "weights": units} | [likelihood, units]:
-            found = number(likelihood), number(units)
-        case _:
-            found = number(value), 1.0
-    likelihood, units = found
-    return None if likelihood is None or likelihood > 0 or not units else (likelihood, units)
+def _likelihoods(values: Sequence[Any]) -> list[tuple[float, float]]:
+    """Return the log-likelihoods of texts, each with its number of units, such as words; empty if one is neither."""
+    found = []
+    for value in values:
+        match value:
+            case {"logprobs": likelihood, "weights": units} | [likelihood, units]:
+                pair = number(likelihood), number(units)
+            case _:
+                pair = number(value), 1.0
+        if pair[0] is None or pair[0] > 0 or not pair[1]:
+            return []
+        found.append((pair[0], pair[1]))
+    return found
 
 
 def last_run(folder: Path, files: str, dated: re.Pattern[str], level: int = 0) -> list[Path]:
@@ -113,6 +127,16 @@ def last_run(folder: Path, files: str, dated: re.Pattern[str], level: int = 0) -
         raise LogError(f"{folder}: logs of {len(models)} models; name the folder of one, such as {models[0]}")
     last = max((date for date, _ in found), default="")
     return sorted(file for date, file in found if date == last)
+
+
+def decode(text: bytes, kind: type[T]) -> T:
+    """Decode JSON, also with the NaN and Infinity that Python writes; raises ValueError or msgspec.MsgspecError."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return msgspec.convert(json.loads(text), kind)
 
 
 def number(value: object) -> float | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from pytest_lmcompose.report.files import append_text
 from pytest_lmcompose.report.text import visible
 
 ANNOTATIONS = 10
-"""Errors of a step that GitHub shows."""
+"""Annotations of a kind that GitHub shows of a step."""
 SUMMARY = 1 << 20
 """Bytes of a step's summary; GitHub drops a larger one."""
 _MESSAGE, _TITLE = 4000, 255
@@ -23,8 +24,11 @@ def active(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("GITHUB_ACTIONS") == "true"
 
 
-def annotations(
-    failures: Sequence[tuple[str, str]], file: Path | None = None, environment: Mapping[str, str] = os.environ
+def annotation_lines(
+    failures: Sequence[tuple[str, str]],
+    file: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+    kind: Literal["error", "warning"] = "error",
 ) -> Iterator[str]:
     """Yield a workflow command for each failure, a pair of title and message; the last one counts what does not fit.
 
@@ -33,11 +37,11 @@ def annotations(
     shown = failures if len(failures) <= ANNOTATIONS else failures[: ANNOTATIONS - 1]
     found = [*shown]
     if len(shown) < len(failures):
-        found.append(("lmcompose", f"and {len(failures) - len(shown)} more failures; the job summary lists them"))
+        found.append(("lmcompose", f"and {len(failures) - len(shown)} more; the job summary lists them"))
     where = "" if file is None else f"file={_property(_in_workspace(file, environment))},"
     for title, message in found:
         text = visible(message, lines=True)
-        yield f"::error {where}title={_property(visible(title)[:_TITLE])}::{_data(text[:_MESSAGE])}"
+        yield f"::{kind} {where}title={_property(visible(title)[:_TITLE])}::{_data(text[:_MESSAGE])}"
 
 
 def add_summary(text: str, environment: Mapping[str, str] = os.environ) -> str | None:

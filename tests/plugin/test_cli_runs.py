@@ -279,6 +279,12 @@ def test_runs_says_what_is_wrong_in_one_line(history: Path, words: list[str], me
     assert result.exit_code == 2 and message in result.output
 
 
+def test_runs_follows_what_the_last_run_has(history: Path) -> None:
+    Storage(history / ".lmcompose").save(typed(report({"base": {"recall": [1.0] * 20}})), "v9")
+    result = call("runs", "-m", "perplexity")
+    assert result.exit_code == 2 and "the last run, 0010_v9, has no finite value of these metrics" in result.output
+
+
 def test_several_runs_are_columns(history: Path) -> None:
     result = call("compare", "v0", "v1", "v8")
     assert result.exit_code == 0

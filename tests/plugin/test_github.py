@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_lmcompose.cli import main
-from pytest_lmcompose.report.github import ANNOTATIONS, SUMMARY, add_summary, annotations, fitted
+from pytest_lmcompose.report.github import ANNOTATIONS, SUMMARY, add_summary, annotation_lines, fitted
 from tests.plugin.conftest import Project
 from tests.plugin.test_logs import RIGHT, WORSE, lm_eval
 
@@ -25,27 +25,30 @@ def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_ends_a_command_or_a_property_is_escaped() -> None:
-    (line,) = annotations([("a: b, 5%", "5 % of a, b: c\nnext\r\x1b[31m")], Path("x,y:z%.yaml"), {})
+    (line,) = annotation_lines([("a: b, 5%", "5 % of a, b: c\nnext\r\x1b[31m")], Path("x,y:z%.yaml"), {})
     assert line == "::error file=x%2Cy%3Az%25.yaml,title=a%3A b%2C 5%25::5 %25 of a, b: c%0Anext \\x1b[31m"
 
 
 def test_files_are_relative_to_the_checkout(tmp_path: Path) -> None:
     environment = {"GITHUB_WORKSPACE": str(tmp_path)}
-    assert next(annotations([("t", "m")], tmp_path / "a" / "b.yaml", environment)) == "::error file=a/b.yaml,title=t::m"
-    outside = next(annotations([("t", "m")], Path("/elsewhere/b.yaml"), environment))
+    assert (
+        next(annotation_lines([("t", "m")], tmp_path / "a" / "b.yaml", environment))
+        == "::error file=a/b.yaml,title=t::m"
+    )
+    outside = next(annotation_lines([("t", "m")], Path("/elsewhere/b.yaml"), environment))
     assert outside == "::error file=/elsewhere/b.yaml,title=t::m"
 
 
 @pytest.mark.parametrize(("failures", "shown"), [(0, 0), (1, 1), (10, 10), (11, 10), (500, 10)])
 def test_no_more_annotations_than_github_shows(failures: int, shown: int) -> None:
-    lines = list(annotations([("t", str(i)) for i in range(failures)], None, {}))
+    lines = list(annotation_lines([("t", str(i)) for i in range(failures)], None, {}))
     assert len(lines) == shown <= ANNOTATIONS
     if failures > shown:
-        assert lines[-1].endswith(f"::and {failures - shown + 1} more failures; the job summary lists them")
+        assert lines[-1].endswith(f"::and {failures - shown + 1} more; the job summary lists them")
 
 
 def test_long_messages_are_cut() -> None:
-    (line,) = annotations([("t" * 1000, "m" * 100_000)], None, {})
+    (line,) = annotation_lines([("t" * 1000, "m" * 100_000)], None, {})
     assert len(line) < 5000
 
 

@@ -385,10 +385,28 @@ def test_perplexities_are_read_from_log_likelihoods(tmp_path: Path) -> None:
 
 def test_perplexities_of_lighteval(tmp_path: Path) -> None:
     rows = [
-        {"doc": {"id": str(i), "query": "?"}, "metric": {"ppl": {"logprobs": -float(i), "weights": 2}}}
+        {"doc": {"id": str(i), "query": "?"}, "metric": {"ppl": pair, "word_perplexity": pair}}
         for i in range(4)
+        for pair in [{"logprobs": -float(i), "weights": 2}]
     ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "details_toy|0_2026-01-01T00-00-00.parquet")
-    (metric,) = read_log(tmp_path).metrics.values()
-    assert metric.exponential and not metric.higher_is_better
-    assert (metric.values, metric.weights) == ([0.0, 0.5, 1.0, 1.5], [2.0] * 4)
+    found = read_log(tmp_path).metrics
+    assert all(metric.exponential and not metric.higher_is_better for metric in found.values())
+    by_text, by_word = found["toy|0/ppl"], found["toy|0/word_perplexity"]
+    assert (by_text.values, by_text.weights) == ([0.0, 1.0, 2.0, 3.0], [1.0] * 4)
+    assert (by_word.values, by_word.weights) == ([0.0, 0.5, 1.0, 1.5], [2.0] * 4)
+
+
+def test_nan_fails_the_gate_and_is_no_broken_log(tmp_path: Path) -> None:
+    old, new = lm_eval(tmp_path / "old", RIGHT), lm_eval(tmp_path / "new", RIGHT)
+    (file,) = new.rglob("samples_*")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[5]["nll"] = math.nan
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = gate(old, new)
+    assert found.exit_code == 1 and "toy_task/nll = nan" in found.output and "1 of 2 gates failed" in found.output
+    files = [inspect(tmp_path / f"{name}.json", RIGHT[:20]) for name in ("a", "b")]
+    document = json.loads(files[1].read_text())
+    document["samples"][3]["scores"]["match"]["value"] = math.nan  # what Inspect writes for a sample that has no score
+    files[1].write_text(json.dumps(document))
+    assert "1 samples are only in" in gate(*files).output
