@@ -193,7 +193,8 @@ class Effect:
             found = self._turned(name, grid.round(*(self._turned(name, t) for t in (unrounded, own, delta))))
         elif name in self.masks:
             norms = self.norms.get(name, torch.ones(1))
-            found = self._turned(name, pruned(*(self._turned(name, t) for t in (base, own, delta)), norms))
+            before, after, change = (self._turned(name, tensor) for tensor in (base, own, delta))
+            found = self._turned(name, pruned(before, after, change, norms))
         elif name in self.scales:
             found = own + delta
         else:

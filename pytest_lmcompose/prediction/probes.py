@@ -17,7 +17,7 @@ from pytest_lmcompose.data.run_data import RunData
 
 Promise = Literal["edit", "unlearn", "perplexity", "recall"]
 PROMISES: tuple[Promise, ...] = ("edit", "unlearn", "perplexity", "recall")
-EDITS, FORGET, TEXTS, FACTS = 10, 8, 8, 16
+EDITS, FORGET, TEXTS, FACTS = 20, 8, 8, 16
 """Samples of each promise."""
 TOKENS = 32
 """Of a text."""
