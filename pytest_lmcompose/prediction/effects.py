@@ -204,10 +204,10 @@ class Effect:
 
 
 def commutator(base: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Return the norm of the difference between two states, relative to the weights where they differ."""
+    """Return the norm of the difference between two states, relative to the weights where they may differ."""
     difference = whole = 0.0
     for name in one.keys() & other.keys():
-        if one[name].shape == other[name].shape:
+        if one[name] is not other[name]:
             difference += float((one[name].float() - other[name].float()).square().sum())
             whole += float(base[name].float().square().sum())
     return float((difference / whole) ** 0.5) if whole else 0.0
