@@ -193,7 +193,8 @@ class Effect:
             found = self._turned(name, grid.round(*(self._turned(name, t) for t in (unrounded, own, delta))))
         elif name in self.masks:
             norms = self.norms.get(name, torch.ones(1))
-            found = self._turned(name, pruned(*(self._turned(name, t) for t in (base, own, delta)), norms))
+            before, after, change = (self._turned(name, tensor) for tensor in (base, own, delta))
+            found = self._turned(name, pruned(before, after, change, norms))
         elif name in self.scales:
             found = own + delta
         else:
@@ -203,10 +204,10 @@ class Effect:
 
 
 def commutator(base: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Return the norm of the difference between two states, relative to the weights where they differ."""
+    """Return the norm of the difference between two states, relative to the weights where they may differ."""
     difference = whole = 0.0
     for name in one.keys() & other.keys():
-        if one[name].shape == other[name].shape:
+        if one[name] is not other[name]:
             difference += float((one[name].float() - other[name].float()).square().sum())
             whole += float(base[name].float().square().sum())
     return float((difference / whole) ** 0.5) if whole else 0.0

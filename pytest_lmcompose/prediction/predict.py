@@ -53,8 +53,9 @@ class Predictor:
         if not (one.readable and other.readable):
             unknown = [Prediction(*about, promise, None) for promise in concerned]
             return Pair(*about, (*unknown, *wanted), None, None, intensity)
-        there, back = other.after(one), one.after(other)
         lossy = "compress" in (one.category, other.category)
+        there = other.after(one)
+        back = one.after(other) if lossy else there
         values = self._values(first, second, there, back, concerned, lossy)
         told = [self._prediction(about, promise, *values[promise]) for promise in concerned]
         kept = None

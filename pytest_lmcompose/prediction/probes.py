@@ -17,11 +17,11 @@ from pytest_lmcompose.data.run_data import RunData
 
 Promise = Literal["edit", "unlearn", "perplexity", "recall"]
 PROMISES: tuple[Promise, ...] = ("edit", "unlearn", "perplexity", "recall")
-EDITS, FORGET, TEXTS, FACTS = 10, 8, 8, 16
+EDITS, FORGET, TEXTS, FACTS = 20, 8, 6, 8
 """Samples of each promise."""
-TOKENS = 32
+TOKENS = 24
 """Of a text."""
-_ROWS = 64
+_ROWS = 8  # little padding
 
 
 class Probes(NamedTuple):

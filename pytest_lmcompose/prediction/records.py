@@ -14,7 +14,7 @@ PROBABLE = 0.9
 """Probability from which an order is called better."""
 UNKNOWN = 4.0
 """Information of a pair without a prediction: more than any other."""
-MODEL_ERROR = {"edit": 0.03, "unlearn": 0.1, "perplexity": 0.02, "recall": 0.02}
+MODEL_ERROR = {"edit": 0.03, "unlearn": 0.1, "perplexity": 0.03, "recall": 0.1}
 """Standard errors of the first-order model; see docs/prediction.md."""
 
 
