@@ -35,6 +35,10 @@ class Repairer(Searcher):
         """Return the distance."""
         return [float(trial.distance)]
 
+    def rank(self, trial: Trial) -> tuple[float, ...]:
+        """Return the violation, then the distance."""
+        return trial.violation, trial.distance
+
     def constraints(self, trial: Trial) -> dict[str, float]:
         """Return the violation of the gates."""
         return {"gates": trial.violation}
@@ -49,7 +53,7 @@ class Repairer(Searcher):
     @property
     def best(self) -> Trial:
         """The repair nearest to what was asked for; if there is none yet, the trial that comes nearest to one."""
-        return min(self.study.known.values(), key=lambda trial: (trial.violation, trial.distance))
+        return min(self.study.known.values(), key=self.rank)
 
     def notes(self) -> Iterator[str]:
         """Yield rules for the composition that was asked for that do not judge the best one."""
@@ -105,7 +109,7 @@ class Repairer(Searcher):
 
     def _together(self) -> Iterator[tuple[Point, Trial]]:
         """Yield trials of several changes, the most promising first: effects of single changes are added up by gate."""
-        asked, known, refused = self.space.asked, self.study.known, set()
+        asked, known = self.space.asked, self.study.known
         effects: dict[tuple[int, int], dict[str, float]] = {}
         for place, point in self.space.neighbours(asked):
             if point in known:
@@ -116,15 +120,12 @@ class Repairer(Searcher):
                 for place, near in self.space.neighbours(point):
                     effect = effects.get(self._move(point, near, place), {})
                     expected = sum(max(0.0, left) for left in _sum(trial.violations, effect).values())
-                    if expected < trial.violation and near not in known and near not in refused:
+                    if expected < trial.violation and near not in known and near not in self.refused:
                         found.append((expected, self.space.distance(near), near))
             if not found:
                 return
             near = min(found)[-1]
-            tried = self.attempt(near)
-            if tried is None:
-                refused.add(near)
-            else:
+            if (tried := self.attempt(near)) is not None:
                 yield near, tried
 
     def _move(self, start: Point, end: Point, place: int) -> tuple[int, int]:
