@@ -228,7 +228,8 @@ def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequ
     except KeyboardInterrupt as error:
         interrupted = error
     best = search.best
-    command = shlex.join(["pytest", "--pyargs", "compositions", *given, f"--lmcompose-compose={best.composition}"])
+    command = shlex.join(["pytest", "--pyargs", "compositions", *given])
+    command += f" --lmcompose-compose={shlex.quote(best.composition)}"
     trials = tuple(search.study.known.values())
     found = Repair(composition.id, search.first, best, best.green, command, tuple(search.notes()), trials, limit.spent)
     _print_repair(found)

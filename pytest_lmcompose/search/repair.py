@@ -76,8 +76,7 @@ class Repairer(Searcher):
         for place, point in self.space.neighbours(self.space.asked):
             if self._may_help(dials[place], point[place]):
                 dial = dials[place]
-                switch = len(dial.options)  # a switch before a scale
-                found.append((self.space.distance(point), _KINDS.index(dial.kind), switch, place, point))
+                found.append((self.space.distance(point), _KINDS.index(dial.kind), not dial.named, place, point))
         return [point for *_, point in sorted(found)]
 
     def _may_help(self, dial: Dial, option: int) -> bool:

@@ -380,11 +380,11 @@ def test_layers_that_other_steps_changed_can_be_spared(simulated: Simulate) -> N
 
 def test_the_front_has_what_nothing_beats(simulated: Simulate) -> None:
     def metrics(c: Composition) -> Mapping[str, float]:
-        bits = setting(c, "rtn", "bits", 4) if c.steps else 16
-        size = setting(c, "rtn", "group_size", 128) if c.steps else 128
+        bits = setting(c, "hqq", "bits", 4) if c.steps else 16
+        size = setting(c, "hqq", "group_size", 64) if c.steps else 128
         return fine(average_bits=bits, recall=min(1.0, 0.2 * bits) - (0.05 if size > 32 else 0.0))
 
-    run = simulated(metrics, PROMISES, "rtn")
+    run = simulated(metrics, PROMISES, "hqq")
     search = Tuner(Bench(run), run.compositions[0], Budget(1000), ignore, "average_bits")
     search.search()
     front = [(trial.metrics["average_bits"], round(trial.margin, 3)) for trial in search.front()]
