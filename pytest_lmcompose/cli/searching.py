@@ -17,11 +17,11 @@ from pytest_lmcompose.cli.listing import aligned
 from pytest_lmcompose.cli.planning import arguments
 from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
 from pytest_lmcompose.cli.runs import STORAGE, load
+from pytest_lmcompose.composition import BASE, Composition
 from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.text import visible
 
 if TYPE_CHECKING:
-    from pytest_lmcompose.composition import Composition
     from pytest_lmcompose.results import Report
     from pytest_lmcompose.search.bench import Bench
     from pytest_lmcompose.search.records import Repair, Tuning
@@ -118,7 +118,8 @@ def repair(what: Sequence[str], budget: float, json_file: str | None, storage: P
 
     report = _report(what[0], storage) if len(what) == 1 else None
     if report is not None:
-        what = [r.id for r in report.compositions if r.steps and (r.error or any(not g.passed for g in r.gates))]
+        red = [r for r in report.compositions if r.id != BASE and (r.error or any(not g.passed for g in r.gates))]
+        what = [record.id for record in red]
         if not what:
             click.echo("every composition is green: there is nothing to repair")
             return
@@ -227,7 +228,8 @@ def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequ
     except KeyboardInterrupt as error:
         interrupted = error
     best = search.best
-    command = shlex.join(["pytest", "--pyargs", "compositions", *given, f"--lmcompose-compose={best.composition}"])
+    command = shlex.join(["pytest", "--pyargs", "compositions", *given])
+    command += f" --lmcompose-compose={shlex.quote(best.composition)}"
     trials = tuple(search.study.known.values())
     found = Repair(composition.id, search.first, best, best.green, command, tuple(search.notes()), trials, limit.spent)
     _print_repair(found)

@@ -2,9 +2,10 @@
 
 Single changes come first, the nearest first: another order, a repeated step, layers to spare, settings one place on.
 Only those are tried that may help: a step that broke others' promises, or what every step must leave alone, becomes
-milder, and a step whose promise is broken is repeated or becomes stronger. Then the changes that helped are put
-together and moved on, and at last Optuna proposes (TPE, with the violation of the gates as a constraint). What is found
-is simplified: each change is taken back, in whole or by one place, if the gates stay green.
+milder, and a step whose promise is broken is repeated or becomes stronger. Changes that helped are put together and
+moved on, at once if one helped a lot. At last Optuna proposes (TPE, with the violation of the gates as a constraint).
+What is found is simplified: each change is taken back, in whole or by one place, if the gates stay green. Then single
+changes that are nearer, and were not tried yet, get their chance.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pytest_lmcompose.search.searcher import Searcher
 from pytest_lmcompose.search.space import Dial, Point
 from pytest_lmcompose.search.study import Direction
 
+_FOLLOWED = 2
+"""Trials that follow a single change which helped a lot, before the next single change."""
 _TOGETHER = 12
 """Trials that put changes together before Optuna proposes."""
 _KINDS = ("order", "again", "layers", "setting")
@@ -35,21 +38,29 @@ class Repairer(Searcher):
         """Return the distance."""
         return [float(trial.distance)]
 
+    def rank(self, trial: Trial) -> tuple[float, ...]:
+        """Return the violation, then the distance."""
+        return trial.violation, trial.distance
+
     def constraints(self, trial: Trial) -> dict[str, float]:
         """Return the violation of the gates."""
         return {"gates": trial.violation}
 
     def search(self) -> None:
-        """Search until a repair is found and simplified, or the budget is spent."""
-        if not self.first.green:
-            found = next((point for point, trial in self._trials() if trial.green), None)
-            if found is not None:
-                self._simplify(found)
+        """Search until a repair is found and nothing nearer is left to try, or the budget is spent."""
+        if self.first.green:
+            return
+        found = next((point for point, trial in self._trials() if trial.green), None)
+        if found is not None:
+            self._simplify(found)
+            for point in self._singles():
+                if self.space.distance(point) < self.best.distance:
+                    self.attempt(point)
 
     @property
     def best(self) -> Trial:
         """The repair nearest to what was asked for; if there is none yet, the trial that comes nearest to one."""
-        return min(self.study.known.values(), key=lambda trial: (trial.violation, trial.distance))
+        return min(self.study.known.values(), key=self.rank)
 
     def notes(self) -> Iterator[str]:
         """Yield rules for the composition that was asked for that do not judge the best one."""
@@ -63,7 +74,9 @@ class Repairer(Searcher):
         for point in self._singles():
             if (trial := self.attempt(point)) is not None:
                 yield point, trial
-        yield from self._together()
+                if trial.violation < self.first.violation / 2:
+                    yield from self._together(_FOLLOWED)
+        yield from self._together(_TOGETHER)
         yield from self.proposals()
 
     def _singles(self) -> list[Point]:
@@ -72,8 +85,7 @@ class Repairer(Searcher):
         for place, point in self.space.neighbours(self.space.asked):
             if self._may_help(dials[place], point[place]):
                 dial = dials[place]
-                switch = len(dial.options)  # a switch before a scale
-                found.append((self.space.distance(point), _KINDS.index(dial.kind), switch, place, point))
+                found.append((self.space.distance(point), _KINDS.index(dial.kind), not dial.named, place, point))
         return [point for *_, point in sorted(found)]
 
     def _may_help(self, dial: Dial, option: int) -> bool:
@@ -103,28 +115,25 @@ class Repairer(Searcher):
                     lost[promise.step] = lost.get(promise.step, False) or promise.value is None
         return lost, damaged
 
-    def _together(self) -> Iterator[tuple[Point, Trial]]:
+    def _together(self, count: int) -> Iterator[tuple[Point, Trial]]:
         """Yield trials of several changes, the most promising first: effects of single changes are added up by gate."""
-        asked, known, refused = self.space.asked, self.study.known, set()
+        asked, known = self.space.asked, self.study.known
         effects: dict[tuple[int, int], dict[str, float]] = {}
         for place, point in self.space.neighbours(asked):
             if point in known:
                 effects[self._move(asked, point, place)] = _sum(known[point].violations, self.first.violations, -1)
-        for _ in range(_TOGETHER):
+        for _ in range(count):
             found = []
             for point, trial in known.items():
                 for place, near in self.space.neighbours(point):
                     effect = effects.get(self._move(point, near, place), {})
                     expected = sum(max(0.0, left) for left in _sum(trial.violations, effect).values())
-                    if expected < trial.violation and near not in known and near not in refused:
+                    if expected < trial.violation and near not in known and near not in self.refused:
                         found.append((expected, self.space.distance(near), near))
             if not found:
                 return
             near = min(found)[-1]
-            tried = self.attempt(near)
-            if tried is None:
-                refused.add(near)
-            else:
+            if (tried := self.attempt(near)) is not None:
                 yield near, tried
 
     def _move(self, start: Point, end: Point, place: int) -> tuple[int, int]:

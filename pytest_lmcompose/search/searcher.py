@@ -16,8 +16,8 @@ from pytest_lmcompose.search.study import Direction, Study
 
 STUDIES = "searches"
 """Folder in the cache."""
-_IDLE = 50
-"""Proposals in a row that cannot be tried, after which a search ends."""
+_IDLE = 20
+"""Refused points in a row, after which a search ends."""
 
 
 class Searcher:
@@ -39,6 +39,7 @@ class Searcher:
         directions = self.directions()
         changed = {place: step.changed for place, step in enumerate(self.record.steps)}
         self.space = space_of(run.recipe, composition, changed, only)
+        self.refused: set[Point] = set()
         name = address(
             asked=[run.address(composition, number) for number in range(len(run.seeds))],
             rules=run.rules,
@@ -62,18 +63,28 @@ class Searcher:
         """Return what to optimise."""
         raise NotImplementedError
 
+    def rank(self, trial: Trial) -> tuple[float, ...]:
+        """Return what is small for the best trials."""
+        raise NotImplementedError
+
     def constraints(self, trial: Trial) -> dict[str, float]:
         """Return what should be at most 0."""
         return {}
 
     def attempt(self, point: Point) -> Trial | None:
-        """Return the trial of a point; None if it cannot start, or is expected to take longer than is left."""
+        """Return the trial of a point; None if it is refused.
+
+        That is, if it cannot start, or is expected to take longer than is left.
+        """
         if (known := self.study.known.get(point)) is not None:
             return known
         composition = self.space.composition(point)
-        if composition is None or not self.bench.can_start(composition):
-            return None
-        if self.bench.expected(composition) > self.budget.left:
+        if (
+            composition is None
+            or not self.bench.can_start(composition)
+            or self.bench.expected(composition) > self.budget.left
+        ):
+            self.refused.add(point)
             return None
         record, seconds = self.bench.judge(composition, self.asked)
         trial = self._add(point, record, seconds)
@@ -89,8 +100,20 @@ class Searcher:
     def proposals(self) -> Iterator[tuple[Point, Trial]]:
         """Yield trials that Optuna proposes, until the budget is spent or nothing new can be tried."""
         idle = 0
-        while self.budget.left and idle < _IDLE and (point := self.study.propose()) is not None:
+        while self.budget.left and idle < _IDLE:
+            point = self.study.propose(self.refused) or self._near_best()
+            if point is None:
+                return
             trial = self.attempt(point)
             idle = idle + 1 if trial is None else 0
             if trial is not None:
                 yield point, trial
+
+    def _near_best(self) -> Point | None:
+        """Return a point beside the best trial that has any which was not tried."""
+        known = self.study.known
+        for point in sorted(known, key=lambda point: self.rank(known[point])):
+            for _, near in self.space.neighbours(point):
+                if near not in known and near not in self.refused:
+                    return near
+        return None

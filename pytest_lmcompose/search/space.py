@@ -31,6 +31,8 @@ class Dial:
     """Place of the step in the composition that was asked for."""
     key: str = ""
     """The setting."""
+    named: bool = False
+    """Whether its options are named, as bits are, and not multiples of what was asked for."""
 
     def cost(self, option: int) -> int:
         """Return how far an option is from what was asked for."""
@@ -127,7 +129,7 @@ def space_of(
             if search.layers:
                 dials.append(Dial("layers", (value, *_spared(value or [], search.layers, list(others))), 0, place, key))
             elif options := search.options(value, hint):
-                dials.append(Dial("setting", tuple(options), options.index(value), place, key))
+                dials.append(Dial("setting", tuple(options), options.index(value), place, key, bool(search.values)))
     return Space(steps, tuple(dials))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Direction = Literal["minimize", "maximize"]
 MISSING = "Optuna is not installed: pip install 'pytest-lmcompose[search]'"
-_PROPOSALS = 200
-"""Proposals in a row that were tried before, after which the search ends."""
+_PROPOSALS = 50
+"""Proposals in a row that were tried before, after which the sampler has no more."""
 _TRIAL = "trial"
 """Key of the user attribute with the record of a trial."""
 
@@ -44,40 +44,42 @@ class Study:
             for place, dial in enumerate(space.dials)
         }
         try:
-            self._study = _open(file, directions)
+            self._file = _open(file, directions)
         except (OSError, ValueError) as error:  # a full disk, or a line that was cut off
             say(f"{file}: {error}; the search starts again")
-            self._study = _open(None, directions)
-        done = self._study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed + len(done))  # not the same proposals again
+            self._file = _open(None, directions)
+        done = self._file.get_trials(states=[optuna.trial.TrialState.COMPLETE])
         self.known = {self._point(t.params): msgspec.convert(t.user_attrs[_TRIAL], Trial) for t in done}
         """The trials, in their order."""
+        # Proposals are made in memory, so that the file has nothing but what was tried.
+        self._study = _open(None, directions)
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed + len(done))  # not the same proposals again
+        self._study.add_trials(done)
 
     def add(self, point: Point, trial: Trial, values: Sequence[float], constraints: dict[str, float]) -> None:
         """Record a trial with its values, and constraints that hold at 0 or less."""
         import optuna
 
         self.known[point] = trial
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                values=values,
-                params=dict(zip(self._distributions, point, strict=True)),
-                distributions=self._distributions,
-                user_attrs={_TRIAL: msgspec.to_builtins(trial)},
-                constraints=constraints,
-            )
+        done = optuna.trial.create_trial(
+            values=values,
+            params=dict(zip(self._distributions, point, strict=True)),
+            distributions=self._distributions,
+            user_attrs={_TRIAL: msgspec.to_builtins(trial)},
+            constraints=constraints,
         )
+        self._study.add_trial(done)
+        self._file.add_trial(done)
 
-    def propose(self) -> Point | None:
-        """Return a point that was not tried; None if the sampler finds none."""
+    def propose(self, refused: Collection[Point]) -> Point | None:
+        """Return a point that was neither tried nor refused; None if the sampler finds none."""
         import optuna
 
         for _ in range(_PROPOSALS):
             asked = self._study.ask(self._distributions)
             point = self._point(asked.params)
-            # Only `add` completes trials, so that an interrupted one leaves nothing behind.
-            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-            if point not in self.known:
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)  # `add` records it
+            if point not in self.known and point not in refused:
                 return point
         return None
 

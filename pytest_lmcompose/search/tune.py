@@ -49,6 +49,10 @@ class Tuner(Searcher):
         """Return the cost, and the least margin of the gates on other metrics."""
         return [trial.metrics.get(self.cost, _WORST if self.lower_is_cheaper else -_WORST), trial.margin]
 
+    def rank(self, trial: Trial) -> tuple[float, ...]:
+        """Return whether others beat the trial, then the distance."""
+        return trial not in self.front(), trial.distance
+
     def search(self) -> None:
         """Try settings until the budget is spent."""
         space = self.space
