@@ -90,6 +90,7 @@ class Project:
             "--lmcompose-world=tinyworld",
             "--lmcompose-set=evaluate.edits=3",
             "--lmcompose-set=evaluate.questions=false",
+            "--lmcompose-set=evaluate.refusal_tokens=1",
             "--lmcompose-thresholds=thresholds.yaml",
             NO_CACHE,
         ]
