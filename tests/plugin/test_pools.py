@@ -203,8 +203,8 @@ def test_tasks_of_a_log_are_independent_and_their_metrics_are_not() -> None:
     def log(path: str, lost: int) -> Log:
         metrics = {}
         for name in ("a/acc", "b/acc", "a/acc_norm"):
-            values = {str(i): [float(i >= lost)] for i in range(40)}
-            metrics[name] = Metric(name, values=values)
+            ids = list(map(str, range(40)))
+            metrics[name] = Metric(name, samples=ids, prompts=[""] * 40, values=[float(i >= lost) for i in range(40)])
         return Log(path, "Inspect", metrics)
 
     for expression, clusters, p in (("*/acc:pool p0.05", 0, 2**-6), ("*:pool p0.05", 80, None)):
