@@ -21,10 +21,10 @@ def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, data: Eva
 
     Nothing without texts, or if the base model's predictions are unknown.
     """
-    _, compared = read_texts(model, tokenizer, settings, data) if data.texts else (None, None)
-    if compared is None:
+    windows = read_texts(model, tokenizer, settings, data)[1] if data.texts else []
+    if not windows:
         return []
-    windows, weights = compared.windows, [float(window.tokens) for window in compared.windows]
+    weights = [float(window.tokens) for window in windows]
     note = f"{len(windows)} windows, {sum(window.tokens for window in windows)} tokens, of the base model's predictions"
     kl, agreement = [window.kl for window in windows], [window.agreement for window in windows]
     return [
@@ -42,5 +42,5 @@ def capture_predictions(
     """
     recorder = Recorder(model)
     with recorder.watching():
-        measure_perplexity(model, tokenizer, texts, window=window, batch_size=batch_size, observe=recorder)
-    return recorder.predictions
+        found = measure_perplexity(model, tokenizer, texts, window=window, batch_size=batch_size, observe=recorder)
+    return recorder.predictions(found)

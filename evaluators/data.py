@@ -164,6 +164,8 @@ class EvaluationData:
     """Facts that unlearning should remove."""
     unedited: UneditedAnswers | None = None
     """The base model's answers to the locality prompts, its preferences and its predictions."""
+    is_base: bool = False
+    """Whether the state is the very model that `unedited` is of."""
     task_folder: Path | None = None
     """Folder of the world's question tasks."""
     pools: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from evaluators.data import EvaluationData, Probe
 from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
 from evaluators.measurement import EvaluationError, Measurement, exp, ratio_error, total
 from evaluators.passes import read
-from evaluators.predictions import Comparison
+from evaluators.predictions import Comparison, Difference
 from evaluators.reading import reading
 from evaluators.recall import scored_facts
 from evaluators.settings import PerplexitySettings
@@ -55,19 +55,20 @@ def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, data: Eva
 
 def read_texts(
     model: Any, tokenizer: Any, settings: PerplexitySettings, data: EvaluationData
-) -> tuple[Measurement, Comparison | None]:
+) -> tuple[Measurement, list[Difference]]:
     """Return the perplexity of the texts, and how far the model is from the base model if its predictions are known.
 
-    Both come from one pass, which is made once per state.
+    Both come from one pass, which is made once per state; for the base model, it was made when they were recorded.
     """
 
-    def read() -> tuple[Measurement, Comparison | None]:
+    def read() -> tuple[Measurement, list[Difference]]:
         base = None if data.unedited is None else data.unedited.predictions
+        if base is not None and data.is_base and math.isfinite(base.perplexity.value):
+            return base.perplexity, base.of_itself()
         compared = None if base is None else Comparison(model, base)
         window, size = settings.window, data.batch_size
-        return measure_perplexity(
-            model, tokenizer, data.texts, window=window, batch_size=size, observe=compared
-        ), compared
+        found = measure_perplexity(model, tokenizer, data.texts, window=window, batch_size=size, observe=compared)
+        return found, [] if compared is None else compared.windows
 
     return data.once("texts", read)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evaluators.measurement import EvaluationError
+from evaluators.measurement import EvaluationError, Measurement
 from evaluators.passes import arguments
 
 LIMIT = 2**30
@@ -35,6 +35,14 @@ class Predictions:
     """Input of the output layer, or logits, for each of the first windows."""
     head: dict[str, Tensor] | None
     """Parameters of the output layer; None: `kept` are logits."""
+    perplexity: Measurement
+    """Of the model itself, from the same pass."""
+    context: int
+    """Tokens at the start of each window that are not scored."""
+
+    def of_itself(self) -> list[Difference]:
+        """Return how far the model is from itself, window by window: not at all."""
+        return [Difference(0.0, 1.0, len(row) - self.context) for row in self.rows[: len(self.kept)]]
 
 
 class Difference(NamedTuple):
@@ -54,7 +62,7 @@ class Recorder:
         self._model, self._head = model, _head(model)
         self._rows: list[list[int]] = []
         self._kept: list[Tensor] = []
-        self._bytes = 0
+        self._bytes = self._context = 0
         self._input: Tensor | None = None
         self._replays: bool | None = None
 
@@ -73,6 +81,7 @@ class Recorder:
     def __call__(self, batch: list[list[int]], logits: Tensor, context: int) -> None:
         complete = len(self._kept) == len(self._rows)
         self._rows += batch
+        self._context = context
         if self._replays is None:
             self._replays = self._can_replay(logits)
         found = self._input if self._replays else logits
@@ -81,12 +90,11 @@ class Recorder:
         if complete and (self._bytes <= LIMIT or not self._kept):
             self._kept += found.cpu()
 
-    @property
-    def predictions(self) -> Predictions:
-        """What was kept."""
+    def predictions(self, perplexity: Measurement) -> Predictions:
+        """Return what was kept of the pass that found `perplexity`."""
         parameters = self._head.named_parameters() if self._replays else ()
         head = {name: value.detach().cpu().clone() for name, value in parameters}
-        return Predictions(self._rows, self._kept, head if self._replays else None)
+        return Predictions(self._rows, self._kept, head if self._replays else None, perplexity, self._context)
 
     def _note(self, module: Any, given: tuple[Any, ...]) -> None:
         self._input = given[0]

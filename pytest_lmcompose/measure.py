@@ -70,10 +70,13 @@ def measure_state(
     retained: RetainReference | None = None,
     grids: Mapping[str, KnownGrid] | None = None,
     steps: Sequence[StepRecord] = (),
+    *,
+    is_base: bool = False,
 ) -> list[Measurement]:
     """Run the evaluators that the recipe switches on and return their measurements.
 
-    `grids` says how the checkpoint stored quantised weights, `steps` what made the state. `progress` is called before
+    `grids` says how the checkpoint stored quantised weights, `steps` what made the state, and
+    `is_base` whether it is the model that `unedited` is of. `progress` is called before
     each evaluator with its name, its number from 1 and the total. Raises EvaluationError for a metric that is measured
     twice.
     """
@@ -85,6 +88,7 @@ def measure_state(
         neighbours=data.neighbours,
         forgettable=data.forgettable,
         unedited=unedited,
+        is_base=is_base,
         task_folder=data.tasks,
         pools=world.pools,
         hazardous=tuple(world.hazardous),

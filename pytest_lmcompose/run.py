@@ -39,6 +39,9 @@ def ignore(*_: object) -> None:
 class Run(RunSetup):
     """Builds, measures and caches compositions; every result is computed once."""
 
+    compares_with_own_base = True
+    """Whether states are compared with the model that has no steps, and not with one of a report."""
+
     def __init__(
         self,
         options: Options,
@@ -223,6 +226,7 @@ class Run(RunSetup):
                 retained,
                 state.grids,
                 state.steps,
+                is_base=self.compares_with_own_base and not composition.steps,
             )
             end = time.perf_counter()
         self._count(composition, end - begun, f"{end - start:.1f} s to measure")

@@ -47,6 +47,8 @@ class Judged(NamedTuple):
 class FolderRun(Run):
     """The run that measures a folder like the models of a report, except for what the options set."""
 
+    compares_with_own_base = False
+
     def __init__(
         self,
         folder: Path,

@@ -20,7 +20,7 @@ import msgspec
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.report import figures
 from pytest_lmcompose.report.closeness import closeness_rows
-from pytest_lmcompose.report.decision import decide
+from pytest_lmcompose.report.decision import REASONS, decide
 from pytest_lmcompose.report.drawing import drawing
 from pytest_lmcompose.report.figures import Figure
 from pytest_lmcompose.report.numbers import MISSING, number, value_text, with_error
@@ -99,6 +99,7 @@ def render(report: Report, baseline: Report | None = None) -> str:
         {} if missing_figures() else _figures(report, metrics),
         report=report,
         decision=decide(report),
+        most=REASONS,
         gates=summarise_gates(records),
         closeness=closeness_rows(records),
         measured=_measured(records),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_one_pass_serves_perplexity_and_closeness(tokenizer: Any, monkeypatch: p
     from evaluators import perplexity
 
     model = tiny_model("llama")
-    base, passes = captured(model, tokenizer), []
+    base, passes = capture_predictions(model, tokenizer, SENTENCES, window=WINDOW, batch_size=100), []
     read = perplexity.read
     monkeypatch.setattr(perplexity, "read", lambda *given: passes.append(1) or read(*given))
     unedited = UneditedAnswers({}, predictions=base)
@@ -138,6 +139,10 @@ def test_one_pass_serves_perplexity_and_closeness(tokenizer: Any, monkeypatch: p
     assert len(evaluate(model, tokenizer, settings, data)) == 2
     assert len(passes) == 2, "one for the full windows, one for the last"
     assert first == measure_perplexity(model, tokenizer, SENTENCES, window=WINDOW, batch_size=100)
+    passes.clear()
+    same = EvaluationData(edits=(), facts=(), texts=SENTENCES, batch_size=100, unedited=unedited, is_base=True)
+    assert evaluate(model, tokenizer, settings, same) == evaluate(model, tokenizer, settings, data)
+    assert perplexity.evaluate(model, tokenizer, settings, same) == [base.perplexity] and not passes
 
 
 def test_broken_logits_are_nan(tokenizer: Any) -> None:
@@ -163,7 +168,7 @@ def test_other_texts_and_vocabularies_are_refused(tokenizer: Any) -> None:
     base = captured(model, tokenizer)
     with pytest.raises(EvaluationError, match="other tokens than for the base model"):
         measured(model, tokenizer, base, window=WINDOW + 1)
-    logits = Predictions(base.rows, [torch.zeros(len(row), 5) for row in base.rows], None)
+    logits = dataclasses.replace(base, kept=[torch.zeros(len(row), 5) for row in base.rows], head=None)
     with pytest.raises(EvaluationError, match="320 ids cannot be compared with the base model's 5"):
         measured(model, tokenizer, logits)
     assert measured(model, tokenizer, None) == {}
