@@ -124,7 +124,9 @@ def last_run(folder: Path, files: str, dated: re.Pattern[str], level: int = 0) -
     """
     found = [(match["date"], file) for file in folder.rglob(files) if (match := dated.fullmatch(file.name))]
     if len(models := sorted({str(file.parents[level]) for _, file in found})) > 1:
-        raise LogError(f"{folder}: logs of {len(models)} models; name the folder of one, such as {models[0]}")
+        raise LogError(
+            f"{folder}: logs in {len(models)} folders, of several models or runs; name one, such as {models[0]}"
+        )
     last = max((date for date, _ in found), default="")
     return sorted(file for date, file in found if date == last)
 

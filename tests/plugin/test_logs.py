@@ -347,8 +347,8 @@ def test_mixed_logs_are_one_line(tmp_path: Path) -> None:
     cut = inspect(tmp_path / "e.eval", RIGHT)
     cut.write_bytes(cut.read_bytes()[:-30])
     for path, message in {
-        "a": "logs of 2 models; name the folder of one, such as .*/a/other__model",
-        "b": "logs of 2 models; name the folder of one, such as .*/b/details/other/model",
+        "a": "logs in 2 folders, of several models or runs; name one, such as .*/a/other__model",
+        "b": "logs in 2 folders, of several models or runs; name one, such as .*/b/details/other/model",
         "c": "logs of 2 models, x, y; name one of the files",
         "d": "logs of several tools; name the file or folder of one",
         "e.eval": "is a truncated archive; copy it again",
