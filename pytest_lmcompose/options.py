@@ -281,8 +281,9 @@ def _budget(config: pytest.Config) -> float | None:
         return None
     expected = "a time such as 90s, 10min or 1.5h"
     number, unit = re.fullmatch(r"([\d.]+)(s|min|h)", _checked("budget", value, BUDGET, expected)).groups()  # type: ignore[union-attr]
-    if any(getattr(config.option, name, None) for name in ("numprocesses", "tx")):
-        raise pytest.UsageError("--lmcompose-budget: one process decides what still fits: run without -n (-n 0)")
+    workers = any(getattr(config.option, name, None) for name in ("numprocesses", "tx"))
+    if workers or (_value(config, "engine") or LOCAL) != LOCAL:
+        raise pytest.UsageError("--lmcompose-budget: one process decides what fits: run without -n and other engines")
     return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 

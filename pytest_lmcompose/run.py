@@ -17,6 +17,7 @@ from pytest_lmcompose.cache.run_cache import stored
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.counter import Counter
+from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.gate.repeats import Repeat, pooled
 from pytest_lmcompose.imports import fast_imports
 from pytest_lmcompose.options import Options
@@ -137,9 +138,13 @@ class Run(RunSetup):
         known = [Composition(pair) for pair in pairs_of(compositions) if names.issuperset(map(str, pair))]
         if not known:
             return ()
+        from pytest_lmcompose.data.records import WorldError
         from pytest_lmcompose.prediction.states import predict
 
-        return predict(self.manager, self.data[0], known).pairs
+        try:
+            return predict(self.manager, self.data[0], known).pairs
+        except (WorldError, ModelError):  # the tests report it
+            return ()
 
     def result(self, composition: Composition) -> Result:
         """Return the result of `composition`, which is created if needed, and mark it as touched."""

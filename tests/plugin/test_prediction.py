@@ -217,3 +217,8 @@ def test_predictions_come_from_the_cache_of_earlier_runs(project: Project, tmp_p
 @pytest.mark.parametrize("value", ["10", "0s", "ten minutes", "-1s", "1 h"])
 def test_a_budget_needs_a_unit(refused: Any, value: str) -> None:
     assert "--lmcompose-budget: expected a time such as 90s" in refused(f"--lmcompose-budget={value}")
+
+
+@pytest.mark.parametrize("others", [("-n", "2"), ("--lmcompose-engine=ray",)])
+def test_a_budget_is_for_one_process(refused: Any, others: tuple[str, ...]) -> None:
+    assert "one process decides what fits" in refused("--lmcompose-budget=1h", *others)
