@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy import stats
 
 from evaluators.bounded import chance, upper_bound
-from evaluators.significance import Drops, least_units, t_bound, whole
+from evaluators.significance import Drops, least_units, quantile, t_bound, whole
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def non_inferiority(drops: Drops, margin: float, level: float = 0.05, power: flo
             f"margin {margin:g} at level {level:g}: expected a margin above 0, and a level between 0 and 1"
         )
     error, span, units = drops.error, drops.span, len(drops.sums)
-    z = float(stats.norm.isf(1 - power))
+    z = quantile(1 - power)
     if span is not None:
         upper = upper_bound(drops.sums, drops.sizes, span, level)
         if error is None:
@@ -50,5 +49,5 @@ def non_inferiority(drops: Drops, margin: float, level: float = 0.05, power: flo
         return NonInferiority(upper, least_units(units, passes))
     if error is None:
         return NonInferiority(math.inf, None)
-    ratio = (float(stats.norm.isf(level)) + z) * error / margin
+    ratio = (quantile(level) + z) * error / margin
     return NonInferiority(t_bound(drops, level), whole(max(2, units * ratio * ratio)))

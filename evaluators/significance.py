@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 from scipy.optimize import brentq
 
 from evaluators.bounded import chance
@@ -27,8 +27,8 @@ MCNEMAR, BOUNDED, T = "exact McNemar", "Gaffke's test", "paired t"
 _TOO_LARGE = "{}: the differences are too large to be tested"
 Alternative = Literal["worse", "different"]
 Floats = NDArray[np.float64]
-_NEGLIGIBLE = 1e-12
-"""Probability of numbers of changed answers that are left out of the power."""
+_REACH = 7.5
+"""Standard errors around the mean beyond which numbers of changed answers have a probability below 1e-12."""
 _ROUNDING = 1e-4
 """A mean change below this share of a metric's range, or else of its samples, may be rounding, and is no change."""
 _MOST = 1e12
@@ -141,8 +141,8 @@ def smallest_drop(drops: Drops, alpha: float, power: float = 0.8) -> float | Non
         return _root(lambda drop: alpha - _p_at(drops, drop, power), 0.0, drops.span)
     if not error:  # one unit, or no variation: the noise is unknown
         return None
-    critical = stats.t.isf(alpha, freedom)
-    excess = _root(lambda shift: float(stats.nct.sf(critical, freedom, shift)) - power, 0.0, 2 * critical + 20)
+    critical = t_quantile(alpha, freedom)
+    excess = _root(lambda shift: 1 - float(special.nctdtr(freedom, shift, critical)) - power, 0.0, 2 * critical + 20)
     return None if excess is None or not math.isfinite(excess * error) else excess * error
 
 
@@ -151,7 +151,7 @@ def units_needed(drops: Drops, effect: float, alpha: float, power: float = 0.8) 
 
     The noise is estimated as in `smallest_drop`. None: unknown, or any number is too small.
     """
-    z = float(stats.norm.isf(alpha)), float(stats.norm.isf(1 - power))
+    z = quantile(alpha), quantile(1 - power)
     if drops.binary:  # Connor (Biometrics 43, 1987), with the correction of a discrete test
         changed = 2 * _churn(drops) + effect
         if changed > 1:
@@ -187,12 +187,31 @@ def least_units(units: int, enough: Callable[[float], bool]) -> int | None:
 
 def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
     """Return the power of the one-sided exact test for given shares of losses and gains."""
-    ends = stats.binom.ppf(_NEGLIGIBLE, n, losses + gains), stats.binom.isf(_NEGLIGIBLE, n, losses + gains)
-    changed = np.arange(int(ends[0]), int(ends[1]) + 1)
-    rejects = stats.binom.isf(alpha, changed, 0.5)  # critical number of losses
-    share = losses / (losses + gains) if losses + gains else 0.0
-    found = stats.binom.pmf(changed, n, losses + gains) @ stats.binom.sf(rejects, changed, share)
+    either = losses + gains
+    middle, reach = n * either, _REACH * math.sqrt(n * either * (1 - either)) + _REACH**2
+    changed = np.arange(max(0, math.floor(middle - reach)), min(n, math.ceil(middle + reach)) + 1)
+    share = losses / either if either else 0.0
+    ways = special.gammaln(n + 1) - special.gammaln(changed + 1) - special.gammaln(n - changed + 1)
+    chances = np.exp(ways + special.xlogy(changed, either) + special.xlog1py(n - changed, -either))
+    found = chances @ special.bdtrc(_critical(changed, alpha), changed, share)
     return float(found)
+
+
+def _critical(changed: Floats, alpha: float) -> Floats:
+    """Return for how many losses among so many changes McNemar's test just does not reject."""
+    most = np.ceil(special.bdtrik(1 - alpha, np.maximum(changed, 1), 0.5))
+    fewer = np.maximum(most - 1, 0)
+    return np.where(changed == 0, 0, np.where(special.bdtr(fewer, changed, 0.5) >= 1 - alpha, fewer, most))
+
+
+def quantile(tail: float) -> float:
+    """Return the number that a normal variable exceeds with the probability `tail`."""
+    return -float(special.ndtri(tail))
+
+
+def t_quantile(tail: float, freedom: int) -> float:
+    """Return the number that Student's t exceeds with the probability `tail`."""
+    return -float(special.stdtrit(freedom, tail))
 
 
 @_OVERFLOWING
@@ -233,7 +252,7 @@ def _p_of(drops: Drops, sums: Floats) -> float:
     """Return the one-sided p of the losses with these sums over units: those of `drops`, or their opposite."""
     if drops.binary:
         losses, changed = int((sums > 0).sum()), int((sums != 0).sum())
-        return float(stats.binom.sf(losses - 1, changed, 0.5))
+        return float(special.bdtrc(losses - 1, changed, 0.5))
     if drops.span is not None:
         return chance(sums, drops.sizes, drops.span, drops.rounding)
     if len(sums) < 2:
@@ -245,13 +264,13 @@ def _p_of(drops: Drops, sums: Floats) -> float:
         return 1.0 if mean < 0 else 0.5 ** len(sums)
     t = mean / drops.error
     corrected = _hall(t, _skewness(sums - (sums.sum() / drops.n) * drops.sizes), len(sums))
-    return float(stats.t.sf(min(t, corrected), len(sums) - 1))
+    return float(special.stdtr(len(sums) - 1, -min(t, corrected)))
 
 
 def t_bound(drops: Drops, level: float) -> float:
     """Return the upper confidence bound of the mean loss by the t test, with the correction for skewness."""
     assert drops.error is not None
-    n, t = len(drops.sums), float(stats.t.isf(level, len(drops.sums) - 1))
+    n, t = len(drops.sums), t_quantile(level, len(drops.sums) - 1)
     skew = -_skewness(drops.centred)
     if skew:  # the inverse of Hall's transformation
         t = max(t, 3 * math.sqrt(n) / skew * (math.cbrt(1 + skew * (t / math.sqrt(n) - skew / 6 / n)) - 1))
@@ -276,7 +295,7 @@ def _skewness(centred: Floats) -> float:
 def _p_at(drops: Drops, drop: float, power: float, times: float = 1.0) -> float:
     """Return the p that samples with the noise of `drops` and a true drop stay below with this power."""
     assert drops.span is not None and drops.error is not None
-    seen = drop - float(stats.norm.isf(1 - power)) * drops.error / math.sqrt(times)
+    seen = drop - quantile(1 - power) * drops.error / math.sqrt(times)
     return chance(drops.centred + seen * drops.sizes, drops.sizes, drops.span, drops.rounding, times=times)
 
 
