@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-
 from evaluators.bounded import chance, upper_bound
 from evaluators.significance import Drops, least_units, quantile, t_bound, whole
 

@@ -189,7 +189,7 @@ def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
     """Return the power of the one-sided exact test for given shares of losses and gains."""
     either = losses + gains
     middle, reach = n * either, _REACH * math.sqrt(n * either * (1 - either)) + _REACH**2
-    changed = np.arange(max(0, math.floor(middle - reach)), min(n, math.ceil(middle + reach)) + 1)
+    changed = np.arange(max(0, math.floor(middle - reach)), min(n, math.ceil(middle + reach)) + 1, dtype=np.int64)
     share = losses / either if either else 0.0
     ways = special.gammaln(n + 1) - special.gammaln(changed + 1) - special.gammaln(n - changed + 1)
     chances = np.exp(ways + special.xlogy(changed, either) + special.xlog1py(n - changed, -either))
@@ -197,7 +197,7 @@ def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
     return float(found)
 
 
-def _critical(changed: Floats, alpha: float) -> Floats:
+def _critical(changed: NDArray[np.int64], alpha: float) -> Floats:
     """Return for how many losses among so many changes McNemar's test just does not reject."""
     most = np.ceil(special.bdtrik(1 - alpha, np.maximum(changed, 1), 0.5))
     fewer = np.maximum(most - 1, 0)
@@ -252,7 +252,7 @@ def _p_of(drops: Drops, sums: Floats) -> float:
     """Return the one-sided p of the losses with these sums over units: those of `drops`, or their opposite."""
     if drops.binary:
         losses, changed = int((sums > 0).sum()), int((sums != 0).sum())
-        return float(special.bdtrc(losses - 1, changed, 0.5))
+        return float(special.bdtr(changed - losses, changed, 0.5))
     if drops.span is not None:
         return chance(sums, drops.sizes, drops.span, drops.rounding)
     if len(sums) < 2:
