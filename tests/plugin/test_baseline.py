@@ -208,7 +208,7 @@ def test_a_failed_run_is_stored_as_such_and_passed_over(stored: Project) -> None
         [
             "lmcompose: comparing with */0001_v1.json of *; skipped failed runs: 0002_auto",
             "changes since the baseline 0001_v1 *",
-            "39 metrics compared: 39 identical, 0 within noise; -v shows them",
+            "45 metrics compared: 45 identical, 0 within noise; -v shows them",
         ]
     )
     asked = stored.run("--lmcompose-compare=2", compose=(ID,))
@@ -227,7 +227,7 @@ def test_the_baseline_is_updated_only_from_committed_files(stored: Project) -> N
     fail = f"--lmcompose-compare-fail={METRIC}:5%"
     done = stored.run(update, fail, *WORSE, compose=(ID,))
     assert done.ret == pytest.ExitCode.OK  # the run takes the place of what it is worse than
-    done.stdout.fnmatch_lines([f"{ID}  average_bits!  *changed", "39 metrics compared: *"])
+    done.stdout.fnmatch_lines([f"{ID}  average_bits!  *changed", "45 metrics compared: *"])
     assert runs(stored) == ["0001_v1.json", "0002_v1.json"]  # the history stays
     kept = read_report(stored.path / ".lmcompose" / "0002_v1.json")
     assert re.fullmatch(r"[0-9a-f]{40}", kept["stored"].pop("commit"))

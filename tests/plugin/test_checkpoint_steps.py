@@ -129,7 +129,7 @@ def test_the_same_composition_elsewhere_shares_the_cache(
     shutil.rmtree(steps.path / "sft")
     monkeypatch.chdir(elsewhere)
     result = steps.run(store, compose=("load[path=./sft]",))
-    assert result.ret == pytest.ExitCode.OK and "changed" not in result.stdout.str()
+    assert result.ret == pytest.ExitCode.OK and "parameters changed" not in result.stdout.str()
 
 
 def test_a_plan_needs_no_work(steps: Project) -> None:
@@ -257,7 +257,7 @@ def test_grids_that_steps_read_count_also_from_the_cache(steps: Project, tiny_mo
     for length in (16, 17):  # the second run reads the states, and measures again
         length_too = f"--lmcompose-set=evaluate.latency_length={length}"
         result = steps.run(*sizes, length_too, ALLOW, "-v", "--lmcompose-json=report.json", compose=tuple(expected))
-        assert (" changed" in result.stdout.str()) == (length == 16)
+        assert ("parameters changed" in result.stdout.str()) == (length == 16)
         records = by_id(read_report(steps.path / "report.json"))
         found = {n: {m["metric"]: m["value"] for m in records[n]["measurements"]}["average_bits"] for n in expected}
         assert found == expected

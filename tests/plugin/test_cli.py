@@ -93,7 +93,7 @@ def test_list_takes_the_kinds_that_are_asked_for() -> None:
     result = call("list", "evaluators")
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.output.splitlines()]
-    assert names[:6] == ["editing", "recall", "perplexity", "questions", "unlearning", "tuning"]
+    assert names[:4] == ["editing", "recall", "perplexity", "closeness"]
     assert names[6:9] == ["refusal", "efficiency", "latency"]
 
 
