@@ -13,6 +13,8 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 # Spinning OpenMP threads make CPU runs vary 10 to 35 times.
 OMP_WAIT_POLICY = passive
 export OMP_WAIT_POLICY
+# Runs start many processes: without its bytecode, each would compile the project again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo real test benchmark architectures lint docs
 

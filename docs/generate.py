@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from interventions.ranges import describe, field_types, setting_name
+from interventions.ranges import describe, field_types, searched, setting_name
 from interventions.registry import methods
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.cli.flags import plugin_flags
@@ -99,6 +99,20 @@ def descriptions(kind: type) -> dict[str, str]:
 def summary(kind: type) -> str:
     """Return the description of a settings dataclass."""
     return one_line(inspect.getdoc(kind) or "")
+
+
+def searched_settings() -> str:
+    """Return a table of the settings that `lmcompose repair` and `tune` search, from their defaults."""
+    rows = []
+    for name, method in methods().items():
+        for key, value, hint, search in searched(method.settings_type()()):
+            options = [str(one) for one in search.options(value, hint)] or [
+                *(form.format("LAYER") for form in search.layers),
+                *(f"{shift:+d}" for shift in search.plus),
+                *(f"{factor:g} times" for factor in search.times),
+            ]
+            rows.append((code(f"{name}.{key}"), ", ".join(options)))
+    return table(("setting", "values"), rows)
 
 
 def schema() -> str:
@@ -208,6 +222,7 @@ def one_line(text: str) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "flags": flags,
     "settings": settings,
+    "searched": searched_settings,
     "schema": schema,
     "commands": commands,
     **{kind: (lambda kind=kind: names(kind)) for kind in KINDS},

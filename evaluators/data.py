@@ -11,6 +11,7 @@ from interventions.tokens import Chat as Chat
 from interventions.types import Edit, Example, Preference
 
 if TYPE_CHECKING:
+    from evaluators.predictions import Predictions
     from interventions.known_grids import KnownGrid
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ class UneditedAnswers:
     """The ids that it generated for each locality probe."""
     margins: tuple[float, ...] = ()
     """log p(chosen) - log p(rejected) of each held-out preference, in nats."""
+    predictions: Predictions | None = None
+    """What it predicts for each token of the running text."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,9 @@ class EvaluationData:
     forgettable: tuple[Fact, ...] = ()
     """Facts that unlearning should remove."""
     unedited: UneditedAnswers | None = None
-    """The base model's answers to the locality prompts, and its preferences."""
+    """The base model's answers to the locality prompts, its preferences and its predictions."""
+    is_base: bool = False
+    """Whether the state is the very model that `unedited` is of."""
     task_folder: Path | None = None
     """Folder of the world's question tasks."""
     pools: Mapping[str, Sequence[str]] = field(default_factory=dict)

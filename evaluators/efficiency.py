@@ -128,12 +128,17 @@ def read_layers(weights: Mapping[str, Tensor], known: Mapping[str, KnownGrid] | 
     layers = []
     for name, weight in weights.items():
         zero = weight == 0
-        two_of_four = weight.shape[1] % 4 == 0 and bool((zero.reshape(len(zero), -1, 4).sum(dim=2) >= 2).all())
+        zeros = int(zero.sum())
+        two_of_four = (
+            weight.shape[1] % 4 == 0
+            and 2 * zeros >= weight.numel()
+            and bool((zero.reshape(len(zero), -1, 4).sum(dim=2) >= 2).all())
+        )
         full = torch.finfo(weight.dtype).bits
         stored = (known or {}).get(name)
         same = stored is not None and stored.digest == tensor_digest(weight)
         grid = stored if same else find_grid(weight)
-        layers.append(Layer(name, weight.numel(), int(zero.sum()), full, grid, two_of_four))
+        layers.append(Layer(name, weight.numel(), zeros, full, grid, two_of_four))
     return layers
 
 

@@ -71,19 +71,28 @@ def find_scales(blocks: Tensor, layout: Layout) -> Tensor | None:
 def _scales(blocks: Tensor, layout: Layout, stored: torch.finfo) -> Tensor | None:
     largest = blocks.abs().amax(dim=1, keepdim=True)
     largest = torch.where(largest == 0, 1.0, largest)
+    candidates = _candidates(largest, layout)
+    # Most weights are on no grid, as their first block shows.
+    if not bool(_fit(blocks[:1], torch.cat([tried[:1] for tried in candidates]), layout, stored).any()):
+        return None
     scales = torch.zeros_like(largest)
-    for tried in _candidates(largest, layout):
+    for tried in candidates:
         rows = (scales == 0).squeeze(1).nonzero().flatten()
         if not len(rows):
             break
-        numbers = blocks[rows] / tried[rows]
-        off = (numbers - layout.format.round(numbers)).abs_()
-        # A value and the largest one each have a relative error of eps / 2, or half the smallest number of float16;
-        # powers of two are exact.
-        slack = numbers.abs_().mul_(4e-7 if layout.powers else stored.eps + 4e-7)
-        fits = (off <= slack.add_(stored.smallest_normal * stored.eps / tried[rows])).all(dim=1)
+        fits = _fit(blocks[rows], tried[rows], layout, stored)
         scales[rows[fits]] = tried[rows[fits]]
     return scales if bool((scales > 0).all()) else None
+
+
+def _fit(blocks: Tensor, scales: Tensor, layout: Layout, stored: torch.finfo) -> Tensor:
+    """Return whether each block (n or 1, values) is on the grid of a scale (n, 1), (n,)."""
+    numbers = blocks / scales
+    off = (numbers - layout.format.round(numbers)).abs_()
+    # A value and the largest one each have a relative error of eps / 2, or half the smallest number of float16;
+    # powers of two are exact.
+    slack = numbers.abs_().mul_(4e-7 if layout.powers else stored.eps + 4e-7)
+    return (off <= slack.add_(stored.smallest_normal * stored.eps / scales)).all(dim=1)
 
 
 def _candidates(largest: Tensor, layout: Layout) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from evaluators.data import EvaluationData, Probe
 from evaluators.encoding import Pair, check_length, encode_pairs, padding_id
 from evaluators.measurement import EvaluationError, Measurement, exp, ratio_error, total
 from evaluators.passes import read
+from evaluators.predictions import Comparison, Difference
 from evaluators.reading import reading
 from evaluators.recall import scored_facts
 from evaluators.settings import PerplexitySettings
@@ -28,6 +29,10 @@ class Window(NamedTuple):
 
     nll: float
     tokens: int
+
+
+Observer = Callable[[list[list[int]], torch.Tensor, int], None]
+"""Called with a batch of rows of ids, their logits (rows, length, vocabulary) and the number of tokens not scored."""
 
 
 def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, data: EvaluationData) -> list[Measurement]:
@@ -44,8 +49,28 @@ def evaluate(model: Any, tokenizer: Any, settings: PerplexitySettings, data: Eva
             )
         )
     if data.texts:
-        found.append(measure_perplexity(model, tokenizer, data.texts, window=settings.window, batch_size=size))
+        found.append(read_texts(model, tokenizer, settings, data)[0])
     return found
+
+
+def read_texts(
+    model: Any, tokenizer: Any, settings: PerplexitySettings, data: EvaluationData
+) -> tuple[Measurement, list[Difference]]:
+    """Return the perplexity of the texts, and how far the model is from the base model if its predictions are known.
+
+    Both come from one pass, which is made once per state; for the base model, it was made when they were recorded.
+    """
+
+    def read() -> tuple[Measurement, list[Difference]]:
+        base = None if data.unedited is None else data.unedited.predictions
+        if base is not None and data.is_base and math.isfinite(base.perplexity.value):
+            return base.perplexity, base.of_itself()
+        compared = None if base is None else Comparison(model, base)
+        window, size = settings.window, data.batch_size
+        found = measure_perplexity(model, tokenizer, data.texts, window=window, batch_size=size, observe=compared)
+        return found, [] if compared is None else compared.windows
+
+    return data.once("texts", read)
 
 
 def measure_perplexity(
@@ -57,6 +82,7 @@ def measure_perplexity(
     batch_size: int = 16,
     metric: str = "perplexity",
     separator: str = "\n\n",
+    observe: Observer | None = None,
 ) -> Measurement:
     """Measure exp(mean negative log-likelihood per token) of `texts`; lower is better.
 
@@ -66,7 +92,7 @@ def measure_perplexity(
     not scored. Perplexities are comparable between models with the same tokenizer.
 
     Samples are the mean NLL of each window; the standard error treats windows as independent (delta
-    method). Broken logits make the value NaN or infinite, with a note.
+    method). Broken logits make the value NaN or infinite, with a note. `observe` sees the logits of each batch.
     Raises EvaluationError for a text without scored tokens and for a window that is too long.
     """
     start = frame(tokenizer).start
@@ -80,7 +106,7 @@ def measure_perplexity(
         raise EvaluationError(f"{metric}: the text has no tokens to score; is the file empty?")
 
     with borrowed(model, tokenizer):
-        scored = _score(model, rows, context, batch_size, padding_id(tokenizer))
+        scored = _score(model, rows, context, batch_size, padding_id(tokenizer), observe)
     note = f"{len(scored)} windows of {window} tokens, {sum(w.tokens for w in scored)} tokens scored, " + (
         "each window after BOS" if start else "the first token of each window is context"
     )
@@ -149,7 +175,9 @@ def _summarise(metric: str, windows: Sequence[Window], note: str, units: str) ->
     return Measurement(metric, value, error, len(windows), False, samples, note, weights)
 
 
-def _score(model: Any, rows: Sequence[list[int]], context: int, batch_size: int, fill: int) -> list[Window]:
+def _score(
+    model: Any, rows: Sequence[list[int]], context: int, batch_size: int, fill: int, observe: Observer | None
+) -> list[Window]:
     """Score each row after its first `context` tokens, in batches of equal length without padding."""
     windows = []
     size = batch_size if reading(model, fill).together else 1
@@ -158,6 +186,8 @@ def _score(model: Any, rows: Sequence[list[int]], context: int, batch_size: int,
         for start in range(0, len(group), size):
             batch = group[start : start + size]
             logits = read(model, batch, fill)  # (rows, length, vocabulary)
+            if observe is not None:
+                observe(batch, logits, context)
             targets = torch.tensor(batch, device=logits.device)[:, context:]
             predicted = logits[:, context - 1 : -1]
             losses = cross_entropy(predicted.float().flatten(0, 1), targets.flatten(), reduction="none")

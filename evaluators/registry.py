@@ -47,6 +47,8 @@ class Metric:
     """Whether summaries show it even if no gate judged it."""
     by_settings: bool = False
     """Whether it concerns only steps whose settings promise a value."""
+    answers: bool = False
+    """Whether its samples are right or wrong answers that should stay as they are, see `evaluators.flips`."""
 
     def concerns(self, categories: Collection[str], promised: Collection[str] | None = None) -> bool:
         """Return whether the metric is relevant for steps of `categories`.
@@ -169,9 +171,9 @@ BUILT_IN = (
         "evaluators.settings:NoSettings",
         "evaluators.recall:evaluate",
         (
-            _share("recall", "facts", headline=True),
+            _share("recall", "facts", headline=True, answers=True),
             _share("recall/*", "facts"),
-            _share("recall_same_subject", "facts"),
+            _share("recall_same_subject", "facts", answers=True),
             _share("recall_to_forget", "facts", **_FORGOTTEN),
         ),
     ),
@@ -188,14 +190,29 @@ BUILT_IN = (
         ),
     ),
     Evaluator(
+        "closeness",
+        "closeness to the base model: divergence on running text, and answers that became wrong, right or other",
+        "evaluators.settings:PerplexitySettings",
+        "evaluators.closeness:evaluate",
+        (
+            Metric("kl_to_base", "nats per token", False, low=0, data="texts", advice=_WEAKEN),
+            _share("top1_agreement", "texts"),
+            *(
+                _share(f"{kind}/{metric}", data, higher_is_better=False)
+                for kind in ("flips", "flips_to_wrong", "churn")  # see evaluators.flips
+                for metric, data in (("recall*", "facts"), ("accuracy/*", "questions"), ("*", ""))
+            ),
+        ),
+    ),
+    Evaluator(
         "questions",
         "accuracy on the question tasks of the world, or any of lm-evaluation-harness",
         "evaluators.settings:QuestionSettings",
         "evaluators.pools:evaluate",
         (
-            _share("accuracy/harmless", "questions", headline=True),
+            _share("accuracy/harmless", "questions", headline=True, answers=True),
             _share("accuracy/hazardous", "questions", headline=True, **_FORGOTTEN),
-            _share("accuracy/*", "questions"),
+            _share("accuracy/*", "questions", answers=True),
             _share("accuracy/*", "questions", **_FORGOTTEN),
         ),
     ),

@@ -2,6 +2,10 @@
 
 Drops are positive if a state got worse, for either direction of the metric. NaN, empty samples and samples of unequal
 number raise EvaluationError, so a failed comparison never counts as equal.
+
+Right or wrong answers are compared by McNemar's exact test, samples in a known range by its extension in `bounded`.
+Other samples are compared by the paired t test, and by the same with Hall's correction for skewness (Journal of the
+Royal Statistical Society B 54, 1992); the larger p counts.
 """
 
 from __future__ import annotations
@@ -9,21 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 from scipy.optimize import brentq
 
+from evaluators.bounded import chance
 from evaluators.measurement import EvaluationError, per_unit, ratio_error
 
-MCNEMAR, T, BOOTSTRAP = "exact McNemar", "paired t", "paired bootstrap"
+MCNEMAR, BOUNDED, T = "exact McNemar", "Gaffke's test", "paired t"
 _TOO_LARGE = "{}: the differences are too large to be tested"
 Alternative = Literal["worse", "different"]
 Floats = NDArray[np.float64]
-_NEGLIGIBLE = 1e-12
-"""Probability of numbers of changed answers that are left out of the power."""
+_REACH = 7.5
+"""Standard errors around the mean beyond which numbers of changed answers have a probability below 1e-12."""
+_ROUNDING = 1e-4
+"""A mean change below this share of a metric's range, or else of its samples, may be rounding, and is no change."""
+_MOST = 1e12
+"""More samples than this are never asked for."""
 _OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # results are checked for finiteness
 
 
@@ -40,35 +49,64 @@ class Comparison:
     p: float
 
 
-@_OVERFLOWING
+class Drops:
+    """Losses of paired samples: `sums` over independent units, and the units' `sizes`."""
+
+    @_OVERFLOWING
+    def __init__(
+        self,
+        before: ArrayLike,
+        after: ArrayLike,
+        *,
+        higher_is_better: bool,
+        clusters: Sequence[Hashable] | None = None,
+        span: float | None = None,
+    ) -> None:
+        """Pair samples; `span` is how far one can change, None if unknown; raises EvaluationError."""
+        old, new = paired(before, after)
+        self.losses = _finite(old - new if higher_is_better else new - old, "differences")
+        self.n, self.mean = len(old), math.fsum(self.losses) / len(old)
+        self.sums, self.sizes = _units(self.losses, clusters), _sizes(old, clusters)
+        self.error = ratio_error((self.sums - self.mean * self.sizes).tolist(), self.n)
+        graded = not is_binary(old, new)
+        self.binary = not graded and len(self.sums) == self.n
+        self.good = float((old if higher_is_better else 1 - old).mean())
+        self.span = span if graded else 1.0
+        self.rounding = _ROUNDING * (self.span or float(max(np.abs(old).max(), np.abs(new).max())))
+        self.test = MCNEMAR if self.binary else T if self.span is None else BOUNDED
+
+    @property
+    def centred(self) -> Floats:
+        """The sums over units, without the mean loss."""
+        return self.sums - self.mean * self.sizes
+
+
 def compare(
     before: ArrayLike,
     after: ArrayLike,
     *,
     higher_is_better: bool,
     alternative: Alternative = "worse",
-    test: str | None = None,
     clusters: Sequence[Hashable] | None = None,
-    generator: np.random.Generator | None = None,
-    resamples: int = 9999,
+    span: float | None = None,
 ) -> Comparison:
     """Test whether the state `after` is worse than (or different from) `before`, sample by sample.
 
-    The default `test` is exact McNemar for binary outcomes without clusters, otherwise a paired t test
-    over samples or clusters. The paired bootstrap needs a `generator` and resamples the centred
-    differences. Without any difference, p = 1. If all units drop by the same amount, the error is 0 and
-    p is 2^-units, that of a sign test.
+    Samples of one cluster are one unit. `span` is the furthest that a sample can change; None: unknown. Without any
+    difference, p = 1. A t test of units that all drop alike has no error; p is then that of a sign test.
     """
-    old, new = paired(before, after)
-    drops = _finite(old - new if higher_is_better else new - old, "differences")
-    if test is None:
-        test = MCNEMAR if clusters is None and is_binary(old, new) else T
-    units, sizes = _units(drops, clusters), _sizes(drops, clusters)
-    error, _ = mean_error(drops, clusters)
-    p = _TESTS[test](drops, units, error, alternative, sizes, generator, resamples)
+    drops = Drops(before, after, higher_is_better=higher_is_better, clusters=clusters, span=span)
+    return compare_drops(drops, alternative)
+
+
+def compare_drops(drops: Drops, alternative: Alternative = "worse") -> Comparison:
+    """Test whether there is a drop (or any difference); see `compare`."""
+    p = _p_of(drops, drops.sums)
+    if alternative == "different":
+        p = min(1.0, 2 * min(p, _p_of(drops, -drops.sums)))
     if not 0 <= p <= 1:
-        raise EvaluationError(_TOO_LARGE.format(test))
-    return Comparison(test, len(drops), math.fsum(drops) / len(drops), error, p)
+        raise EvaluationError(_TOO_LARGE.format(drops.test))
+    return Comparison(drops.test, drops.n, drops.mean, drops.error, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -87,46 +125,93 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @_OVERFLOWING
-def smallest_drop(
-    before: ArrayLike,
-    after: ArrayLike,
-    *,
-    higher_is_better: bool,
-    alpha: float,
-    power: float = 0.8,
-    clusters: Sequence[Hashable] | None = None,
-) -> float | None:
+def smallest_drop(drops: Drops, alpha: float, power: float = 0.8) -> float | None:
     """Return the minimum detectable effect: the smallest true drop that `compare` finds with this `power`.
 
     The noise is estimated from these samples. For binary outcomes, the rarer direction of change is
     taken as the chance rate in both directions, and the drop adds losses (exact power of McNemar's
-    test). Otherwise, the standard error of the differences is used (noncentral t).
+    test). Otherwise, the standard error of the differences is used.
 
     None if no drop is detectable: too few samples, or too few correct answers to lose.
     """
-    old, new = paired(before, after)
-    drops = old - new if higher_is_better else new - old
-    if clusters is None and is_binary(old, new):
-        losses, gains = int((drops > 0).sum()), int((drops < 0).sum())
-        good = float((old if higher_is_better else 1 - old).mean())
-        return _smallest_loss(len(drops), min(losses, gains) / len(drops), good, alpha, power)
-    error, units = mean_error(drops, clusters)
+    if drops.binary:
+        return _smallest_loss(drops.n, _churn(drops), drops.good, alpha, power)
+    error, freedom = drops.error, len(drops.sums) - 1
+    if drops.span is not None and error is not None:
+        return _root(lambda drop: alpha - _p_at(drops, drop, power), 0.0, drops.span)
     if not error:  # one unit, or no variation: the noise is unknown
         return None
-    freedom = units - 1
-    critical = stats.t.isf(alpha, freedom)
-    excess = _root(lambda shift: float(stats.nct.sf(critical, freedom, shift)) - power, 0.0, 2 * critical + 20)
+    critical = t_quantile(alpha, freedom)
+    excess = _root(lambda shift: 1 - float(special.nctdtr(freedom, shift, critical)) - power, 0.0, 2 * critical + 20)
     return None if excess is None or not math.isfinite(excess * error) else excess * error
+
+
+def units_needed(drops: Drops, effect: float, alpha: float, power: float = 0.8) -> int | None:
+    """Return about how many units `compare` needs to find a true drop of `effect` with this `power`.
+
+    The noise is estimated as in `smallest_drop`. None: unknown, or any number is too small.
+    """
+    z = quantile(alpha), quantile(1 - power)
+    if drops.binary:  # Connor (Biometrics 43, 1987), with the correction of a discrete test
+        changed = 2 * _churn(drops) + effect
+        if changed > 1:
+            return None
+        normal = (z[0] * math.sqrt(changed) + z[1] * math.sqrt(max(0.0, changed - effect**2))) / effect
+        return whole(normal**2 / 4 * (1 + math.sqrt(1 + 2 / (normal**2 * effect))) ** 2)
+    if drops.error is None:
+        return None
+    if drops.span is None:
+        ratio = sum(z) * drops.error / effect
+        return whole(max(2, len(drops.sums) * ratio * ratio))
+    return least_units(len(drops.sums), lambda times: _p_at(drops, effect, power, times) <= alpha)
+
+
+def whole(units: float) -> int | None:
+    """Return a number of units, rounded up; None: above 10^12."""
+    return math.ceil(units) if units <= _MOST else None
+
+
+def least_units(units: int, enough: Callable[[float], bool]) -> int | None:
+    """Return the least number of units for which `enough`, of their ratio to `units`, holds; None: above 10^12."""
+    high = 1
+    while not enough(high / units):
+        high *= 2
+        if high > _MOST:
+            return None
+    low = high // 2
+    while high - low > 1 + high // 1000:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle / units) else (middle, high)
+    return high
 
 
 def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
     """Return the power of the one-sided exact test for given shares of losses and gains."""
-    ends = stats.binom.ppf(_NEGLIGIBLE, n, losses + gains), stats.binom.isf(_NEGLIGIBLE, n, losses + gains)
-    changed = np.arange(int(ends[0]), int(ends[1]) + 1)
-    rejects = stats.binom.isf(alpha, changed, 0.5)  # critical number of losses
-    share = losses / (losses + gains) if losses + gains else 0.0
-    found = stats.binom.pmf(changed, n, losses + gains) @ stats.binom.sf(rejects, changed, share)
+    either = losses + gains
+    middle, reach = n * either, _REACH * math.sqrt(n * either * (1 - either)) + _REACH**2
+    changed = np.arange(max(0, math.floor(middle - reach)), min(n, math.ceil(middle + reach)) + 1, dtype=np.int64)
+    share = losses / either if either else 0.0
+    ways = special.gammaln(n + 1) - special.gammaln(changed + 1) - special.gammaln(n - changed + 1)
+    chances = np.exp(ways + special.xlogy(changed, either) + special.xlog1py(n - changed, -either))
+    found = chances @ special.bdtrc(_critical(changed, alpha), changed, share)
     return float(found)
+
+
+def _critical(changed: NDArray[np.int64], alpha: float) -> Floats:
+    """Return for how many losses among so many changes McNemar's test just does not reject."""
+    most = np.ceil(special.bdtrik(1 - alpha, np.maximum(changed, 1), 0.5))
+    fewer = np.maximum(most - 1, 0)
+    return np.where(changed == 0, 0, np.where(special.bdtr(fewer, changed, 0.5) >= 1 - alpha, fewer, most))
+
+
+def quantile(tail: float) -> float:
+    """Return the number that a normal variable exceeds with the probability `tail`."""
+    return -float(special.ndtri(tail))
+
+
+def t_quantile(tail: float, freedom: int) -> float:
+    """Return the number that Student's t exceeds with the probability `tail`."""
+    return -float(special.stdtrit(freedom, tail))
 
 
 @_OVERFLOWING
@@ -162,51 +247,61 @@ def error_over_repeats(
     return error if math.isfinite(error) else None
 
 
-def _mcnemar(drops: Floats, units: Floats, error: float | None, alternative: Alternative, *_: Any) -> float:
-    losses, gains = int((drops > 0).sum()), int((drops < 0).sum())
-    if set(np.unique(drops)) - {-1.0, 0.0, 1.0}:
-        raise EvaluationError(f"{MCNEMAR}: some outcomes are neither 0 nor 1")
-    if losses + gains == 0:
-        return 1.0
-    side = "greater" if alternative == "worse" else "two-sided"
-    return float(stats.binomtest(losses, losses + gains, 0.5, alternative=side).pvalue)
-
-
-def _t(drops: Floats, units: Floats, error: float | None, alternative: Alternative, *_: Any) -> float:
-    mean = math.fsum(drops) / len(drops)
-    if len(units) < 2:
+@_OVERFLOWING
+def _p_of(drops: Drops, sums: Floats) -> float:
+    """Return the one-sided p of the losses with these sums over units: those of `drops`, or their opposite."""
+    if drops.binary:
+        losses, changed = int((sums > 0).sum()), int((sums != 0).sum())
+        return float(special.bdtr(changed - losses, changed, 0.5))
+    if drops.span is not None:
+        return chance(sums, drops.sizes, drops.span, drops.rounding)
+    if len(sums) < 2:
         raise EvaluationError(f"{T}: needs at least 2 independent samples")
-    if error is None:
+    if drops.error is None:
         raise EvaluationError(_TOO_LARGE.format(T))
-    if error <= 1e-12 * abs(mean) or (error == 0 and mean == 0):
-        chance = 0.5 ** len(units)
-        if mean == 0 or (mean < 0 and alternative == "worse"):
-            return 1.0
-        return chance if alternative == "worse" else min(1.0, 2 * chance)
-    t = mean / error
-    return float(stats.t.sf(t, len(units) - 1) if alternative == "worse" else 2 * stats.t.sf(abs(t), len(units) - 1))
+    mean = float(sums.sum()) / drops.n - drops.rounding
+    if drops.error <= 1e-12 * abs(mean):
+        return 1.0 if mean < 0 else 0.5 ** len(sums)
+    t = mean / drops.error
+    corrected = _hall(t, _skewness(sums - (sums.sum() / drops.n) * drops.sizes), len(sums))
+    return float(special.stdtr(len(sums) - 1, -min(t, corrected)))
 
 
-def _bootstrap(
-    drops: Floats,
-    units: Floats,
-    error: float | None,
-    alternative: Alternative,
-    sizes: Floats,
-    generator: np.random.Generator | None,
-    resamples: int,
-) -> float:
-    if generator is None:
-        raise EvaluationError(f"{BOOTSTRAP}: needs a generator")
-    mean = units.sum() / sizes.sum()
-    draws = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=resamples)
-    means = draws @ (units - mean * sizes) / (draws @ sizes)
-    slack = 1e-12 * max(1.0, abs(mean))  # tolerance for the order of summation
-    beyond = means >= mean - slack if alternative == "worse" else np.abs(means) >= abs(mean) - slack
-    return float((1 + beyond.sum()) / (1 + resamples))
+def t_bound(drops: Drops, level: float) -> float:
+    """Return the upper confidence bound of the mean loss by the t test, with the correction for skewness."""
+    assert drops.error is not None
+    n, t = len(drops.sums), t_quantile(level, len(drops.sums) - 1)
+    skew = -_skewness(drops.centred)
+    if skew:  # the inverse of Hall's transformation
+        t = max(t, 3 * math.sqrt(n) / skew * (math.cbrt(1 + skew * (t / math.sqrt(n) - skew / 6 / n)) - 1))
+    return drops.mean + t * drops.error
 
 
-_TESTS: dict[str, Callable[..., float]] = {MCNEMAR: _mcnemar, T: _t, BOOTSTRAP: _bootstrap}
+def _hall(t: float, skew: float, n: int) -> float:
+    """Return a t statistic corrected for the skewness of the n units."""
+    s = t / math.sqrt(n)
+    return math.sqrt(n) * (s + skew * s**2 / 3 + skew**2 * s**3 / 27 + skew / 6 / n)
+
+
+def _skewness(centred: Floats) -> float:
+    """Return the skewness of values whose mean is 0; 0 if all are equal."""
+    spread = float(np.abs(centred).max())
+    if not spread:
+        return 0.0
+    x = centred / spread
+    return float((x**3).mean() / (x**2).mean() ** 1.5)
+
+
+def _p_at(drops: Drops, drop: float, power: float, times: float = 1.0) -> float:
+    """Return the p that samples with the noise of `drops` and a true drop stay below with this power."""
+    assert drops.span is not None and drops.error is not None
+    seen = drop - quantile(1 - power) * drops.error / math.sqrt(times)
+    return chance(drops.centred + seen * drops.sizes, drops.sizes, drops.span, drops.rounding, times=times)
+
+
+def _churn(drops: Drops) -> float:
+    """Return the share of right or wrong answers that change by chance, in each direction."""
+    return min(int((drops.losses > 0).sum()), int((drops.losses < 0).sum())) / drops.n
 
 
 def _smallest_loss(n: int, churn: float, good: float, alpha: float, power: float) -> float | None:
@@ -222,12 +317,6 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float 
     if function(high) < 0:
         return None
     return float(brentq(function, low, high, xtol=1e-6)) if function(low) < 0 else low
-
-
-def mean_error(x: Floats, clusters: Sequence[Hashable] | None) -> tuple[float | None, int]:
-    """Return the standard error of the mean of `x`, None for a single unit, and the number of independent units."""
-    sizes = _sizes(x, clusters)
-    return ratio_error((_units(x, clusters) - x.mean() * sizes).tolist(), len(x)), len(sizes)
 
 
 def _units(x: Floats, clusters: Sequence[Hashable] | None) -> Floats:

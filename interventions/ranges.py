@@ -113,6 +113,34 @@ class Items:
         return ", ".join(filter(None, (size, "in rising order" if self.sorted or self.rising else "none twice")))
 
 
+@dataclass(frozen=True)
+class Search:
+    """Values of a setting that `lmcompose repair` and `lmcompose tune` try, from the strongest to the mildest step.
+
+    Annotated beside the range of the setting. They are `values`, or the set value times each of `times` or plus each
+    of `plus`. With `layers`, the setting is a list of layers to spare, and each text is one way to write a layer.
+    """
+
+    values: tuple[Any, ...] = ()
+    times: tuple[float, ...] = ()
+    plus: tuple[int, ...] = ()
+    layers: tuple[str, ...] = ()
+
+    def options(self, value: Any, hint: Any) -> list[Any]:
+        """Return the values to try for a setting of type `hint`, with `value` among them; none if nothing differs."""
+        found = list(self.values)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            scaled = [value if factor == 1 else float(f"{value * factor:.3g}") for factor in self.times]
+            found += [round(one) for one in scaled] if parts_of(hint)[0] is int else scaled
+            found += [value + shift for shift in self.plus]
+            if value not in found:  # it goes between its neighbours
+                falls = found[-2:-1] > found[-1:]
+                before = [place for place, one in enumerate(found) if (one > value if falls else one < value)]
+                found.insert(before[-1] + 1 if before else 0, value)
+        found = [one for one in dict.fromkeys(found) if _fits(hint, one)]
+        return found if value in found and len(found) > 1 else []
+
+
 Rule = Range | Choice | Items
 Count = Annotated[int, Range(1)]
 """A whole number from 1 up."""
@@ -122,6 +150,17 @@ Weight = Annotated[float, Range(0)]
 """A number from 0 up."""
 Positive = Annotated[float, Range(above=0)]
 """A number above 0."""
+SMALLER_IS_MILDER = Search(times=(4, 2, 1, 0.5, 0.25))
+LARGER_IS_MILDER = Search(times=(0.1, 0.3, 1, 3, 10))
+LearningRate = Annotated[Positive, SMALLER_IS_MILDER]
+Updates = Annotated[Count, SMALLER_IS_MILDER]
+"""A number of updates, or of passes over the data."""
+Strength = Annotated[Weight, SMALLER_IS_MILDER]
+"""The weight of what changes the model."""
+Restraint = Annotated[Weight, LARGER_IS_MILDER]
+"""The weight of what should stay as it is."""
+Preserve = Annotated[bool, Search((False, True))]
+"""Whether to leave something as it is."""
 Layer = Annotated[int, Range(0)]
 """The index of a decoder block."""
 Layers = Annotated[list[Layer], Items(rising=True)]
@@ -224,6 +263,17 @@ def describe(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "see there"}
     word = "" if any(isinstance(rule, Choice) for rule in rules) else words.get(kind, kind.__name__)
     return " ".join(filter(None, (word, *said))) + end
+
+
+def searched(settings: Any) -> Iterator[tuple[str, Any, Any, Search]]:
+    """Yield the settings with a `Search`, of any dataclass: key, value, type and what to try."""
+    kind: type = type(settings)
+    for key, hint in field_types(kind).items():
+        value = getattr(settings, field_name(key))
+        if dataclasses.is_dataclass(hint):
+            yield from ((f"{key}.{name}", *rest) for name, *rest in searched(value))
+        elif typing.get_origin(hint) is Annotated:
+            yield from ((key, value, hint, rule) for rule in typing.get_args(hint)[1:] if isinstance(rule, Search))
 
 
 def parts_of(hint: Any) -> tuple[Any, tuple[Rule, ...], bool]:

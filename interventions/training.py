@@ -63,7 +63,7 @@ class Trainer:
         self._max_grad_norm = max_grad_norm
         self._parameters = dict(parameters)
         self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters.values()]
-        self._optimizer = torch.optim.AdamW(self._masters, lr=lr, weight_decay=weight_decay)
+        self._optimizer = torch.optim.AdamW(self._masters, lr=lr, weight_decay=weight_decay, fused=True)
         pruned = {name: zero_mask(p) if preserve_mask and p.dim() == 2 else None for name, p in parameters.items()}
         self._masks = [(master, pruned[name]) for name, master in zip(parameters, self._masters, strict=True)]
         self.updates = 0

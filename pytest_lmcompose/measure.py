@@ -15,25 +15,40 @@ from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
+    from evaluators.predictions import Predictions
     from interventions.known_grids import KnownGrid
     from pytest_lmcompose.steps import StepRecord
 
 T = TypeVar("T")
 
 
-def capture_unedited(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> UneditedAnswers | None:
-    """Record the base model's answers to the locality prompts, and its preferences; None if neither is measured."""
+def capture_unedited(
+    model: Any,
+    tokenizer: Any,
+    data: RunData,
+    evaluate: EvaluateSettings,
+    predictions: Predictions | None = None,
+) -> UneditedAnswers | None:
+    """Record the base model's answers to the locality prompts, its preferences and its predictions.
+
+    None if nothing of this is measured. `predictions` are the model's on the same texts, if you have them.
+    """
     edits, preferences = evaluate.editing and data.edits, evaluate.tuning and data.tuning.preferences
-    if not edits and not preferences:
+    texts = evaluate.closeness and data.perplexity
+    if not edits and not preferences and not texts:
         return None
     from evaluators import UneditedAnswers
     from evaluators import capture_unedited as capture
+    from evaluators.closeness import capture_predictions
     from evaluators.tuning import preference_margins
 
     options: dict[str, Any] = {"batch_size": evaluate.batch_size, "chat": evaluate.chat}
     answers = capture(model, tokenizer, edits, **options) if edits else UneditedAnswers({})
     margins = preference_margins(model, tokenizer, preferences, **options) if preferences else ()
-    return dataclasses.replace(answers, margins=margins)
+    if texts and predictions is None:
+        size = evaluate.batch_size
+        predictions = capture_predictions(model, tokenizer, texts, window=evaluate.window, batch_size=size)
+    return dataclasses.replace(answers, margins=margins, predictions=predictions)
 
 
 def capture_retained(model: Any, tokenizer: Any, data: RunData, evaluate: EvaluateSettings) -> RetainReference:
@@ -55,10 +70,13 @@ def measure_state(
     retained: RetainReference | None = None,
     grids: Mapping[str, KnownGrid] | None = None,
     steps: Sequence[StepRecord] = (),
+    *,
+    is_base: bool = False,
 ) -> list[Measurement]:
     """Run the evaluators that the recipe switches on and return their measurements.
 
-    `grids` says how the checkpoint stored quantised weights, `steps` what made the state. `progress` is called before
+    `grids` says how the checkpoint stored quantised weights, `steps` what made the state, and
+    `is_base` whether it is the model that `unedited` is of. `progress` is called before
     each evaluator with its name, its number from 1 and the total. Raises EvaluationError for a metric that is measured
     twice.
     """
@@ -70,6 +88,7 @@ def measure_state(
         neighbours=data.neighbours,
         forgettable=data.forgettable,
         unedited=unedited,
+        is_base=is_base,
         task_folder=data.tasks,
         pools=world.pools,
         hazardous=tuple(world.hazardous),

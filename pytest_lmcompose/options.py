@@ -24,6 +24,7 @@ from pytest_lmcompose.cache.folder import DEFAULT_LIMIT, default_folder
 from pytest_lmcompose.cache.remote import check_url, front_folder, is_url, local_path
 from pytest_lmcompose.checkpoints.options import FORMATS, PLAIN, ExportOptions
 from pytest_lmcompose.distribute.shard import Shard, read_shard
+from pytest_lmcompose.report import github
 from pytest_lmcompose.report.files import TargetError, check_folder, is_file, path_of
 from pytest_lmcompose.report.options import FLAGS, Outputs, read_outputs
 
@@ -35,6 +36,7 @@ COMPRESSION_ENGINES = ("autoawq", "gptqmodel", "llmcompressor", "auto_gptq")
 """Names of `interventions.compress.engines`, repeated here so that importing this module does not import them."""
 LOCAL = "local"
 """Name of the default engine, pytest's own loop."""
+BUDGET = r"(?=.*[1-9])\d{1,5}(\.\d{1,3})?(s|min|h)"
 _DEVICE = r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?"
 
 
@@ -71,6 +73,8 @@ class Options:
     cache_size: int
     """Maximum size of the cache in bytes."""
     resume: bool
+    budget: float | None
+    """Seconds that the run may take; None: any."""
     allow_commands: bool
     """Whether steps may run the user's commands."""
     engines: tuple[tuple[str, str], ...]
@@ -130,6 +134,11 @@ def add_options(parser: pytest.Parser) -> None:
         "N",
     )
     add("shard", "test part K of N of the compositions; `lmcompose merge` joins the reports", "K/N")
+    add(
+        "budget",
+        "time for the run, e.g. 90s or 10min: what tells most goes first, and what does not fit is left out",
+        "TIME",
+    )
     add("engine", "where the tests run: local, ray, or an engine of another plugin (default: local)", "ENGINE")
     add("json", "write the report as JSON to this file", "PATH")
     add("export", "write each composition to a folder in DIR that from_pretrained loads, with a model card", "DIR")
@@ -148,6 +157,8 @@ def add_options(parser: pytest.Parser) -> None:
 
     flag("no-cache", "ignore the cache; store nothing")
     parser.addini("lmcompose_no_cache", "ignore the cache; store nothing", type="bool", default=False)
+    flag("no-github", "in GitHub Actions: no annotations of failed gates, and no job summary")
+    parser.addini("lmcompose_no_github", "default of --lmcompose-no-github", type="bool", default=False)
     flag("allow-commands", "permit steps such as command[run=...] to run the commands in their settings")
     flag("resume", "resume an interrupted run with the same options and report its progress")
     for name, help in SWITCHES:
@@ -181,7 +192,11 @@ def read_options(config: pytest.Config) -> Options:
         folder,
         config.rootpath,
     )
-    outputs = read_outputs(lambda name: _value(config, _key(name).removeprefix("lmcompose_")), folder)
+    outputs = read_outputs(
+        lambda name: _value(config, _key(name).removeprefix("lmcompose_")),
+        folder,
+        github=github.active() and not _switch(config, "no_github"),
+    )
     return Options(
         model=values["model"],
         world=values["world"],
@@ -202,6 +217,7 @@ def read_options(config: pytest.Config) -> Options:
         cache_url=values["cache_dir"] if is_url(values["cache_dir"] or "") else None,
         cache_size=_cache_size(values["cache_size"]),
         resume=bool(config.getoption("lmcompose_resume")),
+        budget=_budget(config),
         allow_commands=bool(config.getoption("lmcompose_allow_commands")),
         engines=_engines(config),
         folder=folder,
@@ -257,6 +273,18 @@ def _shard(value: str | None) -> Shard | None:
         return read_shard(value) if value else None
     except ValueError as error:
         raise pytest.UsageError(f"--lmcompose-shard: {error}") from None
+
+
+def _budget(config: pytest.Config) -> float | None:
+    value = _value(config, "budget")
+    if value is None:
+        return None
+    expected = "a time such as 90s, 10min or 1.5h"
+    number, unit = re.fullmatch(r"([\d.]+)(s|min|h)", _checked("budget", value, BUDGET, expected)).groups()  # type: ignore[union-attr]
+    workers = any(getattr(config.option, name, None) for name in ("numprocesses", "tx"))
+    if workers or (_value(config, "engine") or LOCAL) != LOCAL:
+        raise pytest.UsageError("--lmcompose-budget: one process decides what fits: run without -n and other engines")
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
 def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:

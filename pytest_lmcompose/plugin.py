@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +120,19 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     own = config.stash[SESSION]
     own.planned = planned(items)
-    if (here := own.here([(item.nodeid, composition_of(item)) for item in items])) is None:
-        return
+    here = own.here([(item.nodeid, composition_of(item)) for item in items])
+    if here is not None:
+        _leave_out(config, items, here)
+    if own.budget is not None and not config.option.collectonly:
+        found = [composition_of(item) for item in items]
+        order = own.most_telling_first(list(dict.fromkeys(c for c in found if c is not None)))
+        place = {composition: number for number, composition in enumerate(order)}
+        items.sort(key=lambda item: -1 if (c := composition_of(item)) is None else place[c])
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], here: Sequence[bool]) -> None:
+    """Remove the tests that run elsewhere."""
+    own = config.stash[SESSION]
     left = [item for item, ours in zip(items, here, strict=True) if not ours]
     own.elsewhere = _judged(left)
     items[:] = [item for item, ours in zip(items, here, strict=True) if ours]
@@ -193,6 +204,8 @@ def gates(request: pytest.FixtureRequest, composition: Composition) -> tuple[Gat
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     session, composition = item.config.stash[SESSION], composition_of(item)
+    if composition is not None and not session.in_time(composition):
+        pytest.skip("not run: it does not fit into what is left of --lmcompose-budget")
     if composition is not None and not session.writes:  # otherwise it was a usage error
         for problem in session_checks.unpackable(session, [composition]):
             pytest.fail(problem, pytrace=False)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -90,9 +91,25 @@ def is_preset_file(name: str) -> bool:
     return name.endswith(SUFFIXES)
 
 
-def chosen(conf: Conf, overrides: Sequence[str], files: Files) -> Iterator[Preset]:
-    """Yield the presets that the groups' overrides choose, in the order in which they apply. Raises RecipeError."""
-    *others, last = folders(conf)
+def chosen(conf: Conf, overrides: Sequence[str], files: Files) -> tuple[Preset, ...]:
+    """Return the presets that the groups' overrides choose, in the order in which they apply. Raises RecipeError.
+
+    Hydra chooses again only if a file of presets is new or has changed.
+    """
+    places = folders(conf)
+    every = {path for folder in places for pattern in ("*.yaml", "*/*.yaml") for path in folder.glob(pattern)}
+    found = {path: path.stat() for path in sorted({*every, *files.paths.values()})}
+    stamps = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in found.items())
+    return _choose(places, tuple(overrides), tuple(files.paths.items()), stamps)
+
+
+@lru_cache(maxsize=64)
+def _choose(
+    places: tuple[Path, ...], overrides: tuple[str, ...], given: tuple[tuple[str, Path], ...], stamps: object
+) -> tuple[Preset, ...]:
+    """Return what `chosen` returns; `given` are the files by name, `stamps` tell states of all files apart."""
+    *others, last = places
+    files = Files(dict(given))
     try:
         with initialize_config_dir(str(last), job_name="lmcompose", version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
@@ -106,17 +123,19 @@ def chosen(conf: Conf, overrides: Sequence[str], files: Files) -> Iterator[Prese
         for there in (there for folder in others for there in sorted(folder.glob("*/*.yaml"))):
             _read(there)  # a file that cannot be read has a better message
         raise RecipeError(f"the recipe: {files.named(str(error).splitlines()[0])}") from None
+    presets = []
     for one in found.defaults:
         if one.config_path is None or one.config_path.startswith("hydra/"):
             continue
-        given = files.paths.get(one.config_path)
-        path = given or find(conf, f"{one.config_path}.yaml")
+        own = files.paths.get(one.config_path)
+        path = own or find(places, f"{one.config_path}.yaml")
         assert path is not None, one.config_path  # Hydra has found it
-        name = one.config_path if given is None else f"{one.config_path.partition('/')[0]}/{given}"
+        name = one.config_path if own is None else f"{one.config_path.partition('/')[0]}/{own}"
         values: Any = {key: value for key, value in _read(path)[1].items() if key != "defaults"}
         for part in reversed((one.package or "").split(".")):
             values = {part: values} if part else values
-        yield Preset(name, path, values)
+        presets.append(Preset(name, path, values))
+    return tuple(presets)
 
 
 def anchored(values: Mapping[str, Any], folder: Path, inherited: str) -> dict[str, Any]:

@@ -1,25 +1,24 @@
-"""Recipes: Hydra composes the groups of compositions/conf into frozen, typed settings.
+"""Recipes: Hydra chooses among the groups of compositions/conf, and their values become frozen, typed settings.
 
-The schema comes from the dataclasses in `pytest_lmcompose.settings` and the settings of every registered intervention,
-so an unknown key, a wrong type or a value out of range is an error before any work. Values are literal: interpolation
-is rejected. Importing this module imports Hydra, but no torch.
+Keys and types are those of the dataclasses in `pytest_lmcompose.settings` and of the settings of every registered
+intervention, so an unknown key, a wrong type or a value out of range is an error before any work. Values are literal:
+interpolation is rejected. Importing this module imports Hydra, but no torch.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from evaluators.registry import UnknownEvaluator, find_evaluator
 from interventions import names
@@ -44,6 +43,8 @@ from pytest_lmcompose.settings import EvaluateSettings, ModelSettings, SuiteSett
 
 near_names = partial(names.near_names, cutoff=0.5)
 
+_UNSET = "???"
+"""What Hydra's users write for a value that is still to be set."""
 _SECTIONS: dict[str, type] = {
     "model": ModelSettings,
     "world": WorldSettings,
@@ -62,8 +63,8 @@ class Recipe:
     suite: SuiteSettings
     world_name: str
     """The preset of the world, or its file."""
-    config: DictConfig = dataclasses.field(repr=False)
-    """The composed sections, including those of the methods."""
+    config: dict[str, dict[str, Any]] = dataclasses.field(repr=False)
+    """The composed sections, including those of the methods, with the names of fields as keys."""
     _settings: dict[Step, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
     """Settings by step: thousands of compositions share a few steps."""
     _others: dict[Step, dict[str, Composition]] = dataclasses.field(
@@ -84,16 +85,13 @@ class Recipe:
             settings_type = find_method(step.method).settings_type()
         except UnknownMethod as error:
             raise RecipeError(str(error)) from None
-        section = self.config[step.method]
+        section = copy.deepcopy(self.config[step.method])
         for key, value in step.settings:
             text = f"{step.method}.{key}={value}"
             override = _parse_override(text)
-            hint = _check_override(text, override)
-            if section is self.config[step.method]:
-                section = OmegaConf.create(section)
-            with _readable(f"{step}: {text}"):
-                _assign(section, key, override.value(), hint)
-        settings = _typed(section, settings_type, step.method)
+            _check_override(text, override)
+            _assign(section, key.split("."), override.value(), field_types(settings_type))
+        settings = _instance(settings_type, section, step.method)
         try:
             check_given(settings, [key for key, _ in step.settings])
         except SettingError as error:
@@ -102,7 +100,7 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """Return all sections as plain data."""
-        sections: dict[str, Any] = OmegaConf.to_container(self.config)  # type: ignore[assignment]
+        sections = copy.deepcopy(self.config)
         return {name: {setting_name(key): value for key, value in keys.items()} for name, keys in sections.items()}
 
     def others(self, step: Step) -> Mapping[str, Composition]:
@@ -176,8 +174,10 @@ def load_recipe(
         if override.key_or_group in groups():
             texts.append(_choice(text, conf, override, files))
         else:
-            values.append((text, override, _check_override(text, override)))
-    config = OmegaConf.structured(_schema(tuple(_kinds().items())))
+            _check_override(text, override)
+            values.append(override)
+    kinds = _kinds()
+    config = {name: _defaults(kind) for name, kind in kinds.items()}
     world_name = ""
     for preset in chosen(conf, texts, files):
         group, _, name = preset.name.partition("/")
@@ -188,16 +188,14 @@ def load_recipe(
             check_value(name, _SECTIONS[name], given)
         except SettingError as error:
             raise RecipeError(f"the stored recipe: {error}") from None
-        with _readable(f"the section {name!r} of the stored recipe"):
-            _assign(config, name, given, _SECTIONS[name])
-    for text, override, hint in values:
-        with _readable(repr(text)):
-            _assign(config, override.key_or_group, override.value(), hint)
-    sections = {name: _typed(config[name], kind, name) for name, kind in _SECTIONS.items()}
+        _assign(config, [name], given, kinds)
+    for override in values:
+        _assign(config, override.key_or_group.split("."), override.value(), kinds)
+    sections: dict[str, Any] = {name: _instance(kind, config[name], name) for name, kind in _SECTIONS.items()}
     also = {name: _of_evaluator(name, values) for name, values in sections["evaluate"].also.items()}
     sections["evaluate"] = dataclasses.replace(sections["evaluate"], also=also)
     for name, method in methods().items():  # also unused ones: a wrong setting is always an error
-        _typed(config[name], method.settings_type(), name)
+        _instance(method.settings_type(), config[name], name)
         try:
             find_category(method.category)
         except ValueError as error:
@@ -205,7 +203,7 @@ def load_recipe(
     return Recipe(**sections, world_name=world_name, config=config)
 
 
-def _merge(config: DictConfig, preset: Preset, *, own: bool) -> None:
+def _merge(config: dict[str, dict[str, Any]], preset: Preset, *, own: bool) -> None:
     """Set the values of a preset; relative paths in a file of the user's, which is not `own`, start at its folder."""
     kinds, path = _kinds(), preset.path
     for section, given in preset.values.items():
@@ -226,11 +224,10 @@ def _merge(config: DictConfig, preset: Preset, *, own: bool) -> None:
         except SettingError as error:
             raise RecipeError(f"{path}: {error}") from None
         if section == "world" and not own:
-            given = anchored(given, path.parent, config.world.folder)
+            given = anchored(given, path.parent, config["world"]["folder"])
         if given.get("path") and not own and (path.parent / str(given["path"])).exists():
             given = {**given, "path": str(path.parent / str(given["path"]))}
-        with _readable(str(path)):
-            _assign(config, section, given, kind)
+        _assign(config, [section], given, kinds)
 
 
 def groups() -> tuple[str, ...]:
@@ -250,46 +247,34 @@ def _kinds() -> dict[str, type]:
     return {**_SECTIONS, **{name: method.settings_type() for name, method in methods().items()}}
 
 
-@cache
-def _schema(kinds: tuple[tuple[str, type], ...]) -> type:
-    """Return the dataclass that Hydra merges into, with one field per section."""
-    # OmegaConf treats frozen dataclasses as read-only, hence the mutable copies.
-    copies = {name: _mutable(kind) for name, kind in kinds}
-    spec = [(name, copy, dataclasses.field(default_factory=copy)) for name, copy in copies.items()]
-    return dataclasses.make_dataclass("RecipeSchema", spec)
-
-
-@cache
-def _mutable(kind: type) -> type:
-    """Return a mutable copy of a settings dataclass and its nested dataclasses."""
-    hints = typing.get_type_hints(kind)
-    spec: list[tuple[str, Any, Any]] = []
+def _defaults(kind: type) -> dict[str, Any]:
+    """Return the default of each field of a settings dataclass as plain data; none for a field without a default."""
+    found: dict[str, Any] = {}
     for item in dataclasses.fields(kind):
-        hint = hints[item.name]
-        default: Any
-        if dataclasses.is_dataclass(hint):
-            hint = _mutable(typing.cast(type, hint))
-            default = dataclasses.field(default_factory=hint)
-        elif item.default_factory is not dataclasses.MISSING:
-            default = dataclasses.field(default_factory=item.default_factory)
+        if item.default_factory is not dataclasses.MISSING:
+            found[item.name] = item.default_factory()
+        elif item.default is not dataclasses.MISSING:
+            found[item.name] = item.default
         else:
-            default = dataclasses.field(default=item.default)
-        spec.append((item.name, hint, default))
-    return dataclasses.make_dataclass(kind.__name__, spec)
+            continue
+        if dataclasses.is_dataclass(found[item.name]):
+            found[item.name] = dataclasses.asdict(found[item.name])
+        found[item.name] = _converted(field_types(kind)[setting_name(item.name)], found[item.name])
+    return found
 
 
-def _typed(section: DictConfig, kind: type, name: str) -> Any:
-    with _readable(f"the section {name!r} of the recipe"):
-        values = OmegaConf.to_container(section, throw_on_missing=True)
-    return _instance(kind, values, name)
-
-
-def _instance(kind: type, values: Any, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    inner = [key for key in values if dataclasses.is_dataclass(hints[key])]
-    nested = {key: _instance(hints[key], values[key], f"{where}.{key}") for key in inner}
+def _instance(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """Return settings of `kind` with `values`, by the names of fields; raises RecipeError."""
+    hints = field_types(kind)
+    complete = {}
+    for name, value in values.items():
+        hint, key = hints[setting_name(name)], f"{where}.{setting_name(name)}"
+        if value == _UNSET:
+            raise RecipeError(f"{key}={_UNSET}: expected a value")
+        nested = dataclasses.is_dataclass(hint)
+        complete[name] = _instance(typing.cast(type, hint), value, key) if nested else copy.deepcopy(value)
     try:
-        settings = kind(**{**values, **nested})
+        settings = kind(**complete)
         check_settings(settings)
     except SettingError as error:
         raise RecipeError(f"{where}.{error}") from None
@@ -309,36 +294,43 @@ def _of_evaluator(name: str, values: dict[str, Any]) -> dict[str, Any]:
         check_value(where, kind, values)
     except SettingError as error:
         raise RecipeError(str(error)) from None
-    with _readable(where):
-        section = typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_mutable(kind)), values))
-    return dataclasses.asdict(_typed(section, kind, where))
+    section = _defaults(kind)
+    for key, value in values.items():
+        _assign(section, [key], value, field_types(kind))
+    return dataclasses.asdict(_instance(kind, section, where))
 
 
-def _assign(config: DictConfig, key: str, value: Any, hint: Any) -> None:
-    """Set a key to a value; in place of a mapping that is there, except that a dataclass keeps its other fields."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        for name, item in value.items():
-            _assign(config, f"{key}.{name}", item, field_types(typing.cast(type, hint))[name])
-    else:
-        OmegaConf.update(config, _field_path(config, key), value, merge=False, force_add=True)
+def _assign(node: dict[str, Any], path: Sequence[str], value: Any, hints: Mapping[str, Any]) -> None:
+    """Set what lies at `path` below `node`, whose keys have the types `hints`; keys of a mapping have none.
 
-
-def _field_path(config: DictConfig, key: str) -> str:
-    """Return the path to a setting in `config`, which has the names of fields."""
-    parts: list[str] = []
-    node: Any = config
-    for part in key.split("."):
-        inside = node if isinstance(node, DictConfig) else {}
-        parts.append(field_name(part) if field_name(part) in inside else part)
-        node = inside.get(parts[-1])
-    return ".".join(parts)
-
-
-def _check_override(text: str, override: Override) -> Any:
-    """Check key and value of an override, and return the type of what the key stands for.
-
-    Raises RecipeError for an unknown key or an invalid value.
+    A mapping or list replaces the one that is there, except that a dataclass keeps its other fields.
     """
+    name, *below = path
+    key, hint = (field_name(name) if name in hints else name), hints.get(name, Any)
+    inner = field_types(typing.cast(type, hint)) if dataclasses.is_dataclass(hint) else {}
+    if not below and not (inner and isinstance(value, Mapping)):
+        node[key] = _converted(hint, value)
+        return
+    if not isinstance(node.get(key), dict):
+        node[key] = {}
+    for further, item in [(below, value)] if below else [([one], item) for one, item in value.items()]:
+        _assign(node[key], further, item, inner)
+
+
+def _converted(hint: Any, value: Any) -> Any:
+    """Return a copy of a value in which whole numbers are floats where the type `hint` says so."""
+    kind, _, _ = parts_of(hint)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if typing.get_origin(kind) is list and isinstance(value, list | tuple):
+        return [_converted(typing.get_args(kind)[0], item) for item in value]
+    if typing.get_origin(kind) is dict and isinstance(value, Mapping):
+        return {key: _converted(typing.get_args(kind)[1], item) for key, item in value.items()}
+    return copy.deepcopy(value)
+
+
+def _check_override(text: str, override: Override) -> None:
+    """Check key and value of an override; raises RecipeError for an unknown key or an invalid value."""
     parts = override.key_or_group.split(".")
     known: dict[str, Any] = dict(_kinds())
     hint: Any = None
@@ -348,7 +340,7 @@ def _check_override(text: str, override: Override) -> Any:
         if in_mapping:
             kind = parts_of(hint)[0]
             if kind is Any:
-                return Any
+                return
             if typing.get_origin(kind) is not dict:
                 raise RecipeError(f"{text!r}: {above} has no keys of its own")
             hint = typing.get_args(kind)[1]
@@ -366,7 +358,6 @@ def _check_override(text: str, override: Override) -> Any:
         check_value(override.key_or_group, hint, override.value())
     except SettingError as error:
         raise RecipeError(str(error)) from None
-    return hint
 
 
 def _choice(text: str, conf: Conf, override: Override, files: Files) -> str:
@@ -413,18 +404,3 @@ def _interpolates(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(_interpolates, value))
     return isinstance(value, str) and "${" in value
-
-
-class _readable:
-    """Turn errors of Hydra and OmegaConf into a short RecipeError."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (HydraException, OmegaConfBaseException)):
-            cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-            reasons = [str(e).splitlines()[0] for e in (error, cause) if e is not None and str(e)]
-            raise RecipeError(f"{self.where}: {': '.join(reasons)}") from None

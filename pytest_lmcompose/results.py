@@ -21,13 +21,13 @@ from msgspec.structs import replace as replace
 
 from pytest_lmcompose.composition import CompositionError, parse
 from pytest_lmcompose.distribute.shard import Shard
-from pytest_lmcompose.gate.thresholds import LOST, Rule, Unused
+from pytest_lmcompose.gate.thresholds import LEVEL, LOST, Rule, Unused
 
 if TYPE_CHECKING:
     from evaluators.measurement import Measurement
 
 SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_MINOR = 8
+SCHEMA_MINOR = 9
 """Number of compatible additions to version 1."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -235,6 +235,10 @@ class Paired(Base, frozen=True):
     ] = 0
     smallest_p: Annotated[Probability, Meta(description="smallest p that these samples can give; 0: any")] = 0.0
     rises: Annotated[bool, Meta(description="whether the metric gets worse by rising")] = False
+    effect: Annotated[Number, Meta(description="the drop that needed is for; null: unknown")] = None
+    needed: Annotated[
+        Whole | None, Meta(description="units with which a drop of effect is detected with this power; null: unknown")
+    ] = None
 
 
 class Evidence(Base, frozen=True):
@@ -252,10 +256,19 @@ class Evidence(Base, frozen=True):
     ]
 
 
+class Member(Base, frozen=True):
+    """A metric of a pool, tested by itself; its drop is positive if it got worse."""
+
+    metric: str
+    n: Positive
+    drop: Number
+    p: Annotated[Probability, Meta(description="Holm-corrected over the metrics of the pool")]
+
+
 class Gate(Base, frozen=True):
     """The outcome of a gate."""
 
-    metric: str
+    metric: Annotated[str, Meta(description="or the glob of a pool")]
     gate: Annotated[str, Meta(description="kind of bound, or finite or measured")]
     threshold: Number
     passed: bool
@@ -267,6 +280,22 @@ class Gate(Base, frozen=True):
         str | None, Meta(description="a composition or a stored run; null: none, or the base model")
     ] = _always(None)
     evidence: Annotated[Evidence | None, Meta(description="only for not_worse_than")] = None
+    pool: Annotated[tuple[Member, ...], Meta(description="the metrics of a pool")] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that it judges: of a pool that failed, those that are worse by themselves if there are any."""
+        if not self.pool:
+            return (self.metric,)
+        worse = () if self.passed else self.worse
+        return tuple(member.metric for member in worse or self.pool)
+
+    @property
+    def worse(self) -> tuple[Member, ...]:
+        """The metrics of a pool that are worse by themselves, the worst first."""
+        level = LEVEL if self.evidence is None else self.evidence.level
+        level = level if self.paired is None or self.threshold is None else self.threshold
+        return tuple(sorted((member for member in self.pool if member.p <= level), key=lambda member: member.p))
 
     @property
     def state(self) -> Literal["passed", "failed", "lost"]:
@@ -329,7 +358,7 @@ class CompositionResult(Base, frozen=True):
     @property
     def failed_metrics(self) -> frozenset[str]:
         """The metrics of the gates that failed."""
-        return frozenset(gate.metric for gate in self.gates if not gate.passed)
+        return frozenset(metric for gate in self.gates if not gate.passed for metric in gate.metrics)
 
     @property
     def lost_metrics(self) -> frozenset[str]:
@@ -520,6 +549,14 @@ class Drift(Base, frozen=True):
     rows: tuple[DriftRow, ...]
 
 
+class Fix(Base, frozen=True):
+    """What to do about a composition that failed."""
+
+    composition: str
+    use: Annotated[str | None, Meta(description="the composition to use instead; null: none is known")]
+    note: Annotated[str, Meta(description="what changes, what it costs, and whether it was tested")]
+
+
 class Report(Base, frozen=True, kw_only=True):
     """The report of a run."""
 
@@ -543,6 +580,7 @@ class Report(Base, frozen=True, kw_only=True):
     comparison: Annotated[Comparison | None, Meta(description="with a stored run")] = None
     drift: Drift | None = None
     unused_rules: Annotated[tuple[Unused, ...] | None, Meta(description="rules that matched nothing")] = None
+    repairs: Annotated[tuple[Fix, ...], Meta(description="found by lmcompose repair")] = ()
 
     @property
     def by_id(self) -> dict[str, CompositionResult]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+from evaluators.flips import measure_flips
 from evaluators.measurement import Measurement
 from pytest_lmcompose.baseline.reference import architecture
 from pytest_lmcompose.cache.address import measurements_address, retained_address
+from pytest_lmcompose.cache.run_cache import stored
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.counter import Counter
+from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.gate.repeats import Repeat, pooled
+from pytest_lmcompose.imports import fast_imports
 from pytest_lmcompose.options import Options
 from pytest_lmcompose.results import Model, Tokenisation
 from pytest_lmcompose.run_setup import CONF as CONF
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from evaluators import UneditedAnswers
     from evaluators.data import RetainReference
     from pytest_lmcompose.build.states import ModelState, StateManager
+    from pytest_lmcompose.prediction.records import Pair
     from pytest_lmcompose.steps import StepRecord
 
 
@@ -34,6 +39,9 @@ def ignore(*_: object) -> None:
 
 class Run(RunSetup):
     """Builds, measures and caches compositions; every result is computed once."""
+
+    compares_with_own_base = True
+    """Whether states are compared with the model that has no steps, and not with one of a report."""
 
     def __init__(
         self,
@@ -54,6 +62,8 @@ class Run(RunSetup):
         )
         self._manager: StateManager | None = None
         self._answers: dict[int, UneditedAnswers | None] = {}
+        self._base: dict[int, Repeat] = {}
+        """Repeats of the base model."""
 
     def prepare(self, composition: Composition) -> tuple[str, ...]:
         """Build the state of `composition` in every repeat and return its addresses; raises BuildError."""
@@ -74,11 +84,12 @@ class Run(RunSetup):
         if self._manager is None:
             data = self.data  # fail on broken data before loading the model
             self._doing(f"loading {self.recipe.model.path}")
-            from pytest_lmcompose.build.chat import check_chat
-            from pytest_lmcompose.build.load import choose_device, load_model
-            from pytest_lmcompose.build.states import StateManager
+            with fast_imports():
+                from pytest_lmcompose.build.chat import check_chat
+                from pytest_lmcompose.build.load import choose_device, load_model
+                from pytest_lmcompose.build.states import StateManager
 
-            loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
+                loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
             check_chat(loaded.tokenizer, self.recipe.evaluate, self.location)
             self._manager = StateManager(
                 loaded,
@@ -107,6 +118,34 @@ class Run(RunSetup):
             *(self.manager.repeat(data.resources, seed, named(i)) for i, (data, seed) in enumerate(others, start=2)),
         )
 
+    def plan(self, compositions: Iterable[Composition]) -> Iterator[str]:
+        """Yield the lines of the plan, and the predicted better orders of pairs whose states are in the cache."""
+        compositions = tuple(compositions)
+        yield from super().plan(compositions)
+        pairs = self.predicted(compositions)
+        if pairs:
+            from pytest_lmcompose.prediction.lines import planned
+
+            yield "predicted better orders, from single states in the cache (see `lmcompose predict`):"
+            yield from planned(pairs)
+
+    def predicted(self, compositions: Iterable[Composition]) -> tuple[Pair, ...]:
+        """Predict the pairs of `compositions` whose single states the cache has; if it has some, load the model."""
+        from pytest_lmcompose.prediction.records import pairs_of
+
+        if self.cache is None or not (names := stored(self.cache, self.recipe.model.path)):
+            return ()
+        known = [Composition(pair) for pair in pairs_of(compositions) if names.issuperset(map(str, pair))]
+        if not known:
+            return ()
+        from pytest_lmcompose.data.records import WorldError
+        from pytest_lmcompose.prediction.states import predict
+
+        try:
+            return predict(self.manager, self.data[0], known).pairs
+        except (WorldError, ModelError):  # the tests report it
+            return ()
+
     def result(self, composition: Composition) -> Result:
         """Return the result of `composition`, which is created if needed, and mark it as touched."""
         self.touched[composition] = self.results.setdefault(composition, Result(composition))
@@ -129,7 +168,7 @@ class Run(RunSetup):
         with self._kept(result):
             repeats: list[Repeat] = []
             for number in range(len(self.seeds)):
-                repeats.append(self._repeat(composition, number))
+                repeats.append(self._with_flips(composition, number))
                 if number == 0:
                     result.steps, result.state_hash = repeats[0].steps, repeats[0].state_hash
             result.measurements = pooled([repeat.measurements for repeat in repeats])
@@ -138,6 +177,21 @@ class Run(RunSetup):
             result.evaluate_seconds = sum(repeat.evaluate_seconds for repeat in repeats)
         return result.measurements
 
+    def _with_flips(self, composition: Composition, number: int) -> Repeat:
+        """Return one repeat of `composition` with the answers that changed since the base model."""
+        if not self.recipe.evaluate.closeness:
+            return self._repeat(composition, number)
+        base = self._measured_base(number)
+        found = (None if composition.steps else self._base.get(number)) or self._repeat(composition, number)
+        flips = measure_flips(base, found.measurements)
+        return dataclasses.replace(found, measurements=(*found.measurements, *flips))
+
+    def _measured_base(self, number: int) -> Sequence[Measurement]:
+        """Return the measurements of the base model in a repeat."""
+        if number not in self._base:
+            self._base[number] = self._repeat(Composition(), number)
+        return self._base[number].measurements
+
     def _repeat(self, composition: Composition, number: int) -> Repeat:
         """Return one repeat of `composition` from the cache, or build and measure it."""
         run_cache = self.run_cache
@@ -145,13 +199,13 @@ class Run(RunSetup):
             return self._measure(composition, number)
         read = run_cache.measurements_read
         found = run_cache.measured(
-            self._address(composition, number), composition, lambda: self._measure(composition, number)
+            self.address(composition, number), composition, lambda: self._measure(composition, number)
         )
         if run_cache.measurements_read > read:
             self._count(composition, None, "measurements read from the cache")
         return found
 
-    def _address(self, composition: Composition, number: int) -> str:
+    def address(self, composition: Composition, number: int) -> str:
         """Return the cache address of the measurements of one repeat."""
         state = self.managers[number].address(composition)
         world, evaluate = self.recipe.world, self.recipe.evaluate
@@ -177,6 +231,7 @@ class Run(RunSetup):
                 retained,
                 state.grids,
                 state.steps,
+                is_base=self.compares_with_own_base and not composition.steps,
             )
             end = time.perf_counter()
         self._count(composition, end - begun, f"{end - start:.1f} s to measure")
@@ -212,14 +267,15 @@ class Run(RunSetup):
         self._progress(f"{composition}  {counted}{': ' if counted else ''}{done}")
 
     def _unedited(self, number: int) -> UneditedAnswers | None:
-        """Return the base model's answers to the edit prompts of a repeat, and its preferences, computed once."""
+        """Return the base model's answers in a repeat, and its predictions on the texts of all, computed once."""
         from pytest_lmcompose.measure import capture_unedited
 
         if number not in self._answers:
             with self.manager.visit(Composition()) as base:
                 self._doing("the base model answers")
+                predictions = next((answers.predictions for answers in self._answers.values() if answers), None)
                 self._answers[number] = capture_unedited(
-                    base.model, base.tokenizer, self.data[number], self.recipe.evaluate
+                    base.model, base.tokenizer, self.data[number], self.recipe.evaluate, predictions
                 )
         return self._answers[number]
 

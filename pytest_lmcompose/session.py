@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_lmcompose import shadow
+from pytest_lmcompose.budget import Budget
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import Costs
 from pytest_lmcompose.failures import plain_failures, usage_errors
@@ -60,6 +61,8 @@ class Session:
         self.only: frozenset[str] | None = None
         """Ids of the tests to run here; None: all."""
         self.config = config
+        self.budget = None if options.budget is None else Budget(options.budget)
+        """The time that is left for tests; None: any."""
         self._keeps_subtrees = not self.writes and not asked_for_distribution(config)
         """Whether `PrefixScheduling` sends the tests, so that this worker never returns to a subtree."""
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -230,6 +233,17 @@ class Session:
         found = [c in mine if c is not None else shard.index == 1 for _, c in tests]
         self.nothing_here = bool(found) and not any(found)
         return found
+
+    def most_telling_first(self, compositions: Sequence[Composition]) -> list[Composition]:
+        """Sort compositions by what their measurement is expected to tell."""
+        from pytest_lmcompose.prediction.records import in_order_of_information
+
+        with usage_errors():
+            return in_order_of_information(compositions, self.run.predicted(compositions))
+
+    def in_time(self, composition: Composition) -> bool:
+        """Return whether the time for this run suffices to test `composition` too."""
+        return self.budget is None or self.budget.fits(composition, self.costs(), self.run.recipe.reads)
 
     def write_plan(self, reporter: pytest.TerminalReporter) -> None:
         """Print the plan of the collected tests."""

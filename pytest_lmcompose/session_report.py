@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_lmcompose import hookspec as hooks
 from pytest_lmcompose import session_checks
+from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.gate.advice import advice
+from pytest_lmcompose.report import github
 from pytest_lmcompose.report.collect import make_report, now, write
 from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
+from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.prompts import prompts
-from pytest_lmcompose.report.sections import write_composability, write_paired
+from pytest_lmcompose.report.sections import write_closeness, write_composability, write_paired
 from pytest_lmcompose.report.terminal import write_summary
 from pytest_lmcompose.report.write import write_reports
 from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from pytest_lmcompose.gate.thresholds import Unused
     from pytest_lmcompose.session import Session
 
+_NAMED = 8
+"""Compositions to name in a line."""
 _STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
 
 
@@ -49,7 +55,8 @@ class SessionReport:
         path = self._options.json
         if not self._session.writes or self._config.option.collectonly or self._options.plan:
             return
-        stopped = self._stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail)
+        stopped = exitstatus in _STOPPED or bool(session.shouldstop or session.shouldfail or self._left_out)
+        self._stopped = stopped
         if self._collected.records and self._session.run.journal is not None and not stopped:
             self._session.run.journal.ended()
         if self._session.in_use:  # results of an interrupted test, which has no report
@@ -62,6 +69,7 @@ class SessionReport:
             or self._options.baselines.wanted
             or self._session.baseline is not None
             or hooks.read_reports(self._config)
+            or (self._options.outputs.github and bool(self._collected.records))
         )
         # Confidence intervals are slow: without a report, compute only those that the terminal shows.
         metrics = None if reported or junit_file(self._config) is not None else self._shown()
@@ -100,7 +108,19 @@ class SessionReport:
         compared = None if baseline is None else baseline.report
         if not write_reports(self._options.outputs, report, compared, tell):
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        if self._options.outputs.github and self._collected.records:
+            self._add_to_job_summary(report, compared)
         self._session.report = report
+
+    def _add_to_job_summary(self, report: Report, baseline: Report | None) -> None:
+        """Append the Markdown report to the job summary, unless --lmcompose-markdown did."""
+        from pytest_lmcompose.report import markdown
+
+        mine = self._options.outputs.markdown
+        if mine is not None and str(mine) == os.environ.get("GITHUB_STEP_SUMMARY"):
+            return
+        if (problem := github.add_summary(markdown.render(report, baseline))) is not None:
+            self._session.progress(problem)
 
     def _update_cards(self, session: pytest.Session) -> None:
         """Write the final verdicts of gates into the cards of exported folders."""
@@ -137,9 +157,14 @@ class SessionReport:
         if records:
             write_summary(reporter, records, self._wanted, self._options.outputs.layout)
             write_paired(reporter, records, self._collected.late)
+            write_closeness(reporter, records)
             write_composability(reporter, self._collected.composability, self._shown())
             self._write_compared(reporter)
             self._write_next(reporter)
+        if left := self._left_out:
+            names, count = ", ".join(c.id for c in left[:_NAMED]), counted(len(left), "composition")
+            more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+            reporter.write_line(f"not run, because the time was used up: {count}: {names}{more}", yellow=True)
         if self._stopped and self._session.begun:
             reporter.write_line(how_to_resume(self._session), yellow=True)
         for path in (self._options.json, *self._options.outputs.files.values()):
@@ -148,6 +173,33 @@ class SessionReport:
         for record in records:
             if record.export is not None:
                 reporter.write_line(f"lmcompose export: {record.export.folder}")
+        if self._options.outputs.github and records:
+            self._annotate(reporter)
+
+    def _annotate(self, reporter: pytest.TerminalReporter) -> None:
+        """Write an annotation for each failure and each drift, at the thresholds or the ini file."""
+        from pytest_lmcompose.report.view import summarise_gates
+
+        failures = summarise_gates(self._collected.results).failure_messages
+        found = [(f"lmcompose: {name}", message) for name, message in failures]
+        found += [("lmcompose", line) for line in self._idle]
+        drifting = [
+            (
+                f"lmcompose: {row.composition}",
+                f"{row.metric} got worse over {len(row.values)} stored runs, by {row.loss:.4g}",
+            )
+            for row in (() if self._outcome is None else self._outcome.drift)
+            if row.drifts
+        ]
+        file = self._options.thresholds or self._config.inipath
+        reporter.ensure_newline()
+        for line in (*github.annotation_lines(found, file), *github.annotation_lines(drifting, file, kind="warning")):
+            reporter.write_line(line)
+
+    @property
+    def _left_out(self) -> tuple[Composition, ...]:
+        """The compositions that did not fit into the time."""
+        return () if self._session.budget is None else self._session.budget.left_out
 
     def _plan(self) -> Plan | None:
         """Return the plan of the whole run; None if collection did not finish."""
@@ -179,10 +231,11 @@ class SessionReport:
         """Write advice for failed gates."""
         records = self._collected.results
         failed = [
-            (gate.metric, record.by_metric.get(gate.metric))
+            (metric, record.by_metric.get(metric))
             for record in records
             for gate in record.gates
             if not gate.passed
+            for metric in gate.metrics
         ]
         for line in advice((metric, None if found is None else found.higher_is_better) for metric, found in failed):
             reporter.write_line(f"next: {line}", yellow=True)

@@ -221,6 +221,9 @@ class EvaluateSettings(PerplexitySettings, QuestionSettings, PassSettings, Unlea
     """Measure perplexity of running text, the edits' targets with and without prompts, and the facts' answers."""
     texts: Count | None = 200
     """Number of texts for perplexity, from the start of the file; null: all."""
+    closeness: bool = True
+    """Measure how close a state is to the base model: KL divergence and agreement of the most likely token on the texts
+    for perplexity, and answers to facts and questions that changed."""
     questions: bool = True
     """Measure accuracy on question tasks."""
     unlearning: bool = True

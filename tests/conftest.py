@@ -15,8 +15,8 @@ settings.load_profile("busy")
 
 @pytest.fixture(autouse=True)
 def runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take what marks a worker of pytest-xdist out of the environment that started runs inherit."""
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+    """Take what marks a worker of pytest-xdist, or a job of a CI service, out of the environment of started runs."""
+    for name in [name for name in os.environ if name.startswith(("PYTEST_XDIST_", "GITHUB_"))]:
         monkeypatch.delenv(name)
 
 

@@ -12,9 +12,12 @@ from interventions.compress.engines.table import OWN, engine_problems
 from interventions.compress.keep import Exceptions, keep_problems
 from interventions.compress.schemes import CACHES, SCHEMES, Scheme, conflicts, scheme_problem
 from interventions.intervention import ZEROS, Intervention, Model
-from interventions.ranges import Choice, Count, Range, Share, shown
+from interventions.ranges import Choice, Count, Range, Search, Share, shown
 
 Damping = Annotated[float, Range(0, 1)]
+Bits = Annotated[int, Range(2, 8), Search((2, 3, 4, 5, 6, 7, 8))]
+GroupSize = Annotated[int, Range(1, also=(-1,)), Search((256, 128, 64, 32, 16))]
+Sparsity = Annotated[Share, Search((0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))]
 _NUMBERS = ("bits", "group_size", "symmetric")
 _PATTERN = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 
@@ -25,8 +28,8 @@ class Quantiser(Intervention):
 
     category = "compress"
 
-    bits: Annotated[int, Range(2, 8)] = 4
-    group_size: Annotated[int, Range(1, also=(-1,))] = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     """Weights of a row that share a scale and zero point, the last ones of a row maybe fewer; -1: the whole row."""
 
     def promises(self) -> Mapping[str, float]:
@@ -46,7 +49,7 @@ class GridQuantiser(Quantiser):
     """Zero in the middle of the grid, instead of a grid from the least to the greatest weight."""
     scheme: str | None = None
     """The number format by a name of compressed-tensors, such as NVFP4A16, instead of the three settings above."""
-    keep: Exceptions | None = None
+    keep: Annotated[Exceptions | None, Search(layers=("{}:8", "{}:16"))] = None
     """Layers with other bits or another scheme, each as `layers:bits`, 16 to leave them as they are; the last one that
     matches counts. Layers are `first` or `last` (blocks), `first-2`, `last-2`, a role or a glob of names:
     `["*.mlp_out:8", "first:16", "*.q_proj:W8A16"]`."""
@@ -100,7 +103,7 @@ class Pruner(Intervention):
 
     category = "compress"
 
-    sparsity: Share = 0.5
+    sparsity: Sparsity = 0.5
     pattern: str | None = None
     """n:m, as "2:4": n of every m weights next to each other in a row are kept. `sparsity` must say the same."""
 

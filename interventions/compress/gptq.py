@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from interventions.compress.bases import Damping, GridQuantiser, Sequential
 from interventions.compress.engines.table import OWN
 from interventions.intervention import Context, Model, Resources, without_gradients
-from interventions.ranges import Range
+from interventions.ranges import Preserve, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class GptqSettings(Sequential, GridQuantiser):
     unquantised model. Needs `sequential`; the unquantised blocks run as well."""
     asymmetry: Annotated[float, Range(above=0, high=1)] = 0.25
     """How much of these errors to compensate, as in its authors' code."""
-    preserve_mask: bool = True
+    preserve_mask: Preserve = True
     """Keep weights at zero that are zero already, in a linear with at least 5 % of them. As published,
     compensation would fill them again."""
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.compress.bases import Quantiser
+from interventions.compress.bases import GroupSize, Quantiser
 from interventions.intervention import Context, Model, Resources, without_gradients
 from interventions.ranges import Count, Positive, Range
 
@@ -31,7 +31,7 @@ class HqqSettings(Quantiser):
 
     name = "hqq"
 
-    group_size: Annotated[int, Range(1, also=(-1,))] = 64
+    group_size: GroupSize = 64
     """Weights of a row that share a scale and zero point, the last ones of a row maybe fewer; -1: the whole row."""
     whole_zeros: bool = True
     """Round zero points, so that 0 is a level. `false`, as published: any numbers; errors are smaller, but

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.compress.bases import Pruner
+from interventions.compress.bases import Pruner, Sparsity
 from interventions.intervention import Context, Model, Resources, without_gradients
-from interventions.ranges import Choice, Share
+from interventions.ranges import Choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ class MagnitudeSettings(Pruner):
 
     name = "magnitude"
 
-    sparsity: Share = 0.5
+    sparsity: Sparsity = 0.5
     """Share of each linear's weights that become zero; the number is rounded down."""
     among: Annotated[str, Choice("layer", "row")] = "layer"
     """What a weight is compared with: those of its `layer`, as a rule, or of its `row` (its output) alone."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.intervention import ZEROS, Context, Intervention, Model, Resources, without_gradients
-from interventions.ranges import Count, Range
+from interventions.ranges import SMALLER_IS_MILDER, Count, Range
 
 if TYPE_CHECKING:
     from interventions.compress.kernels.expert_saliency import Saliency
@@ -26,7 +26,7 @@ class ReapSettings(Intervention):
     category = "compress"
     resizes = True
 
-    share: Annotated[float, Range(above=0, below=1)] = 0.5
+    share: Annotated[float, Range(above=0, below=1), SMALLER_IS_MILDER] = 0.5
     """Share of the routed experts of every layer that is removed; the number is rounded down."""
     samples: Count = 128
     """Windows of calibration text read, the first ones."""

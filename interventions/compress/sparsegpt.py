@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interventions.compress.bases import Damping, Pruner, Sequential
+from interventions.compress.bases import Damping, Pruner, Sequential, Sparsity
 from interventions.compress.engines.table import OWN
 from interventions.intervention import ZEROS, Context, Model, Resources, without_gradients
-from interventions.ranges import Count, Share
+from interventions.ranges import Count, Preserve
 
 if TYPE_CHECKING:
     from interventions.statistics import InputStatistics
@@ -26,7 +26,7 @@ class SparseGptSettings(Sequential, Pruner):
 
     name = "sparsegpt"
 
-    sparsity: Share = 0.5
+    sparsity: Sparsity = 0.5
     """Share of weights that become zero, in each block of columns over all rows."""
     block_size: Count = 128
     """Columns whose masks are chosen at a time; a pattern must fit in, else the next smaller multiple is taken."""
@@ -35,7 +35,7 @@ class SparseGptSettings(Sequential, Pruner):
     leaves the matrix singular."""
     true_sequential: bool = False
     """The same within a block: calibrate each group of linears on the pruned ones before it. More forward passes."""
-    preserve_mask: bool = True
+    preserve_mask: Preserve = True
     """Keep weights at zero that are zero already, and count them, in a linear with at least 5 % of them. As
     published, compensation would fill them again."""
 

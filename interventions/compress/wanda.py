@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interventions.compress.bases import Pruner, Sequential
+from interventions.compress.bases import Pruner, Sequential, Sparsity
 from interventions.compress.engines.table import OWN
 from interventions.intervention import Context, Model, Resources, without_gradients
-from interventions.ranges import Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,7 @@ class WandaSettings(Sequential, Pruner):
 
     name = "wanda"
 
-    sparsity: Share = 0.5
+    sparsity: Sparsity = 0.5
     """Share of each row's (output's) weights that become zero; the number is rounded down."""
 
     @without_gradients

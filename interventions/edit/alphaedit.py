@@ -7,11 +7,11 @@ keys from earlier batches are preserved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.edit.bases import LayersRewriter
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Positive
+from interventions.ranges import LARGER_IS_MILDER, SMALLER_IS_MILDER, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +26,11 @@ class AlphaEditSettings(LayersRewriter):
 
     name = "alphaedit"
 
-    nullspace_threshold: Positive = 0.02
+    nullspace_threshold: Annotated[Positive, SMALLER_IS_MILDER] = 0.02
     """Edits use directions in which the second moment of the keys is below this."""
     nullspace_relative: bool = False
     """Threshold as a multiple of the mean eigenvalue, for models whose keys have another scale."""
-    ridge: Positive = 10.0
+    ridge: Annotated[Positive, LARGER_IS_MILDER] = 10.0
     """Weight of the penalty on the update's norm (called L2 by the authors)."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:

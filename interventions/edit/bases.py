@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from interventions.intervention import Intervention, Model
-from interventions.ranges import Checked, Count, Fractions, Items, Layers, Positive, Range, Weight
+from interventions.ranges import (
+    LARGER_IS_MILDER,
+    SMALLER_IS_MILDER,
+    Checked,
+    Count,
+    Fractions,
+    Items,
+    Layers,
+    Positive,
+    Preserve,
+    Range,
+    Weight,
+)
 
 
 @dataclass(frozen=True)
@@ -17,9 +29,9 @@ class ValueSettings(Checked):
     """Forward passes; the last one only computes the loss."""
     lr: Positive = 0.5
     weight_decay: Weight = 1e-3
-    stop_loss: Weight = 0.05
+    stop_loss: Annotated[Weight, LARGER_IS_MILDER] = 0.05
     """An edit stops when its loss (nats) falls below this."""
-    clamp_norm_factor: Positive = 4.0
+    clamp_norm_factor: Annotated[Positive, SMALLER_IS_MILDER] = 4.0
     """Maximum norm of the change of a hidden state, relative to the norm of the state."""
     kl_factor: Weight = 0.0625
 
@@ -57,7 +69,7 @@ class Rewriter(OutputEditor):
     """Lengths, in tokens, of the contexts that the model generates before the prompts."""
     contexts_per_length: Annotated[int, Range(0)] = 5
     z: ValueSettings = field(default_factory=ValueSettings)
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero: in linears with at least 5 % exact zeros the change is made without them."""
 
 

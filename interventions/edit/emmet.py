@@ -11,7 +11,7 @@ from typing import Any
 
 from interventions.edit.bases import LayersRewriter
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Fractions, Weight
+from interventions.ranges import Fractions, Restraint
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EmmetSettings(LayersRewriter):
 
     layer_fractions: Fractions = field(default_factory=lambda: [0.16, 0.16])
     """First and last edited block as fractions of depth (block 5 of 32 as published)."""
-    ridge: Weight = 0.1
+    ridge: Restraint = 0.1
     """Added to the diagonal of K^T C^-1 K in batches of several edits, against edits with almost the same key; 0: the
     constraints hold exactly."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from interventions.edit.bases import OutputEditor
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Fractions, Layers, Positive, Weight
+from interventions.ranges import Count, Fractions, Layers, LearningRate, Positive, Preserve, Updates, Weight
 from interventions.types import Edit
 
 
@@ -27,8 +27,8 @@ class FtSettings(OutputEditor):
     """Decoder blocks whose MLP output projection is trained; None: those of `layer_fractions`."""
     layer_fractions: Fractions = field(default_factory=lambda: [0.125, 0.25])
     """First and last trained block as fractions of depth."""
-    lr: Positive = 5e-5
-    steps: Count = 25
+    lr: LearningRate = 5e-5
+    steps: Updates = 25
     """Maximum number of passes over the edits."""
     batch_size: Count = 50
     """Edits per update."""
@@ -41,7 +41,7 @@ class FtSettings(OutputEditor):
     """Maximum change of a single weight, the L-infinity norm of Zhu et al. (2020); None: no bound."""
     chat_template: bool = False
     """Apply the tokenizer's chat template: prompts become user messages, targets the start of the answers."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in linears with at least 5 % exact zeros."""
 
     def choose_layers(self, depth: int) -> list[int]:

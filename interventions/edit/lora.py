@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.adapters import Target, chosen_linears, where_adapted
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
-from interventions.ranges import Count, Items, Layers, Positive, Share, Weight
+from interventions.ranges import Count, Items, Layers, LearningRate, Positive, Preserve, Share, Updates, Weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
@@ -48,8 +48,8 @@ class LoraSettings(Intervention):
     mlp_in, mlp_out."""
     layers: Layers | None = None
     """Decoder blocks with adapters; None: all."""
-    lr: Positive = 5e-3
-    steps: Count = 70
+    lr: LearningRate = 5e-3
+    steps: Updates = 70
     """Maximum number of passes over the edits."""
     batch_size: Count = 50
     """Edits per update."""
@@ -65,7 +65,7 @@ class LoraSettings(Intervention):
     """AdaLoRA only: weight of the penalty that keeps singular vectors orthonormal."""
     chat_template: bool = False
     """Apply the tokenizer's chat template: prompts become user messages, targets the start of the answers."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in linears with at least 5 % exact zeros."""
 
     @property

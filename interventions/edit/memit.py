@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from interventions.edit.bases import LayersRewriter
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Positive
+from interventions.ranges import LARGER_IS_MILDER, Positive
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class MemitSettings(LayersRewriter):
 
     name = "memit"
 
-    covariance_weight: Positive = 15000.0
+    covariance_weight: Annotated[Positive, LARGER_IS_MILDER] = 15000.0
     """Weight of preserving other keys, relative to the edits."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:

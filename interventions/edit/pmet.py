@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from interventions.edit.bases import LayersRewriter, ValueSettings
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Fractions, Positive, Range, Weight
+from interventions.ranges import LARGER_IS_MILDER, SMALLER_IS_MILDER, Fractions, Positive, Range, Weight
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PmetValueSettings(ValueSettings):
     """Forward passes; the last one only computes the loss."""
     lr: Positive = 0.2
     weight_decay: Weight = 0.5
-    clamp_norm_factor: Positive = 0.75
+    clamp_norm_factor: Annotated[Positive, SMALLER_IS_MILDER] = 0.75
     """Maximum norm of the change of each output, relative to the norm of the output."""
     kl_factor: Weight = 1.0
     sure_weight: Weight = 0.1
@@ -44,7 +44,7 @@ class PmetSettings(LayersRewriter):
 
     layer_fractions: Fractions = field(default_factory=lambda: [0.11, 0.29])
     """First and last edited block as fractions of depth (3 to 8 of 28 blocks as published)."""
-    covariance_weight: Positive = 6000.0
+    covariance_weight: Annotated[Positive, LARGER_IS_MILDER] = 6000.0
     """Weight of preserving other keys, relative to the edits."""
     z: PmetValueSettings = field(default_factory=PmetValueSettings)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from interventions.intervention import Context, Intervention, Model, Resources
 from interventions.merge.names import BASE, absent, content, is_composition, split_revision
-from interventions.ranges import Choice, Range, check_value, shown
+from interventions.ranges import SMALLER_IS_MILDER, Choice, Range, check_value, shown
 from interventions.types import InterventionError
 
 _VECTORS = ("base", "weight", "normalize", "lambda")
@@ -57,7 +57,7 @@ class MergeSettings(Intervention):
     """Of `slerp`: the other model's share, from 0 to 1; a list is interpolated over the depth."""
     normalize: bool | None = None
     """Whether to divide by the sum of weights; null: for `linear` and `ties`."""
-    lambda_: Annotated[float, Range(-10, 10)] = 1.0
+    lambda_: Annotated[float, Range(-10, 10), SMALLER_IS_MILDER] = 1.0
     """Factor of the merged task vector."""
     rescale: Annotated[str, Choice("none", "l1", "density")] | None = None
     """Scale a trimmed task vector to its former sum of magnitudes (`l1`), or divide it by its density (`density`);

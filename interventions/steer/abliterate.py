@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.intervention import Context, Model, Resources, without_gradients
-from interventions.ranges import Choice, Count, Items, Layer, Layers, Range, Weight
+from interventions.ranges import SMALLER_IS_MILDER, Choice, Count, Items, Layer, Layers, Preserve, Range, Weight
 from interventions.steer.bases import PromptSettings
 from interventions.types import InterventionError
 
@@ -53,7 +53,7 @@ class AbliterateSettings(PromptSettings):
     """Maximum KL divergence (nats) that removing the chosen direction may cause after harmless prompts."""
     max_depth: Annotated[float, Range(above=0, high=1)] = 0.8
     """Only directions from blocks before this fraction of depth are chosen."""
-    weight: Annotated[float, Range(above=0, high=2)] = 1.0
+    weight: Annotated[float, Range(above=0, high=2), SMALLER_IS_MILDER] = 1.0
     """Share of the direction to remove; above 1, it is turned around."""
     layers: Layers | None = None
     """Blocks whose writers change; None: all."""
@@ -67,7 +67,7 @@ class AbliterateSettings(PromptSettings):
     spare_harmless: Annotated[str, Choice("no", "once", "each")] = "no"
     """Remove only what is orthogonal to the mean state of harmless prompts: `once` to that where the direction was
     measured, `each` to that of each changed block, so that each has a direction of its own."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in matrices with at least 5 % exact zeros; the others take over their share."""
 
     @without_gradients

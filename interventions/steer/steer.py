@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from interventions.intervention import Context, Model, Resources, without_gradients
-from interventions.ranges import Choice, Layers, Range, Share
+from interventions.ranges import SMALLER_IS_MILDER, Choice, Layers, Range, Share
 from interventions.steer.bases import PromptSettings
 from interventions.types import InterventionError
 
@@ -23,7 +23,7 @@ class SteerSettings(PromptSettings):
 
     name = "steer"
 
-    strength: Annotated[float, Range(-1000, 1000)] = 1.0
+    strength: Annotated[float, Range(-1000, 1000), SMALLER_IS_MILDER] = 1.0
     """How much of the difference of means to add; below 0, it is subtracted."""
     layers: Layers | None = None
     """Blocks whose output layer holds the direction, each the one of its own output; None: that of `layer_fraction`."""

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 from interventions.adapters import Target, chosen_linears
 from interventions.intervention import Intervention, Model
 from interventions.layouts import ROLES
-from interventions.ranges import Choice, Count, Items, Layers, Positive, Range, Share, Weight
+from interventions.ranges import (
+    Choice,
+    Count,
+    Items,
+    Layers,
+    LearningRate,
+    Positive,
+    Preserve,
+    Range,
+    Share,
+    Updates,
+    Weight,
+)
 
 if TYPE_CHECKING:
     from interventions.structure import Linear
@@ -34,12 +46,12 @@ class Tuned(Intervention):
     mlp_in, mlp_out."""
     layers: Layers | None = None
     """Decoder blocks to train; None: all, and without LoRA also the embeddings, the final norm and the head."""
-    lr: Positive = 2e-5
+    lr: LearningRate = 2e-5
     schedule: Annotated[str, Choice("linear", "cosine", "constant")] = "linear"
     """How the learning rate falls after the warm-up: to zero, or not at all."""
     warmup: Share = 0.0
     """Share of the updates in which the learning rate rises."""
-    epochs: Count = 3
+    epochs: Updates = 3
     max_updates: Count | None = None
     """Maximum number of updates; None: as many as `epochs` has."""
     batch_size: Count = 8
@@ -53,7 +65,7 @@ class Tuned(Intervention):
     """Maximum tokens per row; longer ones are truncated."""
     chat_template: bool = False
     """Put plain prompts into the tokenizer's chat template; conversations always are."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
 
     def may_change(self, model: Model) -> Collection[str] | None:

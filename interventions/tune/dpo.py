@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Choice, Positive, Share
+from interventions.ranges import LARGER_IS_MILDER, Choice, LearningRate, Positive, Share
 from interventions.tune.bases import Tuned
 
 LOSSES = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "sppo_hard", "aot", "apo_zero", "apo_down")
@@ -18,8 +18,8 @@ class DpoSettings(Tuned):
 
     name = "dpo"
 
-    lr: Positive = 1e-6
-    beta: Positive = 0.1
+    lr: LearningRate = 1e-6
+    beta: Annotated[Positive, LARGER_IS_MILDER] = 0.1
     """How strongly the model is kept near the one before the step."""
     loss: Annotated[str, Choice(*LOSSES)] = "sigmoid"
     """TRL's `loss_type`; sigmoid is DPO as published."""

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from interventions.intervention import Intervention, Model
-from interventions.ranges import Count, Items, Layers, Positive, Range, Weight
+from interventions.ranges import (
+    Count,
+    Items,
+    Layers,
+    LearningRate,
+    Positive,
+    Preserve,
+    Range,
+    Restraint,
+    Strength,
+    Updates,
+    Weight,
+)
 
 Names = Annotated[list[str], Items()]
 Tokens = Annotated[int, Range(2)]
@@ -32,10 +44,10 @@ class Trained(Intervention):
     linear layers, or parameter names relative to a block; None: all."""
     train_head: bool = True
     """Also train the final norm and the output head, unless the head is tied to the embeddings."""
-    lr: Positive = 5e-5
+    lr: LearningRate = 5e-5
     decay: bool = False
     """Decay the learning rate linearly to zero."""
-    epochs: Count = 1
+    epochs: Updates = 1
     """Passes over the forget text."""
     batch_size: Count = 4
     """Texts per forward pass."""
@@ -49,7 +61,7 @@ class Trained(Intervention):
     weight_decay: Weight = 0.0
     max_tokens: Tokens = 512
     """Maximum tokens per text; longer texts are truncated."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
 
     def may_change(self, model: Model) -> list[str]:
@@ -66,8 +78,8 @@ class Trained(Intervention):
 class TwoTerms(Trained):
     """Settings of methods with a loss on forget text and one on retain text."""
 
-    forget_weight: Weight = 1.0
-    retain_weight: Weight = 1.0
+    forget_weight: Strength = 1.0
+    retain_weight: Restraint = 1.0
     """Weight of the loss on retain text; 0: train on forget text only."""
 
     def problems(self) -> Iterator[str]:

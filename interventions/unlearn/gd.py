@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Weight
+from interventions.ranges import Restraint
 from interventions.unlearn.bases import TwoTerms
 
 
@@ -19,7 +19,7 @@ class GdSettings(TwoTerms):
 
     name = "gd"
 
-    retain_weight: Weight = 40.0
+    retain_weight: Restraint = 40.0
     """Weight of the loss on retain text; 0: gradient ascent only."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:

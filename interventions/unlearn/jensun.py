@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Positive, Weight
+from interventions.ranges import Count, LearningRate, Updates, Weight
 from interventions.types import InterventionError
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
@@ -30,8 +30,8 @@ class JensUnSettings(TwoTerms):
     name = "jensun"
 
     layer_fraction: PartOfDepth = 1.0
-    lr: Positive = 8e-6
-    epochs: Count = 10
+    lr: LearningRate = 8e-6
+    epochs: Updates = 10
     accumulation: Count = 4
     weight_decay: Weight = 0.01
     reply: str = "No idea"

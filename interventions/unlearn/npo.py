@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Positive, Weight
+from interventions.ranges import Count, LearningRate, Positive, Updates, Weight
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class NpoSettings(TwoTerms):
     name = "npo"
 
     layer_fraction: PartOfDepth = 1.0
-    lr: Positive = 1e-5
-    epochs: Count = 10
+    lr: LearningRate = 1e-5
+    epochs: Updates = 10
     accumulation: Count = 8
     weight_decay: Weight = 0.01
     beta: Positive = 0.1

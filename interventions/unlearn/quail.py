@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Positive, Range, Weight
+from interventions.ranges import Count, LearningRate, Range, Strength, Updates
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ class QuailSettings(TwoTerms):
     name = "quail"
 
     layer_fraction: PartOfDepth = 1.0
-    lr: Positive = 1e-5
-    epochs: Count = 5
+    lr: LearningRate = 1e-5
+    epochs: Updates = 5
     accumulation: Count = 4
     bits: Annotated[int, Range(2, 8)] = 4
     """The margin is half a step of a grid with this many bits."""
-    hinge_weight: Weight = 1.0
+    hinge_weight: Strength = 1.0
     """Weight of the hinge, relative to that of gradient ascent; 0: gradient difference."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count
+from interventions.ranges import Count, Updates
 from interventions.unlearn.bases import PartOfDepth, Trained
 
 
@@ -23,7 +23,7 @@ class RelearnSettings(Trained):
 
     samples: Count | None = 10
     layer_fraction: PartOfDepth = 1.0
-    epochs: Count = 3
+    epochs: Updates = 3
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Fine-tune the model on the first texts of each topic of `resources.forget`, in place."""

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from interventions.intervention import Context, Intervention, Model, Resources
-from interventions.ranges import Count, Layer, Layers, Positive, Share, Weight
+from interventions.ranges import (
+    SMALLER_IS_MILDER,
+    Count,
+    Layer,
+    Layers,
+    LearningRate,
+    Positive,
+    Preserve,
+    Restraint,
+    Search,
+    Share,
+    Updates,
+)
 from interventions.types import InterventionError
 from interventions.unlearn.bases import Names, Tokens
 
@@ -31,7 +43,7 @@ class RmuSettings(Intervention):
 
     topics: Names | None = None
     """Topics of the forget text; None: all."""
-    layer: Layer | None = None
+    layer: Annotated[Layer | None, Search(plus=(-2, -1, 0, 1, 2))] = None
     """Block whose output is steered; None: that of `layer_fraction`."""
     layer_fraction: Share = 0.22
     """The steered block as a fraction of depth (7 of 32 blocks as published)."""
@@ -40,18 +52,18 @@ class RmuSettings(Intervention):
     parameters: Names = field(default_factory=lambda: ["mlp_out"])
     """Parameters to train in those blocks: attention_in, attention_out, mlp_in or mlp_out for the weights of these
     linear layers, or parameter names relative to a block, such as `mlp.down_proj.weight`."""
-    steering_coefficient: Positive = 6.5
+    steering_coefficient: Annotated[Positive, SMALLER_IS_MILDER] = 6.5
     """Norm of the control vectors."""
-    alpha: Weight = 1200.0
+    alpha: Restraint = 1200.0
     """Weight of the loss on retain text."""
-    lr: Positive = 5e-5
-    max_num_batches: Count = 150
+    lr: LearningRate = 5e-5
+    max_num_batches: Updates = 150
     """Updates over all topics; texts repeat if there are fewer."""
     batch_size: Count = 4
     """Texts per batch; each update uses one batch of forget text and one of retain text."""
     max_tokens: Tokens = 512
     """Maximum tokens per text; longer texts are truncated."""
-    preserve_mask: bool = False
+    preserve_mask: Preserve = False
     """Keep pruned weights at zero in matrices with at least 5 % exact zeros."""
 
     def problems(self) -> Iterator[str]:

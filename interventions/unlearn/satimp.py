@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Positive, Weight
+from interventions.ranges import Count, LearningRate, Restraint, Updates, Weight
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ class SatImpSettings(TwoTerms):
     name = "satimp"
 
     layer_fraction: PartOfDepth = 1.0
-    lr: Positive = 1e-5
-    epochs: Count = 5
+    lr: LearningRate = 1e-5
+    epochs: Updates = 5
     accumulation: Count = 4
     weight_decay: Weight = 0.01
-    retain_weight: Weight = 0.1
+    retain_weight: Restraint = 0.1
     """Weight of the loss on retain text; 0: train on forget text only."""
     saturation: Weight = 5.0
     """Power of a token's likelihood p in its weight (beta1)."""

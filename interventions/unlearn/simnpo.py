@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Positive, Weight
+from interventions.ranges import Count, LearningRate, Positive, Strength, Updates, Weight
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ class SimNpoSettings(TwoTerms):
     name = "simnpo"
 
     layer_fraction: PartOfDepth = 1.0
-    lr: Positive = 1e-5
-    epochs: Count = 10
+    lr: LearningRate = 1e-5
+    epochs: Updates = 10
     accumulation: Count = 8
     weight_decay: Weight = 0.01
     beta: Positive = 2.5
     gamma: Weight = 0.0
     """Margin: larger values make texts less likely before the loss flattens."""
-    forget_weight: Weight = 0.1375
+    forget_weight: Strength = 0.1375
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Make `resources.forget` less likely per token, in place; preserve `resources.retain`."""

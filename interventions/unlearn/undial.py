@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Positive, Weight
+from interventions.ranges import Count, LearningRate, Positive, Restraint, Updates, Weight
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ class UndialSettings(TwoTerms):
     name = "undial"
 
     layer_fraction: PartOfDepth = 1.0
-    lr: Positive = 1e-4
-    epochs: Count = 10
+    lr: LearningRate = 1e-4
+    epochs: Updates = 10
     accumulation: Count = 8
     weight_decay: Weight = 0.01
     beta: Positive = 10.0
     """How much lower the teacher's logit of the text's own token is."""
-    retain_weight: Weight = 0.0
+    retain_weight: Restraint = 0.0
     """Weight of the loss on retain text; 0: train on forget text only."""
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interventions.intervention import Context, Model, Resources
-from interventions.ranges import Count, Positive, Weight
+from interventions.ranges import Count, LearningRate, Updates, Weight
 from interventions.unlearn.bases import PartOfDepth, TwoTerms
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class WgaSettings(TwoTerms):
     name = "wga"
 
     layer_fraction: PartOfDepth = 1.0
-    lr: Positive = 1e-5
-    epochs: Count = 5
+    lr: LearningRate = 1e-5
+    epochs: Updates = 5
     accumulation: Count = 4
     weight_decay: Weight = 0.01
     beta: Weight = 1.0

@@ -40,9 +40,18 @@ class ComparedReports:
 
 def compare_reports(old: Report, new: Report, *, level: float = LEVEL) -> ComparedReports:
     """Compare two reports; a row is worse or better at `level` after Holm's correction over all rows."""
-    problem = incomparable(old.model, new.model)
-    rows = [] if problem else with_verdicts(list(_rows(old, new)), level)
-    return ComparedReports(problem, circumstances(old, new), tuple(rows))
+    return compare_several(old, [new], level=level)[0]
+
+
+def compare_several(first: Report, others: Sequence[Report], *, level: float = LEVEL) -> list[ComparedReports]:
+    """Compare each of `others` with the first run; Holm's correction covers the rows of all comparisons."""
+    found = [(incomparable(first.model, other.model), circumstances(first, other)) for other in others]
+    rows = [() if problem else tuple(_rows(first, other)) for (problem, _), other in zip(found, others, strict=True)]
+    judged = iter(with_verdicts([row for part in rows for row in part], level))
+    return [
+        ComparedReports(problem, differences, tuple(next(judged) for _ in part))
+        for (problem, differences), part in zip(found, rows, strict=True)
+    ]
 
 
 def with_verdicts(rows: Sequence[Row], level: float = LEVEL) -> list[Row]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from interventions import Resources, apply, find_method
 from interventions.context import OtherState
 from interventions.intervention import identity
@@ -168,6 +170,19 @@ class StateManager:
         # That of the base model, whose configuration the present state may have changed.
         manager._addresses[Composition()] = self._addresses[Composition()]
         return manager
+
+    def stored(self, composition: Composition) -> Mapping[str, Tensor] | None:
+        """Return the parameters of a state that differ from the base model, from the cache; None if it has none.
+
+        Builds nothing.
+        """
+        found = None if self._run_cache is None else self._run_cache.state(self.address(composition))
+        return None if found is None else found.changed
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """All parameters of the base model, on the host; read-only."""
+        return self._working.values(self._working.base)
 
     def address(self, composition: Composition) -> str:
         """Return the content address of a state: the hash of everything it depends on.

@@ -61,8 +61,8 @@ def _smaller(tensor: Tensor) -> _Coded | None:
     """Return an encoding of `tensor` that is smaller than it and exact, or None."""
     if tensor.dtype not in INTEGERS or not tensor.numel():
         return None
-    used = int(torch.count_nonzero(tensor.view(INTEGERS[tensor.dtype])))
-    masked = used * tensor.element_size() + tensor.numel() / 8
+    used = int(torch.count_nonzero(tensor))
+    masked = used * tensor.element_size() + tensor.numel() / 8 + (tensor.numel() - used) / 8
     smallest = min(masked, tensor.numel() * tensor.element_size())
     layout = _layout(tensor, smallest / tensor.numel()) if tensor.ndim > 1 else None
     if layout is not None:
@@ -71,6 +71,7 @@ def _smaller(tensor: Tensor) -> _Coded | None:
         coded = _masked(tensor)
     else:
         return None
+    coded.parts.update(_signs(tensor))
     coded.about.update(
         parts=list(coded.parts), dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape)
     )
@@ -125,10 +126,7 @@ def _on_steps(tensor: Tensor, size: int, transposed: bool) -> _Coded:
     others = scales == 0
     if bool(others.any()):
         parts["others"] = groups[others]
-    bits, negative = groups.view(INTEGERS[groups.dtype]), torch.iinfo(INTEGERS[groups.dtype]).min  # -0.0
-    if int(bits.min()) == negative:
-        parts["negative"] = _deflate(torch.from_numpy(np.packbits((bits == negative).numpy())))
-    return _Coded(parts, {"codec": "steps", "size": size, "transposed": transposed})
+    return _Coded(parts, {"codec": "levels", "size": size, "transposed": transposed})
 
 
 def _from_steps(parts: Mapping[str, Tensor], about: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
@@ -144,17 +142,14 @@ def _from_steps(parts: Mapping[str, Tensor], about: Mapping[str, Any], dtype: to
         groups[part] = (codes[part] + zeros[part]).float().sub_(zeros[part]).mul_(scales[part])
     if "others" in parts:
         groups[parts["scales"] == 0] = parts["others"]
-    if "negative" in parts:
-        bits = np.unpackbits(_inflate(parts["negative"]).numpy(), count=groups.numel())
-        groups.view(-1)[torch.from_numpy(bits.view(bool))] = -0.0
     matrix = groups.reshape(*shape[:-1], -1)[..., : shape[-1]]
     return (matrix.mT if about["transposed"] else matrix).contiguous()
 
 
 def _masked(tensor: Tensor) -> _Coded:
-    """Encode a tensor with many zeros as a mask and the other values; -0.0 is another value."""
+    """Encode a tensor with many zeros as a mask and the other values."""
     flat = tensor.contiguous().flatten()
-    mask = flat.view(INTEGERS[tensor.dtype]) != 0
+    mask = flat != 0
     packed = torch.from_numpy(np.packbits(mask.numpy()))
     return _Coded({"mask": packed, "values": flat[mask]}, {"codec": "mask"})
 
@@ -166,13 +161,29 @@ def _from_mask(parts: Mapping[str, Tensor], about: Mapping[str, Any], dtype: tor
     return flat.reshape(about["shape"])
 
 
-_DECODERS = {"steps": _from_steps, "mask": _from_mask}
+def _signs(tensor: Tensor) -> dict[str, Tensor]:
+    """Encode which zeros are negative, as those are where a mask was multiplied with negative weights."""
+    flat = tensor.contiguous().flatten()
+    negative = flat[flat == 0].signbit()
+    return {"signs": _deflate(torch.from_numpy(np.packbits(negative.numpy())))} if bool(negative.any()) else {}
+
+
+def _sign_(tensor: Tensor, signs: Tensor) -> None:
+    zeros = tensor.view(-1) == 0
+    negative = np.unpackbits(_inflate(signs).numpy(), count=int(zeros.sum())).view(bool)
+    tensor.view(-1)[zeros] = torch.where(torch.from_numpy(negative), -0.0, 0.0).to(tensor.dtype)
+
+
+_DECODERS = {"levels": _from_steps, "mask": _from_mask}
 
 
 def _decode_one(parts: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
     if about["codec"] not in _DECODERS:
         raise ValueError(f"codec {about['codec']!r} is unknown")
-    return _DECODERS[about["codec"]](parts, about, getattr(torch, about["dtype"]))
+    tensor = _DECODERS[about["codec"]](parts, about, getattr(torch, about["dtype"]))
+    if "signs" in parts:
+        _sign_(tensor, parts["signs"])
+    return tensor
 
 
 def _deflate(codes: Tensor) -> Tensor:

@@ -150,6 +150,12 @@ def costs(cache: Cache, model: str) -> Costs:
     return Costs.of(steps, evaluations)
 
 
+def stored(cache: Cache, model: str) -> frozenset[str]:
+    """Return the ids of the compositions that the cache has a state of, of whatever settings, of the model `model`."""
+    entries = map(cache.about, cache.entries())
+    return frozenset(about["composition"] for kind, about in entries if kind == STATE and about.get("model") == model)
+
+
 def _once(
     building: AbstractContextManager[None],
     read: Callable[[], T | None],

@@ -193,8 +193,9 @@ def _measurements(card: Card) -> str:
     """Return a table of all metrics, with the base model's value where a gate compares with it."""
     rows = []
     for figure in card.measurements:
-        gates = [gate for gate in card.gates if gate.metric == figure.metric]
-        base = next((g.base_value for g in gates if g.reference is None and g.base_value is not None), None)
+        gates = [gate for gate in card.gates if figure.metric in gate.metrics]
+        alone = (g for g in gates if g.reference is None and not g.pool)
+        base = next((g.base_value for g in alone if g.base_value is not None), None)
         value = figure.nonfinite or with_error(figure.value, figure.stderr)
         state = MISSING if not gates else "failed" if any(not gate.passed for gate in gates) else "passed"
         before = MISSING if base is None else number(base)

@@ -8,7 +8,7 @@ compositions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,10 +29,11 @@ from pytest_lmcompose.run import Run
 
 if TYPE_CHECKING:
     from evaluators import UneditedAnswers
+    from evaluators.measurement import Measurement
 
 UNKNOWN = "folder"
 """Stands for the composition of a folder if nobody says which one it is."""
-_OF_BASE = ("edit_locality_agreement", "preference_wins")
+_OF_BASE = ("edit_locality_agreement", "preference_wins", "kl_to_base", "top1_agreement")
 """Metrics that compare answers with those of the base model."""
 
 
@@ -45,6 +46,8 @@ class Judged(NamedTuple):
 
 class FolderRun(Run):
     """The run that measures a folder like the models of a report, except for what the options set."""
+
+    compares_with_own_base = False
 
     def __init__(
         self,
@@ -127,8 +130,17 @@ class FolderRun(Run):
         except ModelError as error:
             self._progress(f"{what} cannot be measured: {error}")
             return
+        predictions = None  # on the same texts in all repeats
         for number, data in enumerate(self.data):
-            self._answers[number] = capture_unedited(loaded.model, loaded.tokenizer, data, self.recipe.evaluate)
+            found = capture_unedited(loaded.model, loaded.tokenizer, data, self.recipe.evaluate, predictions)
+            predictions = None if found is None else found.predictions
+            self._answers[number] = found
+
+    def _measured_base(self, number: int) -> Sequence[Measurement]:
+        """Return the measurements of the report's base model that the folder's can be paired with."""
+        found = self.report.reference(BASE, Circumstances(self.model_facts(), self.data_hashes, self.seeds))
+        other = {*found.unlike, *found.unpaired}
+        return [] if found.missing else [m for m in found.runs[number] if m.metric not in other]
 
 
 def judge_folder(run: FolderRun) -> Judged:
@@ -143,7 +155,7 @@ def judge_folder(run: FolderRun) -> Judged:
         raise CheckpointError(f"{run.location} cannot be compared with {report.path}: {problem}")
     name, steps = run.name, run.judged_as or base  # errors in the options come before any work
     measured = run.measurements(base)
-    total = max(1, count_paired(run.rules, name, [m.metric for m in measured]))
+    total = max(1, count_paired(run.rules, name, measured))
     world, evaluate = run.recipe.world, run.recipe.evaluate
     gates = judge(
         run.rules,

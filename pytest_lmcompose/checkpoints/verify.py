@@ -11,6 +11,7 @@ from pytest_lmcompose.checkpoints.card import README, Card, file_hash, file_hash
 from pytest_lmcompose.checkpoints.folder import CARD
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.errors import CheckpointError
+from pytest_lmcompose.imports import fast_imports
 from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.results import CompositionResult, Report
 
@@ -63,16 +64,18 @@ def weights_hash(folder: Path, dtype: str, *, trust_remote_code: bool = False) -
 
     Raises ModelError.
     """
-    import torch
+    with fast_imports():
+        import torch
 
-    from pytest_lmcompose.build.load import hash_weights, load_model
-    from pytest_lmcompose.settings import ModelSettings
+        from pytest_lmcompose.build.load import hash_weights, load_model
+        from pytest_lmcompose.settings import ModelSettings
 
-    both = torch.promote_types(getattr(torch, dtype), getattr(torch, _dtype_of(folder) or dtype))
-    settings = ModelSettings(
-        path=str(folder), dtype=str(both).removeprefix("torch."), trust_remote_code=trust_remote_code
-    )
-    return hash_weights(load_model(settings, str(folder), torch.device("cpu")).model)
+        both = torch.promote_types(getattr(torch, dtype), getattr(torch, _dtype_of(folder) or dtype))
+        settings = ModelSettings(
+            path=str(folder), dtype=str(both).removeprefix("torch."), trust_remote_code=trust_remote_code
+        )
+        loaded = load_model(settings, str(folder), torch.device("cpu"))
+    return hash_weights(loaded.model)
 
 
 def _dtype_of(folder: Path) -> str | None:

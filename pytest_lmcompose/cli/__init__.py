@@ -10,11 +10,14 @@ import click
 from pytest_lmcompose.cli.cache import cache
 from pytest_lmcompose.cli.checkpoints import build, gate, verify
 from pytest_lmcompose.cli.health import doctor
+from pytest_lmcompose.cli.history import runs
 from pytest_lmcompose.cli.listing import list_
 from pytest_lmcompose.cli.merging import merge
 from pytest_lmcompose.cli.planning import plan
+from pytest_lmcompose.cli.predicting import predict
 from pytest_lmcompose.cli.runs import compare, report, show
 from pytest_lmcompose.cli.scaffolding import init
+from pytest_lmcompose.cli.searching import repair, tune
 
 
 class _Commands(click.Group):
@@ -49,5 +52,22 @@ def main() -> None:
     """
 
 
-for command in (build, cache, compare, doctor, gate, init, list_, merge, plan, report, show, verify):
+for command in (
+    build,
+    cache,
+    compare,
+    doctor,
+    gate,
+    init,
+    list_,
+    merge,
+    plan,
+    predict,
+    repair,
+    report,
+    runs,
+    show,
+    tune,
+    verify,
+):
     main.add_command(command)

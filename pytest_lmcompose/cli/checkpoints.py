@@ -10,7 +10,7 @@ import click
 import pytest
 
 from pytest_lmcompose.cli.console import Console
-from pytest_lmcompose.cli.logs import judge_two_logs
+from pytest_lmcompose.cli.logs import judge_two_logs, tell_github
 from pytest_lmcompose.cli.planning import arguments, options
 from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
 from pytest_lmcompose.cli.runs import STORAGE, load
@@ -30,7 +30,7 @@ _NOT_BUILD = ("compose", "suite", "shard", "plan", "export", "export-format", "e
 _FOLDER = click.Path(path_type=Path)
 
 
-class _RunCommand(click.Command):
+class RunCommand(click.Command):
     """A command that also takes the plugin's flags; they are created on first use, because importing them is slow."""
 
     def __init__(self, *args: Any, shown: Sequence[str], without: Sequence[str] | None = None, **kwargs: Any) -> None:
@@ -72,7 +72,7 @@ class _Build:
         self.written = own.has_results and any(record.export is not None for record in own.collected.results)
 
 
-@click.command(cls=_RunCommand, shown=_BUILD, without=_NOT_BUILD)
+@click.command(cls=RunCommand, shown=_BUILD, without=_NOT_BUILD)
 @click.argument("composition")
 @click.option("--output", "-o", required=True, type=_FOLDER, metavar="DIR", help="Folder to write.")
 @click.option("--format", metavar="FORMAT", help="plain, compressed-tensors, gptq or awq.  [default: plain]")
@@ -157,7 +157,7 @@ class _Judge:
         return 0
 
 
-@click.command(cls=_RunCommand, shown=_GATE)
+@click.command(cls=RunCommand, shown=_GATE)
 @click.argument("folder", type=_FOLDER)
 @click.argument("new", type=_FOLDER, required=False)
 @click.option("--baseline", metavar="RUN", help="Report, or stored run, to compare the model in FOLDER with.")
@@ -165,9 +165,11 @@ class _Judge:
     "--fail", "-f", "expressions", multiple=True, metavar="METRIC:LIMIT", help="When NEW fails.  [default: *:p0.05]"
 )
 @click.option("--common", is_flag=True, help="Judge NEW by the samples that both logs have.")
+@click.option("--any-prompt", is_flag=True, help="Pair samples by their ids although their prompts differ.")
 @click.option("--as", "composition", metavar="ID", help="Judge by the rules for this composition, such as memit+awq.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model.")
 @click.option("--all", "-a", "every", is_flag=True, help="Show every metric, not only those with a gate.")
+@click.option("--no-github", is_flag=True, help="In GitHub Actions: no annotations, and no job summary.")
 @STORAGE
 def gate(
     folder: Path,
@@ -175,9 +177,11 @@ def gate(
     baseline: str | None,
     expressions: Sequence[str],
     common: bool,
+    any_prompt: bool,
     composition: str | None,
     trust_remote_code: bool,
     every: bool,
+    no_github: bool,
     storage: Path,
     **values: Any,
 ) -> None:
@@ -195,12 +199,16 @@ def gate(
     if new is not None:
         if baseline is not None or composition is not None:
             raise click.UsageError("--baseline and --as are for a model's folder, not for two logs")
-        judge_two_logs(folder, new, expressions, common=common, every=every)
+        judge_two_logs(
+            folder, new, expressions, common=common, any_prompt=any_prompt, every=every, github=not no_github
+        )
         return
     if baseline is None:
         raise click.UsageError("name a log NEW to judge by FOLDER, or --baseline to judge the model in FOLDER")
-    if expressions or common:
-        raise click.UsageError("--fail and --common are for two logs; a model's folder is judged by --thresholds")
+    if expressions or common or any_prompt:
+        raise click.UsageError(
+            "--fail, --common and --any-prompt are for two logs; a model's folder is judged by --thresholds"
+        )
     path, report = load(baseline, storage)
     seeds = {"seed": str(report.seed), "repeats": str(report.repeats)}
     given = arguments({**values, **{key: values.get(key) or value for key, value in seeds.items()}})
@@ -216,6 +224,8 @@ def gate(
     for found in record.gates:
         if not found.passed:
             click.echo(visible(f"failed: {found.message}"))
+    if not no_github:
+        tell_github(f"{folder}, judged by {path}", record.gates, folder)
     failed = sum(not found.passed for found in record.gates)
     if not record.gates:
         click.echo(f"{folder}: no threshold applies to it")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
@@ -11,19 +11,24 @@ import pytest
 from pytest_lmcompose.cli.flags import PREFIX, Flag, plugin_flags
 from pytest_lmcompose.cli.problems import ERROR
 
+if TYPE_CHECKING:
+    from pytest_lmcompose.composition import Composition
+    from pytest_lmcompose.run import Run
+
 SHOWN = ("model", "world", "conf", "suite", "compose", "set", "repeats", "shard", "cache-dir", "no-cache")
 """The flags that affect the plan. Other flags are accepted too, so that you can reuse a command line."""
 
 
-class _Plan:
-    """A pytest plugin that plans the run as soon as options and ini values are known, and collects no tests."""
+class _Asked:
+    """A pytest plugin that asks about the run as soon as options and ini values are known, and collects no tests."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    def __init__(self, ask: Callable[[Run, Sequence[Composition]], None]) -> None:
+        self._ask = ask
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> int:
         from pytest_lmcompose import session_checks
+        from pytest_lmcompose.failures import usage_errors
         from pytest_lmcompose.options import read_options
         from pytest_lmcompose.session import Session
 
@@ -31,8 +36,17 @@ class _Plan:
         session_checks.check(session)
         compositions, shard = session.compositions(), session.options.shard
         mine = frozenset(compositions) if shard is None else shard.of(compositions)
-        self.lines += session.run.plan(c for c in compositions if c in mine)
+        with usage_errors():
+            self._ask(session.run, [c for c in compositions if c in mine])
         return 0
+
+
+def ask_run(ask: Callable[[Run, Sequence[Composition]], None], values: Mapping[str, Any]) -> None:
+    """Call `ask` with the run of some options, which tests nothing, and its compositions; exits if they are wrong."""
+    given = arguments(values)
+    code = pytest.main(["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", *given], plugins=[_Asked(ask)])
+    if code:
+        raise click.exceptions.Exit(ERROR)
 
 
 def options(shown: Collection[str], without: Collection[str] = ()) -> list[click.Parameter]:
@@ -72,16 +86,13 @@ def _plan(**values: Any) -> None:
     Takes the options of `pytest compositions` and reads the same ini files, but collects and builds nothing. For the
     plan of tests selected with -k or -m, use `pytest compositions -k ... --lmcompose-plan`.
     """
-    printer = _Plan()
-    given = arguments(values)
-    code = pytest.main(["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", *given], plugins=[printer])
-    for line in printer.lines:
+    lines: list[str] = []
+    ask_run(lambda run, compositions: lines.extend(run.plan(compositions)), values)
+    for line in lines:
         click.echo(line)
-    if code:
-        raise click.exceptions.Exit(ERROR)
 
 
-class _PlanCommand(click.Command):
+class RunCommand(click.Command):
     """Creates its options on first use, because importing the flags is slow."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -90,4 +101,4 @@ class _PlanCommand(click.Command):
         return super().get_params(ctx)
 
 
-plan = _PlanCommand("plan", callback=_plan, help=_plan.__doc__)
+plan = RunCommand("plan", callback=_plan, help=_plan.__doc__)

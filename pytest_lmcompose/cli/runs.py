@@ -50,7 +50,7 @@ _METRICS = click.option(
 def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group: str | None, storage: Path) -> None:
     """Show the tables that pytest prints at the end of RUN."""
     from pytest_lmcompose.report.layout import shown_metrics, sorted_records
-    from pytest_lmcompose.report.sections import write_composability, write_paired
+    from pytest_lmcompose.report.sections import write_closeness, write_composability, write_paired
     from pytest_lmcompose.report.terminal import write_summary
 
     path, document = load(run, storage)
@@ -60,7 +60,7 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
     records = sorted_records(document.compositions, sort)  # before metrics are removed, which may include the sort key
     judged = any(record.gates for record in records)
     if metrics:
-        records = [_only(record, _chosen(metrics, document)) for record in records]
+        records = [_only(record, known_metrics(metrics, document)) for record in records]
 
     def wanted(metric: str) -> bool:
         return bool(metrics) or every or not judged
@@ -68,44 +68,94 @@ def show(run: str, metrics: Sequence[str], every: bool, sort: str | None, group:
     console = cast(pytest.TerminalReporter, Console())
     write_summary(console, records, wanted, Layout(tuple(metrics), None, group))
     write_paired(console, records, [])
+    write_closeness(console, records)
     write_composability(console, document.composability, shown_metrics(records, wanted))
 
 
 @click.command()
 @click.argument("old")
-@click.argument("new")
+@click.argument("new", nargs=-1, required=True)
 @_METRICS
 @click.option("--all", "-a", "every", is_flag=True, help="Show every row, not only changes beyond noise.")
 @click.option("--fail", is_flag=True, help="Exit with code 1 if a metric is worse, missing, or cannot be compared.")
 @click.option("--json", "as_json", is_flag=True, help="Print all rows as JSON.")
 @STORAGE
-def compare(old: str, new: str, metrics: Sequence[str], every: bool, fail: bool, as_json: bool, storage: Path) -> None:
-    """Compare run NEW with run OLD, metric by metric.
+def compare(
+    old: str, new: Sequence[str], metrics: Sequence[str], every: bool, fail: bool, as_json: bool, storage: Path
+) -> None:
+    """Compare run NEW with run OLD, metric by metric; several NEW become columns.
 
     Differences are paired by sample if both runs used the same samples. p is two-sided, with Holm's correction over all
-    rows; a metric is worse or better at 0.05.
+    rows and columns; a metric is worse or better at 0.05.
     """
     import dataclasses
 
-    from pytest_lmcompose.baseline.compare import compare_reports
+    from pytest_lmcompose.baseline.compare import compare_several
     from pytest_lmcompose.report.compared import is_bad
 
-    (old_path, before), (new_path, after) = load(old, storage), load(new, storage)
-    found = compare_reports(before, after)
-    rows = found.rows
+    old_path, before = load(old, storage)
+    paths, reports = zip(*(load(name, storage) for name in new), strict=True)
     if metrics:
-        globs = _chosen(metrics, before, after)
-        rows = tuple(row for row in rows if any(fnmatchcase(row.metric, glob) for glob in globs))
+        known_metrics(metrics, before, *reports)
+    found = [
+        dataclasses.replace(part, rows=tuple(row for row in part.rows if matches(row.metric, metrics)))
+        for part in compare_several(before, reports)
+    ]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(dataclasses.replace(found, rows=rows)), indent=1).decode())
-    else:
-        _write_comparison(old_path, new_path, found, rows, every)
-        for line in _answers(before, after, rows):
+        document = found[0] if len(found) == 1 else dict(zip(map(str, paths), found, strict=True))
+        click.echo(msgspec.json.format(msgspec.json.encode(document), indent=1).decode())
+    elif len(found) == 1:
+        _write_comparison(old_path, paths[0], found[0], found[0].rows, every)
+        for line in _answers(before, reports[0], found[0].rows):
             click.echo(line)
-    if found.problem is not None:
-        raise CommandError(f"{old_path} and {new_path} cannot be compared: {found.problem}")
-    if fail and any(is_bad(row) for row in rows):
+    else:
+        _write_columns((old_path, *paths), found, every)
+    for path, part in zip(paths, found, strict=True):
+        if part.problem is not None:
+            raise CommandError(f"{old_path} and {path} cannot be compared: {part.problem}")
+    if fail and any(is_bad(row) for part in found for row in part.rows):
         raise click.exceptions.Exit(FAILED)
+
+
+def _write_columns(paths: Sequence[Path], found: Sequence[ComparedReports], every: bool) -> None:
+    """Write a table of several comparisons with one run: a row for each metric, a column for each run."""
+    from pytest_lmcompose.report.compared import QUIET, difference_text, is_bad
+    from pytest_lmcompose.report.numbers import MISSING, number
+    from pytest_lmcompose.report.terminal import Cell, blocks, write_blocks
+
+    for path, part in zip(paths[1:], found, strict=True):
+        for difference in part.differences:
+            click.echo(f"{visible(path.stem)}: {difference_text(difference)}")
+    by_run = [{(row.composition, row.metric): row for row in part.rows} for part in found]
+    keys = [
+        key
+        for key in dict.fromkeys(key for rows in by_run for key in rows)
+        if every or any(key in rows and rows[key].verdict not in QUIET for rows in by_run)
+    ]
+    columns = [[Cell("composition  metric"), *(Cell("  ".join(key)) for key in keys)], [Cell(paths[0].stem)]]
+    for key in keys:
+        old = next((rows[key].old for rows in by_run if key in rows and rows[key].old is not None), None)
+        columns[1].append(Cell(MISSING if old is None else number(old)))
+    for path, rows in zip(paths[1:], by_run, strict=True):
+        column = [Cell(path.stem)]
+        for key in keys:
+            row = rows.get(key)
+            texts = [MISSING if row is None or row.new is None else number(row.new)]
+            if row is not None and row.difference:
+                texts.append(f"({row.difference:+.3g}" + ("" if row.p_holm is None else f", p {row.p_holm:.2g}") + ")")
+            column.append(Cell(" ".join(texts), row is not None and is_bad(row)))
+        columns.append(column)
+    console = Console()
+    if keys:
+        click.echo()
+        write_blocks(cast(pytest.TerminalReporter, console), blocks(columns, console._tw.fullwidth))
+    for path, part in zip(paths[1:], found, strict=True):
+        click.echo(f"{visible(path.stem)}: {_counts(part.rows)}")
+
+
+def _counts(rows: Iterable[Row]) -> str:
+    counts = Counter(row.verdict for row in rows)
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare"
 
 
 def _answers(before: Report, after: Report, rows: Iterable[Row]) -> Iterator[str]:
@@ -172,13 +222,18 @@ def _head(path: Path, document: Report) -> None:
     click.echo(visible(f"{name}; seed {document.seed}{repeats}"))
 
 
-def _chosen(globs: Sequence[str], *documents: Report) -> Sequence[str]:
+def known_metrics(globs: Sequence[str], *documents: Report) -> Sequence[str]:
     """Return `globs` if each matches a metric; raise CommandError with similar names otherwise."""
     known = _metrics(*documents)
     for glob in globs:
         if not any(fnmatchcase(metric, glob) for metric in known):
             _known(glob, *documents)
     return globs
+
+
+def matches(name: str, globs: Sequence[str]) -> bool:
+    """Return whether a name matches any of `globs`; without globs, all do."""
+    return not globs or any(fnmatchcase(name, glob) for glob in globs)
 
 
 def _known(metric: str, *documents: Report) -> None:
@@ -196,14 +251,10 @@ def _metrics(*documents: Report) -> list[str]:
 
 def _only(record: CompositionResult, globs: Sequence[str]) -> CompositionResult:
     """Return a composition's record with only the metrics that match `globs`."""
-
-    def kept(metric: str) -> bool:
-        return any(fnmatchcase(metric, glob) for glob in globs)
-
     return replace(
         record,
-        measurements=tuple(m for m in record.measurements if kept(m.metric)),
-        gates=tuple(gate for gate in record.gates if kept(gate.metric)),
+        measurements=tuple(m for m in record.measurements if matches(m.metric, globs)),
+        gates=tuple(gate for gate in record.gates if any(matches(metric, globs) for metric in gate.metrics)),
     )
 
 
@@ -217,8 +268,7 @@ def _write_comparison(old: Path, new: Path, found: ComparedReports, rows: Sequen
     if shown:
         click.echo()
         write_rows(cast(pytest.TerminalReporter, Console()), shown)
-    counts = Counter(row.verdict for row in rows)
-    click.echo(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
+    click.echo(_counts(rows))
 
 
 def _check_reports(targets: Mapping[str, str | None], read: Sequence[Path]) -> None:

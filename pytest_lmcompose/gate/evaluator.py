@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from evaluators.measurement import EvaluationError, Measurement
 from pytest_lmcompose.baseline.reference import UPDATE, Circumstances
 from pytest_lmcompose.composition import Composition
@@ -37,7 +39,7 @@ class GateEvaluator:
         if needs_baseline(rules, composition.id):
             known[BASELINE] = self._stored_run(composition)
         measured = run.measurements(composition)
-        total = max(1, self._count_paired(composition, tuple(m.metric for m in measured)))
+        total = max(1, self._count_paired(composition, measured))
         found = judge(
             rules,
             composition.id,
@@ -82,14 +84,14 @@ class GateEvaluator:
     def _repeats(self, composition: Composition) -> list[tuple[Measurement, ...]]:
         return [repeat.measurements for repeat in self.run.results[composition].repeats]
 
-    def _count_paired(self, composition: Composition, metrics: tuple[str, ...]) -> int:
-        """Return the number of paired gates of the run, if every composition is measured by `metrics`."""
-        rules = self.run.rules
+    def _count_paired(self, composition: Composition, measured: Sequence[Measurement]) -> int:
+        """Return the number of paired gates of the run, if every composition is measured like `measured`."""
+        rules, metrics = self.run.rules, tuple(m.metric for m in measured)
         if metrics not in self._counted:  # there may be thousands of compositions
             expected = frozenset(self.expected)
-            self._counted[metrics] = expected, sum(count_paired(rules, c.id, metrics) for c in expected)
+            self._counted[metrics] = expected, sum(count_paired(rules, c.id, measured) for c in expected)
         expected, count = self._counted[metrics]
-        return count if composition in expected else count + count_paired(rules, composition.id, metrics)
+        return count if composition in expected else count + count_paired(rules, composition.id, measured)
 
     def compared_with(self, composition: Composition) -> tuple[Composition, ...]:
         """Return the states that the gates of `composition` were compared with; none before they are judged."""

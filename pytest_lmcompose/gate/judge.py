@@ -7,7 +7,8 @@ measured and was not, or whose reference is missing.
 `no_drop_p: 0.05` fails if a one-sided paired test on the same samples finds the metric worse than its reference at
 that level, after Holm's correction over all paired gates of the run (see `paired`). `not_worse_than: 0.02` passes only
 if the samples exclude a loss of that margin. It needs no correction: a model passes only if all such gates pass, so the
-chance that a model passes which lost a margin is at most the level.
+chance that a model passes which lost a margin is at most the level. With `pool: true`, a rule decides once over the
+samples of all its metrics (see `pools`).
 
 `promised: NUMBER` applies if a step promises something about the metric (see `promises`). If a step's settings promise
 a value, such as `average_bits`, the number is the tolerance, as a share of that value; if its category makes the
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -38,7 +39,9 @@ from pytest_lmcompose.gate.paired import (
     noise_floor,
     power_text,
 )
+from pytest_lmcompose.gate.pools import Pool, members, of_pool, pooled_runs, pools
 from pytest_lmcompose.gate.repeats import find
+from pytest_lmcompose.gate.repeats import pooled as pooled_over_repeats
 from pytest_lmcompose.gate.thresholds import (
     BASELINE,
     LOSS,
@@ -96,10 +99,12 @@ def judge(
     gates: int = 1,
     promises: Sequence[Promise] = (),
     off: Callable[[str], str | None] = lambda glob: None,
+    task_of: Callable[[str], str] = lambda metric: "",
 ) -> tuple[Gate, ...]:
     """Return the gates of a composition: by measurement, then one failure for everything that was not measured.
 
-    `off` says why metrics that a glob matches are not measured on purpose: these have no gate.
+    `off` says why metrics that a glob matches are not measured on purpose: these have no gate. `task_of` names the
+    task of a metric that no evaluator describes, see `pools.pooled`.
 
     `known` maps composition ids, and `baseline` for the stored run, to their references. `runs` are the measurements
     of each repeat. `gates` counts the paired gates of the run; see `settle` for their final verdict. `promises` are
@@ -107,16 +112,77 @@ def judge(
     """
     rules = [rule for rule in rules if rule.covers(composition)]
     found: list[Gate] = []
+    runs = runs or (measurements,)
+
+    def gates_of(measurement: Measurement) -> _MetricGates:
+        repeats = [find(run, measurement.metric) for run in runs]
+        return _MetricGates(composition, measurement, repeats, known, gates, promises)
+
     for measurement in measurements:
-        repeats = [find(run, measurement.metric) for run in runs or (measurements,)]
-        metric = _MetricGates(composition, measurement, repeats, known, gates, promises)
+        metric = gates_of(measurement)
         if math.isfinite(measurement.value):
             bounds = (bound for rule in rules_for(rules, measurement.metric) for bound in rule.bounds)
-            found += (gate for bound in bounds for gate in metric.judge(bound))
+            found += (gate for bound in bounds if not bound.pool for gate in metric.judge(bound))
         else:
             found.append(metric.gate("finite", None, False, " is not finite"))
+    for pool in pools(rules, [m for m in measurements if math.isfinite(m.value)]):
+        judged = [gates_of(m) for m in measurements if m.metric in pool.metrics]
+        if pool.bound.if_promised:
+            judged = [of for of in judged if any(promise.about(of.measurement) for promise in promises)]
+        if len(judged) > 1:
+            found += _pool_gates(pool._replace(metrics=tuple(of.measurement.metric for of in judged)), judged, task_of)
+        else:
+            found += (gate for of in judged for gate in of.judge(pool.bound))
     found += _not_measured(rules, composition, [m.metric for m in measurements], known.get(BASELINE), off)
     return tuple(dict.fromkeys(found))
+
+
+def _pool_gates(pool: Pool, judged: Sequence[_MetricGates], task_of: Callable[[str], str]) -> Iterator[Gate]:
+    """Yield the gates of a pool, one for each reference."""
+    first = judged[0]
+    try:
+        yield from _judged_together(pool, judged, task_of)
+    except EvaluationError as error:
+        kind = pool.bound.kind
+        yield first.gate(kind, pool.bound.value, False, f": {kind} cannot be judged with {pool.name}: {error}")
+
+
+def _judged_together(pool: Pool, judged: Sequence[_MetricGates], task_of: Callable[[str], str]) -> Iterator[Gate]:
+    first = judged[0]
+    runs = [[m for m in run if m is not None] for run in zip(*(of.repeats for of in judged), strict=True)]
+    together = pooled_runs(pool, runs, task_of)
+    if not together:
+        raise EvaluationError(f"no repeat has measured all of {', '.join(pool.metrics)}")
+    known = {key: _pooled(reference, pool, task_of) for key, reference in first.known.items()}
+    metric = dataclasses.replace(
+        first,
+        measurement=pooled_over_repeats(together)[0],
+        repeats=[run[0] for run in together],
+        known=known,
+        promises=(),
+    )
+    names = {reference.name: reference for reference in first.known.values()}
+    for gate in metric.judge(dataclasses.replace(pool.bound, if_promised=False)):
+        if gate.paired is not None or gate.evidence is not None:
+            reference = names[gate.reference or BASE_MODEL]
+            gate = replace(gate, pool=members(pool, runs, reference.runs, reference.name))
+        if gate.paired is not None:
+            gate = paired_gate(first.composition, gate, gate.paired, gate.paired.smallest_p)
+        elif gate.evidence is not None:
+            gate = evidence_gate(first.composition, gate, gate.evidence)
+        yield gate
+
+
+def _pooled(reference: Reference, pool: Pool, task_of: Callable[[str], str]) -> Reference:
+    """Return a reference that has measured a pool instead of its metrics."""
+    runs = pooled_runs(pool, reference.runs, task_of)
+    return dataclasses.replace(
+        reference,
+        measurements=pooled_over_repeats(runs) if runs else (),
+        runs=runs,
+        unlike=of_pool(reference.unlike, pool),
+        unpaired=of_pool(reference.unpaired, pool),
+    )
 
 
 @dataclass(frozen=True)
@@ -207,7 +273,7 @@ class _MetricGates:
             notes.append("exact, not sampled" + (": any loss counts" if not value else ""))
         try:
             if effective.kind == NO_DROP:
-                paired, value = compare_with_base(runs, base, bound.value, self.paired_gates, name)
+                paired, value = compare_with_base(runs, base, bound.value, self.paired_gates, name, bound.effect)
                 gate = self.gate(bound.kind, bound.value, False, "", **{**shown, "base_value": value})
                 return paired_gate(self.composition, gate, paired, paired.smallest_p)
             if effective.kind in OF_EVIDENCE:
@@ -325,11 +391,11 @@ def _bound_text(bound: Bound, reference: float, name: str, lower: bool) -> str:
 
 
 def _standard_error(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> float:
-    """Return the standard error of the difference of the pairs."""
-    error = change(runs, base, name).stderr
-    if error is None:
+    """Return the standard error of the difference of the pairs, but at least what may be rounding."""
+    found = change(runs, base, name)
+    if found.stderr is None:
         raise EvaluationError("a single sample has no standard error")
-    return error
+    return max(found.stderr, found.rounding)
 
 
 def _sample_notes(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) -> Iterator[str]:
@@ -395,11 +461,13 @@ def settle(found: Mapping[str, Sequence[Gate]], gates: int = 0) -> dict[str, tup
     return {name: tuple(settled(name, gate) for gate in gates_of) for name, gates_of in found.items()}
 
 
-def count_paired(rules: Sequence[Rule], composition: str, metrics: Iterable[str]) -> int:
-    """Return how many gates of `composition` are paired tests if `metrics` are measured."""
+def count_paired(rules: Sequence[Rule], composition: str, measured: Sequence[Measurement]) -> int:
+    """Return how many gates of `composition` are paired tests, if it is measured like `measured`."""
     covering = [rule for rule in rules if rule.covers(composition)]
-    bounds = [b for metric in metrics for rule in rules_for(covering, metric) for b in rule.bounds if b.kind == NO_DROP]
-    return sum(1 if b.of == BASELINE else len(references(b, parse(composition))) for b in bounds)
+    bounds = [b for m in measured for rule in rules_for(covering, m.metric) for b in rule.bounds if not b.pool]
+    bounds += [pool.bound for pool in pools(covering, measured)]
+    references_of = (references(b, parse(composition)) for b in bounds if b.kind == NO_DROP and b.of != BASELINE)
+    return sum(b.kind == NO_DROP and b.of == BASELINE for b in bounds) + sum(map(len, references_of))
 
 
 def _sign(passed: bool, lower: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from evaluators.flips import KINDS
 from evaluators.metrics import Metric
 from evaluators.registry import BUILT_IN, Evaluator, evaluators
 from pytest_lmcompose.gate.globs import overlap
@@ -36,6 +37,9 @@ def _reason(
             return f"evaluate.{evaluator.name}=false"
     elif evaluator.name not in evaluate.also:
         return f"evaluate.also.{evaluator.name} is not set"
+    kind, _, changed = glob.partition("/")
+    if kind in KINDS and changed:  # answers that are not measured cannot change
+        return why_off(changed, world, evaluate)
     if (key := _SOURCES.get(metric.data)) is not None and getattr(world, key) is None:
         return f"world.{key}=null"
     if metric.data == "questions" and not evaluate.tasks:

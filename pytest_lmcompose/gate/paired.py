@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.measurement import EvaluationError, Measurement, expm1
+from evaluators.metrics import find_metric
 from pytest_lmcompose.gate.repeats import Link, evened, link_of, side_by_side
 from pytest_lmcompose.results import Evidence, Paired
 
 if TYPE_CHECKING:
-    from evaluators.significance import Alternative
+    from evaluators.significance import Alternative, Drops
 
 POWER = 0.8
 BASE_MODEL = "the base model"
 LEVEL = 0.05
 """Significance level of the smallest detectable drop, for gates without a level of their own."""
+EFFECT = 0.05
+"""Share of the reference whose loss a gate counts the needed samples for, if its rule states no effect."""
 
 
 class Change(NamedTuple):
@@ -35,6 +40,8 @@ class Change(NamedTuple):
     n: int
     worse: tuple[int, ...]
     """Indices of the samples that got worse."""
+    rounding: float
+    """A drop up to this may be rounding."""
 
 
 def change(
@@ -51,17 +58,25 @@ def change(
 
 
 def compare_with_base(
-    runs: Sequence[Measurement], base: Sequence[Measurement], alpha: float, gates: int, name: str = BASE_MODEL
+    runs: Sequence[Measurement],
+    base: Sequence[Measurement],
+    alpha: float,
+    gates: int,
+    name: str = BASE_MODEL,
+    effect: float | None = None,
 ) -> tuple[Paired, float]:
     """Test whether a metric is worse than its reference; return the comparison and the reference's value.
 
-    Pairs samples and raises EvaluationError like `change`. `p_holm` is not corrected yet, see `corrected`.
+    `effect` is the loss to count the needed samples for, 5 % of the reference by default. Pairs samples and raises
+    EvaluationError like `change`. `p_holm` is not corrected yet, see `corrected`.
     """
-    from evaluators.significance import MCNEMAR
+    from evaluators.significance import units_needed
 
     pairs = _pairs(runs, base, name)
     found = _change(pairs, "worse")
     level = alpha / gates
+    effect = EFFECT * abs(pairs.base) if effect is None else effect
+    inner = pairs.in_samples(effect)
     paired = Paired(
         found.test,
         found.n,
@@ -74,8 +89,10 @@ def compare_with_base(
         POWER,
         level,
         len(set(pairs.clusters or ())),
-        _smallest_p(pairs) if found.test == MCNEMAR else 0.0,
+        _smallest_p(pairs),
         not pairs.higher_is_better,
+        effect,
+        units_needed(pairs.drops, inner, level, POWER) if 0 < inner < math.inf else None,
     )
     return paired, pairs.base
 
@@ -95,18 +112,10 @@ def evidence_within(
     inner = pairs.in_samples(amount)
     if not inner > 0 or not math.isfinite(inner):
         raise EvaluationError(f"a loss of {amount:g} is impossible from {pairs.base:g}")
-    better = pairs.higher_is_better
-    found = non_inferiority(
-        pairs.before,
-        pairs.after,
-        higher_is_better=better,
-        margin=inner,
-        level=level,
-        power=POWER,
-        clusters=pairs.clusters,
-    )
-    loss, upper = (x if math.isinf(x) else pairs.in_unit(x) for x in (found.loss, found.upper))
-    return Evidence(found.test, found.n, found.units, loss, upper, amount, level, found.needed), pairs.base
+    drops = pairs.drops
+    found = non_inferiority(drops, inner, level, POWER)
+    loss, upper = (x if math.isinf(x) else pairs.in_unit(x) for x in (drops.mean, found.upper))
+    return Evidence(drops.test, drops.n, len(drops.sums), loss, upper, amount, level, found.needed), pairs.base
 
 
 def is_exact(runs: Sequence[Measurement], base: Sequence[Measurement]) -> bool:
@@ -136,10 +145,13 @@ def describe(paired: Paired) -> str:
     """Return a comparison as gate messages show it."""
     error = "unknown" if paired.stderr is None else f"{paired.stderr:.3g}"
     units = f" in {paired.clusters} groups" if paired.clusters else ""
+    what = "rise" if paired.rises else "drop"
+    power = power_text(paired.smallest_drop, paired.power, paired.level, rises=paired.rises)
+    if paired.needed is not None and paired.effect is not None:
+        power += f"; one of {paired.effect:.3g} needs about {paired.needed} {'groups' if units else 'samples'}"
     return (
         f"p = {paired.p:.3g}, after Holm over {paired.gates} gate{'s' * (paired.gates != 1)} {paired.p_holm:.3g} "
-        f"({paired.test}, n = {paired.n}{units}, {'rise' if paired.rises else 'drop'} {paired.drop:.4g} with standard "
-        f"error {error}; {power_text(paired.smallest_drop, paired.power, paired.level, rises=paired.rises)})"
+        f"({paired.test}, n = {paired.n}{units}, {what} {paired.drop:.4g} with standard error {error}; {power})"
     )
 
 
@@ -150,7 +162,8 @@ def power_text(smallest: float | None, power: float = POWER, level: float = LEVE
     return f"detects {found} with {power:.0%} power at level {level:.3g}"
 
 
-class _Pairs(NamedTuple):
+@dataclass(frozen=True)
+class _Pairs:
     """Samples of a reference and of a state, in pairs."""
 
     before: list[float]
@@ -160,6 +173,23 @@ class _Pairs(NamedTuple):
     base: float
     """The reference's value."""
     higher_is_better: bool
+    ends: tuple[float, float] | None
+    """The range of the samples; None: unknown."""
+    heaviest: float
+    """Weight of the heaviest sample, as a multiple of the mean weight."""
+
+    @cached_property
+    def drops(self) -> Drops:
+        """The losses of the samples."""
+        return self.drops_to(self.after)
+
+    def drops_to(self, after: Sequence[float]) -> Drops:
+        """Return the losses if these were the samples of the state."""
+        from evaluators.significance import Drops
+
+        span = None if self.ends is None else (self.ends[1] - self.ends[0]) * self.heaviest
+        better = self.higher_is_better
+        return Drops(self.before, after, higher_is_better=better, clusters=self.clusters, span=span)
 
     def in_unit(self, drop: float) -> float:
         """Return a drop of the samples' mean in the metric's unit."""
@@ -192,16 +222,29 @@ def _pairs(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) 
             raise EvaluationError(f"the samples have other groups than in {name}")
     before, after = ([evened(m.samples, m.weights) for m in group] for group in (base, runs))
     value, better = sum(m.value for m in base) / len(base), runs[0].higher_is_better
+    ends = None if link == "exp" else _ends(runs[0], [x for m in (*base, *runs) for x in m.samples])
+    heaviest = max(len(m.weights) * max(m.weights) / math.fsum(m.weights) if m.weights else 1.0 for m in base)
     # The base model is the same in all repeats; another reference is not. If its repeats may have asked the same
     # questions, assume they did: averaging never overstates the number of independent units.
     alike = {(x if name == BASE_MODEL else len(x), m.clusters) for x, m in zip(before, base, strict=True)}
     if len(alike) == 1:
-        old, new = ([math.fsum(row) / len(row) for row in zip(*group, strict=True)] for group in (before, after))
+        old, new = (
+            list(group[0]) if len(group) == 1 else [math.fsum(row) / len(row) for row in zip(*group, strict=True)]
+            for group in (before, after)
+        )
         old = list(before[0]) if name == BASE_MODEL else old
-        return _Pairs(old, new, base[0].clusters or None, link, value, better)
+        return _Pairs(old, new, base[0].clusters or None, link, value, better, ends, heaviest)
     clusters = side_by_side([(len(m.samples), m.clusters) for m in base])
     old, new = ([x for samples in group for x in samples] for group in (before, after))
-    return _Pairs(old, new, clusters or None, link, value, better)
+    return _Pairs(old, new, clusters or None, link, value, better, ends, heaviest)
+
+
+def _ends(measurement: Measurement, samples: Sequence[float]) -> tuple[float, float] | None:
+    """Return the range of a metric's samples; one that no evaluator describes is a share if all samples are."""
+    known = find_metric(measurement.metric, higher_is_better=measurement.higher_is_better)
+    if math.isfinite(known.low) and math.isfinite(known.high):
+        return known.low, known.high
+    return (0.0, 1.0) if not known.data and min(samples) >= 0 and max(samples) <= 1 else None
 
 
 def _link(measurement: Measurement) -> Link | None:
@@ -209,32 +252,31 @@ def _link(measurement: Measurement) -> Link | None:
 
 
 def _change(pairs: _Pairs, alternative: Alternative) -> Change:
-    from evaluators.significance import compare
+    from evaluators.significance import compare_drops
 
     better = pairs.higher_is_better
-    found = compare(
-        pairs.before, pairs.after, higher_is_better=better, clusters=pairs.clusters, alternative=alternative
-    )
+    found = compare_drops(pairs.drops, alternative)
     worse = (i for i, (x, y) in enumerate(zip(pairs.before, pairs.after, strict=True)) if (y < x if better else y > x))
-    error = found.stderr
+    error, rounding = found.stderr, pairs.in_unit(pairs.drops.rounding)
     if error is not None and pairs.link == "exp":  # to first order
         error = error * pairs.base if math.isfinite(error * pairs.base) else None
-    return Change(pairs.in_unit(found.drop), error, found.p, found.test, found.n, tuple(worse))
+    return Change(pairs.in_unit(found.drop), error, found.p, found.test, found.n, tuple(worse), rounding)
 
 
 def _smallest_drop(pairs: _Pairs, alpha: float) -> float | None:
     """Return the smallest drop that is detected, in the metric's unit; None if there is none, or it is infinite."""
     from evaluators.significance import smallest_drop
 
-    better = pairs.higher_is_better
-    found = smallest_drop(
-        pairs.before, pairs.after, higher_is_better=better, alpha=alpha, power=POWER, clusters=pairs.clusters
-    )
+    found = smallest_drop(pairs.drops, alpha, POWER)
     drop = math.inf if found is None else pairs.in_unit(found)
     return drop if math.isfinite(drop) else None
 
 
 def _smallest_p(pairs: _Pairs) -> float:
-    """Return the p of McNemar's test if every right answer were lost; 0 if there is none to lose."""
-    right = sum(x == pairs.higher_is_better for x in pairs.before)
-    return 0.5**right if right else 0.0
+    """Return the p if every sample were as bad as it can be; 0 if this is unknown, or there is nothing to lose."""
+    from evaluators.significance import compare_drops
+
+    if pairs.ends is None:
+        return 0.0
+    worst = pairs.drops_to([pairs.ends[not pairs.higher_is_better]] * len(pairs.before))
+    return compare_drops(worst).p if worst.mean > 0 else 0.0

@@ -48,8 +48,8 @@ def evened(samples: Sequence[float | None], weights: Sequence[float]) -> tuple[f
 
     So text windows of unequal length can be paired and resampled. Empty if a sample is not finite (None in reports).
     """
-    finite = tuple(sample for sample in samples if sample is not None and math.isfinite(sample))
-    if len(finite) < len(samples):
+    finite = tuple(sample for sample in samples if sample is not None)
+    if len(finite) < len(samples) or not all(map(math.isfinite, finite)):
         return ()
     if not finite or not weights:
         return finite

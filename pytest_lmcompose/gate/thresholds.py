@@ -40,12 +40,16 @@ OF_BASE = ("min_ratio_of_base", "max_ratio_of_base")
 PROMISED, LOST = "promised", "lost"
 """Bounds on what the steps promise; see `judge`."""
 BOUNDS = (*ABSOLUTE, *RELATIVE, *OF_BASE, PROMISED, LOST)
+_KEYS = {NO_DROP: ("value", "of", "effect", "pool"), NOT_WORSE: ("margin", "level", "of", "pool")}
+"""Keys of bounds that have more than `value` and `of`."""
 LEVEL = 0.05
 """Significance level of `not_worse_than`, unless it names another."""
-_LIMIT = re.compile(r"(?P<sign>[pn])?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?")
+_LIMIT = re.compile(
+    r"(?P<pool>pool\s+)?(?P<sign>[pn])?\s*(?P<number>\d+(\.\d*)?([eE]-?\d+)?|\.\d+([eE]-?\d+)?)\s*(?P<unit>%|se)?"
+)
 _LIMITS = (
-    "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), a level such as p0.01, or a margin such as "
-    "n0.02 or n5%"
+    "a loss such as 0.01, 5% (of the old value) or 3se (standard errors), a level such as p0.01 or 'pool p0.01', or a "
+    "margin such as n0.02, n5% or 'pool n0.02'"
 )
 
 
@@ -73,6 +77,10 @@ class Bound:
     """Whether it applies only if a step promises something about the metric: `promised: {max_ratio_of_base: 0.8}`."""
     level: float = LEVEL
     """Significance level of `not_worse_than`."""
+    effect: float | None = None
+    """The loss that `no_drop_p` counts the needed samples for; None: 5 % of the reference."""
+    pool: bool = False
+    """Whether one decision is made over all metrics that the rule's glob matches; see `pools`."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,8 @@ def read_expression(text: str) -> Rule:
 
     LIMIT is how much worse the metric may be: `0.01`, `5%` of the baseline's value, `3se` (standard errors of the
     difference), or `p0.01`: not worse by a paired test at that level. `n0.02` and `n5%` ask for evidence: they pass
-    only if a loss of this margin is excluded. Raises ThresholdError.
+    only if a loss of this margin is excluded. `pool p0.01` and `pool n0.02` decide once over all metrics that match.
+    Raises ThresholdError.
     """
     names, colon, limit = text.rpartition(":")
     composition, separator, metric = names.rpartition("::")
@@ -143,8 +152,8 @@ def read_expression(text: str) -> Rule:
         raise ThresholdError(
             f"{text!r}: expected [COMPOSITION::]METRIC:LIMIT, such as recall:5% or 'memit*::recall:p0.01'"
         )
-    kind, value = _limit(limit, text)
-    return Rule(composition.strip() or "*", metric.strip(), (Bound(kind, value, BASELINE),), text)
+    bound = _limit(limit, text)
+    return Rule(composition.strip() or "*", metric.strip(), (replace(bound, of=BASELINE),), text)
 
 
 def rules_for(rules: Sequence[Rule], metric: str) -> list[Rule]:
@@ -272,22 +281,26 @@ def _bound(kind: str, given: Any, where: str) -> Bound:
         if not isinstance(given, str) or not given.strip():
             raise ThresholdError(f"{where}: {kind} is {given!r}, expected a reason in words")
         return Bound(kind, 0.0, note=given.strip())
-    value, of = given, BASE if kind in RELATIVE or kind in OF_BASE else None
-    level = LEVEL
+    value, others = given, {}
     if isinstance(given, dict):
         if kind not in RELATIVE:
             raise ThresholdError(f"{where}: {kind} takes a number, not a reference")
-        main, keys = ("margin", ("margin", "level", "of")) if kind == NOT_WORSE else ("value", ("value", "of"))
-        if main not in given or set(given) - set(keys):
-            raise ThresholdError(f"{where}: {kind} is {given!r}, expected the keys {' and '.join(keys)}")
-        value, of, level = given[main], given.get("of", BASE), given.get("level", LEVEL)
-    if isinstance(value, str) and kind == LOSS:
-        kind, value = _limit(value, f"{where}: {LOSS}")
-    elif isinstance(value, str) and kind == NOT_WORSE:
-        kind, value = _limit(f"n{value}", f"{where}: {NOT_WORSE}")
-    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
+        main, *keys = _KEYS.get(kind, ("value", "of"))
+        if main not in given or set(given) - {main, *keys}:
+            raise ThresholdError(f"{where}: {kind} is {given!r}, expected the keys {' and '.join((main, *keys))}")
+        value, others = given[main], given
+    of = others.get("of", BASE if kind in RELATIVE or kind in OF_BASE else None)
+    level, effect, pool = others.get("level", LEVEL), others.get("effect"), others.get("pool", False)
+    if isinstance(value, str) and kind in (LOSS, NOT_WORSE):
+        found = _limit(f"n{value}" if kind == NOT_WORSE else value, f"{where}: {kind}")
+        kind, value = found.kind, found.value
+    if not isinstance(pool, bool):
+        raise ThresholdError(f"{where}: pool is {pool!r}, expected true or false")
+    if effect is not None and not (_is_number(effect) and effect > 0):
+        raise ThresholdError(f"{where}: the effect is {effect!r}, expected a loss above 0, such as 0.02")
+    if not _is_number(level) or not 0 < level < 1:
         raise ThresholdError(f"{where}: the level is {level!r}, expected one between 0 and 1, such as 0.05")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not _is_number(value):
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number")
     if kind == NO_DROP and not 0 < value < 1:
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a level of significance such as 0.05")
@@ -297,7 +310,12 @@ def _bound(kind: str, given: Any, where: str) -> Bound:
         raise ThresholdError(f"{where}: {NOT_WORSE} is {value!r}, expected a margin above 0, such as 0.02 or 5%")
     if value < 0 and (kind in ("max_drop", "max_rise", PROMISED) or kind.startswith(LOSS)):
         raise ThresholdError(f"{where}: {kind} is {value!r}, expected a number of at least 0")
-    return Bound(kind, float(value), _reference(of, where), level=float(level))
+    effect = None if effect is None else float(effect)
+    return Bound(kind, float(value), _reference(of, where), level=float(level), effect=effect, pool=pool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _reference(of: Any, where: str) -> str | None:
@@ -313,24 +331,24 @@ def _reference(of: Any, where: str) -> str | None:
         raise ThresholdError(f"{where}: of is {of!r}, expected {known}: {error}") from None
 
 
-def _limit(text: str, where: str) -> tuple[str, float]:
-    """Return the kind of bound and the value of a limit such as 5%."""
+def _limit(text: str, where: str) -> Bound:
+    """Return the bound of a limit such as 5%, without its reference."""
     match = _LIMIT.fullmatch(text.strip())
     allowed = {None: ("%", "se", None), "p": (None,), "n": ("%", None)}
-    if match is None or match["unit"] not in allowed[match["sign"]]:
+    if match is None or match["unit"] not in allowed[match["sign"]] or (match["pool"] and not match["sign"]):
         raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected {_LIMITS}")
-    value = float(match["number"])
+    value, pool = float(match["number"]), match["pool"] is not None
     if match["sign"] == "p":
         if not 0 < value < 1:
             raise ThresholdError(f"{where}: the level is {value:g}, expected one between 0 and 1, such as p0.01")
-        return NO_DROP, value
+        return Bound(NO_DROP, value, pool=pool)
     if match["sign"] == "n":
         if value == 0:
             raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected a margin above 0, such as n0.02")
-        return (NOT_WORSE_PERCENT if match["unit"] else NOT_WORSE), value
+        return Bound(NOT_WORSE_PERCENT if match["unit"] else NOT_WORSE, value, pool=pool)
     if match["unit"] == "se" and value == 0:
         raise ThresholdError(f"{where}: the limit is {text.strip()!r}, expected standard errors above 0, such as 3se")
-    return {None: LOSS, "%": LOSS_PERCENT, "se": LOSS_ERRORS}[match["unit"]], value
+    return Bound({None: LOSS, "%": LOSS_PERCENT, "se": LOSS_ERRORS}[match["unit"]], value)
 
 
 def _mapping(value: Any, where: str, *, filled: bool = False) -> Mapping[str, Any]:

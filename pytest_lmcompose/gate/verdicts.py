@@ -8,6 +8,9 @@ from pytest_lmcompose.gate.paired import BASE_MODEL, describe
 from pytest_lmcompose.gate.thresholds import NO_DROP
 from pytest_lmcompose.results import Evidence, Gate, Paired, replace
 
+_SHOWN = 5
+"""Metrics of a pool that a message names."""
+
 
 def paired_gate(composition: str, gate: Gate, paired: Paired, reachable: float) -> Gate:
     """Return a paired gate with its final verdict and message.
@@ -15,7 +18,7 @@ def paired_gate(composition: str, gate: Gate, paired: Paired, reachable: float) 
     `reachable` is the smallest p that the samples can reach after Holm's correction: a gate that can never fail does.
     """
     assert gate.threshold is not None and gate.value is not None and gate.base_value is not None
-    label = f"{composition}  {gate.metric} = {shown_number(gate.value)}"
+    label = _label(composition, gate)
     level = f"{NO_DROP} {shown_number(gate.threshold)}"
     if reachable > gate.threshold:
         message = (
@@ -27,7 +30,7 @@ def paired_gate(composition: str, gate: Gate, paired: Paired, reachable: float) 
     before = f"{shown_number(gate.base_value)} of {gate.reference or BASE_MODEL}"
     found = ": no evidence that it is worse" if passed else " is worse"
     message = f"{label}{found} than {before} at {level}: {describe(paired)}"
-    return replace(gate, passed=passed, message=message, paired=paired)
+    return _with_members(replace(gate, passed=passed, message=message, paired=paired))
 
 
 def evidence_gate(composition: str, gate: Gate, evidence: Evidence) -> Gate:
@@ -35,7 +38,7 @@ def evidence_gate(composition: str, gate: Gate, evidence: Evidence) -> Gate:
     assert gate.value is not None and gate.base_value is not None and evidence.loss is not None
     upper = math.inf if evidence.upper is None else evidence.upper
     passed = upper < evidence.margin
-    label, margin = f"{composition}  {gate.metric} = {shown_number(gate.value)}", shown_number(evidence.margin)
+    label, margin = _label(composition, gate), shown_number(evidence.margin)
     before = f"{shown_number(gate.base_value)} of {gate.reference or BASE_MODEL}"
     units = f" in {evidence.units} groups" if evidence.units < evidence.n else ""
     found = (
@@ -53,7 +56,23 @@ def evidence_gate(composition: str, gate: Gate, evidence: Evidence) -> Gate:
             f"{label} may be worse than {before} by {margin}: too little evidence; a model without any loss needs "
             f"{needed} {what} ({found})"
         )
-    return replace(gate, passed=passed, message=message, evidence=evidence)
+    return _with_members(replace(gate, passed=passed, message=message, evidence=evidence))
+
+
+def _label(composition: str, gate: Gate) -> str:
+    assert gate.value is not None
+    pool = f" over {len(gate.pool)} metrics" if gate.pool else ""
+    return f"{composition}  {gate.metric}{pool} = {shown_number(gate.value)}"
+
+
+def _with_members(gate: Gate) -> Gate:
+    """Add to the message of a pool that failed which of its metrics are worse by themselves."""
+    if gate.passed or not gate.pool:
+        return gate
+    worse = [f"{m.metric} (drop {m.drop or 0:.4g}, p = {m.p:.3g})" for m in gate.worse[:_SHOWN]]
+    more = f" and {len(gate.worse) - _SHOWN} more" if len(gate.worse) > _SHOWN else ""
+    names = f"worse by themselves: {', '.join(worse)}{more}" if worse else "no metric is worse by itself"
+    return replace(gate, message=f"{gate.message}; {names}")
 
 
 def shown_number(value: float) -> str:

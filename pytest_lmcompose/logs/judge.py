@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from evaluators.measurement import Measurement
+from evaluators.measurement import Measurement, exp
 from pytest_lmcompose.baseline.compare import compare_metric, compare_reports, with_verdicts
 from pytest_lmcompose.baseline.reference import Baseline, Circumstances
 from pytest_lmcompose.gate.judge import Reference, judge, settle
 from pytest_lmcompose.gate.thresholds import BASELINE, Rule
 from pytest_lmcompose.logs.log import Log, LogError, Metric
+from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.results import Gate, Measured, Report, Row
 
 
@@ -28,12 +29,16 @@ class Judged:
     """Samples that only one of the logs has, over all metrics."""
 
 
-def judge_logs(old: Log, new: Log, rules: Sequence[Rule], *, common: bool = False) -> Judged:
+def judge_logs(old: Log, new: Log, rules: Sequence[Rule], *, common: bool = False, any_prompt: bool = False) -> Judged:
     """Judge `new` by `old`; with `common`, by the samples that both have.
 
-    Raises LogError for samples that only one log has, and for a rule that no metric matches.
+    Raises LogError for samples that only one log has, for prompts that differ unless `any_prompt`, and for a rule that
+    no metric matches.
     """
-    pairs = [_paired(old, new, name, common=common) for name in sorted(old.metrics.keys() & new.metrics.keys())]
+    pairs = [
+        _paired(old, new, name, common=common, any_prompt=any_prompt)
+        for name in sorted(old.metrics.keys() & new.metrics.keys())
+    ]
     names = [pair.new.metric for pair in pairs]
     if not pairs:
         raise LogError(f"{old.path} and {new.path} have no metric in common: {_some(old)}; {_some(new)}")
@@ -42,7 +47,8 @@ def judge_logs(old: Log, new: Log, rules: Sequence[Rule], *, common: bool = Fals
             raise LogError(f"{rule.source!r} matches no metric of both logs: {', '.join(names)}")
     before, after = [pair.old for pair in pairs], [pair.new for pair in pairs]
     known = {BASELINE: Reference(old.path, before, [before])}
-    gates = settle({new.path: judge(rules, new.path, after, known, runs=[after])})[new.path]
+    judged = judge(rules, new.path, after, known, runs=[after], task_of=lambda metric: metric.partition("/")[0])
+    gates = settle({new.path: judged})[new.path]
     rows = [compare_metric(new.path, Measured.of(pair.old), Measured.of(pair.new)) for pair in pairs]
     gone = tuple(sorted(old.metrics.keys() - new.metrics.keys()))
     return Judged(tuple(with_verdicts(rows)), gates, gone, sum(pair.left_out for pair in pairs))
@@ -82,26 +88,44 @@ class _Pair(NamedTuple):
     left_out: int
 
 
-def _paired(old: Log, new: Log, name: str, *, common: bool) -> _Pair:
+def _paired(old: Log, new: Log, name: str, *, common: bool, any_prompt: bool) -> _Pair:
     """Return a metric of both logs over the same samples, in the order of the earlier log."""
     one, other = old.metrics[name], new.metrics[name]
-    shared = [sample for sample in one.values if sample in other.values]
-    left_out = len(one.values) + len(other.values) - 2 * len(shared)
+    before, after = one.means(), other.means()
+    shared = [sample for sample in before if sample in after]
+    left_out = len(before) + len(after) - 2 * len(shared)
     if not shared or (left_out and not common):
         raise LogError(
-            f"{name}: {len(one.values) - len(shared)} samples are only in {old.path}, "
-            f"{len(other.values) - len(shared)} only in {new.path}, {len(shared)} in both"
+            f"{name}: {len(before) - len(shared)} samples are only in {old.path}, "
+            f"{len(after) - len(shared)} only in {new.path}, {len(shared)} in both"
             + ("; to judge by those in both, add --common" if shared else "")
         )
+    if not any_prompt and (one.samples, one.prompts) != (other.samples, other.prompts):
+        asked, ask = one.asked(), other.asked()
+        if differ := [sample for sample in shared if asked.get(sample) and ask.get(sample) not in (asked[sample], "")]:
+            raise LogError(
+                f"{name}: {len(differ)} of {counted(len(shared), 'sample')} had another prompt in {new.path} than in "
+                f"{old.path}, such as sample {differ[0]}; to pair them all the same, add --any-prompt"
+            )
     if one.higher_is_better != other.higher_is_better:
         raise LogError(f"{name}: higher is better in one of the logs, lower in the other")
-    return _Pair(_measured(one, shared), _measured(other, shared), left_out)
+    return _Pair(_measured(one, before, shared), _measured(other, after, shared), left_out)
 
 
-def _measured(metric: Metric, samples: Sequence[str]) -> Measurement:
-    """Return the mean over samples; the values of one that was asked several times are averaged."""
-    values = [sum(metric.values[sample]) / len(metric.values[sample]) for sample in samples]
-    return Measurement.mean(metric.name, values, higher_is_better=metric.higher_is_better)
+def _measured(metric: Metric, values: Mapping[str, float], samples: Sequence[str]) -> Measurement:
+    """Return the metric over samples."""
+    units = dict(zip(metric.samples, metric.weights, strict=False))
+    weights = [units[sample] for sample in samples] if len(set(metric.weights)) > 1 else []
+    found = Measurement.mean(
+        metric.name,
+        [values[sample] for sample in samples],
+        higher_is_better=metric.higher_is_better,
+        weights=weights,
+    )
+    if not metric.exponential:
+        return found
+    value = exp(found.value)
+    return replace(found, value=value, stderr=None if found.stderr is None else value * found.stderr)
 
 
 def _some(log: Log) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pytest_lmcompose.logs.log import Log, LogError, Metric, last_run, number
+from pytest_lmcompose.logs.log import Log, LogError, Metric, gather, last_run, lower_is_better
 
 _DATED = re.compile(r"details_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.:-]+)\.parquet")
-_LOWER = ("ppl", "perplexity", "bits_per_byte", "loss")
 
 
 def find(folder: Path) -> list[Path]:
     """Return the details of the last run in a folder, or below it."""
-    return last_run(folder, "details_*.parquet", _DATED)
+    return last_run(folder, "details_*.parquet", _DATED, level=1)
 
 
 def read(folder: Path, files: list[Path]) -> Log:
@@ -26,17 +25,18 @@ def read(folder: Path, files: list[Path]) -> Log:
         match = _DATED.fullmatch(file.name)
         assert match is not None
         try:
-            columns = set(parquet.read_schema(file).names)
-            scores = "metric" if "metric" in columns else "metrics"
-            table = parquet.read_table(file, columns=["doc", scores])
-            rows = zip(table["doc"].to_pylist(), table[scores].to_pylist(), strict=True)
-        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            names = parquet.read_schema(file).names
+            scores = "metric" if "metric" in names else "metrics"
+            asked = [name for name in ("doc.id", "doc.query", "full_prompt") if name.partition(".")[0] in names]
+            table = parquet.read_table(file, columns=[*asked, scores]).flatten()
+        except (OSError, pyarrow.ArrowException) as error:
             raise LogError(f"{file} cannot be read as details of LightEval: {error}".splitlines()[0]) from None
-        for place, (document, values) in enumerate(rows):
-            sample = str(document.get("id") or place)
-            for name, value in (values or {}).items():
-                if (score := number(value)) is not None:
-                    full = f"{match['task']}/{name}"
-                    lower = any(part in name for part in _LOWER)
-                    found.setdefault(full, Metric(full, not lower)).add(sample, score)
+        values = {name: table[name].to_pylist() for name in table.column_names}
+        places = [str(place) for place in range(len(table))]
+        samples = [str(i or place) for i, place in zip(values.get("doc.id", places), places, strict=True)]
+        prompts = [str(text) for text in values.get("doc.query") or values.get("full_prompt") or [""] * len(table)]
+        for column, scored in values.items():
+            if (name := column.removeprefix(f"{scores}.")) != column:
+                metric = Metric(f"{match['task']}/{name}", not lower_is_better(name))
+                gather(found, metric, samples, prompts, scored)
     return Log(str(folder), "LightEval", found)

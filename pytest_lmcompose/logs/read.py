@@ -17,16 +17,22 @@ def read_log(path: Path) -> Log:
     """Return the samples of the last evaluation at `path`; raises LogError."""
     if not path.exists():
         raise LogError(f"{path}: no such file or folder")
+    if is_report(path):
+        raise LogError(f"{path} is a report of lmcompose: compare it with another report")
     if path.is_file():
         found = inspect_ai.read(path)
-    elif files := lm_eval.find(path):
-        found = lm_eval.read(path, files)
-    elif files := lighteval.find(path):
-        found = lighteval.read(path, files)
-    elif logs := sorted([*path.glob("*.eval"), *path.glob("*.json")]):
-        found = _together(path, [inspect_ai.read(file) for file in logs])
     else:
-        raise LogError(f"{path}: no evaluation log: expected {KNOWN}")
+        samples, details, archives = lm_eval.find(path), lighteval.find(path), sorted(path.glob("*.eval"))
+        if sum(map(bool, (samples, details, archives))) > 1:
+            raise LogError(f"{path}: logs of several tools; name the file or folder of one")
+        if samples:
+            found = lm_eval.read(path, samples)
+        elif details:
+            found = lighteval.read(path, details)
+        elif logs := archives + sorted(path.glob("*.json")):
+            found = _together(path, [inspect_ai.read(file) for file in logs])
+        else:
+            raise LogError(f"{path}: no evaluation log: expected {KNOWN}")
     if not found.metrics:
         raise LogError(f"{path}: the log has no scores of single samples; {found.tool} must keep them")
     return found
@@ -41,11 +47,13 @@ def is_report(path: Path) -> bool:
 
 
 def _together(folder: Path, logs: list[Log]) -> Log:
-    """Return one log of several tasks; raises LogError if two are of one task."""
+    """Return one log of several tasks; raises LogError if two are of one task, or of two models."""
+    if len(models := sorted({log.model for log in logs})) > 1:
+        raise LogError(f"{folder}: logs of {len(models)} models, {', '.join(models)}; name one of the files")
     found = {}
     for log in logs:
         for name, metric in log.metrics.items():
             if name in found:
                 raise LogError(f"{folder}: {name} is in several logs; name one of the files")
             found[name] = metric
-    return Log(str(folder), logs[0].tool, found)
+    return Log(str(folder), logs[0].tool, found, models[0])

@@ -69,7 +69,8 @@ def write_outcome(
     if found.baseline is not None and found.compared is not None:
         reporter.write_line(f"changes since {found.baseline.name} (paired samples, two-sided p)", bold=True)
         name = found.baseline.name
-        failed = {(r.id, g.metric) for r in records for g in r.gates if g.reference == name and not g.passed}
+        gates = ((r.id, g) for r in records for g in r.gates if g.reference == name and not g.passed)
+        failed = {(composition, metric) for composition, gate in gates for metric in gate.metrics}
         _write_comparison(reporter, found.compared, failed, every=every)
     for row in found.drift:
         if row.drifts:

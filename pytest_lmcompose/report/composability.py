@@ -216,6 +216,11 @@ def _interference(
     )
 
 
+def change_error(before: Measured, after: Measured) -> float | None:
+    """Return the standard error of a metric's change from one state to another; None if its samples are not pairs."""
+    return _change_error(_Outcomes.of(before), _Outcomes.of(after))
+
+
 def _change_error(before: _Outcomes | None, after: _Outcomes) -> float | None:
     """Return the standard error of a metric's change, over paired samples."""
     if before is None or math.isnan(before.value) or math.isnan(after.value):

@@ -1,7 +1,7 @@
 """Figures of the HTML page as Vega-Lite specifications, each with a table of its data.
 
 Names of models, methods and metrics are only ever values, not field names, because Vega parses field names.
-Colours of text and axes come from the page; see templates/page.js.
+Colours of text and axes come from the page; see `report.drawing`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_lmcompose.composition import Composition, Step, parse
 from pytest_lmcompose.report.numbers import MISSING, interval, number, value_text, with_error
 from pytest_lmcompose.report.sections import best_order
 from pytest_lmcompose.results import Composability, CompositionResult, Interval, Measured, OrderedSet, Share
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.baseline.drift import Series
 
 Spec = dict[str, Any]
 Values = list[dict[str, Any]]
@@ -203,6 +206,24 @@ def sequences(records: Sequence[CompositionResult]) -> Figure | None:
     )
 
 
+def trend(numbers: Sequence[int], found: Sequence[Series]) -> Spec:
+    """Return a plot for each metric, over runs with these numbers, with a curve for each composition."""
+    plots = []
+    for metric in dict.fromkeys(entry.metric for entry in found):
+        values: Values = []
+        for entry in found:
+            for place, measured in entry.points if entry.metric == metric else ():
+                y, error = measured.number, measured.stderr or 0.0
+                full = with_error(y, measured.stderr)
+                point = {"x": numbers[place], "y": y, "low": y - error, "high": y + error, "full": full}
+                values.append({"series": entry.composition, **point})
+        plots.append(_curve(values, "number of the run", None) | {"title": metric, "width": 560})
+    return {"$schema": plots[0]["$schema"], "background": "white"} | {
+        "vconcat": [{key: part for key, part in plot.items() if key not in ("$schema", "autosize")} for plot in plots],
+        "resolve": {"scale": {key: "independent" for key in ("color", "shape", "strokeDash")}},
+    }
+
+
 def shares(
     found: Sequence[Share], metrics: Sequence[str], kind: str, title: str, text: str, goal: float
 ) -> Figure | None:
@@ -258,6 +279,29 @@ def costs(records: Sequence[CompositionResult]) -> Figure | None:
     return Figure(
         "costs", "Seconds and peak memory", text, tuple(plots), ("composition", "part", "seconds", "GiB"), tuple(rows)
     )
+
+
+def front(values: Values, cost: str, head: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> Figure:
+    """Return the trials of a search by cost (`x`) and least margin (`y`), with a line through those on the front."""
+    x: Spec = {"field": "x", "type": "quantitative", "title": cost, "scale": {"zero": False}}
+    y: Spec = {"field": "y", "type": "quantitative", "title": "least margin", "scale": {"zero": False}}
+    tooltip = _tooltip([("row", "settings"), ("full", cost), ("series", "trial")])
+    on_front = {"filter": "datum.front"}
+    layers: list[Spec] = [
+        {
+            "data": {"values": [{"y": 0}]},
+            "mark": {"type": "rule", "strokeDash": [3, 4], "color": "#808080"},
+            "encoding": {"y": y},
+        },
+        {"transform": [on_front], "mark": {"type": "line", "interpolate": "step-after"}, "encoding": {"x": x, "y": y}},
+        {
+            "mark": {"type": "point", "filled": True, "size": 70},
+            "encoding": {"x": x, "y": y, "color": _series(values), "shape": _series(values), "tooltip": tooltip},
+        },
+    ]
+    text = "The least margin of all gates, as a share of the limit: below 0, a gate fails. The line joins the front."
+    plot = Plot("Front", _spec(values, 320, layer=layers))
+    return Figure("front", "Front", text, (plot,), head, rows)
 
 
 def _along(record: CompositionResult, setting: str) -> list[tuple[str, float]]:

@@ -7,10 +7,8 @@ cannot inject code.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,9 @@ import msgspec
 
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.report import figures
+from pytest_lmcompose.report.closeness import closeness_rows
+from pytest_lmcompose.report.decision import REASONS, decide
+from pytest_lmcompose.report.drawing import drawing
 from pytest_lmcompose.report.figures import Figure
 from pytest_lmcompose.report.numbers import MISSING, number, value_text, with_error
 from pytest_lmcompose.report.text import cleaned
@@ -38,6 +39,9 @@ from pytest_lmcompose.results import CompositionResult, Measured, Report
 TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = 12
 """Maximum number of changed samples shown per metric and composition."""
+SHOWN = 3
+"""Items shown of a long list in the details of a step."""
+_LONG_LIST, _LONG_MAPPING = 8, 16
 _ORDER_FREE = (
     f"The error of the best order of the same steps; lower is better. {figures.SHADES} For metrics where lower is "
     "better, the scale starts at the lowest value of any composition. Intervals are in the table."
@@ -80,17 +84,41 @@ class Detail:
 
     record: CompositionResult
     gates: GateSummary
-    measurements: tuple[tuple[Measured, str, str, str, str], ...]
-    """Each with value, value of the base model, difference, and state of its gates as in `Cell`."""
     changes: tuple[tuple[str, tuple[ChangedSamples, ...]], ...]
     """Name of the state compared with, and the samples that changed since."""
 
 
 def render(report: Report, baseline: Report | None = None) -> str:
     """Return the HTML page of a report, compared with `baseline` if there is one."""
+    report, baseline = _cleaned(report), None if baseline is None else _cleaned(baseline)
+    records = report.compositions
+    metrics = _by_weight(headline_metrics(records), records)
+    stored = compare_with_baseline(report, baseline)
+    return page(
+        "report.html.jinja",
+        {} if missing_figures() else _figures(report, metrics),
+        report=report,
+        decision=decide(report),
+        most=REASONS,
+        gates=summarise_gates(records),
+        closeness=closeness_rows(records),
+        measured=_measured(records),
+        places={record.id: i for i, record in enumerate(records, start=1)},
+        metrics=metrics,
+        better=_directions(records),
+        lines=[_line(record, metrics) for record in records],
+        details=[_detail(record, report, baseline, metrics) for record in records],
+        stored=stored,
+        rows=() if stored is None else stored.changed_first(metrics),
+        drifting=drifting(report),
+        missing=MISSING,
+    )
+
+
+def page(template: str, drawn: Mapping[str, Figure], **values: Any) -> str:
+    """Return the page of a template with figures, style and scripts, from `values` that are safe to show."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    report, baseline = _cleaned(report), None if baseline is None else _cleaned(baseline)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -101,33 +129,19 @@ def render(report: Report, baseline: Report | None = None) -> str:
     environment.filters["number"] = number
     environment.filters["split_name"] = lambda name: re.split("(?<=[_/])", name)
     environment.filters["pretty"] = _pretty
-    records = report.compositions
-    gates = summarise_gates(records)
-    metrics = _by_weight(headline_metrics(records), records)
-    drawn = {} if missing_figures() else _figures(report, metrics)
-    stored = compare_with_baseline(report, baseline)
-    scripts = [_vega() if drawn else "", (TEMPLATES / "page.js").read_text(encoding="utf-8")]
-    specs = [plot.spec for figure in drawn.values() for plot in figure.plots]
-    page = environment.get_template("report.html.jinja").render(
-        report=report,
-        gates=gates,
-        places={record.id: i for i, record in enumerate(records, start=1)},
-        metrics=metrics,
-        better=_directions(records),
-        lines=[_line(record, metrics) for record in records],
+    environment.filters["abridged"] = _abridged
+    environment.filters["drawn"] = drawing
+    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    found = environment.get_template(template).render(
         figures=drawn,
-        details=[_detail(record, report, baseline, metrics) for record in records],
-        stored=stored,
-        rows=() if stored is None else stored.changed_first(metrics),
-        drifting=drifting(report),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
-        scripts=scripts,
-        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
-        specs=_inert(json.dumps(specs, separators=(",", ":"), allow_nan=False)),
-        missing=MISSING,
+        script=script,
+        digest=_digest(script),
         no_figures=missing_figures(),
+        **values,
     )
-    return str(page)
+    # Cells and rows end where the next one begins, which saves a tenth of a page.
+    return re.sub(r"\s*</t[dhr]>\s*(?=<(?:t[dhr]|/t(?:r|head|body))\b)", "", str(found))
 
 
 def missing_figures() -> str | None:
@@ -140,7 +154,10 @@ def missing_figures() -> str | None:
 def _by_weight(metrics: Sequence[str], records: Sequence[CompositionResult]) -> list[str]:
     """Sort metrics: failed gates first, then known losses, then other gates."""
     gates = [gate for record in records for gate in record.gates]
-    states = {state: {gate.metric for gate in gates if gate.state == state} for state in ("failed", "lost", "passed")}
+    states = {
+        state: {metric for gate in gates if gate.state == state for metric in gate.metrics}
+        for state in ("failed", "lost", "passed")
+    }
     return sorted(metrics, key=lambda metric: [metric not in found for found in states.values()])
 
 
@@ -182,17 +199,6 @@ def _state(record: CompositionResult, metric: str) -> str:
 
 def _detail(record: CompositionResult, report: Report, baseline: Report | None, metrics: Sequence[str]) -> Detail:
     base = next((r for r in report.compositions if r.id == BASE), None)
-    before = {} if base is None or base is record else base.by_metric
-    measurements = []
-    for measured in record.measurements:
-        old = before.get(measured.metric)
-        change = MISSING
-        if old is not None and old.value is not None and measured.value is not None:
-            change = f"{measured.value - old.value:+.3g}"
-        value = value_text(measured)
-        if measured.value is not None:
-            value = with_error(measured.value, measured.stderr)
-        measurements.append((measured, value, value_text(old), change, _state(record, measured.metric)))
     since: list[tuple[str, CompositionResult]] = []
     if base is not None and base is not record:
         since.append(("the base model", base))
@@ -203,7 +209,6 @@ def _detail(record: CompositionResult, report: Report, baseline: Report | None, 
     return Detail(
         record,
         summarise_gates([record]),
-        tuple(measurements),
         tuple((name, tuple(found)) for name, found in changes if found),
     )
 
@@ -212,18 +217,37 @@ def _directions(records: Sequence[CompositionResult]) -> dict[str, bool]:
     return {m.metric: m.higher_is_better for record in records for m in record.measurements}
 
 
-@functools.cache
-def _vega() -> str:
-    """Return Vega-Lite and its dependencies as one script; bundling takes seconds."""
-    import vl_convert
+def _measured(records: Sequence[CompositionResult]) -> list[tuple[Measured, list[tuple[str, str]]]]:
+    """Return the first measurement of each metric, and its value with the state of its gates for each composition."""
+    first: dict[str, Measured] = {}
+    for record in records:
+        first = {**record.by_metric, **first}
+    tables = [(record, record.by_metric) for record in records]
+    return [
+        (of, [(_shown(table.get(name)), _state(record, name)) for record, table in tables])
+        for name, of in first.items()
+    ]
 
-    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=figures.VEGA_LITE)
-    return _inert(str(bundle), script=True)
+
+def _shown(measured: Measured | None) -> str:
+    if measured is None or measured.value is None:
+        return value_text(measured)
+    return with_error(measured.value, measured.stderr)
 
 
-def _inert(text: str, *, script: bool = False) -> str:
-    """Escape a script, or JSON, so that it cannot end its HTML element."""
-    return re.sub("<(?=/script|!--)", r"\\x3c", text, flags=re.IGNORECASE) if script else text.replace("<", r"\u003c")
+def _abridged(value: Any) -> Any:
+    """Return plain data with only the first items of long lists, such as one for each layer of a large model."""
+    if isinstance(value, Mapping):
+        items = [(key, _abridged(item)) for key, item in value.items()]
+        return dict(items if len(items) <= _LONG_MAPPING else [*items[:SHOWN], ("...", _more(len(items)))])
+    if isinstance(value, list | tuple):
+        found = list(map(_abridged, value[:SHOWN] if len(value) > _LONG_LIST else value))
+        return found if len(value) <= _LONG_LIST else [*found, _more(len(value))]
+    return value
+
+
+def _more(n: int) -> str:
+    return f"{n - SHOWN} more, all in the JSON report"
 
 
 def _digest(script: str) -> str:

@@ -17,7 +17,7 @@ Records = Sequence[CompositionResult]
 def shown_metrics(records: Records, wanted: Callable[[str], bool]) -> list[str]:
     """Return the metrics that a gate judged or that are wanted; judged but unmeasured ones last."""
     metrics = _measured(records)
-    judged = {gate.metric for r in records for gate in r.gates}
+    judged = {metric for r in records for gate in r.gates for metric in gate.metrics}
     missing = [name for name in sorted(judged) if name not in metrics]
     return [name for name in metrics if name in judged or wanted(name)] + missing
 

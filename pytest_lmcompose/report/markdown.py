@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from pytest_lmcompose.report.numbers import MISSING, interval, number, value_text
+from pytest_lmcompose.report.numbers import MISSING, counted, interval, number, value_text
 from pytest_lmcompose.report.sections import best_order
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.report.view import (
@@ -15,7 +15,7 @@ from pytest_lmcompose.report.view import (
     headline_metrics,
     summarise_gates,
 )
-from pytest_lmcompose.results import CompositionResult, Report
+from pytest_lmcompose.results import CompositionResult, Gate, Report, Row
 
 MOST = 20
 """Maximum lines of a list; job summaries are limited to a megabyte."""
@@ -95,6 +95,12 @@ def _comparison(stored: BaselineComparison | None) -> str:
     better = sum(row.verdict == "better" for row in changed)
     parts = [f"{title}: {len(changed) - better} worse, {better} better"]
     parts.append(_bullets(f"{escaped(d.what)}: {escaped(d.message)}" for d in stored.compared.differences))
+    if changed:
+        parts.append(_changes(changed))
+    return "\n\n".join(filter(None, parts))
+
+
+def _changes(changed: Sequence[Row]) -> str:
     rows = [
         (
             code_span(row.composition),
@@ -105,10 +111,21 @@ def _comparison(stored: BaselineComparison | None) -> str:
         )
         for row in changed
     ]
-    if rows:
-        head = ("composition", "metric", "verdict", "before", "now", "change", "p (Holm)")
-        parts.append(markdown_table(head, rows[:MOST]) + _left(len(rows)))
-    return "\n\n".join(filter(None, parts))
+    head = ("composition", "metric", "verdict", "before", "now", "change", "p (Holm)")
+    return markdown_table(head, rows[:MOST]) + _left(len(rows))
+
+
+def render_gates(title: str, gates: Sequence[Gate], rows: Sequence[Row] = ()) -> str:
+    """Return the summary of gates without a run, with the metrics that changed."""
+    failed = [gate for gate in gates if not gate.passed]
+    state = "failed" if failed else "passed" if gates else "not judged"
+    parts = [
+        f"## {_SIGNS[state]} lmcompose: {len(failed)} of {counted(len(gates), 'gate')} failed",
+        escaped(title),
+        _bullets(escaped(gate.message) for gate in failed),
+        _changes(rows) if rows else "",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

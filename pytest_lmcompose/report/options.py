@@ -45,6 +45,8 @@ class Outputs:
     latex: Path | None = None
     layout: Layout = Layout()
     tracking: Tracking | None = None
+    github: bool = False
+    """Whether to annotate failures and add to the job summary of GitHub Actions."""
 
     @property
     def files(self) -> dict[str, Path]:
@@ -76,7 +78,7 @@ FLAGS = (
 """Name, help and metavar of each flag with a value."""
 
 
-def read_outputs(value: Callable[[str], str | None], folder: Path) -> Outputs:
+def read_outputs(value: Callable[[str], str | None], folder: Path, *, github: bool = False) -> Outputs:
     """Read the flags; `value` returns the value of one, and relative paths are relative to `folder`.
 
     Raises pytest.UsageError for invalid values.
@@ -93,6 +95,7 @@ def read_outputs(value: Callable[[str], str | None], folder: Path) -> Outputs:
         latex=path_of(value("latex"), folder),
         layout=Layout(_listed(value("columns")), sort, group),
         tracking=_tracking(value),
+        github=github,
     )
 
 

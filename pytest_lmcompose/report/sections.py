@@ -9,10 +9,11 @@ import pytest
 from evaluators.metrics import find_metric
 from interventions.registry import category_of
 from pytest_lmcompose.composition import parse
+from pytest_lmcompose.report.closeness import TITLE, closeness_rows
 from pytest_lmcompose.report.numbers import MISSING, interval, number, with_error
 from pytest_lmcompose.report.terminal import Cell, blocks, write_blocks
 from pytest_lmcompose.report.text import visible
-from pytest_lmcompose.results import Composability, CompositionResult, OrderedSet, Share
+from pytest_lmcompose.results import Composability, CompositionResult, Gate, OrderedSet, Share
 
 Rows = list[list[Cell]]
 SHARES = {
@@ -22,16 +23,24 @@ SHARES = {
 
 
 def write_paired(reporter: pytest.TerminalReporter, records: Sequence[CompositionResult], late: Sequence[str]) -> None:
-    """Write the paired gates with their smallest detectable drop, then those that failed only at the end."""
-    rows = paired_rows(records)
-    if len(rows) > 1:
-        others = any(gate.reference for record in records for gate in record.gates if gate.paired)
-        other = " or another reference" if others else ""
-        reporter.write_line(
-            f"paired tests against the base model{other}; finds: smallest drop detected with 80 % power",
-            bold=True,
-        )
-        _write(reporter, rows)
+    """Write the gates that compare samples with what they can find, then those that failed only at the end."""
+    others = any(gate.reference for record in records for gate in record.gates if gate.paired)
+    other = " or another reference" if others else ""
+    for rows, title in (
+        (
+            paired_rows(records),
+            f"paired tests against the base model{other}; finds: smallest drop detected with 80 % power; "
+            "needs: samples to find a drop, given in brackets",
+        ),
+        (
+            evidence_rows(records),
+            "evidence against a loss; below: the loss, with confidence; needs: samples with which a model without any "
+            "loss passes, with 80 % power",
+        ),
+    ):
+        if len(rows) > 1:
+            reporter.write_line(title, bold=True)
+            _write(reporter, rows)
     for message in late:
         reporter.write_line(visible(f"failed when all paired gates were judged together: {message}"), red=True)
 
@@ -57,24 +66,60 @@ def write_composability(
             _write(reporter, rows)
 
 
+def write_closeness(reporter: pytest.TerminalReporter, records: Sequence[CompositionResult]) -> None:
+    """Write how close the compositions are to the base model, if that was measured."""
+    if rows := closeness_rows(records):
+        reporter.write_line(TITLE, bold=True)
+        _write(reporter, [list(map(Cell, row)) for row in rows])
+
+
 def paired_rows(records: Sequence[CompositionResult]) -> Rows:
     """Return a header and one row per paired gate."""
-    rows = [[Cell(name) for name in ("gate", "value", "base", "p (Holm)", "n", "finds")]]
+    rows = [[Cell(name) for name in ("gate", "value", "base", "p (Holm)", "n", "finds", "needs")]]
     for record in records:
         for gate in record.gates:
             if (paired := gate.paired) is None or gate.value is None or gate.base_value is None:
                 continue
-            smallest = paired.smallest_drop
+            smallest, effect = paired.smallest_drop, "" if paired.effect is None else f" ({paired.effect:.2g})"
             cells = [
                 number(gate.value),
                 number(gate.base_value),
                 f"{paired.p_holm:.2g}",
-                str(paired.n),
+                str(paired.clusters or paired.n),
                 "none" if smallest is None else f"{smallest:.2g}",
+                MISSING if paired.needed is None else f"{paired.needed}{effect}",
             ]
-            of = f" of {gate.reference}" if gate.reference else ""
-            rows.append([Cell(f"{record.id}  {gate.metric}{of}", not gate.passed), *map(Cell, cells)])
+            rows.append([_gate(record, gate), *map(Cell, cells)])
+            rows += _worse(gate, len(rows[0]))
     return rows
+
+
+def evidence_rows(records: Sequence[CompositionResult]) -> Rows:
+    """Return a header and one row per gate of `not_worse_than`."""
+    rows = [[Cell(name) for name in ("gate", "value", "base", "loss", "below", "margin", "n", "needs")]]
+    for record in records:
+        for gate in record.gates:
+            if (found := gate.evidence) is None or gate.value is None or gate.base_value is None:
+                continue
+            numbers = gate.value, gate.base_value, found.loss, found.upper, found.margin
+            needed = MISSING if found.needed is None else str(found.needed)
+            cells = [MISSING if x is None else number(x) for x in numbers]
+            rows.append([_gate(record, gate), *map(Cell, (*cells, str(found.units), needed))])
+            rows += _worse(gate, len(rows[0]))
+    return rows
+
+
+def _gate(record: CompositionResult, gate: Gate) -> Cell:
+    of = f" of {gate.reference}" if gate.reference else ""
+    pool = f" ({len(gate.pool)} metrics)" if gate.pool else ""
+    return Cell(f"{record.id}  {gate.metric}{pool}{of}", not gate.passed)
+
+
+def _worse(gate: Gate, columns: int) -> Rows:
+    """Return a row for each metric of a failed pool that is worse by itself."""
+    worse = () if gate.passed else gate.worse
+    empty = [Cell(MISSING)] * (columns - 1)
+    return [[Cell(f"  {m.metric}: p = {m.p:.2g}, {m.n} samples, drop {m.drop or 0:.3g}"), *empty] for m in worse]
 
 
 def order_rows(found: Composability, metrics: Collection[str]) -> Rows:

@@ -12,32 +12,46 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.optimize import brentq
 
+from evaluators.bounded import chance
 from evaluators.measurement import EvaluationError
 from evaluators.significance import (
-    BOOTSTRAP,
+    BOUNDED,
     MCNEMAR,
+    Drops,
     T,
     compare,
     error_over_repeats,
     holm,
     mcnemar_power,
     smallest_drop,
+    units_needed,
 )
 
 Floats = np.ndarray
 
 
 @pytest.mark.parametrize("better", [True, False])
-def test_the_t_test_is_scipys(better: bool) -> None:
+def test_the_t_test_of_symmetric_differences_is_scipys(better: bool) -> None:
     rng = np.random.default_rng(3)
+    noise = rng.normal(0, 0.5, 15)
     before = rng.normal(size=30)
-    after = before + rng.normal(-0.1, 0.5, 30)
+    after = before - 0.1 + np.concatenate([noise, -noise])
     found = compare(before, after, higher_is_better=better)
-    expected = stats.ttest_rel(before, after, alternative="greater" if better else "less")
+    two = compare(before, after, higher_is_better=better, alternative="different")
+    moved = before - 1e-4 * max(abs(before).max(), abs(after).max()) * (1 if better else -1)  # less may be rounding
+    expected = stats.ttest_rel(moved, after, alternative="greater" if better else "less")
     assert (found.test, found.p) == (T, pytest.approx(expected.pvalue))
     assert found.drop == pytest.approx((before - after).mean() * (1 if better else -1))
-    two = compare(before, after, higher_is_better=better, alternative="different")
-    assert two.p == pytest.approx(stats.ttest_rel(before, after).pvalue)
+    assert two.p == pytest.approx(stats.ttest_rel(before, after).pvalue, rel=0.01)
+
+
+def test_skewed_differences_are_judged_by_the_larger_p() -> None:
+    gains = np.random.default_rng(3).exponential(size=40)  # a few large ones
+    drops = 1.2 - gains
+    t = stats.ttest_1samp(drops, 0, alternative="greater").pvalue
+    assert compare(drops, np.zeros(40), higher_is_better=True).p > 1.3 * t
+    t = stats.ttest_1samp(-drops + 0.4, 0, alternative="greater").pvalue
+    assert compare(-drops + 0.4, np.zeros(40), higher_is_better=True).p == pytest.approx(t, rel=0.01)
 
 
 @settings(max_examples=40)
@@ -54,17 +68,50 @@ def test_mcnemar_counts_all_sign_changes(outcomes: list[tuple[bool, bool]]) -> N
     assert (flipped.p, flipped.drop) == pytest.approx((found.p, found.drop))
 
 
-def test_bootstrap_agrees_with_t_on_many_samples_and_repeats_with_its_seed() -> None:
-    rng = np.random.default_rng(4)
-    before = rng.random(300)
-    after = before - rng.normal(0.012, 0.1, 300)
-    runs = [
-        compare(before, after, higher_is_better=True, test=BOOTSTRAP, generator=np.random.default_rng(5)).p
-        for _ in range(2)
-    ]
-    assert runs[0] == runs[1] == pytest.approx(compare(before, after, higher_is_better=True).p, abs=0.01)
-    with pytest.raises(EvaluationError, match="generator"):
-        compare(before, after, higher_is_better=True, test=BOOTSTRAP)
+@given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=30))
+def test_gaffkes_test_of_right_or_wrong_answers_is_mcnemars(losses: list[float]) -> None:
+    lost, won = losses.count(1.0), losses.count(-1.0)
+    exact = float(stats.binom.sf(lost - 1, lost + won, 0.5))
+    assert chance(np.array(losses), np.ones(len(losses)), 1.0) == pytest.approx(exact, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("losses", "sizes"), [([0.5, 0.1, -0.2], [1, 1, 1]), ([0.9, -0.3, 0.4, 0.0], [2, 1, 3, 1])])
+def test_gaffkes_test_is_a_random_weighting_with_one_more_unit(losses: list[float], sizes: list[int]) -> None:
+    weights = np.random.default_rng(0).exponential(size=(200_000, len(losses) + 1))
+    for bound in (0.0, 0.1):
+        units = [*(np.array(losses) - bound * np.array(sizes)), -(1 + bound) * max(sizes)]
+        p = chance(np.array(losses), np.array(sizes, dtype=float), 1.0, bound)
+        assert p == pytest.approx(float((weights @ units <= 0).mean()), abs=0.005)
+
+
+def test_equal_small_losses_are_no_evidence_where_a_gain_may_be_large() -> None:
+    before, after = np.full(50, 0.51), np.full(50, 0.5)
+    found = compare(before, after, higher_is_better=True, span=1.0)
+    assert (found.test, found.p) == (BOUNDED, pytest.approx(1.01**-50, rel=0.01))
+    assert compare(before, after, higher_is_better=True).p == 2**-50  # nothing is known of the range
+
+
+@pytest.mark.parametrize("span", [1.0, None])
+def test_rounding_is_no_drop(span: float | None) -> None:
+    rng = np.random.default_rng(0)
+    before = rng.random(500)
+    after = before - 1e-6 * rng.random(500)
+    assert compare(before, after, higher_is_better=True, span=span).p == pytest.approx(1)
+    assert compare(before, after, higher_is_better=True, alternative="different", span=span).p == pytest.approx(1)
+
+
+@pytest.mark.parametrize("n", [50, 200])
+def test_rare_large_gains_raise_no_false_alarm(n: int) -> None:
+    """A loss of 0.01 in most samples, and as much gain in rare ones, which the sample may not have."""
+    rng = np.random.default_rng(n)
+    rare = rng.random((400, n)) < 1 / 60
+    losses = np.where(rare, -0.59, 0.01)
+    alarms = {
+        span: np.mean([compare(x, np.zeros(n), higher_is_better=True, span=span).p <= 0.05 for x in losses])
+        for span in (1.0, None)
+    }
+    assert alarms[1.0] <= 0.05
+    assert n == 200 or alarms[None] > 0.3  # without a range nothing can tell
 
 
 def test_equal_states_have_p_one_and_an_equal_drop_of_all_is_a_sign_test() -> None:
@@ -78,13 +125,16 @@ def test_clusters_are_the_units_of_a_comparison() -> None:
     rng = np.random.default_rng(6)
     before, after = rng.random(12), rng.random(12)
     labels = [i // 3 for i in range(36)]
-    once = compare(before, after, higher_is_better=True)
-    thrice = compare(
-        np.repeat(before, 3), np.repeat(after, 3), higher_is_better=True, clusters=[*np.repeat(range(12), 3)]
-    )
-    assert (thrice.p, thrice.stderr) == pytest.approx((once.p, once.stderr))
+    three = np.repeat(before, 3), np.repeat(after, 3)
+    for span in (None, 1.0):
+        once = compare(before, after, higher_is_better=True, span=span)
+        thrice = compare(*three, higher_is_better=True, clusters=[*np.repeat(range(12), 3)], span=span)
+        assert (thrice.p, thrice.stderr) == pytest.approx((once.p, once.stderr))
     binary = compare([1.0] * 36, [0.0, 1.0, 1.0] * 12, higher_is_better=True, clusters=labels)
-    assert binary.test == T  # McNemar would take the prompts of one edit for independent
+    assert binary.test == BOUNDED  # McNemar would take the prompts of one edit for independent
+    assert binary.p == pytest.approx((1 + 1 / 3) ** -12, rel=0.01)
+    single = compare([1.0] * 36, [0.0, 1.0, 1.0] * 12, higher_is_better=True, clusters=range(36))
+    assert (single.test, single.p) == (MCNEMAR, 2**-12)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +153,8 @@ def test_what_cannot_be_compared_is_an_error(before: list[float], after: list[fl
 
 
 def test_broken_inputs_of_the_others() -> None:
-    for call in (
-        lambda: holm([0.1, math.nan]),
-        lambda: compare([0.0, 0.5], [1.0, 1.0], higher_is_better=True, test=MCNEMAR),
-    ):
-        with pytest.raises(EvaluationError):
-            call()
+    with pytest.raises(EvaluationError):
+        holm([0.1, math.nan])
 
 
 def test_holm_by_hand() -> None:
@@ -143,7 +189,7 @@ def test_the_smallest_drop_is_found_as_often_as_promised() -> None:
     before = rng.normal(size=60)
     noise = rng.normal(0, 0.3, 60)
     after = before + (noise - noise.mean()) / noise.std(ddof=1) * 0.3
-    smallest = smallest_drop(before, after, higher_is_better=True, alpha=0.05)
+    smallest = smallest_drop(Drops(before, after, higher_is_better=True), 0.05)
     assert smallest is not None
     # With known noise of 0.3, 60 samples find by simulation:
     drops = rng.normal(smallest, 0.3, size=(4000, 60))
@@ -154,15 +200,39 @@ def test_the_smallest_drop_is_found_as_often_as_promised() -> None:
 def test_the_smallest_loss_of_answers_without_any_churn() -> None:
     # 5 losses and no gain are needed (2^-5 < 0.05), so 1 - P(fewer than 5 of n) = 0.8.
     expected = brentq(lambda share: stats.binom.sf(4, 200, share) - 0.8, 0, 1)
-    smallest = smallest_drop([1.0] * 200, [1.0] * 200, higher_is_better=True, alpha=0.05)
+    smallest = smallest_drop(Drops([1.0] * 200, [1.0] * 200, higher_is_better=True), 0.05)
     assert smallest == pytest.approx(expected, abs=1e-4)
 
 
 def test_no_drop_can_be_found_where_nothing_can_be_lost() -> None:
-    assert smallest_drop([0.0] * 50, [1.0] * 50, higher_is_better=True, alpha=0.05) is None
-    assert smallest_drop([1.0] * 4, [1.0] * 4, higher_is_better=True, alpha=0.05) is None  # 2^-4 > 0.05
-    assert smallest_drop([0.5], [0.4], higher_is_better=True, alpha=0.05) is None
-    assert smallest_drop([0.0] * 50, [0.0] * 50, higher_is_better=False, alpha=0.05) is not None
+    assert smallest_drop(Drops([0.0] * 50, [1.0] * 50, higher_is_better=True), 0.05) is None
+    assert smallest_drop(Drops([1.0] * 4, [1.0] * 4, higher_is_better=True), 0.05) is None  # 2^-4 > 0.05
+    assert smallest_drop(Drops([0.5], [0.4], higher_is_better=True), 0.05) is None
+    assert smallest_drop(Drops([0.0] * 50, [0.0] * 50, higher_is_better=False), 0.05) is not None
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.02])
+def test_as_many_answers_as_needed_give_the_power(churn: float) -> None:
+    before = np.repeat([1.0, 0.0], [900, 100])
+    after = before.copy()
+    after[: round(1000 * churn)], after[1000 - round(1000 * churn) :] = 0, 1
+    for effect in (0.03, 0.1):
+        needed = units_needed(Drops(before, after, higher_is_better=True), effect, 0.05)
+        assert needed is not None
+        assert 0.79 <= mcnemar_power(needed, churn + effect, churn, 0.05) <= 0.88
+
+
+@pytest.mark.parametrize("span", [1.0, None])
+def test_as_many_samples_as_needed_give_the_power(span: float | None) -> None:
+    rng = np.random.default_rng(5)
+    noise = rng.uniform(-0.3, 0.3, 400)
+    drops = Drops(noise - noise.mean(), np.zeros(400), higher_is_better=True, span=span)
+    needed, smallest = units_needed(drops, 0.05, 0.05), smallest_drop(drops, 0.05)
+    assert needed is not None and smallest is not None
+    for n, effect in ((needed, 0.05), (400, smallest)):
+        runs = [rng.uniform(-0.3, 0.3, n) + effect for _ in range(500)]
+        found = [compare(run, np.zeros(n), higher_is_better=True, span=span).p <= 0.05 for run in runs]
+        assert np.mean(found) == pytest.approx(0.8, abs=0.06)
 
 
 def answers_after(rng: np.random.Generator, before: Floats, drop: float, redrawn: float) -> Floats:
@@ -207,7 +277,7 @@ def test_power_where_five_percent_turn_over_each_time() -> None:
     before = np.repeat([1.0, 0.0], [160, 40])
     after = before.copy()
     after[:5], after[-5:] = 0, 1
-    smallest = smallest_drop(before, after, higher_is_better=True, alpha=0.05)
+    smallest = smallest_drop(Drops(before, after, higher_is_better=True), 0.05)
     assert smallest is not None and smallest == pytest.approx(0.058, abs=0.003)
 
 
@@ -233,7 +303,7 @@ def test_one_repeat_keeps_its_error_and_a_nan_has_none() -> None:
 
 
 def test_numbers_beyond_floats_are_errors_in_one_line() -> None:
-    assert smallest_drop([1e200, 0.0, 3.0], [0.0, 1e200, 1.0], higher_is_better=True, alpha=0.05) is None
+    assert smallest_drop(Drops([1e200, 0.0, 3.0], [0.0, 1e200, 1.0], higher_is_better=True), 0.05) is None
     with pytest.raises(EvaluationError, match="differences: 1 of 2 are NaN or infinite"):
         compare([1e308, 0.0], [-1e308, 1.0], higher_is_better=True)
     with pytest.raises(EvaluationError, match="paired t: the differences are too large"):

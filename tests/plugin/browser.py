@@ -57,13 +57,13 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def open(self, path: Path, width: int, scheme: str = "light") -> None:
-        """Load a file in a window of `width` pixels, and wait until its figures are drawn."""
+        """Load a file in a window of `width` pixels, and wait until its script has run."""
         self.colours(scheme)
         phone = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=phone)
         self.events.clear()
         self.call("Page.navigate", url=path.as_uri())
-        self.wait("document.readyState === 'complete' && document.documentElement.dataset.drawn === 'yes'")
+        self.wait("document.readyState === 'complete' && document.documentElement.dataset.ready === 'yes'")
 
     def wait(self, condition: str) -> None:
         """Wait until a JavaScript expression is true."""

@@ -14,6 +14,7 @@ import evaluators
 import interventions
 import pytest_lmcompose
 from interventions import registry
+from pytest_lmcompose.imports import fast_imports
 from pytest_lmcompose.recipe import load_recipe
 from pytest_lmcompose.run import CONF
 from tests.plugin.stubs import METHODS
@@ -57,11 +58,12 @@ THRESHOLDS = """
 @pytest.fixture(scope="session")
 def heavy_modules() -> None:
     """Import what runs import, before pytester notes what to forget after a run: nothing is imported twice."""
-    for package in (pytest_lmcompose, interventions, evaluators):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not any(part in module.name for part in NOT_IMPORTED):
-                importlib.import_module(module.name)
-    load_recipe(CONF)  # with all that Hydra imports when it is first used
+    with fast_imports():
+        for package in (pytest_lmcompose, interventions, evaluators):
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                if not any(part in module.name for part in NOT_IMPORTED):
+                    importlib.import_module(module.name)
+        load_recipe(CONF)  # with all that Hydra imports when it is first used
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +90,7 @@ class Project:
             "--lmcompose-world=tinyworld",
             "--lmcompose-set=evaluate.edits=3",
             "--lmcompose-set=evaluate.questions=false",
+            "--lmcompose-set=evaluate.refusal_tokens=1",
             "--lmcompose-thresholds=thresholds.yaml",
             NO_CACHE,
         ]

@@ -505,7 +505,7 @@ def test_a_cell_of_latex_that_starts_with_a_bracket_is_no_option_of_the_line_bef
 
 
 def test_html_escapes_every_field(nasty: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html, "_vega", lambda: "")  # which takes seconds to put together
+    monkeypatch.setattr(html, "drawing", lambda plot: "")  # which takes seconds
     text = html.render(typed(nasty), typed(nasty))
     assert "<script>n" not in text and "\u202e" not in text and "\x1b" not in text and "\x00" not in text
     assert r"\x1b[31mo\u202ep" in text

@@ -309,6 +309,6 @@ def test_values_that_only_look_odd_pass() -> None:
         CONF,
         ["model=any", "ft.lr=1", "gptq.damping=0", "awq.group_size=-1", "memit.layers=null", "model.revision='1e5'"],
     )
-    assert (recipe.config.ft.lr, recipe.model.revision) == (1.0, "1e5")
+    assert (recipe.config["ft"]["lr"], recipe.model.revision) == (1.0, "1e5")
     assert recipe.read("wanda[sparsity=0.75,pattern='1:4']").id == "wanda[pattern='1:4',sparsity=0.75]"
     assert Path(SUITE_FOLDER / "conf") == CONF

@@ -297,12 +297,18 @@ def test_gate_compares_with_the_answers_of_the_base_model(exported: Exported, mo
     """The folder's own answers would always agree with themselves."""
     project, records, folders = exported
     monkeypatch.chdir(project.path)
-    (project.path / "strict.yaml").write_text("'*': {edit_locality_agreement: {min: 1}}")
-    expected = next(m for m in records[IDS[2]]["measurements"] if m["metric"] == "edit_locality_agreement")
-    assert expected["value"] < 1
+    limits = {"edit_locality_agreement": "min: 1", "top1_agreement": "min: 1", "kl_to_base": "max: 0"}
+    limits |= {"flips/recall": "min: 1"}
+    rules = ", ".join(f"{metric}: {{{limit}}}" for metric, limit in limits.items())
+    (project.path / "strict.yaml").write_text(f"'*': {{{rules}}}")
+    measured = {m["metric"]: m["value"] for m in records[IDS[2]]["measurements"]}
+    assert measured["edit_locality_agreement"] < 1 and measured["top1_agreement"] < 1 and measured["kl_to_base"] > 0
     found = gating(project, str(folders[IDS[2]]), "--thresholds=strict.yaml")
     assert found.exit_code == 1
-    assert f"edit_locality_agreement = {expected['value']:.6g} < min 1" in found.output, found.output
+    for metric, limit in limits.items():
+        sign = "<" if "min" in limit else ">"
+        text = f"{metric} = {measured[metric]:.6g} {sign} {limit.replace(':', '')}"
+        assert text in found.output, found.output
 
 
 def test_gate_says_what_it_cannot_compare(exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pytest_lmcompose.baseline.storage import Storage
 from pytest_lmcompose.cli import main
 from pytest_lmcompose.report.sections import order_rows
 from pytest_lmcompose.results import Composability, Interval, OrderedSet, OrderValue
-from tests.plugin.documents import report, typed
+from tests.plugin.documents import gate, report, typed
 
 GOOD = [1.0] * 19 + [0.0]
 BAD = [1.0] * 5 + [0.0] * 15
@@ -210,3 +210,90 @@ def test_show_sorts_by_a_metric_that_it_does_not_show(folder: Path) -> None:
     assert order("--sort", "perplexity") == ["base", "memit"]
     unknown = call("show", "v2", "--sort=recal")
     assert unknown.exit_code == 2 and "no metric 'recal' was measured. Did you mean recall" in unknown.stderr
+
+
+@pytest.fixture
+def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with nine stored runs, in which memit loses recall."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+    for i in range(9):
+        stored = {"name": f"v{i}", "how": "save", "passed": i != 4, "commit": "abcdef0123", "dirty": i == 2}
+        entry = document({"recall": [1.0] * (19 - i) + [0.0] * (1 + i), "perplexity": [2.0] * 20}, stored=stored)
+        entry["compositions"][1]["gates"] = [gate("recall", passed=i != 4)]
+        entry["recipe"]["world"] = {"folder": "/data/paper"}
+        Storage(tmp_path / ".lmcompose").save(typed(entry), f"v{i}")
+    return tmp_path
+
+
+def test_runs_lists_what_is_stored(history: Path) -> None:
+    (history / ".lmcompose" / "0010_broken.json").write_text("{")
+    result = call("runs")
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["0003_v2", "2026-01-01", "01:00", "abcdef01*", "tiny", "paper", "2", "1", "passed", "3600"] in rows
+    assert ["0005_v4", "2026-01-01", "01:00", "abcdef01", "tiny", "paper", "2", "1", "failed", "3600"] in rows
+    assert "left out: .lmcompose/0010_broken.json is broken or truncated" in result.output
+    (first, last) = json.loads(call("runs", "--json", "--last", "3").stdout)["runs"]
+    assert (first["run"], last["run"], last["seconds"], last["passed"]) == ("0008_v7", "0009_v8", 3600, True)
+    assert last["gates"] == {"passed": 1, "failed": 0, "lost": 0}
+
+
+def test_runs_follows_metrics_and_finds_drift(history: Path) -> None:
+    result = call("runs", "--metric", "rec*", "--of", "memit")
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["0001_v0", "0.950", "±", "0.050"] in rows and ["0009_v8", "0.550", "±", "0.114"] in rows
+    assert ["memit", "recall!", "█▇▆▅▅▄▃▂▁", "-0.4", "2.8e-06", "drifts"] in rows  # 1 of 9! orders
+    found = json.loads(call("runs", "-m", "recall", "-m", "perplexity", "--json").stdout)["trends"]
+    by_name = {(entry["composition"], entry["metric"]): entry for entry in found}
+    drift = by_name["memit", "recall"]["mann_kendall"]
+    assert drift["drifts"] and drift["p"] == pytest.approx(1 / 362880) and drift["p_holm"] == pytest.approx(4 / 362880)
+    assert [point["run"] for point in by_name["memit", "recall"]["points"]][:2] == ["0001_v0", "0002_v1"]
+    assert not by_name["base", "recall"]["mann_kendall"]["drifts"]
+    assert "too few runs" in call("runs", "-m", "recall", "--last", "2").output
+
+
+@pytest.mark.parametrize("name", ["trend.svg", pytest.param("trend.html", marks=pytest.mark.slow)])
+def test_runs_draws_metrics(history: Path, name: str) -> None:
+    result = call("runs", "--metric", "recall", "--plot", name)
+    assert result.exit_code == 0, result.output
+    text = (history / name).read_text()
+    assert "recall" in text and "memit" in text and "number of the run" in text
+    assert text.lstrip().startswith("<svg" if name.endswith("svg") else "<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plot", "x.svg"], "--plot draws metrics: name them with --metric or --of"),
+        (["-m", "recall", "--plot", "x.png"], "expected a path that ends with .svg or .html"),
+        (["-m", "recal"], "no metric 'recal' was measured. Did you mean recall?"),
+        (["-c", "rome"], "--of=rome: the last run, 0009_v8, has no such composition: base, memit"),
+        (["-m", "recall", "--plot", "no/x.svg"], "no/x.svg cannot be written"),
+        (["--storage", "empty"], "no run is stored in empty; store one with pytest --lmcompose-save=NAME"),
+    ],
+)
+def test_runs_says_what_is_wrong_in_one_line(history: Path, words: list[str], message: str) -> None:
+    result = call("runs", *words)
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_runs_follows_what_the_last_run_has(history: Path) -> None:
+    Storage(history / ".lmcompose").save(typed(report({"base": {"recall": [1.0] * 20}})), "v9")
+    result = call("runs", "-m", "perplexity")
+    assert result.exit_code == 2 and "the last run, 0010_v9, has no finite value of these metrics" in result.output
+
+
+def test_several_runs_are_columns(history: Path) -> None:
+    result = call("compare", "v0", "v1", "v8")
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["composition", "metric", "0001_v0", "0002_v1", "0009_v8"] in rows
+    p = 2**-7 * 2  # 8 answers lost; Holm's correction covers both columns
+    assert f"memit recall 0.950 0.900 (-0.05, p 1) 0.550 (-0.4, p {p:.2g})! ".split() in rows
+    assert "0009_v8: " in result.output and "1 worse" in result.output
+    assert call("compare", "v0", "v1", "v8", "--fail").exit_code == 1
+    assert call("compare", "v0", "v1", "v2", "--fail").exit_code == 0
+    found = json.loads(call("compare", "v0", "v1", "v8", "--json").stdout)
+    assert list(found) == [".lmcompose/0002_v1.json", ".lmcompose/0009_v8.json"]

@@ -172,6 +172,17 @@ def test_the_p_of_a_trend_is_that_of_all_orders() -> None:
         assert trend_p(values) == pytest.approx(sum(orders) / len(orders))
 
 
+def test_the_p_of_a_long_trend_is_close_to_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(0)
+    for high in (3, 1000):
+        values = [generator.randint(0, high) + 0.01 * i * high for i in range(40)]
+        exact = trend_p(values)
+        monkeypatch.setattr("pytest_lmcompose.baseline.drift._EXACT", 10)
+        assert trend_p(values) == pytest.approx(exact, rel=0.15)
+        monkeypatch.undo()
+    assert trend_p([0.5] * 60) == 1
+
+
 def drifting(documents: list[dict[str, Any]]) -> list[DriftRow]:
     return drifts(list(map(typed, documents)))
 

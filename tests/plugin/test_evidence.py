@@ -43,12 +43,12 @@ def test_it_passes_on_evidence_and_fails_without(tmp_path: Path) -> None:
     assert (gate.gate, gate.threshold, gate.base_value) == ("not_worse_than", 0.02, 0.902)
     assert gate.message == (
         "memit  recall = 0.9 is not worse than 0.902 of the base model by 0.02 (loss 0.002, with 0.95 confidence below "
-        f"{gate.evidence.upper:.6g}; paired score, n = 500)"
+        f"{gate.evidence.upper:.6g}; exact McNemar, n = 500)"
     )
     few = only(rules(tmp_path, "0.02"), answers(45, 50), answers(45, 50))
-    assert not few.passed and few.evidence is not None and few.evidence.needed == 133
-    assert "too little evidence; a model without any loss needs about 133 samples" in few.message
-    assert only(rules(tmp_path, "0.02"), answers(120, 134), answers(120, 134)).passed
+    assert not few.passed and few.evidence is not None and few.evidence.needed == 149
+    assert "too little evidence; a model without any loss needs about 149 samples" in few.message
+    assert only(rules(tmp_path, "0.02"), answers(120, 149), answers(120, 149)).passed
     lost = only(rules(tmp_path, "{margin: 0.02, level: 0.01}"), answers(400, 500), answers(450, 500))
     assert not lost.passed and "is worse than 0.9 of the base model by 0.02 or more" in lost.message
 
@@ -113,3 +113,14 @@ def test_expressions(text: str, kind: str, value: float) -> None:
     assert (bound.kind, bound.value, bound.of, bound.level) == (kind, value, "baseline", 0.05)
     with pytest.raises(ThresholdError, match="expected a margin above 0"):
         read_expression("a:n0")
+
+
+def test_rounding_fails_no_gate_of_samples(tmp_path: Path) -> None:
+    """Another number of threads moves every sample by a millionth, all in the same direction."""
+    logs = [2.0 + 0.01 * (i % 30) for i in range(200)]
+    old = [Measurement.mean("recall", [x / 3 for x in logs]), perplexity(logs)]
+    new = [Measurement.mean("recall", [x / 3 - 1e-6 for x in logs]), perplexity([x + 1e-6 for x in logs])]
+    path = tmp_path / "thresholds.yaml"
+    path.write_text("'*': {'*': {no_drop_p: 0.3, max_loss: 3se, not_worse_than: 0.05}}")
+    gates = judge(read_rules(path), "memit", new, {"base": Reference("the base model", old, [old])})
+    assert len(gates) == 6 and all(gate.passed for gate in gates), [gate.message for gate in gates]

@@ -181,7 +181,7 @@ def test_a_paired_gate_says_what_it_found_and_could_have_found(tmp_path: Path, b
     base, worse, noise = (answers(n, better=better) for n in (90, 80, 89))
     found = only(judge(rules(tmp_path, NO_DROP), "memit", [worse], [base], gates=4))
     value, before = (0.8, 0.9) if better else (0.2, 0.1)
-    what = "drop" if better else "rise"
+    what, needed = ("drop", "0.045 needs about 231") if better else ("rise", "0.005 needs about 2094")
     assert found.paired is not None
     assert (found.passed, found.value, found.base_value) == (False, pytest.approx(value), pytest.approx(before))
     assert found.paired.p == 2**-10  # ten answers lost, none won
@@ -190,7 +190,7 @@ def test_a_paired_gate_says_what_it_found_and_could_have_found(tmp_path: Path, b
     assert found.message == (
         f"memit  m = {value:g} is worse than {before:g} of the base model at no_drop_p 0.05: p = 0.000977, after Holm "
         f"over 4 gates 0.000977 (exact McNemar, n = 100, {what} 0.1 with standard error 0.0302; "
-        f"detects a {what} of 0.0894 with 80% power at level 0.0125)"
+        f"detects a {what} of 0.0894 with 80% power at level 0.0125; one of {needed} samples)"
     )
     passing = only(judge(rules(tmp_path, NO_DROP), "memit", [noise], [base]))
     assert passing.passed and ": no evidence that it is worse than " in passing.message
@@ -274,7 +274,7 @@ def test_the_base_model_is_no_gate_of_its_own(tmp_path: Path) -> None:
     verdict = only(judge(found, "base", [answers(90)], [answers(90)]))
     assert verdict.passed and verdict.paired is None
     assert compares_with(found, parse("memit")) == (parse("base"),)
-    assert [count_paired(found, name, ["m", "k"]) for name in ("base", "memit")] == [0, 1]
+    assert [count_paired(found, name, [answers(90), answers(90, metric="k")]) for name in ("base", "memit")] == [0, 1]
 
 
 def test_repeats_stand_side_by_side_and_the_same_questions_are_averaged(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_repeats_stand_side_by_side_and_the_same_questions_are_averaged(tmp_path
     assert (other.paired.test, other.paired.n, other.paired.p) == ("exact McNemar", 200, 2**-6)
     same = judged([answers(90), answers(90)], [answers(87), answers(85)])
     assert same.paired is not None
-    assert (same.paired.test, same.paired.n, same.paired.drop) == ("paired t", 100, pytest.approx(0.04))
+    assert (same.paired.test, same.paired.n, same.paired.drop) == ("Gaffke's test", 100, pytest.approx(0.04))
 
 
 def test_a_perplexity_is_compared_by_its_windows(tmp_path: Path) -> None:
@@ -317,14 +317,14 @@ def test_a_short_window_counts_by_its_tokens(tmp_path: Path) -> None:
         value = math.exp(sum(w * x for w, x in zip(tokens, nll, strict=True)) / sum(tokens))
         return Measurement("m", value, 0.1, len(nll), False, tuple(nll), weights=tuple(tokens))
 
-    tokens = [128.0] * 20 + [6.0]
-    nll = [2 + 0.1 * (i % 5) for i in range(20)]
+    tokens = [128.0] * 60 + [6.0]
+    nll = [2 + 0.1 * (i % 5) for i in range(60)]
     base = perplexity([*nll, 3.0], tokens)
     worse = perplexity([*(x + 0.01 * (1 + i % 2) for i, x in enumerate(nll)), 2.0], tokens)
     found = only(judge(rules(tmp_path, NO_DROP), "x", [worse], [base]))
     assert found.paired is not None and not found.passed  # by the mean of windows it would be better
     assert found.paired.drop == pytest.approx(worse.value - base.value)
-    other = replace(base, weights=tuple([100.0] * 21), value=math.exp(sum(base.samples) / 21))
+    other = replace(base, weights=tuple([100.0] * 61), value=math.exp(sum(base.samples) / 61))
     assert "other weights" in only(judge(rules(tmp_path, NO_DROP), "x", [other], [base])).message
 
 
@@ -430,7 +430,7 @@ def test_references_stand_in_the_message(tmp_path: Path) -> None:
         "memit+awq  m = 0.8 > max_ratio 2 of 0.3 of rmu[layer=2]+awq = 0.6",
     ]
     assert "m = 0.8 is worse than 0.95 of the baseline 0001_v1 at no_drop_p 0.05: p = " in verdicts[5].message
-    assert count_paired(found, "memit+awq", ["m"]) == 1
+    assert count_paired(found, "memit+awq", [answers(90)]) == 1
     del known["memit"]
     known["awq"] = Reference("awq", missing="it could not be measured: out of memory")
     failed = [v.message for v in judge_by(found, "memit+awq", [answers(80)], known)[1:3]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
+import re
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -29,14 +30,16 @@ WORSE = [float(i % 10 > 1) for i in range(300)]
 """30 more wrong answers."""
 
 
-def lm_eval(folder: Path, samples: Sequence[float], *, first: int = 0, filter: str = "none") -> Path:
-    folder = folder / "some__model"
+def lm_eval(
+    folder: Path, samples: Sequence[float], *, first: int = 0, filter: str = "none", model: str = "some__model"
+) -> Path:
+    folder = folder / model
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"doc_id": first + i, "doc": {"q": "?"}, "target": "0", "resps": [[["-1.0", "False"]]], "filter": filter}
         | {
             "metrics": ["acc", "nll"],
-            "doc_hash": hashlib.sha256(bytes([i % 256, i // 256])).hexdigest(),
+            "doc_hash": hashlib.sha256(str(first + i).encode()).hexdigest(),
             "acc": value,
             "nll": 2 - value,
         }
@@ -55,6 +58,7 @@ def inspect(file: Path, samples: Sequence[float], *, epochs: int = 1, **more: An
         {
             "id": f"q{i}",
             "epoch": epoch,
+            "input": [{"id": f"{file.name}-{i}", "content": f"Is {i} even?", "role": "user"}],
             "scores": {"match": {"value": "C" if value else "I"}, "both": {"value": {"a": value}}},
         }
         for i, value in enumerate(samples)
@@ -86,13 +90,26 @@ def write_zstandard(file: Path, members: dict[str, bytes]) -> None:
     file.write_bytes(body + directory + b"PK\5\6" + end)
 
 
-def lighteval(folder: Path, samples: Sequence[float]) -> Path:
-    (folder / "2026-01-01T00-00-00").mkdir(parents=True)
+def lighteval(folder: Path, samples: Sequence[float], *, model: str = "some/model") -> Path:
+    """Write details as LightEval does: metrics over the whole corpus are structs, and rows are in random order."""
+    date = "2026-01-01T00-00-00.000000"
+    (folder / "details" / model / date).mkdir(parents=True)
     rows = [
-        {"doc": {"id": str(i), "query": "?"}, "model_response": {"text": []}, "metric": {"em": v}}
+        {
+            "doc": {
+                "query": f"Is {i} even?",
+                "choices": [" yes", " no"],
+                "gold_index": 1,
+                "images": None,
+                "id": str(i),
+            },
+            "metric": {"em": int(v), "rouge1": v, "bleu": {"golds": [" no"], "preds": [" yes"]}},
+            "model_response": {"text": []},
+        }
         for i, v in enumerate(samples)
     ]
-    file = folder / "2026-01-01T00-00-00" / "details_lighteval|toy|0_2026-01-01T00-00-00.parquet"
+    random.Random(0).shuffle(rows)
+    file = folder / "details" / model / date / f"details_toy|0_{date}.parquet"
     parquet.write_table(pa.Table.from_pylist(rows), file)
     return folder
 
@@ -115,7 +132,7 @@ def both(tool: str, folder: Path) -> tuple[Path, Path]:
         ("lm_eval", {"toy_task/acc": True, "toy_task/nll": False}),
         ("eval", {"toy/match": True, "toy/both/a": True}),
         ("json", {"toy/match": True, "toy/both/a": True}),
-        ("lighteval", {"lighteval|toy|0/em": True}),
+        ("lighteval", {"toy|0/em": True, "toy|0/rouge1": True}),
     ],
 )
 def test_a_later_log_is_judged_by_an_earlier_one(tmp_path: Path, tool: str, metrics: dict[str, bool]) -> None:
@@ -153,7 +170,7 @@ def test_samples_that_only_one_log_has_are_refused_or_left_out(tmp_path: Path) -
     )
     common = gate(old, new, "--common")
     assert common.exit_code == 0 and "left out: 200 samples" in common.output
-    other = lm_eval(tmp_path / "other", RIGHT, first=1)  # the same numbers, other questions
+    other = lm_eval(tmp_path / "other", RIGHT, first=1000)
     assert "0 in both" in gate(old, other, "--common").output
 
 
@@ -263,9 +280,133 @@ def test_logs_and_folders_of_models_are_told_apart(tmp_path: Path) -> None:
     assert "matches no metric of both logs: toy_task/acc" in gate(old, new, "--fail", "exact:1").output
 
 
-def test_many_samples_are_judged_quickly(tmp_path: Path) -> None:
-    generator = random.Random(0)
-    logs = [lm_eval(tmp_path / str(i), [float(generator.random() < 0.7) for _ in range(20_000)]) for i in range(2)]
-    begun = time.process_time()
-    assert gate(*logs).exit_code == 0
-    assert time.process_time() - begun < 5
+def test_prompts_that_differ_are_refused_unless_you_say_so(tmp_path: Path) -> None:
+    old, new = (lm_eval(tmp_path / name, RIGHT) for name in ("old", "new"))
+    (file,) = new.rglob("samples_*")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[7]["prompt_hash"] = "another"  # as with another number of examples
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = gate(old, new)
+    assert found.exit_code == 2
+    assert f"1 of 300 samples had another prompt in {new} than in {old}, such as sample 7" in found.output
+    assert gate(old, new, "--any-prompt").exit_code == 0
+    files = [inspect(tmp_path / f"{name}.json", RIGHT[:20]) for name in ("a", "b")]
+    assert gate(*files).exit_code == 0  # the ids of messages are new in every run
+    files[1].write_text(files[1].read_text().replace("Is 3 even?", "Is 3 odd?"))
+    assert "1 of 20 samples had another prompt" in gate(*files).output
+
+
+def test_lm_eval_rows_that_do_not_name_their_metrics(tmp_path: Path) -> None:
+    """As written before version 0.4.5."""
+    old, new = lm_eval(tmp_path / "old", RIGHT), lm_eval(tmp_path / "new", RIGHT)
+    (file,) = new.rglob("samples_*")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text(
+        "".join(json.dumps({k: v for k, v in r.items() if k not in ("metrics", "filter")}) + "\n" for r in rows)
+    )
+    assert read_log(new).metrics == read_log(old).metrics
+
+
+def test_rows_of_one_file_may_have_different_metrics(tmp_path: Path) -> None:
+    folder = lm_eval(tmp_path / "old", RIGHT[:4])
+    (file,) = folder.rglob("samples_*")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[2] |= {"metrics": ["acc", "f1"], "f1": 0.25}
+    rows[3]["acc"] = None
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_log(folder).metrics
+    assert {name: metric.samples for name, metric in found.items()} == {
+        "toy_task/acc": ["0", "1", "2"],
+        "toy_task/f1": ["2"],
+        "toy_task/nll": ["0", "1", "2", "3"],
+    }
+    rows[2] = {"metrics": ["acc"], "acc": 1.0}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(LogError, match=r"line 3: no sample of lm-evaluation-harness: .*doc_id"):
+        read_log(folder)
+
+
+def test_details_of_lighteval_before_docs(tmp_path: Path) -> None:
+    rows = [{"full_prompt": f"Is {i} even?", "metrics": {"acc": v}} for i, v in enumerate(RIGHT[:5])]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "details_toy|0_2024-01-01T00-00-00.parquet")
+    (metric,) = read_log(tmp_path).metrics.values()
+    assert (metric.name, metric.prompts[1], metric.values) == ("toy|0/acc", "Is 1 even?", RIGHT[:5])
+
+
+def test_mixed_logs_are_one_line(tmp_path: Path) -> None:
+    lm_eval(tmp_path / "a", RIGHT[:3])
+    lm_eval(tmp_path / "a", RIGHT[:3], model="other__model")
+    lighteval(tmp_path / "b", RIGHT[:3])
+    lighteval(tmp_path / "b", RIGHT[:3], model="other/model")
+    (tmp_path / "c").mkdir()
+    for model in ("x", "y"):
+        inspect(tmp_path / "c" / f"{model}.json", RIGHT[:3], eval={"task": model, "model": model})
+    inspect(lighteval(tmp_path / "d", RIGHT[:3]) / "x.eval", RIGHT[:3])
+    report = tmp_path / "report.json"
+    report.write_text(encode(documents.typed(documents.report({"base": {"recall": RIGHT[:3]}}))))
+    cut = inspect(tmp_path / "e.eval", RIGHT)
+    cut.write_bytes(cut.read_bytes()[:-30])
+    for path, message in {
+        "a": "logs in 2 folders, of several models or runs; name one, such as .*/a/other__model",
+        "b": "logs in 2 folders, of several models or runs; name one, such as .*/b/details/other/model",
+        "c": "logs of 2 models, x, y; name one of the files",
+        "d": "logs of several tools; name the file or folder of one",
+        "e.eval": "is a truncated archive; copy it again",
+        "report.json": "is a report of lmcompose: compare it with another report",
+    }.items():
+        found = gate(tmp_path / path, tmp_path / path if path != "report.json" else tmp_path / "e.eval")
+        assert found.exit_code == 2 and found.output.count("\n") == 1, found.output
+        assert re.search(message, found.output), found.output
+
+
+def test_perplexities_are_read_from_log_likelihoods(tmp_path: Path) -> None:
+    """A sample of word_perplexity is its log-likelihood with its words, one of perplexity is a log-likelihood."""
+    texts = [(-30.0 - i % 7, 10 + i % 5) for i in range(50)]
+    for name, worse in (("old", 0.0), ("new", 0.5)):
+        folder = lm_eval(tmp_path / name, RIGHT[:50])
+        (file,) = folder.rglob("samples_*")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row, (likelihood, words) in zip(rows, texts, strict=True):
+            pair = [likelihood - worse * words, words]
+            row |= {"metrics": ["word_perplexity", "bits_per_byte", "perplexity"], "perplexity": pair[0]}
+            row |= {"word_perplexity": pair, "bits_per_byte": pair}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        better = {"toy_task": {"word_perplexity": False, "bits_per_byte": False, "perplexity": False}}
+        (results,) = folder.rglob("results_*")
+        results.write_text(json.dumps({"higher_is_better": better}))
+    found = gate(tmp_path / "old", tmp_path / "new", "--all")
+    assert found.exit_code == 1 and "3 of 3 gates failed" in found.output
+    values = {line.split()[1]: line.split()[2:4] for line in found.output.splitlines() if "toy_task/" in line[:300]}
+    per_word = -sum(likelihood for likelihood, _ in texts) / sum(words for _, words in texts)
+    assert values["toy_task/word_perplexity!"] == [f"{math.exp(per_word + worse):.3f}" for worse in (0, 0.5)]
+    assert values["toy_task/bits_per_byte!"] == [f"{(per_word + worse) / math.log(2):.3f}" for worse in (0, 0.5)]
+    assert gate(tmp_path / "new", tmp_path / "old").exit_code == 0
+
+
+def test_perplexities_of_lighteval(tmp_path: Path) -> None:
+    rows = [
+        {"doc": {"id": str(i), "query": "?"}, "metric": {"ppl": pair, "word_perplexity": pair}}
+        for i in range(4)
+        for pair in [{"logprobs": -float(i), "weights": 2}]
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "details_toy|0_2026-01-01T00-00-00.parquet")
+    found = read_log(tmp_path).metrics
+    assert all(metric.exponential and not metric.higher_is_better for metric in found.values())
+    by_text, by_word = found["toy|0/ppl"], found["toy|0/word_perplexity"]
+    assert (by_text.values, by_text.weights) == ([0.0, 1.0, 2.0, 3.0], [1.0] * 4)
+    assert (by_word.values, by_word.weights) == ([0.0, 0.5, 1.0, 1.5], [2.0] * 4)
+
+
+def test_nan_fails_the_gate_and_is_no_broken_log(tmp_path: Path) -> None:
+    old, new = lm_eval(tmp_path / "old", RIGHT), lm_eval(tmp_path / "new", RIGHT)
+    (file,) = new.rglob("samples_*")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[5]["nll"] = math.nan
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = gate(old, new)
+    assert found.exit_code == 1 and "toy_task/nll = nan" in found.output and "1 of 2 gates failed" in found.output
+    files = [inspect(tmp_path / f"{name}.json", RIGHT[:20]) for name in ("a", "b")]
+    document = json.loads(files[1].read_text())
+    document["samples"][3]["scores"]["match"]["value"] = math.nan  # what Inspect writes for a sample that has no score
+    files[1].write_text(json.dumps(document))
+    assert "1 samples are only in" in gate(*files).output

@@ -22,6 +22,7 @@ NOTHING = EvaluateSettings(
     editing=False,
     recall=False,
     perplexity=False,
+    closeness=False,
     questions=False,
     unlearning=False,
     tuning=False,

@@ -160,12 +160,19 @@ def test_interpreters_of_engines_come_from_the_ini_file_unless_the_environment_h
     assert "LMCOMPOSE_AUTO_GPTQ_PYTHON" not in os.environ
 
 
+HEAVY = {
+    *("accelerate", "datasets", "huggingface_hub", "hypothesis", "jinja2", "lm_eval", "numpy", "pandas", "peft"),
+    *("pyarrow", "ray", "requests", "scipy", "sklearn", "sympy", "tokenizers", "torch", "transformers"),
+    *("trl", "vl_convert", "wandb"),
+}
+
+
 def test_collection_imports_no_heavy_package(pytester: pytest.Pytester) -> None:
     code = f"""
 import sys, pytest
 options = ["--rootdir={ROOT}", "-c{ROOT}/pyproject.toml", "--collect-only", "-q", "-pno:cacheprovider"]
 rc = pytest.main([{str(ROOT / "compositions")!r}, *options])
-heavy = {{"torch", "transformers", "datasets", "lm_eval", "numpy", "scipy", "peft", "hypothesis"}} & set(sys.modules)
+heavy = {HEAVY} & set(sys.modules)
 print("HEAVY", sorted(heavy))
 sys.exit(rc)
 """

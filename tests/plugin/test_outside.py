@@ -26,6 +26,16 @@ THRESHOLDS = """
   sparsity: {promised: 0.02}
   thinned: {promised: 0.5}
 """
+LIST_OF_MODULES = """
+import pathlib, sys
+def pytest_unconfigure():
+    top = {name.partition(".")[0] for name in sys.modules}
+    pathlib.Path(__file__).with_name("modules").write_text(" ".join(sorted(top)))
+"""
+UNUSED_MODULES = {
+    *("datasets", "lm_eval", "pandas", "peft", "pyarrow", "ray", "sacrebleu", "sklearn", "trl", "wandb"),
+}
+"""What a run without question tasks, adapters, tuning and trackers does without, also at its end."""
 
 
 def test_it_is_short() -> None:
@@ -35,7 +45,7 @@ def test_it_is_short() -> None:
 def test_a_run_builds_marks_measures_and_judges_it(project: Project) -> None:
     (project.path / "thresholds.yaml").write_text(THRESHOLDS)
     (project.path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-    project.pytester.makeconftest(INNER_CONFTEST + "import tests.plugin.thin\n")
+    project.pytester.makeconftest(INNER_CONFTEST + "import tests.plugin.thin\n" + LIST_OF_MODULES)
     outputs = ("--lmcompose-json=r.json", "--lmcompose-html=r.html", "--lmcompose-markdown=r.md", "--junitxml=r.xml")
     on = "--lmcompose-set=evaluate.also={thinness: {}}"
     compositions = ("base", "thin", "nudge", "thin+nudge[layers=[0,1]]", "nudge[layers=[0,1]]+thin")
@@ -51,6 +61,8 @@ def test_a_run_builds_marks_measures_and_judges_it(project: Project) -> None:
     assert not gates["thin+nudge[layers=[0,1]]", "sparsity"]
     assert "thinned" in {entry["metric"] for entry in report["composability"]["orders"]}
     assert "thinned" in (project.path / "r.html").read_text() and "thinned" in (project.path / "r.md").read_text()
+    imported = set((project.path / "modules").read_text().split())
+    assert "transformers" in imported and not imported & UNUSED_MODULES
 
 
 def test_the_tables_know_it(monkeypatch: pytest.MonkeyPatch) -> None:

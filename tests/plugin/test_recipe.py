@@ -53,9 +53,9 @@ def test_settings_inside_settings() -> None:
 
 
 def test_an_override_wins_over_the_preset_of_the_model() -> None:
-    assert load_recipe(CONF, ["model=any"]).config.awq.samples == 128
-    assert load_recipe(CONF, ["model=tinyworld"]).config.awq.samples == 32
-    assert load_recipe(CONF, ["model=tinyworld", "awq.samples=24"]).config.awq.samples == 24
+    assert load_recipe(CONF, ["model=any"]).config["awq"]["samples"] == 128
+    assert load_recipe(CONF, ["model=tinyworld"]).config["awq"]["samples"] == 32
+    assert load_recipe(CONF, ["model=tinyworld", "awq.samples=24"]).config["awq"]["samples"] == 24
 
 
 def test_mappings_take_new_keys() -> None:
@@ -81,8 +81,8 @@ def test_a_mapping_or_list_replaces_that_of_a_preset() -> None:
 
 
 def test_a_mapping_for_a_section_keeps_its_other_keys() -> None:
-    changed = load_recipe(CONF, ["awq.samples=24", "awq={bits: 3}"]).config.awq
-    assert (changed.samples, changed.bits) == (24, 3)
+    changed = load_recipe(CONF, ["awq.samples=24", "awq={bits: 3}"]).config["awq"]
+    assert (changed["samples"], changed["bits"]) == (24, 3)
 
 
 def test_permuted_suites_add_to_the_named_ones() -> None:

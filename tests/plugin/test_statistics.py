@@ -70,7 +70,7 @@ def test_repeats_and_both_orders_give_intervals_interference_and_paired_gates(
         [
             "round  step 1/1 round *(repeat 2 of 2)",
             "*edit_locality_agreement = * is worse than 1 of the base model at no_drop_p 0.3: p = *, after Holm over "
-            "9 gates * (*, n = 5, drop * with standard error *; detects * with 80% power at level 0.0333)",
+            "9 gates * (*, n = 5, drop * with standard error *; detects * with 80% power at level 0.0333*",
             "paired tests against the base model; *",
             "round  perplexity *",
             "composability, with 95% intervals",
@@ -165,3 +165,24 @@ def test_a_state_held_by_a_test_outlives_the_repeats(project: Project) -> None:
         """
     )
     project.run("--lmcompose-repeats=2", compose=("nudge", "base")).assert_outcomes(passed=2)
+
+
+def test_a_pool_is_one_gate_in_every_report(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (project.path / "thresholds.yaml").write_text(
+        '"*": {"edit_*": {no_drop_p: {value: 0.3, pool: true}}, recall*: {not_worse_than: {margin: 0.01, pool: true}}}'
+    )
+    flags = ("--lmcompose-json=report.json", "--lmcompose-html=report.html", "--lmcompose-markdown=report.md")
+    result = project.run("--lmcompose-set=evaluate.edits=5", *flags, compose=("nudge[scale=3]",))
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        ["paired tests against the base model; *", "*nudge[[]scale=3[]]  edit_[*] (* metrics) *", "evidence against *"]
+    )
+    (record,) = [r for r in read_report(project.path / "report.json")["compositions"] if r["id"] == "nudge[scale=3]"]
+    for gate in record["gates"]:
+        if gate.get("pool"):
+            names = {member["metric"] for member in gate["pool"]}
+            assert len(names) == len(gate["pool"]) > 1 and names <= {m["metric"] for m in record["measurements"]}
+            assert f"{gate['metric']} ({len(names)} metrics)" in (project.path / "report.html").read_text()
+    assert [gate["metric"] for gate in record["gates"] if gate.get("pool")].count("edit_*") >= 1
+    assert "over " in (project.path / "report.md").read_text()

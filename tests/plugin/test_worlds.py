@@ -168,7 +168,8 @@ def test_a_model_file_sets_methods_and_its_path_starts_at_the_file(tmp_path: Pat
     overrides = model_overrides("models/mine.yaml", CONF, tmp_path)
     recipe = load_recipe(CONF, [*overrides, "world=tinyworld", "memit.z.lr=0.5"])
     assert Path(recipe.model.path) == tmp_path / "models" / "mine"
-    assert (recipe.config.memit.layers, recipe.config.memit.z.steps, recipe.config.memit.z.lr) == ([1], 7, 0.5)
+    memit = recipe.config["memit"]
+    assert (memit["layers"], memit["z"]["steps"], memit["z"]["lr"]) == ([1], 7, 0.5)
 
 
 @pytest.mark.parametrize("world", ["tinyworld", "mine"])

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 
 from interventions.early_exit import accepted, head_on_one_token, replaced_forward
 from interventions.edit.kernels.arrival import add_at
-from interventions.edit.kernels.logits import logits_at
+from interventions.logits import logits_at
 from interventions.padding import pad_left, pad_right
 from interventions.structure import Anatomy, Block, first_output, module_device
 from interventions.types import InterventionError

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from interventions.anatomy import find_anatomy
-from interventions.edit.kernels.logits import logits_at
 from interventions.edit.kernels.prompts import tokenise
+from interventions.logits import logits_at
 from interventions.padding import pad_right, padding_id
 from interventions.structure import module_device
 from interventions.types import Edit, InterventionError
@@ -26,8 +26,6 @@ class TargetBatch:
     which: range
     """Indices of the edits."""
     ids: Tensor
-    """(edits, longest) int64."""
-    mask: Tensor
     """(edits, longest) int64."""
     rows: Tensor
     """(tokens,) the row of each target token."""
@@ -45,19 +43,19 @@ def target_batches(
     for start in range(0, len(edits), batch_size):
         which = range(start, min(start + batch_size, len(edits)))
         texts = [tokenise(tokenizer, edits[n], with_target=True, chat_template=chat_template) for n in which]
-        ids, mask = pad_right([text.ids for text in texts], padding_id(tokenizer), device)
+        ids, _ = pad_right([text.ids for text in texts], padding_id(tokenizer), device)
         wanted = [(row, place) for row, text in enumerate(texts) for place in text.target_places]
         rows, places = torch.tensor(wanted, device=device).t()
-        batches.append(TargetBatch(which, ids, mask, rows, places - 1, ids[rows, places]))
+        batches.append(TargetBatch(which, ids, rows, places - 1, ids[rows, places]))
     return batches
 
 
 def target_nll(model: nn.Module, head: nn.Module, batch: TargetBatch) -> Tensor:
     """Return each edit's mean negative log-likelihood of its target tokens, (edits,) float32.
 
-    The output head runs only at those tokens.
+    The output head runs only at those tokens. No token sees the padding, which is on the right: no mask is needed.
     """
-    arguments = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+    arguments = {"input_ids": batch.ids, "use_cache": False}
     logits = logits_at(model, head, arguments, batch.rows, batch.places)
     log_p = logits.log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
     total = torch.zeros(len(batch.which), device=log_p.device).index_add(0, batch.rows, -log_p)

@@ -32,7 +32,7 @@ def states(model: nn.Module, block: Block, batch: TextBatch) -> Tensor:
 
     handle = block.module.register_forward_hook(see)
     try:
-        run_until_seen(model, {"input_ids": batch.ids, "attention_mask": batch.mask})
+        run_until_seen(model, {"input_ids": batch.ids})  # no token sees the padding on the right
     finally:
         handle.remove()
     values = seen[0]

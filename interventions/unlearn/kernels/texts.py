@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -33,6 +34,12 @@ class TextBatch:
     def scored(self) -> Tensor:
         """The tokens that have a likelihood: all but the first of each text, (texts,)."""
         return self.mask.sum(dim=1) - 1
+
+    @cached_property
+    def predicting(self) -> tuple[Tensor, Tensor]:
+        """Rows and positions of the tokens that predict another one: all but the last of each text."""
+        rows, places = self.mask[:, 1:].nonzero().unbind(1)
+        return rows, places
 
 
 def choose_topics(

@@ -1,54 +1,5 @@
 "use strict";
 (() => {
-  const specs = JSON.parse(document.getElementById("specs").textContent);
-  const canvases = [...document.querySelectorAll("[data-plot]")];
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  let drawing = Promise.resolve();
-
-  // Figures use the page's colours; they are redrawn when the colour scheme changes.
-  function themeConfig() {
-    const style = getComputedStyle(document.documentElement);
-    const [fg, muted, line] = ["--fg", "--muted", "--line"].map((name) => style.getPropertyValue(name).trim());
-    const font = getComputedStyle(document.body).fontFamily;
-    const text = { labelColor: fg, titleColor: muted, labelFont: font, titleFont: font, labelFontSize: 12, titleFontSize: 12 };
-    const light = ["#0b5cad", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490", "#be185d", "#475569"];
-    const bright = ["#7cb8f7", "#fb923c", "#5fd08a", "#c79bff", "#e5b93b", "#4cc9e0", "#f687b3", "#b4bfcc"];
-    return {
-      background: "transparent",
-      font,
-      axis: { ...text, domainColor: muted, tickColor: muted, gridColor: line },
-      legend: { ...text, symbolStrokeColor: fg },
-      range: { category: dark.matches ? bright : light },
-      view: { stroke: null },
-    };
-  }
-
-  async function draw() {
-    document.documentElement.dataset.drawn = "no";
-    const config = themeConfig();
-    for (const [i, canvas] of canvases.entries()) {
-      try {
-        // The Content-Security-Policy forbids eval, so expressions are interpreted.
-        await vegaEmbed(canvas, specs[i], {
-          actions: false,
-          ast: true,
-          config,
-          defaultStyle: false,
-          renderer: "svg",
-          tooltip: { theme: dark.matches ? "dark" : "light" },
-        });
-      } catch (error) {
-        canvas.textContent = "This figure could not be drawn; its numbers are in the table below.";
-        console.error(error);
-      }
-    }
-    document.documentElement.dataset.drawn = "yes";
-  }
-
-  function redraw() {
-    drawing = drawing.then(draw);
-  }
-
   function key(row, column) {
     const cell = row.cells[column];
     const text = cell.dataset.order ?? cell.textContent.trim();
@@ -93,9 +44,8 @@
   for (const button of document.querySelectorAll("th[aria-sort] button")) {
     button.addEventListener("click", () => sort(button.closest("th")));
   }
-  document.getElementById("filter").addEventListener("input", (event) => filter(event.target.value));
+  document.getElementById("filter")?.addEventListener("input", (event) => filter(event.target.value));
   addEventListener("hashchange", open);
-  dark.addEventListener("change", redraw);
   open();
-  redraw();
+  document.documentElement.dataset.ready = "yes";
 })();

@@ -1,0 +1,254 @@
+"""What a step does to any weights, read from the state that it makes of the base model. Imports torch.
+
+A step that trains or edits adds a difference, one that prunes also has a mask, and one that quantises a grid to round
+to. So what a second step makes of the state of a first is known to first order from their single states: it does to
+that state what it did to the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from evaluators.grids import find_grid, fit_steps
+
+_PRUNED = 0.05
+"""Share of zeros from which a weight counts as pruned."""
+_RESCALED = 0.7
+"""Largest relative error at which a state is the base model with other scales of rows and columns."""
+_EDGE = 0.499
+"""Distance in steps between a rounded weight and the edge of its bucket."""
+_WIDER = 1.05
+"""Growth of a group's range from which its steps grow too."""
+
+Scales = tuple[Tensor, Tensor]
+"""Factors of the rows (out, 1) and columns (1, in) of a weight."""
+
+
+class Grid(NamedTuple):
+    """The grid that a weight (out, in) was rounded to."""
+
+    bits: int
+    size: int
+    """Columns of a group."""
+    steps: Tensor
+    """(groups, 1)."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Grid | None:
+        """Return the grid of a weight; None without one."""
+        found = find_grid(weight)
+        if found is None or found.floats is not None:
+            return None
+        groups = _groups(weight, found.group_size)
+        largest = groups.abs().amax(dim=1, keepdim=True)
+        steps = torch.ones_like(largest)
+        used = (largest > 0).flatten()
+        fitted = fit_steps(groups[used].float(), 2**found.bits, torch.finfo(weight.dtype).eps)
+        if fitted is None:
+            return None
+        steps[used] = largest[used] / fitted.steps.unsqueeze(1)
+        return cls(found.bits, found.group_size, steps)
+
+    def round(self, base: Tensor, rounded: Tensor, delta: Tensor) -> Tensor:
+        """Return what rounding makes of `base + delta`, where it made `rounded` of `base`; all (out, in).
+
+        A weight that was not rounded to the nearest level made up for errors of others, by an unknown amount: it starts
+        anywhere in its bucket. So it stays there without a `delta`, and with one leaves as probably as others. Where a
+        group's range grows, its steps grow as much.
+        """
+        before, after, change = (_groups(tensor, self.size) for tensor in (base, rounded, delta))
+        codes = (after / self.steps).round()
+        noise = torch.rand(after.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+        nearest = (before - after).abs() <= _EDGE * self.steps
+        start = torch.where(nearest, before, after + 2 * _EDGE * noise * self.steps)
+        wider = _range(before + change) / _range(before).clamp(min=1e-12)
+        steps = self.steps * torch.where(wider > _WIDER, wider, 1.0)
+        low, high = codes.amin(dim=1, keepdim=True), codes.amax(dim=1, keepdim=True)
+        found = torch.clamp(((start + change) / steps).round(), low, high) * steps
+        return found.reshape(len(rounded), -1)[:, : rounded.shape[1]]
+
+
+def pruned(base: Tensor, own: Tensor, delta: Tensor, norms: Tensor) -> Tensor:
+    """Return what pruning makes of `base + delta`, where it made `own` of `base`; all (out, in).
+
+    Each row keeps as many weights as before: those of the largest magnitude times the norm of their input (`norms`, one
+    per column). A weight that was chosen otherwise starts at the threshold of its row, so that nothing changes without
+    a `delta`.
+    """
+    kept = own != 0
+    score = base.abs() * norms
+    count = kept.sum(dim=1, keepdim=True)
+    threshold = _lowest(score, count)
+    start = torch.where(kept, torch.maximum(score, threshold), torch.minimum(score, threshold * 0.999))
+    moved = start + ((base + delta).abs() - base.abs()) * norms
+    return (torch.where(kept, own, base) + delta) * ((moved >= _lowest(moved, count)) & (count > 0))
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The effect of one step on the weights, from its state."""
+
+    category: str
+    base: Mapping[str, Tensor]
+    """All parameters of the base model."""
+    changed: Mapping[str, Tensor]
+    """Those that differ in the state."""
+    layers: Mapping[str, bool]
+    """Names of the decoder's linear weights, and whether each is stored as (in, out)."""
+    norms: Mapping[str, Tensor]
+    """Root mean square of the inputs of these weights, where known."""
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grids of the weights that the step rounded."""
+        if self.category != "compress":
+            return {}
+        found = {name: Grid.of(self._turned(name, self.changed[name])) for name in self._linears}
+        return {name: grid for name, grid in found.items() if grid is not None}
+
+    @cached_property
+    def masks(self) -> dict[str, Tensor]:
+        """Which weights the step kept, for those that it pruned."""
+        if self.category != "compress":
+            return {}
+        kept = {name: self.changed[name] != 0 for name in self._linears if name not in self.grids}
+        return {name: mask for name, mask in kept.items() if 1 - float(mask.float().mean()) > _PRUNED}
+
+    @cached_property
+    def scales(self) -> dict[str, Scales]:
+        """The scales that the step moved between layers, by weight; empty for steps that leave norms alone."""
+        norms = [name for name, tensor in self.changed.items() if tensor.dim() == 1]
+        if self.category != "compress" or not norms:
+            return {}
+        found = {name: _fit(self.base[name].float(), self.changed[name].float()) for name in self._linears}
+        return {name: scales for name, (scales, error) in found.items() if error <= _RESCALED}
+
+    @property
+    def readable(self) -> bool:
+        """Whether the effect on other weights is known: not where the step changed the basis or a grid is unknown."""
+        if self.category == "merge" or not set(self.changed) <= set(self.base):
+            return False
+        if any(tensor.shape != self.base[name].shape for name, tensor in self.changed.items()):
+            return False
+        return self.category != "compress" or bool(self.grids or self.masks or self.scales)
+
+    @cached_property
+    def intensity(self) -> float:
+        """The norm of the change, relative to the weights that changed."""
+        change = sum(float((new.float() - self.base[name].float()).square().sum()) for name, new in self._comparable)
+        whole = sum(float(self.base[name].float().square().sum()) for name, _ in self._comparable)
+        return float((change / whole) ** 0.5) if whole else 0.0
+
+    def after(self, first: Effect) -> dict[str, Tensor]:
+        """Return the weights that differ from the base model after `first` and then this step, to first order."""
+        found = dict(first.changed)
+        for name, own in self.changed.items():
+            found[name] = self._on(first, name) if name in first.changed else own
+        return found
+
+    def bits(self, name: str, first: Effect | None = None) -> float:
+        """Return the bits of a linear weight after this step, applied to the state of `first`."""
+        dense = 8.0 * self.base[name].element_size()
+        before = dense if first is None else first.bits(name)
+        if name not in self.changed:
+            return before
+        if name in self.grids:
+            return float(self.grids[name].bits)
+        if name not in self.masks:
+            return dense
+        kept = self.masks[name]
+        as_it_was = bool((self.changed[name][kept] == self.base[name][kept]).all())
+        if first is not None and name in first.grids and as_it_was:
+            return before
+        return float(kept.float().mean()) * dense + 0.5
+
+    @property
+    def _linears(self) -> list[str]:
+        return [name for name in self.changed if name in self.layers]
+
+    @property
+    def _comparable(self) -> list[tuple[str, Tensor]]:
+        base = self.base
+        return [(name, new) for name, new in self.changed.items() if name in base and new.shape == base[name].shape]
+
+    def _turned(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.t() if self.layers.get(name) else tensor
+
+    def _on(self, first: Effect, name: str) -> Tensor:
+        """Return a weight that both steps change, after both."""
+        base, own, start = (tensors[name].float() for tensors in (self.base, self.changed, first.changed))
+        delta = start - base
+        if name in self.scales:
+            delta = _scaled(delta, self.scales[name])
+        if name in self.grids:
+            grid = self.grids[name]
+            unrounded = _scaled(base, self.scales[name]) if name in self.scales else base
+            found = self._turned(name, grid.round(*(self._turned(name, t) for t in (unrounded, own, delta))))
+        elif name in self.masks:
+            norms = self.norms.get(name, torch.ones(1))
+            before, after, change = (self._turned(name, tensor) for tensor in (base, own, delta))
+            found = self._turned(name, pruned(before, after, change, norms))
+        elif name in self.scales:
+            found = own + delta
+        else:
+            change = own - base
+            found = start + (_scaled(change, first.scales[name]) if name in first.scales else change)
+        return found.to(self.base[name].dtype)
+
+
+def commutator(base: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Return the norm of the difference between two states, relative to the weights where they may differ."""
+    difference = whole = 0.0
+    for name in one.keys() & other.keys():
+        if one[name] is not other[name]:
+            difference += float((one[name].float() - other[name].float()).square().sum())
+            whole += float(base[name].float().square().sum())
+    return float((difference / whole) ** 0.5) if whole else 0.0
+
+
+def survival(delta: Effect, lossy: Effect, after: Mapping[str, Tensor]) -> float:
+    """Return the share of the change by `delta` that is left in the state `after` a lossy step, along the change."""
+    kept = whole = 0.0
+    for name in (delta.changed.keys() & lossy.changed.keys()) - lossy.scales.keys():
+        change = delta.changed[name].float() - delta.base[name].float()
+        kept += float(((after[name].float() - lossy.changed[name].float()) * change).sum())
+        whole += float(change.square().sum())
+    return kept / whole if whole else 1.0
+
+
+def _lowest(scores: Tensor, count: Tensor) -> Tensor:
+    """Return the lowest of the `count` (rows, 1) largest scores of each row."""
+    width, same = scores.shape[1], int(count[0])
+    if bool((count == same).all()):
+        return scores.kthvalue(min(width - same + 1, width), dim=1, keepdim=True).values
+    return scores.sort(dim=1, descending=True).values.gather(1, (count - 1).clamp(min=0))
+
+
+def _groups(weight: Tensor, size: int) -> Tensor:
+    return pad(weight, (0, -weight.shape[1] % size)).reshape(-1, size)
+
+
+def _range(groups: Tensor) -> Tensor:
+    return groups.amax(dim=1, keepdim=True).clamp(min=0) - groups.amin(dim=1, keepdim=True).clamp(max=0)
+
+
+def _scaled(weight: Tensor, scales: Scales) -> Tensor:
+    return weight * scales[0] * scales[1]
+
+
+def _fit(base: Tensor, new: Tensor, rounds: int = 3) -> tuple[Scales, float]:
+    """Fit `new` by `base` with scaled rows and columns; return the scales and the relative error."""
+    rows, cols = torch.ones(len(base), 1), torch.ones(1, base.shape[1])
+    for _ in range(rounds):
+        left = base * rows
+        cols = (left * new).sum(0, keepdim=True) / left.square().sum(0, keepdim=True).clamp(min=1e-20)
+        left = base * cols
+        rows = (left * new).sum(1, keepdim=True) / left.square().sum(1, keepdim=True).clamp(min=1e-20)
+    return (rows, cols), float((new - base * rows * cols).norm() / new.norm().clamp(min=1e-20))

@@ -1,0 +1,40 @@
+"""Predictions as text. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from pytest_lmcompose.prediction.records import Pair, Prediction
+
+HEADS = ("pair", "edit", "unlearn", "perplexity", "recall", "bits", "commutator", "survival")
+UNTOLD, NOT_CONCERNED = "cannot tell", "-"
+
+
+def rows(pairs: Iterable[Pair]) -> Iterator[tuple[str, ...]]:
+    """Yield the heads, then for each pair the step to apply first for each promise, with the expected gain."""
+    yield HEADS
+    for pair in pairs:
+        told = {prediction.promise: cell(prediction) for prediction in pair.predictions}
+        about = (_share(pair.commutator), _share(pair.survival))
+        yield (f"{pair.first}, {pair.second}", *(told.get(head, NOT_CONCERNED) for head in HEADS[1:6]), *about)
+
+
+def cell(prediction: Prediction) -> str:
+    """Return which step to apply first, and what is gained by it."""
+    if prediction.better is None:
+        return UNTOLD
+    first = prediction.first if prediction.better == prediction.orders[0] else prediction.second
+    return f"{first} first ({abs(prediction.gap or 0):.3g})"
+
+
+def planned(pairs: Iterable[Pair]) -> Iterator[str]:
+    """Yield a line for each pair: the better orders, for the plan of a run."""
+    for pair in pairs:
+        told = [(p.better, p.promise) for p in pair.predictions if p.better is not None]
+        orders = {order: [promise for better, promise in told if better == order] for order, _ in told}
+        text = "; ".join(f"{order} for {', '.join(promises)}" for order, promises in orders.items())
+        yield f"  {pair.first}, {pair.second}: {text or UNTOLD}"
+
+
+def _share(value: float | None) -> str:
+    return NOT_CONCERNED if value is None else f"{value:.2f}"
