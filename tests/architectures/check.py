@@ -10,6 +10,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -20,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from evaluators import EditCase, EvaluationError, Fact, Probe, Question
+from evaluators.closeness import capture_predictions
 from evaluators.continuations import score
 from evaluators.data import EvaluationData, TuningData, UneditedAnswers, UnlearningData
 from evaluators.encoding import Pair
@@ -193,7 +195,12 @@ def _measure(model: Any, name: str) -> None:
     }
     evaluator = next(evaluator for evaluator in BUILT_IN if evaluator.name == name)
     chosen = settings[name]() if name in settings else evaluator.settings_type()()
-    measured = evaluator.load()(model, tokenizer(), chosen, _data())
+    data = _data()
+    if name == "closeness":
+        assert data.unedited is not None
+        unedited = replace(data.unedited, predictions=capture_predictions(model, tokenizer(), SENTENCES))
+        data = replace(data, unedited=unedited)
+    measured = evaluator.load()(model, tokenizer(), chosen, data)
     if not measured or not all(m.value == m.value for m in measured):
         raise Wrong(f"measured {[m.metric for m in measured if m.value != m.value] or 'nothing'}")
 
