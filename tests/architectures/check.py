@@ -10,6 +10,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -20,11 +21,12 @@ import transformers
 from torch import Tensor, nn
 
 from evaluators import EditCase, EvaluationError, Fact, Probe, Question
+from evaluators.closeness import capture_predictions
 from evaluators.continuations import score
 from evaluators.data import EvaluationData, TuningData, UneditedAnswers, UnlearningData
 from evaluators.encoding import Pair
 from evaluators.registry import BUILT_IN
-from evaluators.settings import PassSettings, QuestionSettings, UnlearningSettings
+from evaluators.settings import PassSettings, QuestionSettings, RefusalSettings, UnlearningSettings
 from interventions import Edit, InterventionError, apply
 from interventions.anatomy import find_anatomy
 from interventions.compress.kernels.folding import fold_
@@ -39,6 +41,7 @@ EDITS = (
     Edit("Mira Tolvan was born in", "Mira Tolvan", "Dunmere"),
     Edit("In the valley Orin Vask is a", "Orin Vask", "silver river"),
 )
+REFUSAL = {"harmful": SENTENCES[:4], "harmless": SENTENCES[4:]}
 _CALIBRATED = {"samples": 16, "max_tokens": 128}
 _GRID = {"bits": 4, "group_size": 16}
 _REWRITES = {"covariance_tokens": 4000, "contexts_per_length": 2, "context_lengths": [5]}
@@ -61,6 +64,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "npo": _FEW,
     "simnpo": _FEW,
     "relearn": _FEW,
+    "hqq": _GRID,
+    "emmet": _REWRITES,
+    "pmet": _REWRITES,
+    "wga": _FEW,
+    "satimp": _FEW,
+    "undial": _FEW,
+    "jensun": _FEW | {"reply": "gold"},
+    "quail": _FEW,
+    "abliterate": {},
 }
 """Every method that is given no model of the user's, with settings for tiny models and little time."""
 EVALUATORS = tuple(evaluator.name for evaluator in BUILT_IN)
@@ -163,6 +175,7 @@ def _apply(model: Any, method: str, seed: int) -> None:
         calibration=TEXTS,
         forget={"people": SENTENCES[:3], "places": SENTENCES[3:5]},
         retain=SENTENCES[5:],
+        refusal=REFUSAL,
         **METHODS[method],
     )
     changed = sorted(name for name, p in model.named_parameters() if not torch.equal(p, before[name]))
@@ -175,13 +188,19 @@ def _apply(model: Any, method: str, seed: int) -> None:
 def _measure(model: Any, name: str) -> None:
     settings = {
         "questions": lambda: QuestionSettings(),
+        "refusal": lambda: RefusalSettings(refusal_tokens=4),
         "unlearning": lambda: UnlearningSettings(answer_tokens=4, knowledge_tokens=4, verbatim_tokens=4),
         "efficiency": lambda: PassSettings(latency_length=24),
         "latency": lambda: PassSettings(latency_length=24, latency_repeats=2),
     }
     evaluator = next(evaluator for evaluator in BUILT_IN if evaluator.name == name)
     chosen = settings[name]() if name in settings else evaluator.settings_type()()
-    measured = evaluator.load()(model, tokenizer(), chosen, _data())
+    data = _data()
+    if name == "closeness":
+        assert data.unedited is not None
+        unedited = replace(data.unedited, predictions=capture_predictions(model, tokenizer(), SENTENCES))
+        data = replace(data, unedited=unedited)
+    measured = evaluator.load()(model, tokenizer(), chosen, data)
     if not measured or not all(m.value == m.value for m in measured):
         raise Wrong(f"measured {[m.metric for m in measured if m.value != m.value] or 'nothing'}")
 
@@ -222,6 +241,7 @@ def _data() -> EvaluationData:
         unedited=UneditedAnswers(
             {Probe("Copper turns", "green"): (5,), Probe("In winter the ferries", "run"): (5,)}, (0.0,)
         ),
+        refusal=REFUSAL,
         tuning=TuningData({"facts": (Example("Copper turns", "green"),)}, (Preference("Mira is", "a smith", "gold"),)),
     )
 
