@@ -20,7 +20,7 @@ class Progress:
 
     def __call__(self, line: str) -> None:
         """Write a log line."""
-        if self._config.option.verbose < 0:
+        if self._config.get_verbosity() < 0:
             return
         self.clear()
         with self._uncaptured():
@@ -55,7 +55,7 @@ class Progress:
 
     def _is_live(self, reporter: pytest.TerminalReporter) -> bool:
         """Return whether to show a status line; overwritten lines would make a CI log unreadable."""
-        quiet = self._worker is not None or self._config.option.verbose < 0 or os.environ.get("CI")
+        quiet = self._worker is not None or self._config.get_verbosity() < 0 or os.environ.get("CI")
         return not quiet and bool(reporter.isatty)
 
     def _draw(self, reporter: pytest.TerminalReporter, text: str) -> None:

@@ -96,7 +96,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Terminal]:
     terminal = Terminal()
     plugins = {"terminalreporter": Reporter(terminal)}
     manager = SimpleNamespace(getplugin=plugins.get)
-    return SimpleNamespace(option=SimpleNamespace(verbose=0), pluginmanager=manager), terminal
+    config = SimpleNamespace(verbosity=0, pluginmanager=manager)
+    config.get_verbosity = lambda: config.verbosity
+    return config, terminal
 
 
 def test_a_status_line_is_written_over_and_removed(terminal: tuple[Any, Terminal]) -> None:
@@ -120,11 +122,18 @@ def test_without_a_terminal_that_somebody_watches_there_is_no_status_line(
     elif how == "worker":
         monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
     elif how == "quiet":
-        config.option.verbose = -1
+        config.verbosity = -1
     else:
         config.pluginmanager.getplugin("terminalreporter").isatty = False
     Progress(config).doing("measuring")
     assert written.getvalue() == ""
+
+
+def test_without_the_reporter_nothing_is_written(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(pytester.parseconfig("-p", "no:terminal"))
+    progress("done")
+    progress.doing("measuring")
+    assert capsys.readouterr().out == ""
 
 
 STOPPED = """
