@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from evaluators.measurement import Measurement
 from evaluators.metrics import find_metric
+from evaluators.registry import FLIPS
 
-KINDS = ("flips", "flips_to_wrong", "churn")
 _RIGHT_OR_WRONG = frozenset({0.0, 1.0})
 
 
@@ -61,5 +61,5 @@ def _flips(old: Measurement, new: Measurement) -> list[Measurement]:
             clusters=new.clusters or None,
             weights=new.weights,
         )
-        for kind, (samples, note) in zip(KINDS, kinds, strict=False)
+        for kind, (samples, note) in zip(FLIPS, kinds, strict=False)
     ]

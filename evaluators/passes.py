@@ -26,9 +26,9 @@ def arguments(model: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
-def run_once(model: Any, ids: Tensor) -> None:
-    """Run the model on `ids` (rows, tokens), without a cache if it has one, for what the pass costs or shows."""
-    model(input_ids=ids, **({"use_cache": False} if "use_cache" in arguments(model) else {}))
+def run_once(model: Any, ids: Tensor, **given: Any) -> Any:
+    """Run the model on `ids` (rows, tokens), without a cache if it has one, and return its output."""
+    return model(input_ids=ids, **given, **({"use_cache": False} if "use_cache" in arguments(model) else {}))
 
 
 def read(model: Any, rows: Sequence[Sequence[int]], fill: int, keep: int | None = None) -> Tensor:
@@ -54,11 +54,11 @@ def read_trees(model: Any, trees: Sequence[Tree], wanted: Sequence[Sequence[int]
 
     positions = pad([tree.positions for tree in trees], "right", 0, model.device).input_ids
     with model.get_output_embeddings().register_forward_pre_hook(choose):
-        logits: Tensor = model(
+        logits: Tensor = run_once(
+            model,
             pad([tree.ids for tree in trees], "right", fill, model.device).input_ids,
             attention_mask=_masks(model, visible(trees, width).to(model.device), positions),
             position_ids=positions,
-            **({"use_cache": False} if "use_cache" in arguments(model) else {}),
         ).logits
     return logits[0]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evaluators.measurement import EvaluationError, Measurement
-from evaluators.passes import arguments
+from evaluators.passes import run_once
 
 LIMIT = 2**30
 """Bytes to keep; texts beyond are not compared. With 576 float32 numbers per token, it is reached at 466,000 tokens."""
@@ -177,10 +177,9 @@ def _by_token(base: Tensor, state: Tensor) -> Tensor:
 def _replayed(model: Any, head: Any, given: Tensor) -> Tensor:
     """Return the logits that `model` makes of `given`, the input of its output layer."""
     ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    options = {"use_cache": False} if "use_cache" in arguments(model) else {}
     handle = head.register_forward_pre_hook(lambda module, own: (given.to(own[0].device), *own[1:]))
     try:
-        logits: Tensor = model(input_ids=ids, **options).logits
+        logits: Tensor = run_once(model, ids).logits
     finally:
         handle.remove()
     return logits

@@ -20,6 +20,8 @@ from evaluators.measurement import Measurement
 from interventions.names import near_names
 
 ENTRY_POINT_GROUP = "lmcompose.evaluators"
+FLIPS = ("flips", "flips_to_wrong", "churn")
+"""Kinds of metrics of changed answers, each of them of another metric; see `evaluators.flips`."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ BUILT_IN = (
             _share("top1_agreement", "texts"),
             *(
                 _share(f"{kind}/{metric}", data, higher_is_better=False)
-                for kind in ("flips", "flips_to_wrong", "churn")  # see evaluators.flips
+                for kind in FLIPS
                 for metric, data in (("recall*", "facts"), ("accuracy/*", "questions"), ("*", ""))
             ),
         ),

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interventions.tokens import shared_start
+
 
 @dataclass
 class Tree:
@@ -44,8 +46,7 @@ def grow(texts: Sequence[Sequence[int]], width: int) -> list[Tree]:
     path: list[int] = []
     for number in sorted(range(len(texts)), key=lambda i: list(texts[i])):
         text = texts[number]
-        pairs = zip(before, text, strict=False)
-        shared = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(before), len(text)))
+        shared = shared_start(before, text)
         if not trees or len(trees[-1].ids) + len(text) - shared > width:
             trees.append(Tree())
             shared = 0

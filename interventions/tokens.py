@@ -176,7 +176,7 @@ def join(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, chat: Chat | None 
     rows = read(tokenizer, [continued(prompt, target, special, gap) for prompt, target in pairs], begin=begin)
     if rows and rows[0].spans is None:
         alone = read(tokenizer, [prompt[: border(prompt)] for prompt, _ in pairs], begin=begin)
-        counts = [_shared(row.ids, head.ids) for row, head in zip(rows, alone, strict=True)]
+        counts = [shared_start(row.ids, head.ids) for row, head in zip(rows, alone, strict=True)]
     else:
         counts = [row.before(border(prompt)) for row, (prompt, _) in zip(rows, pairs, strict=True)]
     return [Pair(row.ids[:count], row.ids[count:]) for row, count in zip(rows, counts, strict=True)]
@@ -202,7 +202,7 @@ def windows(tokenizer: Any, ids: Sequence[int], size: int) -> list[list[int]]:
     return [[*start, *ids[at : at + size]] for at in range(0, len(ids), size)]
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
     """Return how many ids two rows have in common, from the first on."""
     differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differing, min(len(one), len(other)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from interventions.names import first_names
 from pytest_lmcompose.composition import Step
 
 _LEAST = 1e-3
@@ -82,11 +83,14 @@ class Costs:
                 f"snapshots take {most} {size(peak_bytes)} of host memory"
             )
         if unknown:
-            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            yield f"no cached run shows the cost of {', '.join(unknown[:5])}{more}"
+            yield f"no cached run shows the cost of {first_names(unknown, 5)}"
 
     def _of(self, step: Step) -> tuple[float, int] | None:
         return self.steps.get(str(step)) or self.methods.get(step.method)
+
+
+SECONDS = {"s": 1, "min": 60, "h": 3600}
+"""Seconds of the units in which users give times."""
 
 
 def duration(seconds: float) -> str:

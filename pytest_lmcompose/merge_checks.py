@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from interventions.names import first_names
 from pytest_lmcompose.baseline.compare import circumstances, given
 from pytest_lmcompose.distribute.shard import Shard
 from pytest_lmcompose.gate.thresholds import Rule
@@ -196,8 +197,7 @@ def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _listed(names: set[str]) -> str:
-    found = sorted(names)
-    return ", ".join(found[:_NAMED]) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+    return first_names(sorted(names), _NAMED)
 
 
 def _apart(one: str, other: str, what: str) -> str:

@@ -23,6 +23,7 @@ from pytest_lmcompose.baseline.options import (
 from pytest_lmcompose.cache.folder import DEFAULT_LIMIT, default_folder
 from pytest_lmcompose.cache.remote import check_url, front_folder, is_url, local_path
 from pytest_lmcompose.checkpoints.options import FORMATS, PLAIN, ExportOptions
+from pytest_lmcompose.costs import SECONDS
 from pytest_lmcompose.distribute.shard import Shard, read_shard
 from pytest_lmcompose.report import github
 from pytest_lmcompose.report.files import TargetError, check_folder, is_file, path_of
@@ -284,7 +285,7 @@ def _budget(config: pytest.Config) -> float | None:
     workers = any(getattr(config.option, name, None) for name in ("numprocesses", "tx"))
     if workers or (_value(config, "engine") or LOCAL) != LOCAL:
         raise pytest.UsageError("--lmcompose-budget: one process decides what fits: run without -n and other engines")
-    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+    return float(number) * SECONDS[unit]
 
 
 def _engines(config: pytest.Config) -> tuple[tuple[str, str], ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from interventions.names import first_names
 from pytest_lmcompose import hookspec as hooks
 from pytest_lmcompose import session_checks
 from pytest_lmcompose.composition import Composition
@@ -162,9 +163,8 @@ class SessionReport:
             self._write_compared(reporter)
             self._write_next(reporter)
         if left := self._left_out:
-            names, count = ", ".join(c.id for c in left[:_NAMED]), counted(len(left), "composition")
-            more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-            reporter.write_line(f"not run, because the time was used up: {count}: {names}{more}", yellow=True)
+            names, count = first_names([c.id for c in left], _NAMED), counted(len(left), "composition")
+            reporter.write_line(f"not run, because the time was used up: {count}: {names}", yellow=True)
         if self._stopped and self._session.begun:
             reporter.write_line(how_to_resume(self._session), yellow=True)
         for path in (self._options.json, *self._options.outputs.files.values()):

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.logs import judge_two_logs, tell_github
-from pytest_lmcompose.cli.planning import arguments, options
+from pytest_lmcompose.cli.planning import RunCommand, arguments, run_pytest
 from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
 from pytest_lmcompose.cli.runs import STORAGE, load
 from pytest_lmcompose.report.numbers import counted
@@ -28,24 +28,6 @@ _GATE = ("world", "conf", "set", "thresholds", "seed", "repeats", "device")
 _NOT_BUILD = ("compose", "suite", "shard", "plan", "export", "export-format", "engine", "gpus-per-worker")
 """Flags that make no sense for a single composition, or have another name here."""
 _FOLDER = click.Path(path_type=Path)
-
-
-class RunCommand(click.Command):
-    """A command that also takes the plugin's flags; they are created on first use, because importing them is slow."""
-
-    def __init__(self, *args: Any, shown: Sequence[str], without: Sequence[str] | None = None, **kwargs: Any) -> None:
-        """Show the flags `shown`; take all others too, except those `without`, or none if it is None."""
-        super().__init__(*args, **kwargs)
-        self._shown, self._without = shown, without
-        self._complete = False
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if not self._complete:
-            without = self._without
-            found = options(self._shown, () if without is None else without)
-            self.params += [o for o in found if without is not None or not cast(click.Option, o).hidden]
-            self._complete = True
-        return super().get_params(ctx)
 
 
 class _Build:
@@ -213,10 +195,7 @@ def gate(
     seeds = {"seed": str(report.seed), "repeats": str(report.repeats)}
     given = arguments({**values, **{key: values.get(key) or value for key, value in seeds.items()}})
     judge = _Judge(folder, path, report, composition, trust_remote_code)
-    code = pytest.main(
-        ["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", "-n0", *given], plugins=[judge]
-    )
-    if code or judge.found is None:
+    if run_pytest(judge, "-n0", *given) or judge.found is None:
         raise click.exceptions.Exit(ERROR)
     record = judge.found.folder
     console = cast(pytest.TerminalReporter, Console())

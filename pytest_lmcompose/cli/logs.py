@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import click
 import pytest
 
+from interventions.names import first_names
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, CommandError
 from pytest_lmcompose.report.numbers import counted
@@ -56,8 +57,7 @@ def judge_two_logs(
     if github:
         tell_github(f"{new} compared with {old}", found.gates, new, rows)
     if found.gone:
-        more = f" and {len(found.gone) - _SHOWN} more" if len(found.gone) > _SHOWN else ""
-        click.echo(visible(f"only in {old}: {', '.join(found.gone[:_SHOWN])}{more}"))
+        click.echo(visible(f"only in {old}: {first_names(found.gone, _SHOWN)}"))
     if found.left_out:
         click.echo(f"left out: {found.left_out} samples that only one log has")
     click.echo(visible(f"{new}: {len(failed)} of {counted(len(found.gates), 'gate')} failed"))

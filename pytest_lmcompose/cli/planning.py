@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import pytest
@@ -43,10 +43,13 @@ class _Asked:
 
 def ask_run(ask: Callable[[Run, Sequence[Composition]], None], values: Mapping[str, Any]) -> None:
     """Call `ask` with the run of some options, which tests nothing, and its compositions; exits if they are wrong."""
-    given = arguments(values)
-    code = pytest.main(["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", *given], plugins=[_Asked(ask)])
-    if code:
+    if run_pytest(_Asked(ask), *arguments(values)):
         raise click.exceptions.Exit(ERROR)
+
+
+def run_pytest(plugin: object, *given: str) -> int:
+    """Run pytest with `plugin`, which does the work, and return its exit code; it writes nothing of its own."""
+    return pytest.main(["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", *given], plugins=[plugin])
 
 
 def options(shown: Collection[str], without: Collection[str] = ()) -> list[click.Parameter]:
@@ -93,12 +96,21 @@ def _plan(**values: Any) -> None:
 
 
 class RunCommand(click.Command):
-    """Creates its options on first use, because importing the flags is slow."""
+    """A command that also takes the plugin's flags; they are created on first use, because importing them is slow."""
+
+    def __init__(self, *args: Any, shown: Sequence[str], without: Sequence[str] | None = None, **kwargs: Any) -> None:
+        """Show the flags `shown`; take all others too, except those `without`, or none if it is None."""
+        super().__init__(*args, **kwargs)
+        self._shown, self._without = shown, without
+        self._complete = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if not self.params:
-            self.params = options(SHOWN)
+        if not self._complete:
+            without = self._without
+            found = options(self._shown, () if without is None else without)
+            self.params += [o for o in found if without is not None or not cast(click.Option, o).hidden]
+            self._complete = True
         return super().get_params(ctx)
 
 
-plan = RunCommand("plan", callback=_plan, help=_plan.__doc__)
+plan = RunCommand("plan", callback=_plan, help=_plan.__doc__, shown=SHOWN, without=())

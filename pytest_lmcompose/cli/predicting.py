@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pytest_lmcompose.cli.listing import aligned
-from pytest_lmcompose.cli.planning import SHOWN, RunCommand, arguments, ask_run, options
+from pytest_lmcompose.cli.planning import SHOWN, RunCommand, arguments, ask_run
 from pytest_lmcompose.cli.problems import FAILED
 
 if TYPE_CHECKING:
@@ -65,14 +65,11 @@ def _predict(as_json: bool, **values: Any) -> None:
         raise click.exceptions.Exit(FAILED)
 
 
-class _PredictCommand(RunCommand):
-    """Has `--json` as a switch."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if not self.params:
-            switch = click.Option(["--json", "as_json"], is_flag=True, help="Print the predictions as JSON.")
-            self.params = [*options(SHOWN, without=("json",)), switch]
-        return super().get_params(ctx)
-
-
-predict = _PredictCommand("predict", callback=_predict, help=_predict.__doc__)
+predict = RunCommand(
+    "predict",
+    callback=_predict,
+    help=_predict.__doc__,
+    params=[click.Option(["--json", "as_json"], is_flag=True, help="Print the predictions as JSON.")],
+    shown=SHOWN,
+    without=("json",),
+)

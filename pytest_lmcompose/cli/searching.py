@@ -12,12 +12,12 @@ import click
 import pytest
 
 from pytest_lmcompose.baseline.storage import Storage, StorageError
-from pytest_lmcompose.cli.checkpoints import RunCommand
 from pytest_lmcompose.cli.listing import aligned
-from pytest_lmcompose.cli.planning import arguments
+from pytest_lmcompose.cli.planning import RunCommand, arguments, run_pytest
 from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
 from pytest_lmcompose.cli.runs import STORAGE, load
 from pytest_lmcompose.composition import BASE, Composition
+from pytest_lmcompose.costs import SECONDS
 from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.text import visible
 
@@ -31,7 +31,6 @@ _RUN = (
     *("cache-dir", "no-cache", "allow-commands"),
 )
 _INTERRUPTED = "interrupted: the trials are kept, so call this again to go on"
-_UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
 class _Duration(click.ParamType[float]):
@@ -43,7 +42,7 @@ class _Duration(click.ParamType[float]):
         match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*(s|min|h)?", str(value).strip())
         if match is None or not float(match[1]):
             self.fail(f"expected a time such as 90s, 10min or 1h, not {value!r}", param, ctx)
-        return float(match[1]) * _UNITS[match[2] or "s"]
+        return float(match[1]) * SECONDS[match[2] or "s"]
 
 
 _BUDGET = click.option(
@@ -89,8 +88,7 @@ def _in_run(work: Callable[[Bench], None], given: Sequence[str], compose: Sequen
     if (problem := missing_optuna()) is not None:
         raise CommandError(problem)
     ids = [f"--lmcompose-compose={name}" for name in compose]
-    fixed = ["-p", "no:cacheprovider", "-p", "no:terminal", "--assert=plain", "-n0"]
-    if pytest.main([*fixed, *given, *ids], plugins=[_InRun(work)]):
+    if run_pytest(_InRun(work), "-n0", *given, *ids):
         raise click.exceptions.Exit(ERROR)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from evaluators.flips import KINDS
 from evaluators.metrics import Metric
-from evaluators.registry import BUILT_IN, Evaluator, evaluators
+from evaluators.registry import BUILT_IN, FLIPS, Evaluator, evaluators
 from pytest_lmcompose.gate.globs import overlap
 from pytest_lmcompose.settings import SOURCE_SETS, EvaluateSettings, WorldSettings
 
@@ -38,7 +37,7 @@ def _reason(
     elif evaluator.name not in evaluate.also:
         return f"evaluate.also.{evaluator.name} is not set"
     kind, _, changed = glob.partition("/")
-    if kind in KINDS and changed:  # answers that are not measured cannot change
+    if kind in FLIPS and changed:  # answers that are not measured cannot change
         return why_off(changed, world, evaluate)
     if (key := _SOURCES.get(metric.data)) is not None and getattr(world, key) is None:
         return f"world.{key}=null"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from interventions.names import first_names
 from pytest_lmcompose.gate.paired import BASE_MODEL, describe
 from pytest_lmcompose.gate.thresholds import NO_DROP
 from pytest_lmcompose.results import Evidence, Gate, Paired, replace
@@ -69,9 +70,8 @@ def _with_members(gate: Gate) -> Gate:
     """Add to the message of a pool that failed which of its metrics are worse by themselves."""
     if gate.passed or not gate.pool:
         return gate
-    worse = [f"{m.metric} (drop {m.drop or 0:.4g}, p = {m.p:.3g})" for m in gate.worse[:_SHOWN]]
-    more = f" and {len(gate.worse) - _SHOWN} more" if len(gate.worse) > _SHOWN else ""
-    names = f"worse by themselves: {', '.join(worse)}{more}" if worse else "no metric is worse by itself"
+    worse = [f"{m.metric} (drop {m.drop or 0:.4g}, p = {m.p:.3g})" for m in gate.worse]
+    names = f"worse by themselves: {first_names(worse, _SHOWN)}" if worse else "no metric is worse by itself"
     return replace(gate, message=f"{gate.message}; {names}")
 
 

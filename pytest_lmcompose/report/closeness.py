@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluators.flips import KINDS
 from evaluators.metrics import find_metric
+from evaluators.registry import FLIPS
 from pytest_lmcompose.report.numbers import MISSING, with_error
 from pytest_lmcompose.results import CompositionResult
 
@@ -33,4 +33,4 @@ def closeness_rows(records: Sequence[CompositionResult]) -> list[list[str]]:
 
 def _shown(metric: str) -> bool:
     kind, _, of = metric.partition("/")
-    return metric in _ON_TEXT or (kind in KINDS and find_metric(of).headline)
+    return metric in _ON_TEXT or (kind in FLIPS and find_metric(of).headline)

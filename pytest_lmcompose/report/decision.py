@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from interventions.names import first_names
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.gate.margin import limit_of, margins
 from pytest_lmcompose.gate.thresholds import PROMISED
@@ -51,7 +52,7 @@ def decide(report: Report) -> Decision:
     verdict = {"failed": "Do not ship", "not judged": "No verdict"}.get(gates.state, "Ship")
     judged = [record for record in records if record.requested and (record.gates or record.error)]
     green = [record.id for record in judged if _green(record)]
-    named = ", ".join(green[:_NAMED]) + (f" and {len(green) - _NAMED} more" if len(green) > _NAMED else "")
+    named = first_names(green, _NAMED)
     reasons = _reasons(records)
     return Decision(
         gates.state,
