@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from interventions.names import first_names
 from pytest_lmcompose.composition import Step
+from pytest_lmcompose.texts import first_names
 
 _LEAST = 1e-3
 """Seconds; no step is free, so that work is always divided."""

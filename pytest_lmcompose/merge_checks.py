@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from interventions.names import first_names
 from pytest_lmcompose.baseline.compare import circumstances, given
 from pytest_lmcompose.distribute.shard import Shard
 from pytest_lmcompose.gate.thresholds import Rule
 from pytest_lmcompose.results import CompositionResult, Outcome, Part, Plan, Report, replace
+from pytest_lmcompose.texts import first_names
 
 _NAMED = 3
 """Number of compositions that a message names."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from interventions.names import first_names
 from pytest_lmcompose import hookspec as hooks
 from pytest_lmcompose import session_checks
 from pytest_lmcompose.composition import Composition
@@ -17,13 +16,13 @@ from pytest_lmcompose.report.collect import make_report, now, write
 from pytest_lmcompose.report.files import TargetError
 from pytest_lmcompose.report.junit import add_suite_properties, junit_file
 from pytest_lmcompose.report.layout import chosen_metrics
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.prompts import prompts
 from pytest_lmcompose.report.sections import write_closeness, write_composability, write_paired
 from pytest_lmcompose.report.terminal import write_summary
 from pytest_lmcompose.report.write import write_reports
 from pytest_lmcompose.results import Message, Plan, Prompts, Report, replace
 from pytest_lmcompose.session_header import how_to_resume
+from pytest_lmcompose.texts import counted, first_names
 
 if TYPE_CHECKING:
     from pytest_lmcompose.baseline.history import Outcome

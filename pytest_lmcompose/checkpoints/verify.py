@@ -12,8 +12,8 @@ from pytest_lmcompose.checkpoints.folder import CARD
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.errors import CheckpointError
 from pytest_lmcompose.imports import fast_imports
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.results import CompositionResult, Report
+from pytest_lmcompose.texts import counted
 
 _DTYPES = ("float32", "float16", "bfloat16")
 

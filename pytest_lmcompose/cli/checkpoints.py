@@ -14,8 +14,8 @@ from pytest_lmcompose.cli.logs import judge_two_logs, tell_github
 from pytest_lmcompose.cli.planning import RunCommand, arguments, run_pytest
 from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
 from pytest_lmcompose.cli.runs import STORAGE, load
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.texts import counted
 
 if TYPE_CHECKING:
     from pytest_lmcompose.checkpoints.judge import Judged

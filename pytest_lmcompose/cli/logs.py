@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, cast
 import click
 import pytest
 
-from interventions.names import first_names
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, CommandError
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.texts import counted, first_names
 
 if TYPE_CHECKING:
     from pytest_lmcompose.results import Gate, Row

@@ -18,8 +18,8 @@ from pytest_lmcompose.cli.problems import ERROR, FAILED, CommandError
 from pytest_lmcompose.cli.runs import STORAGE, load
 from pytest_lmcompose.composition import BASE, Composition
 from pytest_lmcompose.costs import SECONDS
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.report.text import visible
+from pytest_lmcompose.texts import counted
 
 if TYPE_CHECKING:
     from pytest_lmcompose.results import Report

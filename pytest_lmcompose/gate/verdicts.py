@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from interventions.names import first_names
 from pytest_lmcompose.gate.paired import BASE_MODEL, describe
 from pytest_lmcompose.gate.thresholds import NO_DROP
 from pytest_lmcompose.results import Evidence, Gate, Paired, replace
+from pytest_lmcompose.texts import first_names
 
 _SHOWN = 5
 """Metrics of a pool that a message names."""

@@ -12,8 +12,8 @@ from pytest_lmcompose.baseline.reference import Baseline, Circumstances
 from pytest_lmcompose.gate.judge import Reference, judge, settle
 from pytest_lmcompose.gate.thresholds import BASELINE, Rule
 from pytest_lmcompose.logs.log import Log, LogError, Metric
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.results import Gate, Measured, Report, Row
+from pytest_lmcompose.texts import counted
 
 
 @dataclass(frozen=True)

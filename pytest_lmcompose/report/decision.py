@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from interventions.names import first_names
 from pytest_lmcompose.composition import BASE
 from pytest_lmcompose.gate.margin import limit_of, margins
 from pytest_lmcompose.gate.thresholds import PROMISED
 from pytest_lmcompose.report.composability import change_error
-from pytest_lmcompose.report.numbers import counted, number
+from pytest_lmcompose.report.numbers import number
 from pytest_lmcompose.report.view import summarise_gates
 from pytest_lmcompose.results import CompositionResult, Fix, Gate, Report
+from pytest_lmcompose.texts import counted, first_names
 
 REASONS, FIXES = 5, 3
 """Maximum number of reasons and fixes on the first screen."""

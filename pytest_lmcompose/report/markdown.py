@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from pytest_lmcompose.report.numbers import MISSING, counted, interval, number, value_text
+from pytest_lmcompose.report.numbers import MISSING, interval, number, value_text
 from pytest_lmcompose.report.sections import best_order
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.report.view import (
@@ -16,6 +16,7 @@ from pytest_lmcompose.report.view import (
     summarise_gates,
 )
 from pytest_lmcompose.results import CompositionResult, Gate, Report, Row
+from pytest_lmcompose.texts import counted
 
 MOST = 20
 """Maximum lines of a list; job summaries are limited to a megabyte."""

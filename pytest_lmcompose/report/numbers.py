@@ -31,8 +31,3 @@ def interval(found: Interval | None) -> str:
     if found.low is None or found.high is None:
         return number(found.value)
     return f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
-
-
-def counted(n: int, what: str) -> str:
-    """Format a count with its noun in the right number."""
-    return f"{n} {what}" if n == 1 else f"{n} {what}{'es' if what.endswith('s') else 's'}"

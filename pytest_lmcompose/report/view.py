@@ -10,8 +10,8 @@ from typing import Literal
 from evaluators.metrics import find_metric
 from pytest_lmcompose.baseline.compare import ComparedReports, compare_reports
 from pytest_lmcompose.report.layout import shown_metrics
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.results import CompositionResult, DriftRow, Gate, Outcome, Report, Row
+from pytest_lmcompose.texts import counted
 
 TOLERANCE = 1e-9
 """Smaller changes of a sample are ignored."""

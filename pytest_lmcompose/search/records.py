@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from pytest_lmcompose.gate.margin import margins
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.results import Base, CompositionResult, Number, Seconds, Whole
+from pytest_lmcompose.texts import counted
 
 
 class Trial(Base, frozen=True):

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pytest_lmcompose.cache.address import address
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import duration
-from pytest_lmcompose.report.numbers import counted
 from pytest_lmcompose.results import CompositionResult
 from pytest_lmcompose.search.bench import Bench, Budget, Say
 from pytest_lmcompose.search.records import Trial, trial_of, verdict
 from pytest_lmcompose.search.space import Point, space_of
 from pytest_lmcompose.search.study import Direction, Study
+from pytest_lmcompose.texts import counted
 
 STUDIES = "searches"
 """Folder in the cache."""
