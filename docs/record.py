@@ -49,7 +49,11 @@ COMMANDS = (
     Command("list", "lmcompose list methods"),
     Command("plan", "lmcompose plan --suite main"),
     Command(
-        "run", 'pytest compositions -k "memit and awq" --lmcompose-json=report.json', start="lmcompose", drop=_NOISE
+        "run",
+        'pytest compositions -k "memit and awq" --lmcompose-json=report.json',
+        start="lmcompose",
+        drop=_NOISE,
+        most=70,
     ),
     Command("show", 'lmcompose show report.json --metric "edit_*_exact" --metric recall', drop=_NOISE),
     Command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from pytest_lmcompose.cache.journal import Journal
 from pytest_lmcompose.cache.remote import RemoteCache
 from pytest_lmcompose.cache.run_cache import RunCache, costs
 from pytest_lmcompose.composition import Composition, Step
-from pytest_lmcompose.costs import Costs
+from pytest_lmcompose.costs import Costs, duration
 from pytest_lmcompose.data.hashes import data_hashes, question_files
 from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.gate.possible import check_metrics
@@ -51,6 +52,9 @@ from pytest_lmcompose.step_checks import check_step
 
 if TYPE_CHECKING:
     from pytest_lmcompose.data.run_data import RunData
+
+_WORKERS = (2, 4, 8, 64)
+"""Numbers of workers for which a plan forecasts the time."""
 
 
 class RunSetup:
@@ -238,8 +242,17 @@ class RunSetup:
         return Journal(self.cache.folder, name)
 
     def plan(self, compositions: Iterable[Composition]) -> Iterator[str]:
-        """Yield the lines of the plan of `compositions`."""
-        return Plan.of(compositions, self.recipe.reads).lines(self.costs, repeats=len(self.seeds))
+        """Yield the lines of the plan of `compositions`, and how long several workers would take."""
+        plan, costs = Plan.of(compositions, self.recipe.reads), self.costs
+        yield from plan.lines(costs, repeats=len(self.seeds))
+        known = costs.evaluation is not None and all(costs.seconds(state.steps[-1]) for state in plan.states)
+        if known and len(plan.order) > 1 and find_spec("xdist") is not None:
+            from pytest_lmcompose.distribute.forecast import forecast
+
+            shared = self.cache is not None
+            seconds = {n: len(self.seeds) * forecast(plan.order, n, costs, shared=shared) for n in _WORKERS}
+            times = ", ".join(f"{duration(of)} with -n {n}" for n, of in seconds.items() if n <= len(plan.order))
+            yield f"about {times}, if each worker has a core or GPU of its own"
 
     @cached_property
     def costs(self) -> Costs:

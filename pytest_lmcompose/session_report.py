@@ -283,6 +283,5 @@ class SessionReport:
         return chosen_metrics(records, self._wanted, self._options.outputs.layout.columns)
 
     def _wanted(self, metric: str) -> bool:
-        """Return whether to show a metric: those with a threshold, or all with -v or without thresholds."""
-        rules = self._session.run.rules
-        return self._config.option.verbose > 0 or not rules or any(rule.judges(metric) for rule in rules)
+        """Return whether to show a metric that no gate judged: all are shown with -v or without thresholds."""
+        return self._config.option.verbose > 0 or not self._session.run.rules

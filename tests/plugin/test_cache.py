@@ -264,7 +264,11 @@ def test_the_plan_is_printed_in_place_of_the_run(cached: Project) -> None:
     cached.run(compose=IDS)
     known = cached.run("--lmcompose-plan", "-n2", "-k", "nudge and round", compose=IDS)
     known.stdout.fnmatch_lines(
-        ["2 compositions: 4 steps to apply instead of 4 *", "about * s in one process; snapshots take up to * KiB *"]
+        [
+            "2 compositions: 4 steps to apply instead of 4 *",
+            "about * s in one process; snapshots take up to * KiB *",
+            "about * s with -n 2, if each worker has a core or GPU of its own",
+        ]
     )
 
 

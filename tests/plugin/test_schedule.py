@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from execnet import XSpec
@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from pytest_lmcompose.composition import Composition, parse, permutations
 from pytest_lmcompose.costs import Costs, StepCost
+from pytest_lmcompose.distribute import forecast
+from pytest_lmcompose.distribute.forecast import Simulated
 from pytest_lmcompose.distribute.gpus import share_of, visible_gpus
-from pytest_lmcompose.distribute.schedule import PrefixScheduling, Workers, composition_in
+from pytest_lmcompose.distribute.schedule import Workers, composition_in
 from pytest_lmcompose.options import SUITE_FOLDER, asked_for_distribution, read_options
 from pytest_lmcompose.plan import Plan, longest_first
 from pytest_lmcompose.recipe import load_recipe
@@ -36,97 +38,18 @@ SECONDS = dict(zip(NAMES, (5.0, 4.0, 3.0, 2.0, 1.0), strict=True))
 COSTS = Costs.of([StepCost(name, name, seconds, 0) for name, seconds in SECONDS.items()], [1.0])
 
 
-class Worker:
-    """Stands for xdist's controller of one worker."""
-
-    def __init__(self, name: str) -> None:
-        self.gateway = SimpleNamespace(id=name)
-        self.queue: list[int] = []
-        self.shutting_down = False
-        self.free_at = 0.0
-        self.way: tuple[Composition, ...] = ()
-        """The states that it holds."""
-
-    @property
-    def can_start(self) -> bool:
-        """As in xdist, only who knows what comes next starts a test."""
-        return len(self.queue) >= 2 or (self.shutting_down and bool(self.queue))
-
-    def send_runtest_some(self, indices: Sequence[int]) -> None:
-        assert not self.shutting_down
-        self.queue += indices
-
-    def shutdown(self) -> None:
-        self.shutting_down = True
-
-
-class Found(NamedTuple):
-    ran: list[str]
-    """By start."""
-    by: dict[str, str]
-    built: Counter[Composition]
-    seconds: float
-
-
 def simulate(
-    ids: Sequence[str], workers: int = 2, costs: Costs = COSTS, shared: bool = True, deadly: Collection[str] = ()
-) -> Found:
+    ids: Sequence[str], workers: int = 2, expected: Costs = COSTS, shared: bool = True, deadly: Collection[str] = ()
+) -> Simulated:
     """Let workers go through tests of `ids` in simulated time, dying in those that are `deadly`."""
-    nodeids = [name if "::" in name else f"test_it.py::test_it[{name}]" for name in ids]
-    config: Any = SimpleNamespace(getvalue=lambda name: ["popen"] * workers)
-    scheduler: Any = PrefixScheduling(config, None, costs, shared)
-    names = itertools.count()
-
-    def start(at: float) -> Worker:
-        worker = Worker(f"gw{next(names)}")
-        worker.free_at = at
-        scheduler.add_node(worker)
-        scheduler.add_node_collection(worker, nodeids)
-        if scheduler.collection_is_completed:
-            scheduler.schedule()
-        return worker
-
-    team = [start(0.0) for _ in range(workers)]
-    found = Found([], {}, Counter(), 0.0)
-    there: dict[Composition, float] = {}
-    running: list[tuple[float, int, Worker]] = []
-    now = 0.0
-    while True:
-        idle = [worker for worker in team if worker.can_start and all(worker is not busy for _, _, busy in running)]
-        for worker in idle:
-            composition = composition_in(nodeids[worker.queue[0]])
-            at = now
-            for state in () if composition is None else composition.prefixes():
-                if state in worker.way:
-                    continue
-                if shared and state in there:
-                    at = max(at, there[state])
-                else:
-                    at = there[state] = at + SECONDS[state.steps[-1].method]
-                    found.built[state] += 1
-            worker.way = () if composition is None else composition.prefixes()
-            name = ids[worker.queue[0]]
-            found.ran.append(name)
-            found.by[name] = worker.gateway.id
-            running.append((at + (1.0 if composition is not None else 0.1), worker.queue[0], worker))
-        if not running:
-            break
-        now, place, worker = done = min(running, key=lambda entry: entry[0])
-        running.remove(done)
-        if ids[place] in deadly:
-            assert scheduler.remove_node(worker) == nodeids[place]
-            team.remove(worker)
-            team.append(start(now))
-        else:
-            worker.queue.pop(0)
-            scheduler.mark_test_complete(worker, place)
-    assert scheduler.tests_finished and not scheduler.has_pending
-    for worker in team:
-        assert scheduler.remove_node(worker) is None
-    return found._replace(seconds=now)
+    named = {name if "::" in name else f"test_it.py::test_it[{name}]": name for name in ids}
+    found = forecast.simulate(
+        list(named), workers, COSTS, shared=shared, expected=expected, dies=lambda nodeid: named[nodeid] in deadly
+    )
+    return found._replace(by={named[nodeid]: worker for nodeid, worker in found.by.items()})
 
 
-def within(limit: float, found: Found, ids: Sequence[str], workers: int) -> None:
+def within(limit: float, found: Simulated, ids: Sequence[str], workers: int) -> None:
     """Check that the work took at most `limit` times its share, and a test's length more."""
     work = Plan.of(map(parse, ids)).seconds(COSTS)
     assert found.seconds <= limit * work / workers + 1 + max(SECONDS.values())
@@ -141,7 +64,7 @@ suites = st.lists(compositions, max_size=25, unique=True)
 def test_each_test_runs_once_whoever_dies(ids: list[str], workers: int, shared: bool, deadly: set[str]) -> None:
     ids = [*ids, "test_plain.py::test_a", "test_plain.py::test_b[x-1]"]
     found = simulate(ids, workers, shared=shared, deadly=deadly)
-    assert sorted(found.ran) == sorted(ids)
+    assert sorted(found.by) == sorted(ids)
     if shared:
         assert max(found.built.values(), default=1) == 1
     if workers == 1 and not deadly.intersection(ids):
@@ -175,7 +98,7 @@ def test_the_pairs_suite_stays_in_subtrees_and_keeps_both_workers_busy() -> None
         found = simulate(ids, 2, shared=shared)
         assert sum(found.built.values()) - Plan.of(wanted).applications <= (0 if shared else 1)
         within(1.1, found, ids, 2)
-    assert found.ran[0] == "base"  # every gate that compares needs it
+    assert next(iter(found.by)) == "base"  # every gate that compares needs it
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -199,7 +122,17 @@ def test_a_worker_is_not_sent_for_what_it_would_have_to_build_again() -> None:
 
 def test_without_any_earlier_run_every_step_counts_alike() -> None:
     ids = ["awq", "memit", "memit+awq", "memit+ga", "awq+memit", "ga"]
-    assert simulate(ids, 1, costs=Costs()).ran == ["memit", "memit+awq", "memit+ga", "awq", "awq+memit", "ga"]
+    assert list(simulate(ids, 1, expected=Costs()).by) == ["memit", "memit+awq", "memit+ga", "awq", "awq+memit", "ga"]
+
+
+def test_the_forecast_of_one_worker_is_the_plan_and_more_are_never_slower() -> None:
+    wanted = permutations([parse(name).steps[0] for name in NAMES], 3)
+    times = [forecast.forecast(wanted, workers, COSTS) for workers in (1, 2, 4, 64)]
+    assert times[0] == pytest.approx(Plan.of(wanted).seconds(COSTS))
+    assert times == sorted(times, reverse=True)
+    assert times[1] < 1.1 * times[0] / 2
+    longest = max(sum(SECONDS[step.method] for step in composition.steps) for composition in wanted)
+    assert times[-1] >= longest + 1.0  # no number of workers builds a state before its parent
 
 
 @pytest.mark.parametrize(
