@@ -51,7 +51,10 @@ def test_training_reaches_all_experts_at_once(method: str, family: str) -> None:
     assert (changed == {"model.layers.1.mlp.experts.down_proj"}) == (method == "ft")
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "jetmoe"])
+@pytest.mark.parametrize(
+    "family",
+    ["glm4_moe", "gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_moe", "jetmoe"))],
+)
 def test_adapters_of_experts_merge_into_what_they_computed(family: str) -> None:
     model, before = tiny_experts(family), tiny_experts(family)
     modules, names = [type(m) for m in model.modules()], [name for name, _ in model.named_parameters()]
@@ -81,6 +84,7 @@ def test_adalora_says_that_it_leaves_experts_out() -> None:
         run("lora", "mixtral", targets=["mlp_out"], **given)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_sft_adapts_experts() -> None:
     pytest.importorskip("trl")
