@@ -4,6 +4,7 @@
 # make benchmark: the tests with time bounds, for a quiet machine
 # make test-engines: upstream engines against our own kernels (docs/engines.md); builds their environments
 # make architectures: every architecture of transformers through every method, for docs/architectures.md
+# make formats: what number formats cost in perplexity, as in docs/formats.md; MODEL=smollm2 after `make real`
 # make docs: the documentation, in build/docs; a warning is an error
 # All make .venv first, and again when pyproject.toml or constraints.txt change.
 
@@ -16,7 +17,7 @@ export OMP_WAIT_POLICY
 # Runs start many processes: without its bytecode, each would compile the project again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo real test benchmark architectures lint docs
+.PHONY: demo real test benchmark architectures formats lint docs
 
 demo: .venv/.installed
 	.venv/bin/python -m pytest compositions -k "memit and awq" --lmcompose-json=report.json
@@ -39,6 +40,13 @@ benchmark: .venv/.installed
 
 architectures: .venv/.installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.architectures --write docs/architectures.md
+
+# Strong compression fails gates, so pytest's exit status says nothing here.
+MODEL = tinyworld
+formats: .venv/.installed
+	rm -f formats.json
+	-.venv/bin/python -m pytest compositions --lmcompose-suite=formats --lmcompose-model=$(MODEL) --lmcompose-json=formats.json
+	.venv/bin/python docs/findings.py --claims docs/formats.yaml $(MODEL)=formats.json
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -1,6 +1,7 @@
-"""Judge the claims of `findings.yaml` on reports of the suite `findings`.
+"""Judge claims on reports: those of `findings.yaml` on the suite `findings`, or those of another file.
 
     python docs/findings.py tinyworld=tinyworld.json SmolLM2-135M=smollm2.json
+    python docs/findings.py --claims docs/formats.yaml tinyworld=formats.json
 
 Prints a table for each report: the effects of each claim, their 95 % intervals and verdicts. A claim holds if its
 interval lies above 0, fails if it lies below 0, and is open otherwise.
@@ -8,6 +9,7 @@ interval lies above 0, fails if it lies below 0, and is open otherwise.
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -100,9 +102,9 @@ def estimate(effect: Effect, report: Report) -> Found | None:
     return Found(math.fsum(values) / len(values), error, min(map(len, samples)))
 
 
-def rows(report: Report) -> Iterator[tuple[str, ...]]:
+def rows(report: Report, claims: Path = CLAIMS) -> Iterator[tuple[str, ...]]:
     """Yield claim, source, effect, terms, estimate with interval, and verdict, of each effect."""
-    for claim, effects in read_claims():
+    for claim, effects in read_claims(claims):
         for number, effect in enumerate(effects):
             found = estimate(effect, report)
             head = (claim["claim"], claim["source"]) if number == 0 else ("", "")
@@ -115,14 +117,18 @@ def rows(report: Report) -> Iterator[tuple[str, ...]]:
             yield (*head, effect.name, effect.formula, value, found.verdict)
 
 
-def table(report: Report) -> str:
+def table(report: Report, claims: Path = CLAIMS) -> str:
     """Return the rows as a Markdown table."""
     heads = ("claim", "source", "effect", "terms", "estimate (95 % interval)", "verdict")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(report))])
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(report, claims))])
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("reports", nargs="+", metavar="NAME=REPORT")
+    parser.add_argument("--claims", type=Path, default=CLAIMS)
+    chosen = parser.parse_args()
+    for argument in chosen.reports:
         name, _, path = argument.rpartition("=")
-        print(f"## {name or path}\n\n{table(read_run(Path(path)))}\n")
+        print(f"## {name or path}\n\n{table(read_run(Path(path)), chosen.claims)}\n")

@@ -1,16 +1,17 @@
-"""Linear layers that take adapters of peft. Imports no torch."""
+"""Linear layers, and experts that share a parameter, that take adapters of peft. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.layouts import ROLES, Role
+from interventions.layouts import ROLES
 from interventions.ranges import Choice
 from interventions.types import InterventionError
 
 if TYPE_CHECKING:
-    from interventions.structure import Anatomy, Block, Linear
+    from interventions.structure import Anatomy, Linear
 
 IN_ATTENTION = ("query", "key", "value")
 Target = Annotated[str, Choice(*IN_ATTENTION, *ROLES)]
@@ -20,8 +21,7 @@ Target = Annotated[str, Choice(*IN_ATTENTION, *ROLES)]
 def chosen_linears(method: str, anatomy: Anatomy, targets: Sequence[str], layers: Sequence[int] | None) -> list[Linear]:
     """Return the linear layers that the settings `targets` and `layers` (None: all blocks) of a method name.
 
-    Raises InterventionError for blocks that the model lacks, and for linear layers that it lacks or that take no
-    adapters.
+    Raises InterventionError for blocks and for linear layers that the model lacks.
     """
     from interventions.structure import chosen_layers
 
@@ -30,7 +30,7 @@ def chosen_linears(method: str, anatomy: Anatomy, targets: Sequence[str], layers
     linears: dict[str, Linear] = {}
     for target in targets:
         role: Any = "attention_in" if target in IN_ATTENTION else target
-        for found in (group for block in blocks for group in _adaptable(method, block, role, target)):
+        for found in (group.linears for block in blocks for group in block.groups_for(role)):
             if target in IN_ATTENTION and len(found) == len(IN_ATTENTION):
                 found = (found[IN_ATTENTION.index(target)],)
             linears |= {linear.name: linear for linear in found}
@@ -43,18 +43,29 @@ def where_adapted(linears: Sequence[Linear]) -> dict[str, Any]:
     """Return the options of a `LoraConfig` that put adapters on these linear layers and no others."""
     from transformers.pytorch_utils import Conv1D
 
+    modules = sorted({linear.name for linear in linears if linear.part is None})
+    parameters = sorted({linear.parameter_name for linear in linears if linear.part is not None})
     # A pattern, because peft also matches the names in a list as suffixes.
-    pattern = "|".join(name.replace(".", r"\.") for name in sorted({linear.name for linear in linears}))
-    return {"target_modules": f"({pattern})", "fan_in_fan_out": isinstance(linears[0].module, Conv1D)}
+    pattern = "|".join(name.replace(".", r"\.") for name in modules)
+    return {
+        "target_modules": f"({pattern})" if modules else [],
+        "target_parameters": parameters or None,
+        "fan_in_fan_out": isinstance(linears[0].module, Conv1D),
+    }
 
 
-def _adaptable(method: str, block: Block, role: Role, target: str) -> list[tuple[Linear, ...]]:
-    """Return the linear layers with a role by group; InterventionError where all are parts of one of fused experts."""
-    groups = [group.linears for group in block.groups_for(role)]
-    modules = [linears for linears in groups if all(linear.part is None for linear in linears)]
-    if groups and not modules:
-        raise InterventionError(
-            f"{method}.targets: {target} in {block.name} is in routed experts that share one parameter, "
-            f"{groups[0][0].parameter_name}, which takes no adapters: choose q, k, v or attention_out"
-        )
-    return modules
+@contextmanager
+def targets_as_given() -> Iterator[None]:
+    """Let peft take targets as they are.
+
+    For mixtures of experts it rewrites them otherwise, to read adapters made before transformers 5: names of layers
+    without their path, so those of all blocks, and dense layers to experts.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    before = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *arguments, **keywords: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = before

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.adapters import Target, chosen_linears, where_adapted
+from interventions.adapters import Target, chosen_linears, targets_as_given, where_adapted
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.ranges import Count, Items, Layers, LearningRate, Positive, Preserve, Share, Updates, Weight
+from interventions.types import InterventionError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
     from torch import Tensor, nn
 
-    from interventions.structure import Linear
+    from interventions.structure import Anatomy, Linear
     from interventions.types import Edit
 
 _ADAPTER = "default"
@@ -45,7 +46,7 @@ class LoraSettings(Intervention):
     """The update is scaled by alpha / rank."""
     targets: Annotated[list[Target], Items()] = field(default_factory=lambda: ["query", "value"])
     """Linear layers with adapters: query, key, value (all three if fused), attention_in, attention_out,
-    mlp_in, mlp_out."""
+    mlp_in, mlp_out. Every expert has its own; experts that share a parameter only with adaptive=false."""
     layers: Layers | None = None
     """Decoder blocks with adapters; None: all."""
     lr: LearningRate = 5e-3
@@ -97,9 +98,25 @@ class LoraSettings(Intervention):
         """Return the weights of the linear layers with adapters."""
         from interventions.anatomy import find_anatomy
 
-        anatomy = find_anatomy(model)
+        linears, _ = self._chosen(find_anatomy(model))
+        return list(dict.fromkeys(linear.parameter_name for linear in linears))
+
+    def _chosen(self, anatomy: Anatomy) -> tuple[list[Linear], list[str]]:
+        """Return the linear layers with adapters, and the parameters without, because there is no AdaLoRA of experts.
+
+        Raises InterventionError if nothing else was chosen.
+        """
         linears = chosen_linears("lora", anatomy, self.targets, self.layers)
-        return [linear.parameter_name for linear in linears]
+        if not self.adaptive:
+            return linears, []
+        modules = [linear for linear in linears if linear.part is None]
+        left = list(dict.fromkeys(linear.parameter_name for linear in linears if linear.part is not None))
+        if not modules:
+            raise InterventionError(
+                f"lora.targets={self.targets}: all in experts that share a parameter, such as {left[0]}, for which "
+                "there is no AdaLoRA: set lora.adaptive=false, or choose other targets"
+            )
+        return modules, left
 
     def run(self, model: Model, tokenizer: Any, resources: Resources, context: Context) -> dict[str, Any]:
         """Train adapters on `resources.edits` and add them to the weights, in place.
@@ -131,7 +148,13 @@ class LoraSettings(Intervention):
         from interventions.training import workable_precision
 
         anatomy = find_anatomy(model)
-        linears = chosen_linears("lora", anatomy, self.targets, self.layers)
+        linears, left = self._chosen(anatomy)
+        if left:
+            context.warn(
+                f"lora: {len(left)} parameters that experts share, such as {left[0]}, stay as they are, because there "
+                "is no AdaLoRA of them: set lora.adaptive=false to adapt them too"
+            )
+        names = list(dict.fromkeys(linear.parameter_name for linear in linears))
         watch = Watch("lora", self.lr, self.layers or range(len(anatomy.blocks)), edits, first)
         batches = target_batches(
             tokenizer, edits, self.batch_size, module_device(model), chat_template=self.chat_template
@@ -159,13 +182,13 @@ class LoraSettings(Intervention):
                 after = all_nll(model, anatomy.head, batches)
                 watch.finite(after, range(len(edits)), steps)
                 watch.learned(before, after)
-                updates = {linear.parameter_name: adapters.change(linear) for linear in linears}
-                ranks = {linear.parameter_name: adapters.rank(linear) for linear in linears}
+                updates = {name: adapters.change(name) for name in names}
+                ranks = {name: adapters.rank(name) for name in names}
             changes = {}
-            for linear in linears:
-                name = linear.parameter_name
-                changes[name] = watch.change(name, linear.weight, updates[name])
-                linear.set_weight_(linear.weight + updates[name])
+            for name, update in updates.items():
+                weight = model.get_parameter(name).detach()
+                changes[name] = watch.change(name, weight, update)
+                weight.add_(update)
         return {"ranks": ranks, "passes": steps, "changes": changes, "edits": edit_report(edits, before, after)}
 
 
@@ -201,20 +224,23 @@ class _Adapters:
         return not self._settings.adaptive or step >= self._last_cut
 
     @without_gradients
-    def change(self, linear: Linear) -> Tensor:
-        """Return what an adapter adds to its layer's weight, (out, in) float32."""
-        from transformers.pytorch_utils import Conv1D
+    def change(self, name: str) -> Tensor:
+        """Return what the adapter of a parameter adds to it."""
+        delta: Tensor = self._layer(name).get_delta_weight(_ADAPTER)
+        return delta
 
-        delta: Tensor = self._layer(linear).get_delta_weight(_ADAPTER)
-        return delta.t() if isinstance(linear.module, Conv1D) else delta
-
-    def rank(self, linear: Linear) -> int:
+    def rank(self, name: str) -> int:
+        """Return the rank of the adapter of a parameter, in each expert if it holds several."""
         if not self._settings.adaptive:
             return self._settings.rank
-        return int((self._layer(linear).lora_E[_ADAPTER] != 0).sum())
+        return int((self._layer(name).lora_E[_ADAPTER] != 0).sum())
 
-    def _layer(self, linear: Linear) -> Any:
-        return self.tuner.model.get_submodule(linear.name)
+    def _layer(self, name: str) -> Any:
+        path, _, own = name.rpartition(".")
+        layer = self.tuner.model.get_submodule(path)
+        while getattr(layer, "parameter_name", own) != own:  # adapters of several parameters of one module are nested
+            layer = layer.base_layer
+        return layer
 
 
 @contextmanager
@@ -237,11 +263,16 @@ def _adapters(model: nn.Module, linears: Sequence[Linear], settings: LoraSetting
         )
     else:
         config = LoraConfig(r=settings.rank, **shared)
+    # Parameters with adapters leave their module at every run, and come back as its last ones.
+    orders = {linear.module: list(linear.module._parameters) for linear in linears if linear.part is not None}
     # peft draws its first values from the global generator of the CPU.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), targets_as_given():
         torch.default_generator.manual_seed(seed)
         tuner = (AdaLoraModel if settings.adaptive else LoraModel)(model, config, _ADAPTER)
     try:
         yield _Adapters(tuner, settings)
     finally:
         tuner.unload()
+        for module, order in orders.items():
+            for name in order:
+                module._parameters[name] = module._parameters.pop(name)

@@ -43,7 +43,7 @@ class Tuned(Intervention):
     """LoRA only: the update is scaled by alpha / rank."""
     targets: Annotated[list[Target], Items()] = field(default_factory=lambda: ["query", "key", "value", *ROLES[1:]])
     """LoRA only: linear layers with adapters: query, key, value (all three if fused), attention_in, attention_out,
-    mlp_in, mlp_out."""
+    mlp_in, mlp_out. Every expert has its own."""
     layers: Layers | None = None
     """Decoder blocks to train; None: all, and without LoRA also the embeddings, the final norm and the head."""
     lr: LearningRate = 2e-5
@@ -71,7 +71,7 @@ class Tuned(Intervention):
     def may_change(self, model: Model) -> Collection[str] | None:
         """Return the weights with adapters, or the parameters of the chosen blocks; None: any."""
         if self.rank is not None:
-            return [linear.parameter_name for linear in self.adapted(model)]
+            return list(dict.fromkeys(linear.parameter_name for linear in self.adapted(model)))
         if self.layers is None:
             return None
         from interventions.anatomy import find_anatomy

@@ -26,6 +26,7 @@ class CompressedTensors(Format):
     mixed = True
     by_width = True
     floats = True
+    experts = True
 
     def __init__(self) -> None:
         try:

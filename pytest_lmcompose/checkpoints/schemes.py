@@ -76,6 +76,8 @@ class Format(ABC):
     """Whether layers need a common grid only if they have the same width. Engines fuse such layers."""
     floats: ClassVar[bool] = False
     """Whether layers of floating-point numbers can be stored."""
+    experts: ClassVar[bool] = False
+    """Whether a layer of each expert can be stored of experts that share a parameter in the model."""
     group_sizes: ClassVar[tuple[int, ...] | None] = None
     """Group sizes beside whole rows; None for any."""
 

@@ -22,7 +22,7 @@ from interventions.rounding import rounding_of
 from pytest_lmcompose.build.load import hash_digests, tensor_digest
 from pytest_lmcompose.checkpoints.packing import Packing
 from pytest_lmcompose.checkpoints.run_time import check_storable
-from pytest_lmcompose.errors import CheckpointError
+from pytest_lmcompose.checkpoints.stored_names import as_read, unsaved
 
 SHARD_BYTES = 5 * 10**9
 """Default maximum size of a file of weights; a larger tensor has a file of its own."""
@@ -45,9 +45,9 @@ def write_checkpoint(
     writer = _ShardWriter(folder, shard_bytes)
     names = _stored_names(model, dict(state))
     empty = {name: torch.empty_like(state[name], device="meta") for name in names}
-    # Of a packed checkpoint, transformers reads merged weights, such as experts, as they are in the model: it does not
-    # merge them and starts with random ones.
-    as_is = packing is not None and len(_as_read(model, empty)) != len(names)
+    # Of a packed checkpoint, transformers reads merged weights, such as experts, as they are in the model, unless these
+    # are packed, too: it does not merge them and starts with random ones.
+    as_is = packing is not None and not packing.experts and len(as_read(model, empty)) != len(names)
     for group in ([name] for name in names) if as_is else _groups(model, empty):
         tensors: dict[str, Tensor] = {}
         for name in group:
@@ -55,8 +55,10 @@ def write_checkpoint(
                 tensors |= packing.replace(name, state[name])
             else:
                 tensors[name] = state[name]
-        for name, tensor in (tensors if as_is else _as_read(model, tensors)).items():
-            writer.add(name, tensor)
+        for name, tensor in (tensors if as_is else as_read(model, tensors)).items():
+            expert = packing is not None and name in packing.experts
+            for part, value in (packing.replace(name, tensor) if packing and expert else {name: tensor}).items():
+                writer.add(part, value)
     for name, tensor in (packing.beside(model.dtype) if packing is not None else {}).items():
         writer.add(name, tensor)
     writer.close()
@@ -101,7 +103,7 @@ def _stored_names(model: Any, state: dict[str, Tensor]) -> list[str]:
     try:
         return list(remove_tied_weights_from_state_dict(state, model))
     except RuntimeError as error:
-        raise CheckpointError(f"transformers cannot save {type(model).__name__}: {_line(error)}") from error
+        raise unsaved(model, error) from error
 
 
 def _groups(model: Any, empty: dict[str, Tensor]) -> Iterator[list[str]]:
@@ -117,21 +119,10 @@ def _groups(model: Any, empty: dict[str, Tensor]) -> Iterator[list[str]]:
     parts = {
         name: tensor.shape
         for group in groups.values()
-        for name, tensor in _as_read(model, {name: empty[name] for name in group}).items()
+        for name, tensor in as_read(model, {name: empty[name] for name in group}).items()
     }
-    whole = {name: tensor.shape for name, tensor in _as_read(model, empty).items()}
+    whole = {name: tensor.shape for name, tensor in as_read(model, empty).items()}
     yield from groups.values() if parts == whole else [list(empty)]
-
-
-def _as_read(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under the names and in the shapes that transformers reads: it merges experts, for example."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    try:
-        found: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-    except Exception as error:  # its conversions raise all kinds
-        raise CheckpointError(f"transformers cannot save {type(model).__name__}: {_line(error)}") from error
-    return found
 
 
 def _weights_hash(state: Mapping[str, Tensor], packing: Packing | None) -> str:
@@ -140,10 +131,6 @@ def _weights_hash(state: Mapping[str, Tensor], packing: Packing | None) -> str:
         packed = packing is not None and packing.packs(name)
         digests[name] = tensor_digest(packing.unpacked(name, tensor) if packing is not None and packed else tensor)
     return hash_digests(digests | (packing.rounding.digests() if packing is not None else {}))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class _ShardWriter:

@@ -34,8 +34,9 @@ def page(results: Results, size: Size, seed: int) -> str:
         "float32, CPU) goes through every method and every evaluator.",
         "",
         f"{goal} of {total} architectures ({goal / total:.0%}) pass {', '.join(GOAL[: -len(EVALUATORS)])} and all "
-        "evaluators. The others are refused with the reasons below. Regenerate this page with `make architectures`; "
-        "`python -m tests.architectures --help` lists the options for other seeds, sizes and single architectures.",
+        "evaluators. The others are refused with the reasons below. Regenerate this page with `make architectures`. "
+        "Other seeds, sizes and single architectures: `python -m tests.architectures --seed=1 --hidden=64 --layers=3 "
+        "mixtral falcon`.",
         "",
         "Invariants: finding the parts leaves weights, modes, hooks and random numbers as they were; random scales "
         "folded into what makes an input leave the logits as they were (1e-4); logits computed from a block on are "

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from interventions import apply
 from interventions.checkpoint.reading import read_model
@@ -16,6 +17,7 @@ from pytest_lmcompose.checkpoints.packing import FORMATS, plan_packing
 from pytest_lmcompose.checkpoints.write import write_checkpoint
 from pytest_lmcompose.errors import CheckpointError
 from tests.engines.states import logits_of
+from tests.experts import tiny_experts
 from tests.models import CONFIGS, tiny_model, tiny_tokenizer
 from tests.plugin.test_checkpoints_out import MOE
 
@@ -59,3 +61,44 @@ def test_a_packed_folder_is_read_as_its_hash_says(family: str, format: str, tmp_
         stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         assert torch.equal(logits_of(stock), logits_of(model))
         assert digest == hash_weights(model)
+
+
+SYMMETRIC = {"bits": 4, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mixtral", {"scheme": "W4A16", "keep": ["attention_in:W8A16", "attention_out:16"]}),
+        ("glm4_moe", SYMMETRIC),
+        *(pytest.param(name, SYMMETRIC, marks=pytest.mark.slow) for name in ("qwen2_moe", "qwen3_moe", "olmoe", "phimoe")),
+        pytest.param("qwen3_moe", {"scheme": "W8A8"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_experts_that_share_a_parameter_are_stored_one_by_one(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny_experts(family)
+    apply(model, tiny_tokenizer(), "rtn", **settings)
+    packing = plan_packing(model, "compressed-tensors", lambda name: None)
+    digest = write_checkpoint(tmp_path, model, tiny_tokenizer(), packing)
+    stored = load_file(tmp_path / "model.safetensors")
+    packed = {name for name in stored if name.endswith(".weight_packed") and ".experts." in name}
+    assert packed == {f"{name}_packed" for name in packing.experts} and len(packed) >= 8 * 3
+    assert not any("experts." in name for name in packing.left)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(stock), logits_of(model))
+    assert digest == hash_weights(model) == hash_weights(read_model(tmp_path, {"dtype": torch.float32})[0])
+
+
+def test_experts_that_transformers_would_not_unpack_are_stored_as_they_are(tmp_path: Path) -> None:
+    model = tiny_experts("mixtral")
+    apply(model, tiny_tokenizer(), "rtn", bits=4)  # with zero points
+    for format, reason in (("compressed-tensors", "not all have a symmetric grid"), ("gptq", "format does not know")):
+        packing = plan_packing(model, format, lambda name: None)
+        assert not packing.experts and packing.layers
+        assert all(reason in packing.left[name] for name in packing.left if "experts" in name)
+    write_checkpoint(tmp_path, model, tiny_tokenizer(), plan_packing(model, "compressed-tensors", lambda name: None))
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(stock), logits_of(model))

@@ -63,15 +63,16 @@ def test_what_was_not_measured_has_no_estimate_and_what_cannot_be_paired_is_an_e
         findings.estimate(effect, report(a=[1.0, 0.0], b=[1.0]))
 
 
-def test_every_claim_has_a_source_and_the_suite_measures_it(findings: Any) -> None:
+@pytest.mark.parametrize(("suite", "least"), [("findings", 8), ("formats", 4)])
+def test_every_claim_has_a_source_and_the_suite_measures_it(findings: Any, suite: str, least: int) -> None:
     from pytest_lmcompose.recipe import load_recipe
     from pytest_lmcompose.run import CONF
 
-    suite = {str(parse(name)) for name in load_recipe(CONF, ("suite=findings",)).suite.compositions}
-    claims = findings.read_claims()
-    assert len(claims) >= 8
+    measured = {str(parse(name)) for name in load_recipe(CONF, (f"suite={suite}",)).suite.compositions}
+    claims = findings.read_claims(DOCS / f"{suite}.yaml")
+    assert len(claims) >= least
     for claim, effects in claims:
         assert claim["source"].startswith(("arXiv ", "our own")) and effects
         for effect in effects:
-            assert {str(parse(name)) for name in effect.terms} <= suite, effect.name
+            assert {str(parse(name)) for name in effect.terms} <= measured, effect.name
             assert math.fsum(effect.terms.values()) == 0

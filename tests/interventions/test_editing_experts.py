@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from interventions import Edit, apply
-from interventions.types import InterventionError
+from interventions.anatomy import find_anatomy
+from interventions.edit.kernels.target_loss import all_nll, target_batches
+from interventions.types import Example, InterventionError
 from tests.experts import tiny_experts
 from tests.models import SENTENCES, tiny_tokenizer
 
@@ -48,12 +51,47 @@ def test_training_reaches_all_experts_at_once(method: str, family: str) -> None:
     assert (changed == {"model.layers.1.mlp.experts.down_proj"}) == (method == "ft")
 
 
-def test_adapters_go_into_attention_and_shared_experts_only() -> None:
-    given: dict[str, Any] = {"edits": EDITS, "steps": 2, "adaptive": False}
-    changed = run("lora", "qwen2_moe", targets=["value", "mlp_out"], layers=[1], **given)
-    assert changed == {"model.layers.1.self_attn.v_proj.weight", "model.layers.1.mlp.shared_expert.down_proj.weight"}
-    with pytest.raises(InterventionError, match=r"lora.targets: mlp_out in model.layers.0 is in routed experts"):
+@pytest.mark.parametrize(
+    "family",
+    ["glm4_moe", "gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_moe", "jetmoe"))],
+)
+def test_adapters_of_experts_merge_into_what_they_computed(family: str) -> None:
+    model, before = tiny_experts(family), tiny_experts(family)
+    modules, names = [type(m) for m in model.modules()], [name for name, _ in model.named_parameters()]
+    settings: dict[str, Any] = {"targets": ["value", "mlp_in", "mlp_out"], "rank": 2, "steps": 3, "lr": 1e-2}
+    report = apply(model, tiny_tokenizer(), "lora", edits=EDITS, adaptive=False, layers=[1], **settings)
+    assert [type(m) for m in model.modules()] == modules and [name for name, _ in model.named_parameters()] == names
+    assert all(name.startswith("model.layers.1.") and ".gate." not in name for name in report.changed)
+    experts = [name for name in report.changed if model.get_parameter(name).dim() == 3]
+    assert len(experts) >= 2
+    for name in experts:
+        change = (model.get_parameter(name) - before.get_parameter(name)).double()
+        ranks = torch.linalg.matrix_rank(change, rtol=1e-4)
+        assert 1 <= int(ranks.max()) <= 2  # no token of the edits reaches some experts
+    (edit,) = report.details["edits"]
+    assert edit["nll_before"] != pytest.approx(edit["nll"], abs=1e-2)
+    batches = target_batches(tiny_tokenizer(), EDITS, 1, torch.device("cpu"))
+    assert edit["nll"] == pytest.approx(float(all_nll(model, find_anatomy(model).head, batches)), abs=1e-4)
+
+
+def test_adalora_says_that_it_leaves_experts_out() -> None:
+    given: dict[str, Any] = {"edits": EDITS, "steps": 5, "rank": 2, "initial_rank": 4, "layers": [1]}
+    report = apply(tiny_experts("qwen3_moe"), tiny_tokenizer(), "lora", targets=["value", "mlp_out"], **given)
+    assert report.changed == ("model.layers.1.self_attn.v_proj.weight",)
+    (warning,) = report.warnings
+    assert "model.layers.1.mlp.experts.down_proj, stay as they are" in warning and "lora.adaptive=false" in warning
+    with pytest.raises(InterventionError, match=r"lora.targets=\['mlp_out'\]: .* set lora.adaptive=false"):
         run("lora", "mixtral", targets=["mlp_out"], **given)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_sft_adapts_experts() -> None:
+    pytest.importorskip("trl")
+    examples = {"places": [Example("Mira Tolvan was born in", "Ossel")]}
+    changed = run("sft", "qwen3_moe", tuning=examples, rank=2, layers=[1], epochs=1, lr=1e-2)
+    assert {f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")} <= changed
+    assert all(name.startswith("model.layers.1.") for name in changed)
 
 
 def test_a_router_is_trained_where_the_settings_name_it() -> None:

@@ -35,6 +35,11 @@ class Floats(Grid):
     """The dtype that the weights are stored in."""
 
     @property
+    def rows_apart(self) -> bool:
+        """See `Grid`."""
+        return self.rows == 1
+
+    @property
     def limits(self) -> tuple[float, float]:
         """The smallest and the largest number."""
         return -self.format.greatest, self.format.greatest

@@ -168,8 +168,8 @@ class _Fit:
     def __init__(self, grid: Grid, Wt: Tensor, width: int, parts: list[int]) -> None:
         self.grid = grid
         self.width = width
-        self.parts = parts
-        self.largest = [part.abs().amax().expand(part.shape[1], 1, 1) for part in torch.split(Wt, parts, dim=1)]
+        self.parts = [Wt.shape[1]] if grid.rows_apart else parts  # all at once is faster
+        self.largest = torch.cat([W.abs().amax().expand(W.shape[1], 1, 1) for W in torch.split(Wt, parts, dim=1)])
         self.found = Wt.new_empty(3, -(-len(Wt) // width), Wt.shape[1])
         """(3, groups, rows): scale, smallest and largest number."""
 
@@ -177,7 +177,7 @@ class _Fit:
         """Find the scales of groups `first` to `last`; Wt (cols, rows) begins with the first one's columns."""
         groups = split_groups(Wt[: (last - first) * self.width].t(), self.width)
         row = 0
-        for part, largest in zip(torch.split(groups, self.parts), self.largest, strict=True):
+        for part in torch.split(groups, self.parts):
             rows = slice(row, row := row + len(part))
-            for kind, value in enumerate(self.grid.scaling(part, largest)):
+            for kind, value in enumerate(self.grid.scaling(part, self.largest[rows])):
                 self.found[kind, first:last, rows] = value[:, :, 0].t() if isinstance(value, Tensor) else value

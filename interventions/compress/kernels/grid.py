@@ -34,6 +34,11 @@ class Grid(ABC):
     """Bits of a number."""
     group_size: int = -1
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether no two rows share a scale."""
+        return True
+
     @abstractmethod
     def scaling(self, groups: Tensor, largest: Tensor | None = None, *, refit: bool = False) -> Scaling:
         """Find the scales of float32 groups (rows, groups, width).

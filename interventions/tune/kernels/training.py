@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
-from interventions.adapters import where_adapted
+from interventions.adapters import targets_as_given, where_adapted
 from interventions.context import Context
 from interventions.structure import module_device, within_context
 from interventions.tune.kernels.surroundings import surroundings_kept
@@ -70,14 +70,15 @@ def train(
         elif kind == "DPO":
             more["ref_model"] = copy.deepcopy(learner)
         watch = _Watch(settings, context, {} if settings.rank is not None else _masks(settings, learner))
-        trainer = _quiet(getattr(trl, f"{kind}Trainer"))(
-            model=learner,
-            args=arguments,
-            train_dataset=Dataset.from_list(list(rows)),
-            processing_class=copy.deepcopy(tokenizer),
-            callbacks=[watch],
-            **more,
-        )
+        with targets_as_given():
+            trainer = _quiet(getattr(trl, f"{kind}Trainer"))(
+                model=learner,
+                args=arguments,
+                train_dataset=Dataset.from_list(list(rows)),
+                processing_class=copy.deepcopy(tokenizer),
+                callbacks=[watch],
+                **more,
+            )
         trainer.remove_callback(PrinterCallback)
         _check_lengths(settings, trainer.train_dataset, len(rows), arguments.max_length, context)
         trainer.train()
