@@ -116,15 +116,18 @@ def measurements_address(
 
     `asked` is a prompt in the chat template, which may contain today's date; None for plain prompts.
     """
-    return address(
-        state=state,
-        data=data,
-        world=world.without_data(),
-        evaluate=evaluate,
-        asked=asked,
-        code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
-        libraries=versions(EVALUATOR_LIBRARIES),
-    )
+    return address(state=state, data=data, **measured_alike(world, evaluate, asked))
+
+
+def measured_alike(world: WorldSettings, evaluate: EvaluateSettings, asked: str | None) -> dict[str, Any]:
+    """Return what the addresses of the measurements of all states of a run depend on; see `measurements_address`."""
+    return {
+        "world": world.without_data(),
+        "evaluate": evaluate,
+        "asked": asked,
+        "code": source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
+        "libraries": versions(EVALUATOR_LIBRARIES),
+    }
 
 
 def retained_address(
