@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.machinery import all_suffixes
 from importlib.metadata import PackageNotFoundError, version
@@ -204,9 +204,17 @@ def _source(name: str) -> tuple[Path, bytes] | None:
     return None if found is None else (found, found.read_bytes())
 
 
+def _statements(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Yield statements with those inside them; unlike `ast.walk`, no expressions, which contain no statement."""
+    for node in nodes:
+        yield node
+        for field in ("body", "handlers", "cases", "orelse", "finalbody"):
+            yield from _statements(getattr(node, field, ()))
+
+
 def _imports(source: bytes, package: str) -> Iterator[str]:
     """Yield names that may be modules in the import statements of `source`, a module in `package`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in _statements(ast.parse(source).body):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
