@@ -218,14 +218,16 @@ def _resampled(
     for slot in range(repeats):
         for repeat, (sums, sizes) in enumerate(units):
             rows = np.flatnonzero(picked[:, slot] == repeat)
-            draws = shared[rows] if shared is not None else _draw(generator, len(sizes), len(rows))
+            draws = _draw(generator, len(sizes), len(rows)) if shared is None else shared
+            draws = draws if len(draws) == len(rows) else draws[rows]
             total[:, rows] += _linked(sums @ draws.T / (draws @ sizes), link)
     return total / repeats
 
 
 def _draw(generator: np.random.Generator, n: int, count: int) -> Floats:
     """Return the counts of `n` units in `count` bootstrap draws of n units, (count, n)."""
-    chosen = generator.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
+    chosen = generator.integers(n, size=(count, n))
+    chosen += n * np.arange(count)[:, None]
     return np.bincount(chosen.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
 
 

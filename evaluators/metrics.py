@@ -21,12 +21,13 @@ def find_metric(name: str, *, higher_is_better: bool | None = None) -> Metric:
     Plain names take precedence over globs, and longer globs over shorter ones. The measured `higher_is_better`
     distinguishes accuracy on knowledge to unlearn from other accuracy.
     """
-    return _found(metrics(), name, higher_is_better)
+    return _found(tuple(evaluators()), name, higher_is_better)
 
 
 @lru_cache(maxsize=2**14)  # reports look up every metric of thousands of compositions
-def _found(known: tuple[Metric, ...], name: str, higher_is_better: bool | None) -> Metric:
-    matching = _matching(known, name, higher_is_better)
+def _found(known: tuple[str, ...], name: str, higher_is_better: bool | None) -> Metric:
+    """Look a metric up among those of all evaluators, which `known` names; there may be more later, but no others."""
+    matching = _matching(metrics(), name, higher_is_better)
     return max(matching, key=_rank, default=Metric(name, higher_is_better=higher_is_better))
 
 

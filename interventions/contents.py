@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from interventions.checkpoint.reading.hub import MODEL, AbsentError, commit, local_copy
-from interventions.checkpoint.reading.kinds import ADAPTER, ADAPTER_WEIGHTS, HUB_ID, ReadingError, sources
+from interventions.checkpoint.reading.kinds import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    HUB_ID,
+    ReadingError,
+    sources,
+    weight_files,
+)
 
+_NEVER_READ = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.safetensors.index.json", "config.json", "quant*config.json")
 
 
@@ -47,6 +55,26 @@ def checkpoint_content(name: str, revision: str | None, folder: Path) -> str:
     with suppress(ReadingError):  # reading it says so
         for base in sources(path)[1:2]:
             found += f" on {checkpoint_content(base, None, path)}"
+    return found
+
+
+def model_content(location: str, revision: str | None) -> str:
+    """Return what identifies everything that reading a model and its tokenizer reads, except code of its own.
+
+    That is the hash of its files, or the hub's commit, with that of an adapter's base model. Downloads a hub id; raises
+    ReadingError.
+    """
+    place = local_copy(location, revision)
+    if place.is_file():
+        return hash_files([place])
+    found = place.name
+    if place == Path(location):
+        files = {file for file in place.iterdir() if file.is_file() and file.suffix not in _NEVER_READ}
+        with suppress(ReadingError):  # reading it says so
+            files |= {*weight_files(place).values(), *place.rglob("*.jinja")}
+        found = hash_files(sorted(files))
+    for base in sources(place)[1:2]:
+        found += f" on {model_content(base, adapter_config(place).get('revision'))}"
     return found
 
 

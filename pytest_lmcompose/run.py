@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluators.flips import measure_flips
 from evaluators.measurement import Measurement
-from pytest_lmcompose.baseline.reference import architecture
-from pytest_lmcompose.cache.address import measurements_address, retained_address
-from pytest_lmcompose.cache.run_cache import stored
+from pytest_lmcompose.build.addresses import Addresses
+from pytest_lmcompose.build.facts import Facts, facts_address, facts_of
+from pytest_lmcompose.cache.address import address, measured_alike, retained_address
+from pytest_lmcompose.cache.run_cache import RunCache, stored
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.counter import Counter
@@ -21,7 +23,7 @@ from pytest_lmcompose.errors import ModelError
 from pytest_lmcompose.gate.repeats import Repeat, pooled
 from pytest_lmcompose.imports import fast_imports
 from pytest_lmcompose.options import Options
-from pytest_lmcompose.results import Model, Tokenisation
+from pytest_lmcompose.results import Model
 from pytest_lmcompose.run_setup import CONF as CONF
 from pytest_lmcompose.run_setup import RunSetup
 
@@ -61,6 +63,7 @@ class Run(RunSetup):
             " ".join(filter(None, (self.counter.bar, str(self.counter), text)))
         )
         self._manager: StateManager | None = None
+        self._facts: Facts | None = None
         self._answers: dict[int, UneditedAnswers | None] = {}
         self._base: dict[int, Repeat] = {}
         """Repeats of the base model."""
@@ -91,7 +94,7 @@ class Run(RunSetup):
 
                 loaded = load_model(self.recipe.model, self.location, choose_device(self.options.device))
             check_chat(loaded.tokenizer, self.recipe.evaluate, self.location)
-            self._manager = StateManager(
+            manager = StateManager(
                 loaded,
                 self.settings,
                 data[0].resources,
@@ -103,7 +106,51 @@ class Run(RunSetup):
                 folder=self.options.folder,
                 others=self.recipe.others,
             )
+            self._learn(manager)
+            self._manager = manager
         return self._manager
+
+    @property
+    def facts(self) -> Facts:
+        """What the run must know of the base model: from the cache, or by loading the model."""
+        if self._facts is None and self._kept_facts is not None:
+            cache, where = self._kept_facts
+            self._facts = cache.facts(where)
+        if self._facts is None:
+            _ = self.manager
+        assert self._facts is not None
+        return self._facts
+
+    def _learn(self, manager: StateManager) -> None:
+        """Take the facts from the loaded model and keep them; raises ModelError if those from the cache differ."""
+        base, recipe = manager.address(Composition()), self.recipe
+        found = facts_of(manager.loaded, base, manager.base_hash, recipe.model, self.location, self._asked)
+        if self._kept_facts is not None and self._facts != found:
+            cache, where = self._kept_facts
+            if self._facts is not None:
+                cache.forget_facts(where)
+                raise ModelError(
+                    f"{self.location}: the cache said something else of this model; run again without that"
+                )
+            cache.keep_facts(where, found)
+        self._facts = found
+
+    @cached_property
+    def _kept_facts(self) -> tuple[RunCache, str] | None:
+        """The cache and the address of the facts in it; None without a cache, or if they depend on more than files."""
+        if self.run_cache is None:
+            return None
+        where = facts_address(self.recipe.model, self.location, self.options.device, self._asked, os.environ)
+        return None if where is None else (self.run_cache, where)
+
+    @cached_property
+    def _addresses(self) -> tuple[Addresses, ...]:
+        """The addresses of states in each repeat."""
+        repeats = zip(self.data, self.seeds, strict=True)
+        folder, others = self.options.folder, self.recipe.others
+        return tuple(
+            Addresses(self.facts.address, self.settings, data.resources, seed, folder, others) for data, seed in repeats
+        )
 
     @cached_property
     def managers(self) -> tuple[StateManager, ...]:
@@ -207,9 +254,12 @@ class Run(RunSetup):
 
     def address(self, composition: Composition, number: int) -> str:
         """Return the cache address of the measurements of one repeat."""
-        state = self.managers[number].address(composition)
-        world, evaluate = self.recipe.world, self.recipe.evaluate
-        return measurements_address(state, self.data_addresses[number], world, evaluate, self._asked)
+        state, data = self._addresses[number].of(composition), self.data_addresses[number]
+        return address(state=state, data=data, **self._measured_alike)
+
+    @cached_property
+    def _measured_alike(self) -> dict[str, Any]:
+        return measured_alike(self.recipe.world, self.recipe.evaluate, self._asked)
 
     def _measure(self, composition: Composition, number: int) -> Repeat:
         """Build and measure one repeat of `composition`; restores the model's state."""
@@ -296,27 +346,12 @@ class Run(RunSetup):
     def _asked(self) -> str | None:
         """A prompt in the chat template, with {} for its text; None for plain prompts."""
         chat = self.recipe.evaluate.chat
-        return None if chat is None else chat.ask(self.manager.loaded.tokenizer, "{}")
+        if chat is None:
+            return None
+        from pytest_lmcompose.build.load import load_tokenizer
+
+        return chat.ask(load_tokenizer(self.recipe.model, self.location), "{}")
 
     def model_facts(self) -> Model | None:
-        """Return the model's entry in the report, or None if it was not loaded."""
-        return None if self._manager is None else self._model_facts
-
-    @cached_property
-    def _model_facts(self) -> Model:
-        from interventions.tokens import frame
-
-        loaded = self.manager.loaded
-        parameter = next(loaded.model.parameters())
-        start, end = map(loaded.tokenizer.convert_ids_to_tokens, frame(loaded.tokenizer))
-        return Model(
-            id=self.recipe.model.path,
-            location=self.location,
-            revision=loaded.revision,
-            weight_hash=self.manager.base_hash,
-            dtype=str(parameter.dtype).removeprefix("torch."),
-            device=str(parameter.device),
-            parameters=sum(p.numel() for p in loaded.model.parameters()),
-            architecture=architecture(loaded.model.config.to_dict()),
-            tokenisation=Tokenisation(bool(start), tuple(start), tuple(end), self._asked),
-        )
+        """Return the model's entry in the report, or None if nothing is known of it."""
+        return None if self._facts is None else self._facts.model

@@ -7,7 +7,6 @@ composition starts from its longest prefix that is in memory or in the cache. `W
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,15 +16,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from interventions import Resources, apply, find_method
+from interventions import Resources, apply
 from interventions.context import OtherState
-from interventions.intervention import identity
 from interventions.known_grids import KnownGrid
 from interventions.rounding import read_rounding
+from pytest_lmcompose.build.addresses import Addresses
+from pytest_lmcompose.build.addresses import step_seed as step_seed
 from pytest_lmcompose.build.identity import base_address
 from pytest_lmcompose.build.load import Loaded
 from pytest_lmcompose.build.snapshot import Lease, Snapshot, WorkingModel, bytes_of
-from pytest_lmcompose.cache.address import METHOD_LIBRARIES, address, method_code, versions
 from pytest_lmcompose.cache.run_cache import RunCache, StoredState
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.errors import BuildError
@@ -86,13 +85,14 @@ class StateManager:
         working: WorkingModel | None = None,
         folder: Path | None = None,
         others: Callable[[Step], Mapping[str, Composition]] = _no_others,
+        base: str | None = None,
     ) -> None:
         """Take over `loaded`; `settings` returns a step's settings, `progress` takes one line per step.
 
         `others` returns the compositions that a step reads, by the text in its settings; they are built before it.
 
         States in the `run_cache` are read from it. `doing` takes the label of each step that starts, `applied` each
-        step that finished. `working` is the model of another manager, to share it.
+        step that finished. `working` is the model of another manager, to share it, and `base` the address of its base.
         """
         self.loaded = loaded
         self._settings = settings
@@ -101,12 +101,11 @@ class StateManager:
         self._doing, self._applied = doing, applied
         self._folder = folder or Path.cwd()
         self._others = others
-        # Everything that all steps depend on.
-        self._data = address(resources=resources, libraries=versions(METHOD_LIBRARIES))
         self._working = working or WorkingModel(loaded.model)
         self.base_hash = self._working.base.state_hash
         self._states = {Composition(): _Built(self._working.base, ())}
-        self._addresses = {Composition(): base_address(loaded, self.base_hash)}
+        base = base_address(loaded, self.base_hash) if base is None else base
+        self._addresses = Addresses(base, settings, resources, seed, self._folder, others)
         self._failures: dict[Composition, BuildError] = {}
         self._pristine: Pristine | None = None
 
@@ -154,7 +153,7 @@ class StateManager:
 
     def repeat(self, resources: Resources, seed: int, progress: Callable[[str], None]) -> StateManager:
         """Return a manager that shares the working model and its steps, with other data and another seed."""
-        manager = StateManager(
+        return StateManager(
             self.loaded,
             self._settings,
             resources,
@@ -166,10 +165,8 @@ class StateManager:
             working=self._working,
             folder=self._folder,
             others=self._others,
+            base=self.address(Composition()),  # the present state may have changed the model's configuration
         )
-        # That of the base model, whose configuration the present state may have changed.
-        manager._addresses[Composition()] = self._addresses[Composition()]
-        return manager
 
     def stored(self, composition: Composition) -> Mapping[str, Tensor] | None:
         """Return the parameters of a state that differ from the base model, from the cache; None if it has none.
@@ -185,27 +182,8 @@ class StateManager:
         return self._working.values(self._working.base)
 
     def address(self, composition: Composition) -> str:
-        """Return the content address of a state: the hash of everything it depends on.
-
-        That is the base model, and for each step its settings and what they name (see `identity`), the states that it
-        reads, seed, data, code, and versions of libraries.
-        """
-        parent = Composition()
-        for prefix in composition.prefixes():
-            if prefix not in self._addresses:
-                step = prefix.steps[-1]
-                others = [self.address(other) for other in self._others(step).values()]
-                self._addresses[prefix] = address(
-                    **({"others": others} if others else {}),
-                    before=self._addresses[parent],
-                    method=step.method,
-                    settings=identity(self._settings(step), self._folder),
-                    seed=step_seed(self._seed, prefix),
-                    data=self._data,
-                    code=method_code(find_method(step.method)),
-                )
-            parent = prefix
-        return self._addresses[composition]
+        """Return the content address of a state; see `Addresses.of`."""
+        return self._addresses.of(composition)
 
     def _state(self, composition: Composition, built: _Built, source: Lease | Pristine) -> ModelState:
         grids = ChainMap(*({**step.report.grids} for step in reversed(built.steps)), {**self.loaded.grids})
@@ -313,9 +291,3 @@ class StateManager:
         self._progress(f"{prefix}  read from the cache")
         self._states[prefix] = _Built(snapshot, stored.steps)
         return True
-
-
-def step_seed(seed: int, prefix: Composition) -> int:
-    """Return the seed of the last step of `prefix`; equal prefixes have equal seeds."""
-    digest = hashlib.sha256(f"{seed}\n{prefix}\n{len(prefix.steps)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

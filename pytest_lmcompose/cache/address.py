@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.machinery import all_suffixes
 from importlib.metadata import PackageNotFoundError, version
@@ -116,15 +116,18 @@ def measurements_address(
 
     `asked` is a prompt in the chat template, which may contain today's date; None for plain prompts.
     """
-    return address(
-        state=state,
-        data=data,
-        world=world.without_data(),
-        evaluate=evaluate,
-        asked=asked,
-        code=source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
-        libraries=versions(EVALUATOR_LIBRARIES),
-    )
+    return address(state=state, data=data, **measured_alike(world, evaluate, asked))
+
+
+def measured_alike(world: WorldSettings, evaluate: EvaluateSettings, asked: str | None) -> dict[str, Any]:
+    """Return what the addresses of the measurements of all states of a run depend on; see `measurements_address`."""
+    return {
+        "world": world.without_data(),
+        "evaluate": evaluate,
+        "asked": asked,
+        "code": source_hash(("pytest_lmcompose.measure", *_modules(evaluate))),
+        "libraries": versions(EVALUATOR_LIBRARIES),
+    }
 
 
 def retained_address(
@@ -201,9 +204,17 @@ def _source(name: str) -> tuple[Path, bytes] | None:
     return None if found is None else (found, found.read_bytes())
 
 
+def _statements(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Yield statements with those inside them; unlike `ast.walk`, no expressions, which contain no statement."""
+    for node in nodes:
+        yield node
+        for field in ("body", "handlers", "cases", "orelse", "finalbody"):
+            yield from _statements(getattr(node, field, ()))
+
+
 def _imports(source: bytes, package: str) -> Iterator[str]:
     """Yield names that may be modules in the import statements of `source`, a module in `package`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in _statements(ast.parse(source).body):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

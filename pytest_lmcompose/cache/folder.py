@@ -45,7 +45,7 @@ class Entry:
 
     folder: Path
     kind: str
-    """`state`, `measurements` or `retained`."""
+    """`state`, `measurements`, `retained` or `facts`."""
     about: dict[str, Any]
     """Plain data that describes it, also used to estimate costs."""
 

@@ -9,9 +9,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import msgspec
+
 from evaluators.data import RetainReference
 from evaluators.measurement import Measurement
 from interventions.types import StepReport
+from pytest_lmcompose.build.facts import Facts
 from pytest_lmcompose.cache.folder import Cache, Entry
 from pytest_lmcompose.composition import Composition, parse
 from pytest_lmcompose.costs import Costs, StepCost
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-STATE, MEASUREMENTS, RETAINED = "state", "measurements", "retained"
+STATE, MEASUREMENTS, RETAINED, FACTS = "state", "measurements", "retained", "facts"
 
 
 class StoredState(NamedTuple):
@@ -101,6 +104,20 @@ class RunCache:
             lambda found: self._cache.write(address, RETAINED, dataclasses.asdict(found), lambda folder: None),
         )
 
+    def facts(self, address: str) -> Facts | None:
+        """Return the facts of the base model at `address`, or None."""
+        entry = self._cache.read(address, FACTS)
+        return None if entry is None else msgspec.convert(entry.about, Facts)
+
+    def keep_facts(self, address: str, facts: Facts) -> None:
+        """Write the facts of the base model."""
+        self._cache.write(address, FACTS, msgspec.to_builtins(facts), lambda folder: None)
+
+    def forget_facts(self, address: str) -> None:
+        """Remove the facts at `address`."""
+        if (entry := self._cache.read(address, FACTS)) is not None:
+            self._cache.remove(entry.folder)
+
     def _retained(self, address: str) -> RetainReference | None:
         entry = self._cache.read(address, RETAINED)
         return None if entry is None else RetainReference(**{k: _frozen(v) for k, v in entry.about.items()})
@@ -115,7 +132,10 @@ class RunCache:
             return None
         self.measurements_read += 1
         about = entry.about
-        found = tuple(Measurement(**{key: _frozen(value) for key, value in item.items()}) for item in fields)
+        found = tuple(
+            Measurement(**{key: tuple(value) if isinstance(value, list) else value for key, value in item.items()})
+            for item in fields
+        )
         return Repeat(about["seed"], about["state_hash"], _steps(entry), found, about["evaluate_seconds"])
 
     def _keep_measurements(self, address: str, composition: Composition, found: Repeat) -> None:

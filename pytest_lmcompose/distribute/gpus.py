@@ -6,9 +6,12 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NAME = re.compile(r"\d+|(GPU|MIG)-\S+")
+_DEVICES = ("nvidia[0-9]*", "nvhost-gpu", "kfd", "dxg")
+"""Names under /dev of what may be a GPU: NVIDIA's, AMD's and those of Windows."""
 _TIMEOUT = 30.0
 """In seconds; an idle driver needs time to start."""
 
@@ -28,6 +31,13 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     return _listed(listed.stdout)
+
+
+def may_have_gpu(environ: Mapping[str, str]) -> bool:
+    """Return whether torch may find a GPU for this process; looks at the environment and at device files only."""
+    if VISIBLE in environ:
+        return bool(visible_gpus(environ))
+    return any(any(Path("/dev").glob(name)) for name in _DEVICES)
 
 
 def share_of(gpus: Sequence[str], worker: int, each: int) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ def test_a_repeated_run_reads_everything_and_reports_the_same(cached: Project) -
     one, two = (without_times(read_report(cached.path / f"{name}.json")) for name in ("first", "again"))
     assert one == two
     store = Cache(cached.path / "store", 10**9, print)
-    hashes = {about["composition"]: about["state_hash"] for _, about in map(store.about, store.entries())}
+    about = [about for kind, about in map(store.about, store.entries()) if kind != "facts"]
+    hashes = {entry["composition"]: entry["state_hash"] for entry in about}
     assert hashes == {**{name: record["state_hash"] for name, record in by_id(one).items()}, "round": hashes["round"]}
     wider = cached.run(compose=("nudge+round+nudge", *IDS))
     assert applied(wider) == ["nudge+round+nudge 3/3 nudge"]
@@ -71,7 +72,7 @@ def test_a_repeated_run_reads_everything_and_reports_the_same(cached: Project) -
 def test_no_cache_reads_and_keeps_nothing(cached: Project) -> None:
     cached.run(compose=IDS[:1])
     kept = len(Cache(cached.path / "store", 0, print).entries())
-    assert kept == 3  # the state, and its measurements and the base model's
+    assert kept == 4  # the facts of the model, the state, and its measurements and the base model's
     cached.arguments.remove("--lmcompose-cache-dir=store")
     cached.pytester.makeini(f"[pytest]\nlmcompose_cache_dir = {cached.path / 'store'}")
     result = cached.run(NO_CACHE, compose=IDS)
@@ -225,7 +226,7 @@ def test_two_runs_on_one_store_at_once(cached: Project) -> None:
     assert one == two
     told: list[str] = []
     store = Cache(cached.path / "store", 10**9, told.append)
-    assert len(store.entries()) == 4 + 4  # states, and measurements with the base model's
+    assert len(store.entries()) == 1 + 4 + 4  # facts, states, and measurements with the base model's
     assert all(store.read(e.folder.name, store.about(e)[0]) is not None for e in store.entries()) and told == []
 
 
