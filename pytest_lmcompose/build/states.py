@@ -190,22 +190,30 @@ class StateManager:
         That is the base model, and for each step its settings and what they name (see `identity`), the states that it
         reads, seed, data, code, and versions of libraries.
         """
-        parent = Composition()
-        for prefix in composition.prefixes():
-            if prefix not in self._addresses:
-                step = prefix.steps[-1]
-                others = [self.address(other) for other in self._others(step).values()]
-                self._addresses[prefix] = address(
-                    **({"others": others} if others else {}),
-                    before=self._addresses[parent],
-                    method=step.method,
-                    settings=identity(self._settings(step), self._folder),
-                    seed=step_seed(self._seed, prefix),
-                    data=self._data,
-                    code=method_code(find_method(step.method)),
-                )
-            parent = prefix
+        if composition not in self._addresses:
+            self._addresses[composition] = address(**self._parts(composition))
         return self._addresses[composition]
+
+    def differences(self, composition: Composition) -> tuple[str, ...] | None:
+        """Return what the most similar state of `composition` in the cache was made with that this run has otherwise.
+
+        Such as ("settings", "code"); None if the cache has none.
+        """
+        return None if self._run_cache is None else self._run_cache.differences(composition, self._parts(composition))
+
+    def _parts(self, composition: Composition) -> dict[str, Any]:
+        """Return everything that a state of one or more steps depends on, by name."""
+        *before, step = composition.steps
+        others = [self.address(other) for other in self._others(step).values()]
+        return {
+            **({"others": others} if others else {}),
+            "before": self.address(Composition(tuple(before))),
+            "method": step.method,
+            "settings": identity(self._settings(step), self._folder),
+            "seed": step_seed(self._seed, composition),
+            "data": self._data,
+            "code": method_code(find_method(step.method)),
+        }
 
     def _state(self, composition: Composition, built: _Built, source: Lease | Pristine) -> ModelState:
         grids = ChainMap(*({**step.report.grids} for step in reversed(built.steps)), {**self.loaded.grids})
@@ -259,7 +267,7 @@ class StateManager:
             snapshot = built.snapshot
             added = [snapshot.changed[name] for name in built.steps[-1].report.changed]
             state = StoredState(dict(snapshot.changed), built.steps, snapshot.state_hash)
-            self._run_cache.keep_state(where, prefix, state, step_bytes=bytes_of(added))
+            self._run_cache.keep_state(where, prefix, state, self._parts(prefix), step_bytes=bytes_of(added))
 
     def _apply(
         self, prefix: Composition, before: _Built, composition: Composition, others: Mapping[str, OtherState]

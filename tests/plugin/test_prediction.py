@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmcompose.budget import Budget
+from pytest_lmcompose.cache.folder import Cache
+from pytest_lmcompose.cache.run_cache import RunCache, StoredState
 from pytest_lmcompose.composition import Step, parse
 from pytest_lmcompose.costs import Costs, StepCost
 from pytest_lmcompose.plan import reads_none
-from pytest_lmcompose.prediction.effects import Effect, Grid, commutator, pruned, survival
+from pytest_lmcompose.prediction.effects import Effect, Grid, Mask, commutator, survival
 from pytest_lmcompose.prediction.predict import Predictor
 from pytest_lmcompose.prediction.records import Pair, Prediction, in_order_of_information, pairs_of
 from tests.plugin.conftest import NO_CACHE, Project
@@ -68,9 +70,10 @@ def test_pruning_chooses_again_what_magnitude_pruning_would() -> None:
         lowest = values.abs().kthvalue(COLS // 2, dim=1, keepdim=True).values
         return values * (values.abs() > lowest)
 
-    one = torch.ones(1)
-    torch.testing.assert_close(pruned(base, magnitude(base), 0 * delta, one), magnitude(base))
-    found, wanted = pruned(base, magnitude(base), delta, one), magnitude(base + delta)
+    mask = Mask.of(base, magnitude(base), torch.ones(1))
+    assert mask is not None
+    torch.testing.assert_close(mask.prune(base, magnitude(base), 0 * delta), magnitude(base))
+    found, wanted = mask.prune(base, magnitude(base), delta), magnitude(base + delta)
     assert ((found == 0) == (wanted == 0)).float().mean() > 0.98
     torch.testing.assert_close((found != 0).sum(1), (wanted != 0).sum(1))
 
@@ -212,6 +215,16 @@ def test_predictions_come_from_the_cache_of_earlier_runs(project: Project, tmp_p
     project.run("--lmcompose-budget=1h", compose=("nudge", "nudge[layers=[1]]")).assert_outcomes(passed=2)
     result = project.run("--lmcompose-plan", compose=orders)
     result.stdout.fnmatch_lines(["predicted better orders*", "  nudge, nudge[[]layers=[[]1[]][]]: cannot tell"])
+
+
+def test_a_missing_state_is_compared_with_the_most_similar_one(tmp_path: Path) -> None:
+    cache = RunCache(Cache(tmp_path, 10**6, pytest.fail), "model")
+    state = StoredState({"w": torch.zeros(2)}, (), "hash")
+    for number, parts in enumerate(({"seed": 1, "code": "a"}, {"seed": 2, "code": "b"})):
+        cache.keep_state(f"{number}" * 64, parse("ft"), state, parts, step_bytes=8)
+    assert cache.differences(parse("ft"), {"seed": 1, "code": "c"}) == ("code",)
+    assert cache.differences(parse("ft"), {"seed": 3, "code": "c"}) == ("seed", "code")
+    assert cache.differences(parse("awq"), {"seed": 1, "code": "a"}) is None
 
 
 @pytest.mark.parametrize("value", ["10", "0s", "ten minutes", "-1s", "1 h"])
