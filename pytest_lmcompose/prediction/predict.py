@@ -7,8 +7,8 @@ Four rules, for a promise p and the orders X+Y and Y+X:
 2. For a promise of neither, an edit or unlearning step is better after pruning than before it: it makes up for what is
    gone, and loses no part of its own change. This needs a step that reaches its own promise: one that stops halfway,
    such as gradient ascent, may go any distance on another model.
-3. Otherwise a promise of neither is measured on these weights for both orders, if a step prunes or rounds. If none
-   does, both orders have the same weights to first order, and nothing can be told.
+3. Otherwise a promise of neither is measured on these weights for both orders, if a step prunes or rounds and they
+   are far enough apart. If none does, both orders have the same weights to first order, and nothing can be told.
 4. A promise of both, such as of two edits, is what the last one makes of it: p(X+Y) = p(Y).
 """
 
@@ -29,6 +29,8 @@ RULES = {"last": 0.93, "pruned": 0.91}
 """How often rule 1 and rule 2 name the better order where its effect is significant, see docs/prediction.md."""
 _EXTRA = 0.2
 """What pruning costs more after another step than before it, relative to what it costs alone."""
+_NEAR = 0.2
+"""Commutator below which both orders of a lossy step are too near for a promise of neither."""
 _REACHED: dict[str, float] = {"edit": 0.5, "unlearn": 2.0}
 """Least gain of a step that reaches its promise, in the units of `probes.Probes.measure`."""
 
@@ -64,19 +66,24 @@ class Predictor:
         lossy = "compress" in (one.category, other.category)
         there = other.after(one)
         back = one.after(other) if lossy else there
+        distance = commutator(one.base, there, back)
+        owners = (one.category, other.category)
         pruned = self._pruned(first, second)
-        measured = [p for p in concerned if pruned is None or p in _REACHED]
+        near = lossy and distance < _NEAR
+        measured = [p for p in concerned if p in owners or not (pruned or near)]
         values = self._values(first, second, there, back, measured, lossy)
-        told = [
-            self._prediction(about, (one.category, other.category), promise, *values[promise])
-            if promise in values
-            else self._after_pruning(about, promise, *(pruned or ()))
-            for promise in concerned
-        ]
+        told = []
+        for promise in concerned:
+            if promise in values:
+                told.append(self._prediction(about, owners, promise, *values[promise]))
+            elif pruned:
+                told.append(self._after_pruning(about, promise, *pruned))
+            else:
+                told.append(Prediction(*about, promise, 0.0, MODEL_ERROR[promise]))
         kept = None
         if lossy and one.category != other.category:
             kept = survival(one, other, there) if other.category == "compress" else survival(other, one, back)
-        return Pair(*about, (*told, *wanted), commutator(one.base, there, back), kept, intensity)
+        return Pair(*about, (*told, *wanted), distance, kept, intensity)
 
     def _concerns(self, promise: Promise, one: Effect, other: Effect) -> bool:
         if not self.probes.pairs[promise]:

@@ -53,6 +53,18 @@ def test_a_weight_that_changes_no_more_is_rounded_as_before_however_that_was_cho
         torch.testing.assert_close(grid.round(base, state, torch.zeros_like(base)), state)
 
 
+def test_a_grid_is_the_same_whatever_is_likely() -> None:
+    fine, coarse, none = rounded(weight()), rounded(weight(1), 0.3), weight(2)
+    for values in (fine, coarse):
+        found = Grid.of(values)
+        assert found is not None
+        for likely in map(Grid.of, (fine, coarse)):
+            again = Grid.of(values, likely)
+            assert again is not None and again[:2] == found[:2]
+            torch.testing.assert_close(again.steps, found.steps, rtol=1e-6, atol=0)
+    assert Grid.of(none, Grid.of(fine)) is None
+
+
 def test_an_update_leaves_the_bucket_as_rounding_to_nearest_does() -> None:
     base = weight()
     delta = weight(1, scale=0.02) * (base.abs() < 0.5)  # within the range of the grid
@@ -135,13 +147,15 @@ class ReadsWeight:
 
 
 @torch.no_grad()
-def predictor() -> Predictor:
+def predictor(moved: float = 0.03) -> Predictor:
+    """Return a predictor of one weight, whose first row an edit moves."""
     base = rounded(weight(scale=0.5)) + 1e-3
     edited = base.clone()
-    edited[0] += 0.03  # less than half a step
+    edited[0] += moved  # less than half a step
     effects = {
         Step("memit"): effect("edit", base, edited),
         Step("rtn"): effect("compress", base, rounded(base)),
+        Step("wanda"): effect("compress", base, base * (base.abs() > 0.2)),
         Step("rmu"): effect("unlearn", base, base - 0.5 * (edited - base)),
     }
     probes: Any = ReadsWeight(base)
@@ -165,6 +179,18 @@ def test_a_step_keeps_its_own_promise_where_it_comes_last() -> None:
     assert prediction.better == "rmu+memit"
     assert prediction.gap == pytest.approx(0.5, abs=0.01)
     assert [other.better for other in rest] == [None]
+
+
+@pytest.mark.parametrize(("moved", "better"), [(0.03, "wanda+memit"), (0.009, None)])
+def test_an_edit_that_holds_belongs_after_pruning_also_for_other_text(moved: float, better: str | None) -> None:
+    told = {p.promise: p for p in predictor(moved).pair(Step("memit"), Step("wanda")).predictions}
+    assert told["perplexity"].better == better
+
+
+@pytest.mark.parametrize(("gap", "better"), [(0.01, "a+b"), (0.0001, "a+b"), (-0.5, None)])
+def test_a_rule_decides_unless_the_gap_says_the_opposite(gap: float, better: str | None) -> None:
+    assert Prediction("a", "b", "edit", gap, 0.1, rule=0.93).better == better
+    assert Prediction("b", "a", "edit", -gap, 0.1, rule=0.07).better == better
 
 
 @pytest.mark.parametrize(("gap", "better"), [(0.5, "a+b"), (-0.5, "b+a"), (0.05, None), (0.0, None), (None, None)])
