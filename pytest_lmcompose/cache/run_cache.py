@@ -66,11 +66,12 @@ class RunCache:
         self.states_read += 1
         return StoredState(changed, _steps(entry), entry.about["state_hash"])
 
-    def differences(self, composition: Composition, parts: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Return which of `parts` the most similar state of `composition` has otherwise; None if there is no state."""
-        mine = _hashed(parts)
+    def differences(self, composition: Composition, given: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return which parts differ between `given` and the most similar state of `composition`; None without one."""
+        mine = _hashed(given)
         alike = (about for about in _states(self._cache, self._model) if about["composition"] == str(composition))
-        found = (tuple(name for name in mine if mine[name] != about["parts"].get(name)) for about in alike if "parts" in about)
+        known = (about["parts"] for about in alike if "parts" in about)
+        found = (tuple(name for name in mine if mine[name] != parts.get(name)) for parts in known)
         return min(found, key=len, default=None)
 
     def keep_state(

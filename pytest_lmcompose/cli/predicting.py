@@ -51,10 +51,11 @@ def _predict(as_json: bool, **values: Any) -> None:
             json.dumps({"pairs": [pair.plain() for pair in predicted.pairs], "missing": [*predicted.missing]}, indent=1)
         )
     elif predicted.pairs:
-        from pytest_lmcompose.prediction.lines import rows
+        from pytest_lmcompose.prediction.lines import UNITS, rows
 
         for line in aligned(rows(predicted.pairs)):
             click.echo(line)
+        click.echo(UNITS)
     if predicted.missing:
         given = [
             flag for flag in arguments(values) if not flag.startswith(("--lmcompose-compose", "--lmcompose-suite"))

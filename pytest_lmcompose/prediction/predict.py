@@ -75,7 +75,9 @@ class Predictor:
         told = []
         for promise in concerned:
             if promise in values:
-                told.append(self._prediction(about, owners, promise, *values[promise]))
+                last = RULES["last"] if other.category == promise else 1 - RULES["last"]
+                rule = last if owners.count(promise) == 1 else 0.5
+                told.append(self._prediction(about, rule, promise, *values[promise]))
             elif pruned:
                 told.append(self._after_pruning(about, promise, *pruned))
             else:
@@ -154,7 +156,7 @@ class Predictor:
             return self.probes.measure(self.model, promises)
 
     def _prediction(
-        self, about: tuple[str, str], owners: tuple[str, str], promise: Promise, there: Tensor | None, back: Tensor | None
+        self, about: tuple[str, str], rule: float, promise: Promise, there: Tensor | None, back: Tensor | None
     ) -> Prediction:
         if there is None or back is None:
             return Prediction(*about, promise, None)
@@ -162,9 +164,6 @@ class Predictor:
         spread = float(gaps.std()) if len(gaps) > 1 else 0.0
         error = (spread**2 / len(gaps) + MODEL_ERROR[promise] ** 2) ** 0.5
         gap = float(gaps.mean())
-        rule = 0.5
-        if owners.count(promise) == 1:
-            rule = RULES["last"] if owners[1] == promise else 1 - RULES["last"]
         return Prediction(*about, promise, gap if gap == gap else None, error, rule)
 
     def _bits_gap(self, one: Effect, other: Effect) -> float:

@@ -32,9 +32,7 @@ def predict(manager: StateManager, data: RunData, compositions: Iterable[Composi
     pairs = pairs_of(compositions)
     steps = dict.fromkeys(step for pair in pairs for step in pair)
     found = {step: manager.stored(Composition((step,))) for step in steps}
-    missing = {
-        str(step): manager.differences(Composition((step,))) for step, state in found.items() if state is None
-    }
+    missing = {str(step): manager.differences(Composition((step,))) for step, state in found.items() if state is None}
     with manager.visit(Composition()) as state:
         base, probes = manager.base, Probes.of(state.tokenizer, data)
         layers = {

@@ -18,6 +18,7 @@ from pytest_lmcompose.composition import Step, parse
 from pytest_lmcompose.costs import Costs, StepCost
 from pytest_lmcompose.plan import reads_none
 from pytest_lmcompose.prediction.effects import Effect, Grid, Mask, commutator, survival
+from pytest_lmcompose.prediction.lines import cell
 from pytest_lmcompose.prediction.predict import Predictor
 from pytest_lmcompose.prediction.records import Pair, Prediction, in_order_of_information, pairs_of
 from tests.plugin.conftest import NO_CACHE, Project
@@ -75,19 +76,27 @@ def test_an_update_leaves_the_bucket_as_rounding_to_nearest_does() -> None:
     assert 0.02 < float((found != grid.round(base, rounded(base), 0 * delta)).float().mean()) < 0.5
 
 
-def test_pruning_chooses_again_what_magnitude_pruning_would() -> None:
+def largest(values: Tensor, counts: Tensor) -> Tensor:
+    """Keep so many values of each row, those of largest magnitude."""
+    places = values.abs().argsort(dim=1, descending=True).argsort(dim=1)
+    return values * (places < counts.unsqueeze(1))
+
+
+@pytest.mark.parametrize("counts", [torch.full((ROWS,), COLS // 2), 4 * torch.arange(ROWS)])
+def test_pruning_chooses_again_what_magnitude_pruning_would(counts: Tensor) -> None:
     base, delta = weight(), weight(1, scale=0.1)
-
-    def magnitude(values: Tensor) -> Tensor:
-        lowest = values.abs().kthvalue(COLS // 2, dim=1, keepdim=True).values
-        return values * (values.abs() > lowest)
-
-    mask = Mask.of(base, magnitude(base), torch.ones(1))
+    own = largest(base, counts)
+    mask = Mask.of(base, own, torch.ones(1))
     assert mask is not None
-    torch.testing.assert_close(mask.prune(base, magnitude(base), 0 * delta), magnitude(base))
-    found, wanted = mask.prune(base, magnitude(base), delta), magnitude(base + delta)
+    torch.testing.assert_close(mask.prune(base, own, 0 * delta), own)
+    found, wanted = mask.prune(base, own, delta), largest(base + delta, counts)
     assert ((found == 0) == (wanted == 0)).float().mean() > 0.98
-    torch.testing.assert_close((found != 0).sum(1), (wanted != 0).sum(1))
+    torch.testing.assert_close((found != 0).sum(1), counts)
+
+
+def test_a_weight_with_few_zeros_has_no_mask() -> None:
+    base = weight()
+    assert Mask.of(base, base * (base.abs() > 0.005), torch.ones(1)) is None
 
 
 def test_an_edit_of_a_model_with_other_scales_acts_on_its_scaled_inputs() -> None:
@@ -198,6 +207,11 @@ def test_an_order_is_called_better_only_where_that_is_probable(gap: float | None
     prediction = Prediction("a", "b", "edit", gap, 0.1)
     assert prediction.better == better
     assert json.loads(json.dumps(prediction.plain()))["better"] == better
+
+
+def test_a_gain_is_named_only_in_the_direction_of_the_better_order() -> None:
+    cells = [cell(Prediction("a", "b", "edit", gap, 0.1, rule=0.93)) for gap in (0.5, -0.001, None)]
+    assert cells == ["a first (0.5)", "a first", "cannot tell"]
 
 
 def test_what_is_least_certain_goes_first_after_single_steps() -> None:
