@@ -6,6 +6,11 @@
 
 Prints for each promise how many order effects were significant (95 % interval of the paired difference without 0), and
 how many of these were predicted rightly, wrongly, or not at all.
+
+    python docs/prediction.py --again report.json report-of-another-seed.json
+
+Prints how many of the effects that were significant in one run are so again in the other one: no prediction can be
+right more often than runs agree.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ METRICS = {
 }
 """The metric of each promise, and whether more is better."""
 RIGHT, WRONG, UNTOLD = "right", "wrong", "cannot tell"
+SAME, OPPOSITE, UNCLEAR = "same sign", "opposite sign", "not significant"
 
 
 class Scored(NamedTuple):
@@ -69,6 +75,19 @@ def difference(metric: str, terms: Mapping[str, float], report: Report) -> float
     return None if found is None else 0.0 if found.verdict == OPEN else found.value
 
 
+def again(one: Report, other: Report) -> Iterator[tuple[str, str, str]]:
+    """Yield promise, orders, and what the other run says, of each significant effect that it has measured too."""
+    names = [name.split("+") for name in one.by_id if name.count("+") == 1]
+    for first, second in (name for name in names if name[::-1] in names and name < name[::-1]):
+        orders = (f"{first}+{second}", f"{second}+{first}")
+        for promise, (metric, _) in METRICS.items():
+            terms = dict(zip(orders, (1, -1), strict=True))
+            value, repeated = (difference(metric, terms, report) for report in (one, other))
+            if value and repeated is not None and promise != "bits":
+                result = SAME if value * repeated > 0 else OPPOSITE
+                yield promise, ", ".join(orders), result if repeated else UNCLEAR
+
+
 def interval(right: int, n: int) -> tuple[float, float]:
     """Return the exact 95 % interval of a share (Clopper and Pearson)."""
     found = stats.binomtest(right, n).proportion_ci(0.95, "exact")
@@ -86,7 +105,20 @@ def rows(scored: Sequence[Scored]) -> Iterator[tuple[str, ...]]:
         yield promise, str(len(own)), *(str(count[result]) for result in (RIGHT, WRONG, UNTOLD)), share
 
 
+def print_again(reports: Sequence[str]) -> None:
+    """Print how many effects of each promise the second report repeats."""
+    found = list(again(*(read_run(Path(report)) for report in reports)))
+    count = Counter((promise, result) for promise, _, result in found)
+    for promise in dict.fromkeys(promise for promise, _, _ in found):
+        print(promise, *(f"{result}: {count[promise, result]}" for result in (SAME, OPPOSITE, UNCLEAR)), sep="; ")
+    for one in found:
+        print(*one, sep=": ")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--again":
+        print_again(sys.argv[2:])
+        sys.exit()
     found = [
         scored
         for predictions, report in zip(sys.argv[1::2], sys.argv[2::2], strict=True)

@@ -39,24 +39,26 @@ class Addresses:
         That is the base model, and for each step its settings and what they name (see `identity`), the states that it
         reads, seed, data, code, and versions of libraries.
         """
-        parent = Composition()
         for prefix in composition.prefixes():
             if prefix not in self._known:
-                step = prefix.steps[-1]
-                if step.method not in self._code:
-                    self._code[step.method] = method_code(find_method(step.method))
-                others = [self.of(other) for other in self._others(step).values()]
-                self._known[prefix] = address(
-                    **({"others": others} if others else {}),
-                    before=self._known[parent],
-                    method=step.method,
-                    settings=identity(self._settings(step), self._folder),
-                    seed=step_seed(self._seed, prefix),
-                    data=self._data,
-                    code=self._code[step.method],
-                )
-            parent = prefix
+                self._known[prefix] = address(**self.parts(prefix))
         return self._known[composition]
+
+    def parts(self, composition: Composition) -> dict[str, Any]:
+        """Return everything that a state of one or more steps depends on, by name."""
+        *before, step = composition.steps
+        if step.method not in self._code:
+            self._code[step.method] = method_code(find_method(step.method))
+        others = [self.of(other) for other in self._others(step).values()]
+        return {
+            **({"others": others} if others else {}),
+            "before": self.of(Composition(tuple(before))),
+            "method": step.method,
+            "settings": identity(self._settings(step), self._folder),
+            "seed": step_seed(self._seed, composition),
+            "data": self._data,
+            "code": self._code[step.method],
+        }
 
 
 def step_seed(seed: int, prefix: Composition) -> int:

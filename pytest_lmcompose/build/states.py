@@ -185,6 +185,17 @@ class StateManager:
         """Return the content address of a state; see `Addresses.of`."""
         return self._addresses.of(composition)
 
+    def differences(self, composition: Composition) -> tuple[str, ...] | None:
+        """Return what the most similar state of `composition` in the cache was made with that this run has otherwise.
+
+        Such as ("settings", "code"); None if the cache has none.
+        """
+        return (
+            None
+            if self._run_cache is None
+            else self._run_cache.differences(composition, self._addresses.parts(composition))
+        )
+
     def _state(self, composition: Composition, built: _Built, source: Lease | Pristine) -> ModelState:
         grids = ChainMap(*({**step.report.grids} for step in reversed(built.steps)), {**self.loaded.grids})
         return ModelState(composition, self.loaded.tokenizer, built.steps, built.snapshot.state_hash, grids, source)
@@ -237,7 +248,7 @@ class StateManager:
             snapshot = built.snapshot
             added = [snapshot.changed[name] for name in built.steps[-1].report.changed]
             state = StoredState(dict(snapshot.changed), built.steps, snapshot.state_hash)
-            self._run_cache.keep_state(where, prefix, state, step_bytes=bytes_of(added))
+            self._run_cache.keep_state(where, prefix, state, self._addresses.parts(prefix), step_bytes=bytes_of(added))
 
     def _apply(
         self, prefix: Composition, before: _Built, composition: Composition, others: Mapping[str, OtherState]

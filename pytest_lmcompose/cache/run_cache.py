@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ from evaluators.data import RetainReference
 from evaluators.measurement import Measurement
 from interventions.types import StepReport
 from pytest_lmcompose.build.facts import Facts
+from pytest_lmcompose.cache.address import address as content_address
 from pytest_lmcompose.cache.folder import Cache, Entry
 from pytest_lmcompose.composition import Composition, parse
 from pytest_lmcompose.costs import Costs, StepCost
@@ -68,8 +69,18 @@ class RunCache:
         self.states_read += 1
         return StoredState(changed, _steps(entry), entry.about["state_hash"])
 
-    def keep_state(self, address: str, composition: Composition, state: StoredState, *, step_bytes: int) -> None:
-        """Write a state; `step_bytes` is the size of the tensors that its last step changed."""
+    def differences(self, composition: Composition, given: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return which parts differ between `given` and the most similar state of `composition`; None without one."""
+        mine = _hashed(given)
+        alike = (about for about in _states(self._cache, self._model) if about["composition"] == str(composition))
+        known = (about["parts"] for about in alike if "parts" in about)
+        found = (tuple(name for name in mine if mine[name] != parts.get(name)) for parts in known)
+        return min(found, key=len, default=None)
+
+    def keep_state(
+        self, address: str, composition: Composition, state: StoredState, parts: Mapping[str, Any], *, step_bytes: int
+    ) -> None:
+        """Write a state; `parts` are what its address depends on, `step_bytes` what its last step changed."""
         from safetensors.torch import save_file
 
         from pytest_lmcompose.cache.codec import encode
@@ -81,6 +92,7 @@ class RunCache:
             "state_hash": state.state_hash,
             "steps": [_step_to_json(record) for record in state.steps],
             "step_bytes": step_bytes,
+            "parts": _hashed(parts),
         }
         self._cache.write(
             address, STATE, about, lambda folder: save_file(stored, folder / "changed.safetensors", metadata)
@@ -172,8 +184,16 @@ def costs(cache: Cache, model: str) -> Costs:
 
 def stored(cache: Cache, model: str) -> frozenset[str]:
     """Return the ids of the compositions that the cache has a state of, of whatever settings, of the model `model`."""
+    return frozenset(about["composition"] for about in _states(cache, model))
+
+
+def _states(cache: Cache, model: str) -> Iterator[dict[str, Any]]:
     entries = map(cache.about, cache.entries())
-    return frozenset(about["composition"] for kind, about in entries if kind == STATE and about.get("model") == model)
+    return (about for kind, about in entries if kind == STATE and about.get("model") == model)
+
+
+def _hashed(parts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: content_address(part=part) for name, part in parts.items()}
 
 
 def _once(

@@ -48,21 +48,28 @@ def _predict(as_json: bool, **values: Any) -> None:
     (predicted,) = found
     if as_json:
         click.echo(
-            json.dumps({"pairs": [pair.plain() for pair in predicted.pairs], "missing": predicted.missing}, indent=1)
+            json.dumps({"pairs": [pair.plain() for pair in predicted.pairs], "missing": [*predicted.missing]}, indent=1)
         )
     elif predicted.pairs:
-        from pytest_lmcompose.prediction.lines import rows
+        from pytest_lmcompose.prediction.lines import UNITS, rows
 
         for line in aligned(rows(predicted.pairs)):
             click.echo(line)
+        click.echo(UNITS)
     if predicted.missing:
         given = [
             flag for flag in arguments(values) if not flag.startswith(("--lmcompose-compose", "--lmcompose-suite"))
         ]
         steps = [f"--lmcompose-compose={step}" for step in predicted.missing]
-        click.echo(f"not in the cache: {', '.join(predicted.missing)}; build these with", err=as_json)
+        names = (_missing(*item) for item in predicted.missing.items())
+        click.echo(f"not in the cache: {', '.join(names)}; build these with", err=as_json)
         click.echo("    " + shlex.join(["pytest", "compositions", *given, *steps]), err=as_json)
         raise click.exceptions.Exit(FAILED)
+
+
+def _missing(step: str, differences: Sequence[str] | None) -> str:
+    changed = ", ".join("model" if part == "before" else part for part in differences or ())
+    return step if differences is None else f"{step} (one is there with other {changed})"
 
 
 predict = RunCommand(

@@ -8,6 +8,10 @@ from pytest_lmcompose.prediction.records import Pair, Prediction
 
 HEADS = ("pair", "edit", "unlearn", "perplexity", "recall", "bits", "commutator", "survival")
 UNTOLD, NOT_CONCERNED = "cannot tell", "-"
+UNITS = (
+    "In brackets, the expected gain: probability of the new answer (edit) or of the answer (recall), nats per token "
+    "(unlearn, perplexity), bits per weight."
+)
 
 
 def rows(pairs: Iterable[Pair]) -> Iterator[tuple[str, ...]]:
@@ -20,11 +24,13 @@ def rows(pairs: Iterable[Pair]) -> Iterator[tuple[str, ...]]:
 
 
 def cell(prediction: Prediction) -> str:
-    """Return which step to apply first, and what is gained by it."""
+    """Return which step to apply first, and what is gained by it, if that is known."""
     if prediction.better is None:
         return UNTOLD
-    first = prediction.first if prediction.better == prediction.orders[0] else prediction.second
-    return f"{first} first ({abs(prediction.gap or 0):.3g})"
+    as_given = prediction.better == prediction.orders[0]
+    gain = (prediction.gap or 0.0) * (1 if as_given else -1)
+    first = prediction.first if as_given else prediction.second
+    return f"{first} first ({gain:.3g})" if gain > 0 else f"{first} first"
 
 
 def planned(pairs: Iterable[Pair]) -> Iterator[str]:

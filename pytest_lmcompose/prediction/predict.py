@@ -1,12 +1,15 @@
 """Predict the better order of each pair from the states of single steps in the cache. Imports torch.
 
-Three rules, for a promise p and the orders X+Y and Y+X:
+Four rules, for a promise p and the orders X+Y and Y+X:
 
 1. A step keeps its own promise if it comes last, because it works on what is there: p(Y+X) = p(X) for a promise of X
    alone. If X comes first, p(X+Y) is measured on the weights that Y would make of X's, to first order (`effects`).
-2. A promise of neither is measured on these weights for both orders, if a step prunes or rounds. Otherwise both orders
-   have the same weights to first order, and nothing can be told.
-3. A promise of both, such as of two edits, is what the last one makes of it: p(X+Y) = p(Y).
+2. For a promise of neither, an edit or unlearning step is better after pruning than before it: it makes up for what is
+   gone, and loses no part of its own change. This needs a step that reaches its own promise: one that stops halfway,
+   such as gradient ascent, may go any distance on another model.
+3. Otherwise a promise of neither is measured on these weights for both orders, if a step prunes or rounds and they
+   are far enough apart. If none does, both orders have the same weights to first order, and nothing can be told.
+4. A promise of both, such as of two edits, is what the last one makes of it: p(X+Y) = p(Y).
 """
 
 from __future__ import annotations
@@ -22,7 +25,14 @@ from pytest_lmcompose.prediction.effects import Effect, commutator, survival
 from pytest_lmcompose.prediction.probes import PROMISES, Probes, Promise, having
 from pytest_lmcompose.prediction.records import MODEL_ERROR, Pair, Prediction
 
-Values = Mapping[Promise, Tensor]
+RULES = {"last": 0.93, "pruned": 0.91}
+"""How often rule 1 and rule 2 name the better order where its effect is significant, see docs/prediction.md."""
+_EXTRA = 0.2
+"""What pruning costs more after another step than before it, relative to what it costs alone."""
+_NEAR = 0.2
+"""Commutator below which both orders of a lossy step are too near for a promise of neither."""
+_REACHED: dict[str, float] = {"edit": 0.5, "unlearn": 2.0}
+"""Least gain of a step that reaches its promise, in the units of `probes.Probes.measure`."""
 
 
 @dataclass
@@ -34,7 +44,7 @@ class Predictor:
     effects: Mapping[Step, Effect]
 
     def __post_init__(self) -> None:
-        self._alone: dict[tuple[Step, Promise], Tensor] = {}
+        self._known: dict[tuple[Step | None, Promise], Tensor] = {}
 
     def pairs(self, steps: Iterable[tuple[Step, Step]]) -> Iterator[Pair]:
         """Yield a prediction for each pair whose states are known."""
@@ -56,17 +66,48 @@ class Predictor:
         lossy = "compress" in (one.category, other.category)
         there = other.after(one)
         back = one.after(other) if lossy else there
-        values = self._values(first, second, there, back, concerned, lossy)
-        told = [self._prediction(about, promise, *values[promise]) for promise in concerned]
+        distance = commutator(one.base, there, back)
+        owners = (one.category, other.category)
+        pruned = self._pruned(first, second)
+        near = lossy and distance < _NEAR
+        measured = [p for p in concerned if p in owners or not (pruned or near)]
+        values = self._values(first, second, there, back, measured, lossy)
+        told = []
+        for promise in concerned:
+            if promise in values:
+                last = RULES["last"] if other.category == promise else 1 - RULES["last"]
+                rule = last if owners.count(promise) == 1 else 0.5
+                told.append(self._prediction(about, rule, promise, *values[promise]))
+            elif pruned:
+                told.append(self._after_pruning(about, promise, *pruned))
+            else:
+                told.append(Prediction(*about, promise, 0.0, MODEL_ERROR[promise]))
         kept = None
         if lossy and one.category != other.category:
             kept = survival(one, other, there) if other.category == "compress" else survival(other, one, back)
-        return Pair(*about, (*told, *wanted), commutator(one.base, there, back), kept, intensity)
+        return Pair(*about, (*told, *wanted), distance, kept, intensity)
 
     def _concerns(self, promise: Promise, one: Effect, other: Effect) -> bool:
         if not self.probes.pairs[promise]:
             return False
         return promise in ("perplexity", "recall") or promise in (one.category, other.category)
+
+    def _pruned(self, first: Step, second: Step) -> tuple[Step, Step] | None:
+        """Return the step that prunes and the other one, if that edits or unlearns; otherwise None."""
+        for step, other in ((first, second), (second, first)):
+            if self.effects[step].masks and self.effects[other].category in _REACHED:
+                return step, other
+        return None
+
+    def _after_pruning(self, about: tuple[str, str], promise: Promise, pruning: Step, other: Step) -> Prediction:
+        """Predict a promise of neither by rule 2."""
+        own: Promise = "edit" if self.effects[other].category == "edit" else "unlearn"
+        if not self.probes.pairs[own] or self._gain(other, own) < _REACHED[own]:
+            return Prediction(*about, promise, None)
+        cost = -self._gain(pruning, promise)
+        gap = _EXTRA * max(cost, 0.0) * (1 if about[0] == str(pruning) else -1)
+        rule = RULES["pruned"] if gap > 0 else 1 - RULES["pruned"]
+        return Prediction(*about, promise, gap, abs(gap) / _EXTRA, rule)
 
     def _values(
         self,
@@ -92,17 +133,21 @@ class Predictor:
             found = (self._measured(there, asked[0]), self._measured(back, asked[1]))
         return {
             promise: tuple(  # type: ignore[misc]
-                self._own(step, promise) if owners[step] == promise else values.get(promise)
+                self._alone(step, promise) if owners[step] == promise else values.get(promise)
                 for step, values in zip((second, first), found, strict=True)
             )
             for promise in concerned
         }
 
-    def _own(self, step: Step, promise: Promise) -> Tensor:
-        """Return the promise of a step on its own state."""
-        if (step, promise) not in self._alone:
-            self._alone[step, promise] = self._measured(self.effects[step].changed, [promise])[promise]
-        return self._alone[step, promise]
+    def _gain(self, step: Step, promise: Promise) -> float:
+        return float((self._alone(step, promise) - self._alone(None, promise)).mean())
+
+    def _alone(self, step: Step | None, promise: Promise) -> Tensor:
+        """Return a promise on the state of a step, or of the base model."""
+        if (step, promise) not in self._known:
+            weights = {} if step is None else self.effects[step].changed
+            self._known[step, promise] = self._measured(weights, [promise])[promise]
+        return self._known[step, promise]
 
     def _measured(self, weights: Mapping[str, Tensor], promises: list[Promise]) -> dict[Promise, Tensor]:
         if not promises:
@@ -111,7 +156,7 @@ class Predictor:
             return self.probes.measure(self.model, promises)
 
     def _prediction(
-        self, about: tuple[str, str], promise: Promise, there: Tensor | None, back: Tensor | None
+        self, about: tuple[str, str], rule: float, promise: Promise, there: Tensor | None, back: Tensor | None
     ) -> Prediction:
         if there is None or back is None:
             return Prediction(*about, promise, None)
@@ -119,7 +164,7 @@ class Predictor:
         spread = float(gaps.std()) if len(gaps) > 1 else 0.0
         error = (spread**2 / len(gaps) + MODEL_ERROR[promise] ** 2) ** 0.5
         gap = float(gaps.mean())
-        return Prediction(*about, promise, gap if gap == gap else None, error)
+        return Prediction(*about, promise, gap if gap == gap else None, error, rule)
 
     def _bits_gap(self, one: Effect, other: Effect) -> float:
         """Return by how many bits per weight the order `one`, `other` is smaller."""

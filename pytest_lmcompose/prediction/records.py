@@ -12,6 +12,8 @@ from pytest_lmcompose.composition import Composition, Step
 
 PROBABLE = 0.9
 """Probability from which an order is called better."""
+SURE = 0.95
+"""The most that a gap counts where a rule says something too."""
 UNKNOWN = 4.0
 """Information of a pair without a prediction: more than any other."""
 MODEL_ERROR = {"edit": 0.03, "unlearn": 0.1, "perplexity": 0.03, "recall": 0.1}
@@ -33,15 +35,25 @@ class Prediction:
     """
     error: float = 0.0
     """Standard error of the gap; 0 for bits."""
+    rule: float = 0.5
+    """The probability by a rule that `first+second` is better, whatever the gap; 0.5: no rule."""
 
     @property
     def probability(self) -> float:
-        """The probability that `first+second` is the better order; 0.5 where nothing is known."""
+        """The probability that `first+second` is the better order; 0.5 where nothing is known.
+
+        The odds of the rule times those of the gap, which never count more than `SURE`.
+        """
         if not self.gap:
             return 0.5
         if self.error == 0:
             return float(self.gap > 0)
-        return 0.5 * math.erfc(-self.gap / self.error / math.sqrt(2))
+        of_gap = 0.5 * math.erfc(-self.gap / self.error / math.sqrt(2))
+        if self.rule == 0.5:
+            return of_gap
+        of_gap = min(max(of_gap, 1 - SURE), SURE)
+        odds = self.rule / (1 - self.rule) * of_gap / (1 - of_gap)
+        return odds / (1 + odds)
 
     @property
     def better(self) -> str | None:

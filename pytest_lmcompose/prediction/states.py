@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,8 @@ class Predicted(NamedTuple):
     """Predictions of pairs, and the steps without which others cannot be predicted."""
 
     pairs: tuple[Pair, ...]
-    missing: tuple[str, ...]
-    """Steps whose states the cache does not have."""
+    missing: Mapping[str, tuple[str, ...] | None]
+    """Steps whose states the cache does not have, and in what the most similar ones differ; see `differences`."""
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def predict(manager: StateManager, data: RunData, compositions: Iterable[Composi
     pairs = pairs_of(compositions)
     steps = dict.fromkeys(step for pair in pairs for step in pair)
     found = {step: manager.stored(Composition((step,))) for step in steps}
-    missing = tuple(str(step) for step, state in found.items() if state is None)
+    missing = {str(step): manager.differences(Composition((step,))) for step, state in found.items() if state is None}
     with manager.visit(Composition()) as state:
         base, probes = manager.base, Probes.of(state.tokenizer, data)
         layers = {

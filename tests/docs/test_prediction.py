@@ -44,3 +44,22 @@ def test_the_share_is_that_of_the_told_with_its_exact_interval(scores: Any) -> N
     table = {row[0]: row[1:] for row in scores.rows(found)}
     assert table["edit"] == table["all but bits"] == ("11", "9", "1", "1", "0.90 (0.55 to 1.00)")
     assert table["recall"] == ("0", "0", "0", "0", "-")
+
+
+def test_effects_of_one_run_are_looked_up_in_the_other(scores: Any) -> None:
+    low, high = [0.1, 0.2, 0.1, 0.2], [0.9, 0.8, 0.9, 0.81]
+
+    def report(better: str, worse: str) -> Any:
+        return documents.typed(
+            documents.report(
+                {
+                    better: {"recall": high, "edit_success_margin": high},
+                    worse: {"recall": low, "edit_success_margin": high},
+                    "a+c": {"recall": high},
+                }
+            )
+        )
+
+    one, other = report("a+b", "b+a"), report("b+a", "a+b")
+    assert list(scores.again(one, one)) == [("recall", "a+b, b+a", "same sign")]
+    assert list(scores.again(one, other)) == [("recall", "a+b, b+a", "opposite sign")]

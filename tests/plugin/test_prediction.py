@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmcompose.budget import Budget
+from pytest_lmcompose.cache.folder import Cache
+from pytest_lmcompose.cache.run_cache import RunCache, StoredState
 from pytest_lmcompose.composition import Step, parse
 from pytest_lmcompose.costs import Costs, StepCost
 from pytest_lmcompose.plan import reads_none
-from pytest_lmcompose.prediction.effects import Effect, Grid, commutator, pruned, survival
+from pytest_lmcompose.prediction.effects import Effect, Grid, Mask, commutator, survival
+from pytest_lmcompose.prediction.lines import cell
 from pytest_lmcompose.prediction.predict import Predictor
 from pytest_lmcompose.prediction.records import Pair, Prediction, in_order_of_information, pairs_of
 from tests.plugin.conftest import NO_CACHE, Project
@@ -51,6 +54,18 @@ def test_a_weight_that_changes_no_more_is_rounded_as_before_however_that_was_cho
         torch.testing.assert_close(grid.round(base, state, torch.zeros_like(base)), state)
 
 
+def test_a_grid_is_the_same_whatever_is_likely() -> None:
+    fine, coarse, none = rounded(weight()), rounded(weight(1), 0.3), weight(2)
+    for values in (fine, coarse):
+        found = Grid.of(values)
+        assert found is not None
+        for likely in map(Grid.of, (fine, coarse)):
+            again = Grid.of(values, likely)
+            assert again is not None and again[:2] == found[:2]
+            torch.testing.assert_close(again.steps, found.steps, rtol=1e-6, atol=0)
+    assert Grid.of(none, Grid.of(fine)) is None
+
+
 def test_an_update_leaves_the_bucket_as_rounding_to_nearest_does() -> None:
     base = weight()
     delta = weight(1, scale=0.02) * (base.abs() < 0.5)  # within the range of the grid
@@ -61,18 +76,27 @@ def test_an_update_leaves_the_bucket_as_rounding_to_nearest_does() -> None:
     assert 0.02 < float((found != grid.round(base, rounded(base), 0 * delta)).float().mean()) < 0.5
 
 
-def test_pruning_chooses_again_what_magnitude_pruning_would() -> None:
+def largest(values: Tensor, counts: Tensor) -> Tensor:
+    """Keep so many values of each row, those of largest magnitude."""
+    places = values.abs().argsort(dim=1, descending=True).argsort(dim=1)
+    return values * (places < counts.unsqueeze(1))
+
+
+@pytest.mark.parametrize("counts", [torch.full((ROWS,), COLS // 2), 4 * torch.arange(ROWS)])
+def test_pruning_chooses_again_what_magnitude_pruning_would(counts: Tensor) -> None:
     base, delta = weight(), weight(1, scale=0.1)
-
-    def magnitude(values: Tensor) -> Tensor:
-        lowest = values.abs().kthvalue(COLS // 2, dim=1, keepdim=True).values
-        return values * (values.abs() > lowest)
-
-    one = torch.ones(1)
-    torch.testing.assert_close(pruned(base, magnitude(base), 0 * delta, one), magnitude(base))
-    found, wanted = pruned(base, magnitude(base), delta, one), magnitude(base + delta)
+    own = largest(base, counts)
+    mask = Mask.of(base, own, torch.ones(1))
+    assert mask is not None
+    torch.testing.assert_close(mask.prune(base, own, 0 * delta), own)
+    found, wanted = mask.prune(base, own, delta), largest(base + delta, counts)
     assert ((found == 0) == (wanted == 0)).float().mean() > 0.98
-    torch.testing.assert_close((found != 0).sum(1), (wanted != 0).sum(1))
+    torch.testing.assert_close((found != 0).sum(1), counts)
+
+
+def test_a_weight_with_few_zeros_has_no_mask() -> None:
+    base = weight()
+    assert Mask.of(base, base * (base.abs() > 0.005), torch.ones(1)) is None
 
 
 def test_an_edit_of_a_model_with_other_scales_acts_on_its_scaled_inputs() -> None:
@@ -132,13 +156,15 @@ class ReadsWeight:
 
 
 @torch.no_grad()
-def predictor() -> Predictor:
+def predictor(moved: float = 0.03) -> Predictor:
+    """Return a predictor of one weight, whose first row an edit moves."""
     base = rounded(weight(scale=0.5)) + 1e-3
     edited = base.clone()
-    edited[0] += 0.03  # less than half a step
+    edited[0] += moved  # less than half a step
     effects = {
         Step("memit"): effect("edit", base, edited),
         Step("rtn"): effect("compress", base, rounded(base)),
+        Step("wanda"): effect("compress", base, base * (base.abs() > 0.2)),
         Step("rmu"): effect("unlearn", base, base - 0.5 * (edited - base)),
     }
     probes: Any = ReadsWeight(base)
@@ -164,11 +190,28 @@ def test_a_step_keeps_its_own_promise_where_it_comes_last() -> None:
     assert [other.better for other in rest] == [None]
 
 
+@pytest.mark.parametrize(("moved", "better"), [(0.03, "wanda+memit"), (0.009, None)])
+def test_an_edit_that_holds_belongs_after_pruning_also_for_other_text(moved: float, better: str | None) -> None:
+    told = {p.promise: p for p in predictor(moved).pair(Step("memit"), Step("wanda")).predictions}
+    assert told["perplexity"].better == better
+
+
+@pytest.mark.parametrize(("gap", "better"), [(0.01, "a+b"), (0.0001, "a+b"), (-0.5, None)])
+def test_a_rule_decides_unless_the_gap_says_the_opposite(gap: float, better: str | None) -> None:
+    assert Prediction("a", "b", "edit", gap, 0.1, rule=0.93).better == better
+    assert Prediction("b", "a", "edit", -gap, 0.1, rule=0.07).better == better
+
+
 @pytest.mark.parametrize(("gap", "better"), [(0.5, "a+b"), (-0.5, "b+a"), (0.05, None), (0.0, None), (None, None)])
 def test_an_order_is_called_better_only_where_that_is_probable(gap: float | None, better: str | None) -> None:
     prediction = Prediction("a", "b", "edit", gap, 0.1)
     assert prediction.better == better
     assert json.loads(json.dumps(prediction.plain()))["better"] == better
+
+
+def test_a_gain_is_named_only_in_the_direction_of_the_better_order() -> None:
+    cells = [cell(Prediction("a", "b", "edit", gap, 0.1, rule=0.93)) for gap in (0.5, -0.001, None)]
+    assert cells == ["a first (0.5)", "a first", "cannot tell"]
 
 
 def test_what_is_least_certain_goes_first_after_single_steps() -> None:
@@ -212,6 +255,16 @@ def test_predictions_come_from_the_cache_of_earlier_runs(project: Project, tmp_p
     project.run("--lmcompose-budget=1h", compose=("nudge", "nudge[layers=[1]]")).assert_outcomes(passed=2)
     result = project.run("--lmcompose-plan", compose=orders)
     result.stdout.fnmatch_lines(["predicted better orders*", "  nudge, nudge[[]layers=[[]1[]][]]: cannot tell"])
+
+
+def test_a_missing_state_is_compared_with_the_most_similar_one(tmp_path: Path) -> None:
+    cache = RunCache(Cache(tmp_path, 10**6, pytest.fail), "model")
+    state = StoredState({"w": torch.zeros(2)}, (), "hash")
+    for number, parts in enumerate(({"seed": 1, "code": "a"}, {"seed": 2, "code": "b"})):
+        cache.keep_state(f"{number}" * 64, parse("ft"), state, parts, step_bytes=8)
+    assert cache.differences(parse("ft"), {"seed": 1, "code": "c"}) == ("code",)
+    assert cache.differences(parse("ft"), {"seed": 3, "code": "c"}) == ("seed", "code")
+    assert cache.differences(parse("awq"), {"seed": 1, "code": "a"}) is None
 
 
 @pytest.mark.parametrize("value", ["10", "0s", "ten minutes", "-1s", "1 h"])
