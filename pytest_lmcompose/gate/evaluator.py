@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from evaluators.measurement import EvaluationError, Measurement
 from pytest_lmcompose.baseline.reference import UPDATE, Circumstances
 from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.composition_run import Result
 from pytest_lmcompose.errors import BuildError
 from pytest_lmcompose.gate.judge import Reference, count_paired, judge, settle
 from pytest_lmcompose.gate.off import why_off
 from pytest_lmcompose.gate.paired import BASE_MODEL
 from pytest_lmcompose.gate.promises import promises
 from pytest_lmcompose.gate.thresholds import BASELINE, compares_with, needs_baseline
-from pytest_lmcompose.results import Gate
+from pytest_lmcompose.results import CompositionResult, Gate
 from pytest_lmcompose.run import Run
+
+if TYPE_CHECKING:
+    from pytest_lmcompose.steps import StepRecord
+
+Look = Callable[[CompositionResult], None]
 
 
 class GateEvaluator:
@@ -29,16 +37,23 @@ class GateEvaluator:
         self._counted: dict[tuple[str, ...], tuple[frozenset[Composition], int]] = {}
         """By measured metrics: the expected compositions and the number of their paired gates."""
 
-    def gates(self, composition: Composition) -> tuple[Gate, ...]:
+    def gates(self, composition: Composition, look: Look | None = None) -> tuple[Gate, ...]:
         """Judge the measurements of `composition` by the rules.
 
-        Paired gates are corrected together with all judged so far; `judge.settle` corrects them finally.
+        Paired gates are corrected together with all judged so far; `judge.settle` corrects them finally. `look` is
+        called while the composition is measured, if once, with the gates that compare single values: an exception of
+        it ends the measuring, and nothing is kept.
         """
         rules, run = self.run.rules, self.run
         known = {other.id: self._state(other) for other in compares_with(rules, composition)}
         if needs_baseline(rules, composition.id):
             known[BASELINE] = self._stored_run(composition)
-        measured = run.measurements(composition)
+        if look is not None and len(run.seeds) == 1:
+            run.watch = partial(self._look, composition, known, look)
+        try:
+            measured = run.measurements(composition)
+        finally:
+            run.watch = None
         total = max(1, self._count_paired(composition, measured))
         found = judge(
             rules,
@@ -55,6 +70,22 @@ class GateEvaluator:
             found = self._paired[composition.id] = settle(self._paired, total)[composition.id]
         run.result(composition).gates = found
         return found
+
+    def _look(
+        self,
+        composition: Composition,
+        known: Mapping[str, Reference],
+        look: Look,
+        seen: Composition,
+        steps: Sequence[StepRecord],
+        measured: Sequence[Measurement],
+    ) -> None:
+        """Show `look` what is known of `composition` so far."""
+        if seen == composition:
+            made = tuple(promises(self.run.recipe, composition, steps))
+            gates = judge(self.run.rules, composition.id, measured, known, promises=made, off=self.off)
+            single = tuple(gate for gate in gates if gate.value is not None and not gate.paired and not gate.pool)
+            look(Result(composition, tuple(steps), measurements=tuple(measured), gates=single).record())
 
     def off(self, glob: str) -> str | None:
         """Return why the recipe measures no metric that `glob` matches."""

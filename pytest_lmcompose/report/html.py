@@ -99,6 +99,7 @@ def render(report: Report, baseline: Report | None = None) -> str:
         {} if missing_figures() else _figures(report, metrics),
         report=report,
         decision=decide(report),
+        repairs={fix.composition: fix for fix in report.repairs},
         most=REASONS,
         gates=summarise_gates(records),
         closeness=closeness_rows(records),
