@@ -315,7 +315,7 @@ def test_without_a_repair_the_nearest_trial_is_found_and_the_budget_kept(simulat
         def left(self) -> float:
             return self.seconds - 3 * len(run.built)
 
-    for seconds, trials in ((3, 1), (5, 1), (15, 5)):
+    for seconds, trials in ((3, 1), (4, 1), (15, 5)):
         run = simulated(metrics, PROMISES, "memit+rtn[bits=3]")
         shutil.rmtree(run.options.cache_dir, ignore_errors=True)
         search = Repairer(Bench(run), run.compositions[0], ThreeSeconds(seconds), ignore)
@@ -530,7 +530,7 @@ def test_what_a_search_found_becomes_the_cheapest_fix() -> None:
         Fix(
             "rtn+ft",
             None,
-            "lmcompose repair found none (2 trials, 10 min); nearest: rtn+memit, red, 1 of 5 gates, worst recall min "
+            "lmcompose repair found none (2 trials, 10 min 0 s); nearest: rtn+memit, red, 1 of 5 gates, worst recall min "
             "-0.100",
         ),
         Fix("ft", "memit+rtn", "by itself, it passed all gates"),
