@@ -45,10 +45,10 @@ class Trial(Base, frozen=True):
         return sum(self.violations.values())
 
     def as_far_as(self, asked: Trial, record: CompositionResult) -> Trial:
-        """Return the trial, stopped after the gates of `record`: the others fail as in `asked`."""
+        """Return the trial, stopped after the gates of `record`; the others come last, and fail as in `asked`."""
         judged = {f"{gate.metric} {gate.gate}" for gate in record.gates}
         others = {gate: margin for gate, margin in asked.failed.items() if gate not in judged}
-        failed = dict(sorted({**self.failed, **others}.items(), key=lambda pair: pair[1]))
+        failed = {**self.failed, **others}
         return replace(self, failed=failed, margin=min(failed.values()), stopped=True)
 
 
