@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 _LONGEST_ANSWER = 80
 
@@ -36,6 +38,10 @@ class Measurement:
     """One label per sample; samples of a cluster are not independent; empty: all are independent."""
     answers: tuple[str, ...] = ()
     """The model's answer to each sample, shortened by `shorten`; empty if not generated or not kept."""
+    total: int = 0
+    """Number of samples of the whole data, if they are measured in parts; 0: they are measured at once."""
+    level_share: float = 1.0
+    """Share of a test's level that belongs to the samples so far; those of all parts add up to 1."""
 
     @classmethod
     def mean(
@@ -79,6 +85,31 @@ class Measurement:
             _numbered(clusters or ()),
             tuple(answers),
         )
+
+    def with_part(self, part: Measurement) -> Measurement:
+        """Return a mean over these samples and those of the next part of the data.
+
+        The share of the level grows with the square of the share of the samples, so the last parts have most of it.
+        """
+        both = Measurement.mean(
+            self.metric,
+            self.samples + part.samples,
+            higher_is_better=self.higher_is_better,
+            note=part.note,
+            answers=self.answers + part.answers if self.answers and part.answers else (),
+        )
+        return dataclasses.replace(both, total=self.total, level_share=(both.n**2 - self.n**2) / self.total**2)
+
+    def first(self, n: int) -> Measurement:
+        """Return the mean over the first n samples."""
+        found = Measurement.mean(
+            self.metric,
+            self.samples[:n],
+            higher_is_better=self.higher_is_better,
+            note=self.note,
+            answers=self.answers[:n],
+        )
+        return dataclasses.replace(found, total=self.total, level_share=self.level_share)
 
     @property
     def is_mean(self) -> bool:
@@ -125,7 +156,7 @@ def ratio_error(deviations: Collection[float], total: float) -> float | None:
     units = len(deviations)
     if units < 2:
         return None
-    error = math.sqrt(units / (units - 1) * math.fsum(d * d for d in deviations)) / total
+    error = math.sqrt(units / (units - 1) * math.fsum(map(mul, deviations, deviations))) / total
     return error if math.isfinite(error) else None
 
 

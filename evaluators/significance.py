@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -194,17 +193,19 @@ def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
     share = losses / either if either else 0.0
     ways = special.gammaln(n + 1) - special.gammaln(changed + 1) - special.gammaln(n - changed + 1)
     chances = np.exp(ways + special.xlogy(changed, either) + special.xlog1py(n - changed, -either))
-    found = chances @ special.bdtrc(_critical(n, alpha)[changed], changed, share)
+    found = chances @ special.bdtrc(_critical(changed, alpha), changed, share)
     return float(found)
 
 
-@lru_cache(maxsize=64)
-def _critical(n: int, alpha: float) -> Floats:
-    """Return for how many losses McNemar's test just does not reject, among none to `n` changes."""
-    changed = np.arange(n + 1, dtype=np.int64)
-    most = np.ceil(special.bdtrik(1 - alpha, np.maximum(changed, 1), 0.5))
-    fewer = np.maximum(most - 1, 0)
-    return np.where(changed == 0, 0, np.where(special.bdtr(fewer, changed, 0.5) >= 1 - alpha, fewer, most))
+def _critical(changed: NDArray[np.int64], alpha: float) -> Floats:
+    """Return for how many losses among so many changes McNemar's test just does not reject."""
+    some = np.maximum(changed, 1)
+    most = np.clip(np.ceil(some / 2 + quantile(alpha) * np.sqrt(some) / 2), 0, some)  # about; then counted exactly
+    while (more := special.bdtr(most, some, 0.5) < 1 - alpha).any():
+        most = most + more
+    while (fewer := (most > 0) & (special.bdtr(np.maximum(most - 1, 0), some, 0.5) >= 1 - alpha)).any():
+        most = most - fewer
+    return np.where(changed == 0, 0, most)
 
 
 def quantile(tail: float) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from evaluators.data import EvaluationData, RetainReference
@@ -72,13 +73,18 @@ def measure_state(
     steps: Sequence[StepRecord] = (),
     *,
     is_base: bool = False,
+    first: Collection[str] = (),
+    watch: Callable[[Sequence[Measurement]], None] | None = None,
+    enough: Callable[[Sequence[Measurement]], bool] | None = None,
 ) -> list[Measurement]:
     """Run the evaluators that the recipe switches on and return their measurements.
 
     `grids` says how the checkpoint stored quantised weights, `steps` what made the state, and
     `is_base` whether it is the model that `unedited` is of. `progress` is called before
-    each evaluator with its name, its number from 1 and the total. Raises EvaluationError for a metric that is measured
-    twice.
+    each evaluator with its name, its number from 1 and the total. The evaluators of the metrics `first` run first, and
+    `watch` is called after each but the last, with what was measured so far: an exception of it ends the measuring.
+    With `evaluate.sequential`, `enough` says whether the questions asked so far decide the state.
+    Raises EvaluationError for a metric that is measured twice.
     """
     evaluation_data = EvaluationData(
         edits=data.edits,
@@ -100,18 +106,28 @@ def measure_state(
         refusal=data.refusal,
         grids=grids or {},
         sequence=last_sequence(steps),
+        enough=enough,
     )
     chosen = list(switched_on(evaluate))
     found: dict[str, Measurement] = {}
-    for number, (evaluator, settings) in enumerate(chosen, start=1):
+    places: dict[str, int] = {}
+
+    def later(place: int) -> bool:
+        return not any(fnmatchcase(name, metric.name) for name in first for metric in chosen[place][0].metrics)
+
+    for number, place in enumerate(sorted(range(len(chosen)), key=later), start=1):
+        evaluator, settings = chosen[place]
         if progress is not None:
             progress(evaluator.name, number, len(chosen))
         for measurement in evaluator.load()(model, tokenizer, settings, evaluation_data):
+            places[measurement.metric] = place
             if found.setdefault(measurement.metric, measurement) is not measurement:
                 raise EvaluationError(
                     f"the evaluator {evaluator.name} returns {measurement.metric}, which was already measured"
                 )
-    return list(found.values())
+        if watch is not None and number < len(chosen):
+            watch(tuple(found.values()))
+    return sorted(found.values(), key=lambda measurement: places[measurement.metric])
 
 
 def last_sequence(steps: Sequence[StepRecord]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,12 @@ class Run(RunSetup):
         self.results: dict[Composition, Result] = {}
         self.touched: dict[Composition, Result] = {}
         """Results that may have changed since they were last sent to the controller."""
+        self.first: Collection[str] = ()
+        """Metrics to measure first."""
+        self.watch: Callable[[Composition, Sequence[StepRecord], Sequence[Measurement]], None] | None = None
+        """Called with what is measured of a state so far; its exceptions end the measuring, and nothing is kept."""
+        self.enough: Callable[[Composition, Sequence[StepRecord], Sequence[Measurement]], bool] | None = None
+        """Whether the questions that were asked of a state decide it, see `EvaluateSettings.sequential`."""
         self.counter = Counter(options.repeats)
         self._applied = applied
         self._doing: Callable[[str], None] = lambda text: doing(
@@ -282,6 +288,9 @@ class Run(RunSetup):
                 state.grids,
                 state.steps,
                 is_base=self.compares_with_own_base and not composition.steps,
+                first=self.first,
+                watch=None if self.watch is None else partial(self.watch, composition, state.steps),
+                enough=None if self.enough is None else partial(self.enough, composition, state.steps),
             )
             end = time.perf_counter()
         self._count(composition, end - begun, f"{end - start:.1f} s to measure")

@@ -104,7 +104,7 @@ class RunCache:
             self.building(address, composition),
             lambda: self._measurements(address),
             make,
-            lambda found: self._keep_measurements(address, composition, found),
+            lambda found: None if found.partial else self._keep_measurements(address, composition, found),
         )
 
     def retained(self, address: str, make: Callable[[], RetainReference]) -> RetainReference:
@@ -144,10 +144,10 @@ class RunCache:
             return None
         self.measurements_read += 1
         about = entry.about
-        found = tuple(
-            Measurement(**{key: tuple(value) if isinstance(value, list) else value for key, value in item.items()})
-            for item in fields
-        )
+        plain: list[dict[str, Any]] = [
+            {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()} for item in fields
+        ]
+        found = tuple(Measurement(**item) for item in plain)
         return Repeat(about["seed"], about["state_hash"], _steps(entry), found, about["evaluate_seconds"])
 
     def _keep_measurements(self, address: str, composition: Composition, found: Repeat) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,11 +72,12 @@ class _InRun:
         from pytest_lmcompose.search.tune import SearchError
 
         with usage_errors():
-            run = Run(read_options(config), ignore)
+            run = Run(read_options(config), ignore, lambda text: _show(f"{text}, {bench.deadline} left"))
+            bench = Bench(run)
             run.check()
             check_device(run.options.device)
             try:
-                self._work(Bench(run))
+                self._work(bench)
             except KeyboardInterrupt:
                 click.echo(_INTERRUPTED)
             except (WorldError, EvaluationError, SearchError) as error:
@@ -93,15 +97,33 @@ def _in_run(work: Callable[[Bench], None], given: Sequence[str], compose: Sequen
 
 
 def _say(line: str) -> None:
+    _show("")
     click.echo(visible(line))
+
+
+def _show(text: str) -> None:
+    """Show `text` as the last line of a terminal, until the next line is printed."""
+    if sys.stderr.isatty() and not os.environ.get("CI"):
+        width = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r{visible(text)[:width]:{width}}\r", nl=False, err=True)
 
 
 @click.command(cls=RunCommand, shown=_RUN)
 @click.argument("what", nargs=-1, required=True, metavar="COMPOSITION...|RUN")
 @_BUDGET
 @_JSON
+@click.option("--html", metavar="PATH", help="Write the page of RUN, with the repairs as the cheapest fixes.")
+@click.option("--report", "report_file", metavar="PATH", help="Write the report of RUN with the repairs.")
 @STORAGE
-def repair(what: Sequence[str], budget: float, json_file: str | None, storage: Path, **values: Any) -> None:
+def repair(
+    what: Sequence[str],
+    budget: float,
+    json_file: str | None,
+    html: str | None,
+    report_file: str | None,
+    storage: Path,
+    **values: Any,
+) -> None:
     """Search for the smallest change of a red COMPOSITION, or of each red one of RUN, that turns all gates green.
 
     Tries another order, a repeated step, layers to spare, and the settings that matter most: single changes first,
@@ -112,9 +134,12 @@ def repair(what: Sequence[str], budget: float, json_file: str | None, storage: P
     repaired or was green, and 1 if not: then the best composition found is printed.
     """
     from pytest_lmcompose.results import encode
-    from pytest_lmcompose.search.records import Repairs
+    from pytest_lmcompose.search.records import Repairs, with_repairs
 
     report = _report(what[0], storage) if len(what) == 1 else None
+    if report is None and (html or report_file):
+        raise click.UsageError(f"{'--html' if html else '--report'} is about a run: name its report or a stored run")
+    _check_files({"--json": json_file, "--html": html, "--report": report_file})
     if report is not None:
         red = [r for r in report.compositions if r.id != BASE and (r.error or any(not g.passed for g in r.gates))]
         what = [record.id for record in red]
@@ -123,7 +148,6 @@ def repair(what: Sequence[str], budget: float, json_file: str | None, storage: P
             return
         seeds = {"seed": str(report.seed), "repeats": str(report.repeats)}
         values |= {key: values[key] or value for key, value in seeds.items()}
-    _check_files({"--json": json_file})
     given = arguments(values)
     found: list[Repair] = []
 
@@ -137,6 +161,13 @@ def repair(what: Sequence[str], budget: float, json_file: str | None, storage: P
     if len(found) > 1 or len(what) > 1:
         click.echo(f"{sum(one.repaired for one in found)} of {counted(len(what), 'composition')} repaired")
     _write(json_file, lambda: encode(Repairs("repair", 1, budget, tuple(found)), indent=1))
+    if report is not None:
+        fixed = with_repairs(report, found)
+        _write(report_file, lambda: encode(fixed, indent=1))
+        if html is not None:
+            from pytest_lmcompose.report import html as page
+
+            _write(html, lambda: page.render(fixed))
     if len(found) < len(what) or not all(one.repaired for one in found):
         raise click.exceptions.Exit(FAILED)
 
@@ -184,7 +215,7 @@ def tune(
 def _tuned(bench: Bench, composition: Composition, budget: float, cost: str | None) -> Tuning:
     from interventions.ranges import searched
     from interventions.registry import category_of
-    from pytest_lmcompose.search.bench import Budget
+    from pytest_lmcompose.search.bench import Deadline
     from pytest_lmcompose.search.records import Tuning
     from pytest_lmcompose.search.tune import SearchError, Tuner
 
@@ -193,7 +224,7 @@ def _tuned(bench: Bench, composition: Composition, budget: float, cost: str | No
     if not any(searched(bench.run.recipe.settings(composition.steps[-1]))):
         raise SearchError(f"{composition.steps[-1].method} has no setting to search")
     usual = "average_bits" if category_of(composition.steps[-1].method) == "compress" else "perplexity"
-    limit = Budget(budget)
+    limit = Deadline(budget)
     search = Tuner(bench, composition, limit, _say, cost or usual)
     try:
         search.search()
@@ -215,11 +246,11 @@ def _tuned(bench: Bench, composition: Composition, budget: float, cost: str | No
 
 def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequence[str]) -> Iterator[Repair]:
     """Search for a repair; print and yield what is found, also if the search is interrupted."""
-    from pytest_lmcompose.search.bench import Budget
+    from pytest_lmcompose.search.bench import Deadline
     from pytest_lmcompose.search.records import Repair
     from pytest_lmcompose.search.repair import Repairer
 
-    limit, interrupted = Budget(budget), None
+    limit, interrupted = Deadline(budget), None
     search = Repairer(bench, composition, limit, _say)
     try:
         search.search()
@@ -238,9 +269,10 @@ def _repaired(bench: Bench, composition: Composition, budget: float, given: Sequ
 
 def _print_repair(found: Repair) -> None:
     from pytest_lmcompose.costs import duration
-    from pytest_lmcompose.search.records import verdict
+    from pytest_lmcompose.search.records import extra_cost, verdict
 
     asked, best = found.asked, found.best
+    _show("")
     if asked.green:
         click.echo(visible(f"{found.composition} is green as it is"))
         return
@@ -248,18 +280,11 @@ def _print_repair(found: Repair) -> None:
     head = "repaired" if found.repaired else "not repaired; the best found"
     click.echo(visible(f"{head}: {best.composition}  ({trials})"))
     click.echo(visible(f"  changes: {'; '.join(best.changes) or 'none'} (distance {best.distance})"))
-    click.echo(f"  costs: {_cost('bits a weight', best.bits, asked.bits)}, ", nl=False)
-    click.echo(_cost("s to build", best.build_seconds, asked.build_seconds))
+    click.echo(f"  costs: {extra_cost(found)}")
     click.echo(visible(f"  gates: {verdict(best)}"))
     for note in found.notes:
         click.echo(visible(f"  note: {note}"))
     click.echo(visible(f"  run it: {found.command}"))
-
-
-def _cost(unit: str, now: float | None, before: float | None) -> str:
-    if now is None or before is None:
-        return f"unknown {unit}"
-    return f"{now:.3g} {unit}" + (f" instead of {before:.3g}" if f"{now:.3g}" != f"{before:.3g}" else " as before")
 
 
 def _report(name: str, storage: Path) -> Report | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from pytest_lmcompose.gate.thresholds import LOSS, LOSS_ERRORS, LOSS_PERCENT, PROMISED
 from pytest_lmcompose.results import CompositionResult, Gate
 
+WORST = -10.0
+"""The margin of a gate that has no value, or whose value is far beyond its limit."""
 _LEAST = 1e-6
 """A failed gate is at least this far below its limit."""
 
@@ -12,20 +16,23 @@ _LEAST = 1e-6
 def margins(record: CompositionResult) -> list[tuple[Gate, float]]:
     """Return each gate with its distance from its limit, as a share of the limit: negative if it failed.
 
-    Between -1 and 1. A metric that was not measured or is not finite is at -1.
+    From -10 to 1; below -1, distances count by their logarithm. A metric that was not measured or is not finite is at
+    -10.
     """
     higher = {measured.metric: measured.higher_is_better for measured in record.measurements}
     return [(gate, _margin(gate, higher.get(gate.metric, True))) for gate in record.gates]
 
 
 def _margin(gate: Gate, higher: bool) -> float:
-    share = max(-1.0, min(1.0, _share(gate, higher)))
+    share = min(1.0, _share(gate, higher))
+    if share < -1:
+        share = max(WORST, -1 - math.log(-share))
     return max(share, 0.0) if gate.passed else min(share, -_LEAST)
 
 
 def _share(gate: Gate, higher: bool) -> float:
     if gate.value is None or gate.threshold is None:
-        return -1.0
+        return -math.inf
     if gate.paired is not None:
         return gate.paired.p_holm / gate.threshold - 1
     if gate.evidence is not None:

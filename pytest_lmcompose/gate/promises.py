@@ -70,14 +70,19 @@ def promises(recipe: Recipe, composition: Composition, ran: Sequence[StepRecord]
             yield Promise(step, category, next(attacks, None), settings=settings)
 
 
-def broken(recipe: Recipe, composition: Composition) -> list[str]:
-    """Return why promises do not hold at the end, unless a later step makes the same promise."""
+def unkept(recipe: Recipe, composition: Composition) -> list[Promise]:
+    """Return the promises that a later step breaks, unless a step after it makes the same promise."""
     found = list(promises(recipe, composition))
     held = {(p.category, p.metric, p.value) for p in found if p.broken_by is None}
+    return [p for p in found if p.broken_by is not None and (p.category, p.metric, p.value) not in held]
+
+
+def broken(recipe: Recipe, composition: Composition) -> list[str]:
+    """Return why promises do not hold at the end, unless a later step makes the same promise."""
     reasons: dict[tuple[Step, Step, bool], list[str]] = {}
-    for p in found:
-        if p.broken_by is not None and (p.category, p.metric, p.value) not in held:
-            reasons.setdefault((p.step, p.broken_by, p.metric is None), []).append(p.words)
+    for p in unkept(recipe, composition):
+        assert p.broken_by is not None
+        reasons.setdefault((p.step, p.broken_by, p.metric is None), []).append(p.words)
     return [
         f"{step} promises {' and '.join(dict.fromkeys(words))}, "
         + (f"and {breaker}, an attack, follows it" if attack else f"but {breaker} follows it: use {composition}+{step}")

@@ -25,6 +25,7 @@ _UNUSED = re.compile(
     r'| font-size="12px"| fill="var\(--fg\)"| text-anchor="start"'
 )
 """What nothing reads, or the style sheet says of every text."""
+_RGB = re.compile(r"rgb\((\d+), ?(\d+), ?(\d+)\)")
 _EMPTY = re.compile(r'<path d="M0,0h[^"]*"[^>]*/>|<g>\s*</g>|<rect[^>]* fill="transparent"/>')
 _GROUP = re.compile(r"<g>(<(?:text|path|line|rect)[^<>]*(?:/>|>[^<]*</text>))</g>")
 
@@ -42,4 +43,5 @@ def drawing(plot: Plot) -> str:
 
 
 def _smaller(tag: re.Match[str]) -> str:
-    return re.sub(r"(\.\d)\d+", r"\1", _UNUSED.sub("", tag[0]))
+    text = re.sub(r"(\.\d)\d+", r"\1", _UNUSED.sub("", tag[0]))
+    return _RGB.sub(lambda colour: "#" + "".join(f"{int(part):02x}" for part in colour.groups()), text)

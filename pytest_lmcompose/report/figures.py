@@ -342,7 +342,7 @@ def _heatmap(
     shade["scale"] = {**colours, "domain": domain}
     text: Spec = {"field": "text", "type": "nominal"}
     layers: list[Spec] = [
-        {"mark": {"type": "rect", "cornerRadius": 3}, "encoding": {"color": shade}},
+        {"mark": {"type": "rect"}, "encoding": {"color": shade}},
         {
             "mark": {"type": "text", "fontSize": 12},
             "encoding": {"text": text, "color": {"condition": {"test": strong, "value": "white"}, "value": "#111"}},

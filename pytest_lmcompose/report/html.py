@@ -7,6 +7,7 @@ cannot inject code.
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import importlib.util
 import re
@@ -39,6 +40,11 @@ from pytest_lmcompose.results import CompositionResult, Measured, Report
 TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = 12
 """Maximum number of changed samples shown per metric and composition."""
+LARGE = 300_000
+"""Bytes from which on the later sections of a page are compressed."""
+_CUT = "<!-- cut -->"
+"""Before and after these sections in a template."""
+_NEEDS_SCRIPT = "The other sections are compressed. To read them, allow this page its script, in a browser since 2023."
 SHOWN = 3
 """Items shown of a long list in the details of a step."""
 _LONG_LIST, _LONG_MAPPING = 8, 16
@@ -99,6 +105,7 @@ def render(report: Report, baseline: Report | None = None) -> str:
         {} if missing_figures() else _figures(report, metrics),
         report=report,
         decision=decide(report),
+        repairs={fix.composition: fix for fix in report.repairs},
         most=REASONS,
         gates=summarise_gates(records),
         closeness=closeness_rows(records),
@@ -141,7 +148,16 @@ def page(template: str, drawn: Mapping[str, Figure], **values: Any) -> str:
         **values,
     )
     # Cells and rows end where the next one begins, which saves a tenth of a page.
-    return re.sub(r"\s*</t[dhr]>\s*(?=<(?:t[dhr]|/t(?:r|head|body))\b)", "", str(found))
+    return _packed(re.sub(r"\s*</t[dhr]>\s*(?=<(?:t[dhr]|/t(?:r|head|body))\b)", "", str(found)))
+
+
+def _packed(text: str) -> str:
+    """Return a page whose later sections are compressed if it is large; its script unpacks them."""
+    first, *rest = text.split(_CUT)
+    if not rest or len(text.encode()) <= LARGE:
+        return first + "".join(rest)
+    data = base64.b64encode(gzip.compress(rest[0].encode(), mtime=0)).decode()
+    return f'{first}<p class="notice" id="packed" data-gzip="{data}">{_NEEDS_SCRIPT}</p>{rest[1]}'
 
 
 def missing_figures() -> str | None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 from evaluators.measurement import EvaluationError
 from pytest_lmcompose.composition import Composition, Step
 from pytest_lmcompose.costs import duration
 from pytest_lmcompose.errors import BuildError, RecipeError
 from pytest_lmcompose.gate.evaluator import GateEvaluator
+from pytest_lmcompose.gate.thresholds import compares_with
 from pytest_lmcompose.results import CompositionResult
 from pytest_lmcompose.run import Run
 
 Say = Callable[[str], None]
 
 
-class Budget:
-    """The time that a search may take."""
+class Deadline:
+    """The time that a search may take, from now on."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -34,7 +36,24 @@ class Budget:
         return max(0.0, self.seconds - self.spent)
 
     def __str__(self) -> str:
-        return f"{duration(self.left)} left"
+        return duration(self.left)
+
+
+class _StopTrial(Exception):
+    """Ends a trial that has shown enough."""
+
+    def __init__(self, record: CompositionResult) -> None:
+        super().__init__()
+        self.record = record
+
+
+class Judged(NamedTuple):
+    """A composition that was judged."""
+
+    record: CompositionResult
+    seconds: float
+    stopped: bool
+    """Whether only some of its gates were judged."""
 
 
 class Bench:
@@ -42,8 +61,12 @@ class Bench:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.deadline = Deadline(0.0)
+        """That of the present search."""
         self._took: dict[str, float] = {}
         """Seconds of each step and method in this process; of an evaluation under an empty name."""
+        self._built: set[Composition] = set()
+        """States that were built in this process."""
 
     def can_start(self, composition: Composition) -> bool:
         """Return whether the recipe allows a composition."""
@@ -54,33 +77,52 @@ class Bench:
         return True
 
     def expected(self, composition: Composition) -> float:
-        """Return the expected seconds of a trial of which nothing is in the cache."""
-        return sum(self._expected(step) for step in (*composition.steps, None))
+        """Return the expected seconds of a trial; states that were built here are in the cache, if there is one."""
+        known = self._built if self.run.cache is not None else ()
+        new = (prefix.steps[-1] for prefix in composition.prefixes() if prefix not in known)
+        return sum(self._expected(step) for step in (*new, None))
 
     def _expected(self, step: Step | None) -> float:
         names = ("",) if step is None else (str(step), step.method)
         known = (self._took[name] for name in names if name in self._took)
         return next(known, self.run.costs.expected(step))
 
-    def judge(self, composition: Composition, asked: Composition) -> tuple[CompositionResult, float]:
-        """Return the result of a composition and the seconds it took; a step that fails is part of the result.
+    def judge(
+        self,
+        composition: Composition,
+        asked: Composition,
+        first: Collection[str] = (),
+        stops: Callable[[CompositionResult], bool] | None = None,
+    ) -> Judged:
+        """Build, measure and judge a composition; a step that fails is part of the result.
 
-        Keeps the states of single steps of `asked` in memory, which others start from. Raises EvaluationError if the
-        base model cannot be measured.
+        The metrics `first` are measured first, and `stops` says whether the gates judged so far are enough. Keeps the
+        states of single steps of `asked` in memory, which others start from. Raises EvaluationError if the base model
+        cannot be measured.
         """
-        start = time.monotonic()
-        result, evaluator = self.run.result(composition), GateEvaluator(self.run)
+        start, run, stopped = time.monotonic(), self.run, None
+        result, evaluator = run.result(composition), GateEvaluator(run)
+
+        def look(record: CompositionResult) -> None:
+            if record.gates and stops is not None and stops(record):
+                raise _StopTrial(record)
+
+        run.first = first
         try:
-            evaluator.gates(composition)  # as in a run of this composition alone
+            evaluator.gates(composition, look)  # as in a run of this composition alone
+        except _StopTrial as stop:
+            stopped = stop.record
+            del run.results[composition], run.touched[composition]
         except (BuildError, EvaluationError):
             if result.error is None:
                 raise
         finally:
-            built = [s for c in (composition, *evaluator.compared_with(composition)) for s in c.prefixes()]
-            self.run.release(s for s in built if len(s.steps) > 1 or s.steps[0] not in asked.steps)
-        record = result.record()
+            built = [s for c in (composition, *compares_with(run.rules, composition)) for s in c.prefixes()]
+            run.release(s for s in built if len(s.steps) > 1 or s.steps[0] not in asked.steps)
+        record = stopped or result.record()
         for step, done in zip(composition.steps, record.steps, strict=False):
             self._took[str(step)] = self._took[step.method] = done.seconds
+        self._built.update(composition.prefixes())
         if record.evaluate_seconds is not None:
             self._took[""] = record.evaluate_seconds
-        return record, time.monotonic() - start
+        return Judged(record, time.monotonic() - start, stopped is not None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from pytest_lmcompose.gate.margin import margins
-from pytest_lmcompose.results import Base, CompositionResult, Number, Seconds, Whole
+from pytest_lmcompose.costs import duration
+from pytest_lmcompose.gate.margin import WORST, margins
+from pytest_lmcompose.results import Base, CompositionResult, Fix, Number, Report, Seconds, Whole, replace
 from pytest_lmcompose.texts import counted
 
 
@@ -25,6 +27,7 @@ class Trial(Base, frozen=True):
     seconds: Annotated[Seconds, Meta(description="that the trial took")]
     metrics: dict[str, float]
     error: str | None = None
+    stopped: Annotated[bool, Meta(description="at red gates; those that were not judged count as asked for")] = False
 
     @property
     def green(self) -> bool:
@@ -34,12 +37,19 @@ class Trial(Base, frozen=True):
     @property
     def violations(self) -> dict[str, float]:
         """How far the failed gates are from their limits."""
-        return {gate: -margin for gate, margin in self.failed.items()} if self.error is None else {"error": 10.0}
+        return {gate: -margin for gate, margin in self.failed.items()} if self.error is None else {"error": -WORST}
 
     @property
     def violation(self) -> float:
         """The sum of the violations; 0: green."""
         return sum(self.violations.values())
+
+    def as_far_as(self, asked: Trial, record: CompositionResult) -> Trial:
+        """Return the trial, stopped after the gates of `record`; the others come last, and fail as in `asked`."""
+        judged = {f"{gate.metric} {gate.gate}" for gate in record.gates}
+        others = {gate: margin for gate, margin in asked.failed.items() if gate not in judged}
+        failed = {**self.failed, **others}
+        return replace(self, failed=failed, margin=min(failed.values()), stopped=True)
 
 
 class Repair(Base, frozen=True):
@@ -97,7 +107,7 @@ def trial_of(
         distance=distance,
         gates=len(judged),
         failed=failed,
-        margin=min((margin for _, margin in judged), default=-1.0) if error is None else -1.0,
+        margin=min((margin for _, margin in judged), default=WORST) if error is None else WORST,
         bits=None if bits is None else bits + metrics.get("overhead_bits", 0.0),
         build_seconds=sum(step.seconds for step in record.steps),
         seconds=seconds,
@@ -113,4 +123,40 @@ def verdict(trial: Trial) -> str:
     if trial.green:
         return f"green, least margin {trial.margin:+.3f}"
     worst, margin = next(iter(trial.failed.items()))
+    if trial.stopped:
+        return f"red, stopped after {counted(trial.gates, 'gate')}, worst {worst} {margin:+.3f}"
     return f"red, {len(trial.failed)} of {counted(trial.gates, 'gate')}, worst {worst} {margin:+.3f}"
+
+
+def extra_cost(found: Repair) -> str:
+    """Return what the best composition costs, beside what was asked for."""
+    best, asked = found.best, found.asked
+    return (
+        f"{_beside('bits a weight', best.bits, asked.bits)}, "
+        f"{_beside('s to build', best.build_seconds, asked.build_seconds)}"
+    )
+
+
+def _beside(unit: str, now: float | None, before: float | None) -> str:
+    if now is None or before is None:
+        return f"unknown {unit}"
+    return f"{now:.3g} {unit}" + (f" instead of {before:.3g}" if f"{now:.3g}" != f"{before:.3g}" else " as before")
+
+
+def fix_of(found: Repair) -> Fix:
+    """Return what a search found, for a report."""
+    best = found.best
+    if not found.repaired:
+        searched = f"{counted(len(found.trials), 'trial')}, {duration(found.seconds)}"
+        note = f"lmcompose repair found none ({searched}); nearest: {best.composition}, {verdict(best)}"
+        return Fix(found.composition, None, note)
+    if best == found.asked:
+        return Fix(found.composition, best.composition, "by itself, it passed all gates")
+    changes, gates = "; ".join(best.changes), counted(best.gates, "gate")
+    return Fix(found.composition, best.composition, f"{changes}: {extra_cost(found)}; tested, {gates} passed")
+
+
+def with_repairs(report: Report, found: Iterable[Repair]) -> Report:
+    """Return a report with what searches found, instead of what earlier ones found for the same compositions."""
+    fixes = [*report.repairs, *map(fix_of, found)]
+    return replace(report, repairs=tuple({fix.composition: fix for fix in fixes}.values()))

@@ -1,30 +1,37 @@
 """Repair a composition: find the change nearest to what was asked for that turns all gates green.
 
-Single changes come first, the nearest first: another order, a repeated step, layers to spare, settings one place on.
-Only those are tried that may help: a step that broke others' promises, or what every step must leave alone, becomes
-milder, and a step whose promise is broken is repeated or becomes stronger. Changes that helped are put together and
-moved on, at once if one helped a lot. At last Optuna proposes (TPE, with the violation of the gates as a constraint).
+The search goes from trial to trial by single changes: another order, a repeated step, layers to spare, a setting one
+place on. Only those are tried that may help: a step that broke others' promises, or what every step must leave alone,
+becomes milder, and a step whose promise is broken is repeated or becomes stronger. A composition in which a step
+undoes another's promise, as its settings tell, is red for certain and never tried.
+
+The change that promises the least violation of the gates comes first. What a change did once, it is expected to do
+again, gate by gate; one that was not tried yet is expected to halve the violation. Of about equal ones, the nearest to
+what was asked for comes first, then the quickest. When no change promises anything, Optuna proposes (TPE, with the
+violation as a constraint). A trial stops when its red gates show that it is no better than the best one.
+
 What is found is simplified: each change is taken back, in whole or by one place, if the gates stay green. Then single
 changes that are nearer, and were not tried yet, get their chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
-from pytest_lmcompose.composition import Step
-from pytest_lmcompose.gate.promises import promises
+from evaluators.measurement import Measurement
+from pytest_lmcompose.composition import Composition
+from pytest_lmcompose.gate.globs import matches
+from pytest_lmcompose.gate.promises import promises, unkept
+from pytest_lmcompose.gate.thresholds import PROMISED, rules_for
 from pytest_lmcompose.search.records import Trial
 from pytest_lmcompose.search.searcher import Searcher
-from pytest_lmcompose.search.space import Dial, Point
+from pytest_lmcompose.search.space import Point
 from pytest_lmcompose.search.study import Direction
 
-_FOLLOWED = 2
-"""Trials that follow a single change which helped a lot, before the next single change."""
-_TOGETHER = 12
-"""Trials that put changes together before Optuna proposes."""
-_KINDS = ("order", "again", "layers", "setting")
+_HOPE = 0.5
+"""Share of the violation that an untried change is expected to leave."""
 
 
 class Repairer(Searcher):
@@ -46,6 +53,22 @@ class Repairer(Searcher):
         """Return the violation of the gates."""
         return {"gates": trial.violation}
 
+    def enough(self) -> float | None:
+        """Return the violation of the best trial: one that shows as much is not better."""
+        return self.best.violation
+
+    def hopeless(self, composition: Composition) -> bool:
+        """Return whether the steps of a composition cannot keep their promises, whatever the model."""
+        if composition not in self._hopeless:
+            rules = [rule for rule in self.bench.run.rules if rule.covers(composition.id)]
+            self._hopeless[composition] = any(
+                bound.kind == PROMISED
+                for metric in self._undone(composition) - self._kept
+                for rule in rules_for(rules, metric)
+                for bound in rule.bounds
+            )
+        return self._hopeless[composition]
+
     def search(self) -> None:
         """Search until a repair is found and nothing nearer is left to try, or the budget is spent."""
         if self.first.green:
@@ -53,9 +76,11 @@ class Repairer(Searcher):
         found = next((point for point, trial in self._trials() if trial.green), None)
         if found is not None:
             self._simplify(found)
-            for point in self._singles():
-                if self.space.distance(point) < self.best.distance:
-                    self.attempt(point)
+            asked = self.space.asked
+            nearer = [(self.space.distance(near), near) for _, near in self._helpful(asked, self.first)]
+            for distance, near in sorted(nearer):
+                if distance < self.best.distance:
+                    self.attempt(near)
 
     @property
     def best(self) -> Trial:
@@ -71,70 +96,92 @@ class Repairer(Searcher):
 
     def _trials(self) -> Iterator[tuple[Point, Trial]]:
         """Yield trials in the order described above."""
-        for point in self._singles():
+        while (point := self._next()) is not None:
             if (trial := self.attempt(point)) is not None:
                 yield point, trial
-                if trial.violation < self.first.violation / 2:
-                    yield from self._together(_FOLLOWED)
-        yield from self._together(_TOGETHER)
         yield from self.proposals()
 
-    def _singles(self) -> list[Point]:
-        """Return the points with one change that may help, the nearest first."""
-        dials, found = self.space.dials, []
-        for place, point in self.space.neighbours(self.space.asked):
-            if self._may_help(dials[place], point[place]):
-                dial = dials[place]
-                found.append((self.space.distance(point), _KINDS.index(dial.kind), not dial.named, place, point))
-        return [point for *_, point in sorted(found)]
+    def _next(self) -> Point | None:
+        """Return the point to try next, one change from a trial; None if none promises less violation."""
+        effects, found = self._effects(), []
+        for start, trial in self.study.known.items():
+            for place, near in self._helpful(start, trial):
+                composition = self.space.composition(near)
+                if near in self.study.known or near in self.refused or composition is None:
+                    continue
+                effect = effects.get(self._move(start, near, place))
+                expected = (
+                    _HOPE * trial.violation
+                    if effect is None
+                    else sum(max(0.0, left) for left in _sum(trial.violations, effect).values())
+                )
+                if expected < trial.violation and not self.hopeless(composition):
+                    halvings = math.ceil(math.log2(expected / self.first.violation)) if expected else -math.inf
+                    found.append((halvings, self.space.distance(near), self.bench.expected(composition), near))
+        return min(found)[-1] if found else None
 
-    def _may_help(self, dial: Dial, option: int) -> bool:
-        lost, damaged = self._lost
-        if dial.kind in ("order", "again"):
-            return dial.kind == "order" or self.space.steps[dial.options[option]] in lost
-        step = self.space.steps[dial.step]
-        if dial.kind == "layers" or option > dial.asked:
-            return damaged or any(other != step for other in lost)
-        return lost.get(step, False)
+    def _helpful(self, start: Point, trial: Trial) -> Iterator[tuple[int, Point]]:
+        """Yield the points that one change which may help leads to, with the number of the dial."""
+        lost, damaged = self._lost(start, trial)
+        for place, near in self.space.neighbours(start):
+            dial, option = self.space.dials[place], near[place]
+            if (
+                dial.kind == "order"
+                or (dial.kind == "again" and dial.options[option] in lost)
+                or (dial.key and option > start[place] and (damaged or any(step != dial.step for step in lost)))
+                or (dial.kind == "setting" and option < start[place] and lost.get(dial.step))
+            ):
+                yield place, near
 
-    @cached_property
-    def _lost(self) -> tuple[dict[Step, bool], bool]:
-        """The steps whose promises are broken, and whether anything else is.
+    def _lost(self, point: Point, trial: Trial) -> tuple[dict[int, bool], bool]:
+        """Return the places of the steps whose promises a trial breaks, and whether it breaks anything else.
 
-        With each step, whether it could keep its promise by being stronger: not if it promises a value, such as bits.
+        With each place, whether its step could keep its promise by being stronger: not if it promises a value, such as
+        bits.
         """
-        run, damaged = self.bench.run, self.record.error is not None
-        lost: dict[Step, bool] = {}
-        result = run.result(self.asked)
-        made = list(promises(run.recipe, self.asked, result.steps))
-        for measurement in result.measurements or ():
-            if measurement.metric in self.record.failed_metrics:
+        composition = self.space.composition(point)
+        assert composition is not None
+        places = dict(zip(composition.steps, self.space.places(point), strict=True))
+        made = list(promises(self.bench.run.recipe, composition))
+        failed = {gate.rpartition(" ")[0] for gate in trial.failed}
+        lost: dict[int, bool] = {}
+        damaged = trial.error is not None
+        for measurement in self._measured:
+            if any(matches(glob, measurement.metric) for glob in failed):  # a pool has a glob
                 about = [promise for promise in made if promise.about(measurement)]
                 damaged = damaged or not about
                 for promise in about:
-                    lost[promise.step] = lost.get(promise.step, False) or promise.value is None
+                    place = places[promise.step]
+                    lost[place] = lost.get(place, False) or promise.value is None
         return lost, damaged
 
-    def _together(self, count: int) -> Iterator[tuple[Point, Trial]]:
-        """Yield trials of several changes, the most promising first: effects of single changes are added up by gate."""
-        asked, known = self.space.asked, self.study.known
-        effects: dict[tuple[int, int], dict[str, float]] = {}
-        for place, point in self.space.neighbours(asked):
-            if point in known:
-                effects[self._move(asked, point, place)] = _sum(known[point].violations, self.first.violations, -1)
-        for _ in range(count):
-            found = []
-            for point, trial in known.items():
-                for place, near in self.space.neighbours(point):
-                    effect = effects.get(self._move(point, near, place), {})
-                    expected = sum(max(0.0, left) for left in _sum(trial.violations, effect).values())
-                    if expected < trial.violation and near not in known and near not in self.refused:
-                        found.append((expected, self.space.distance(near), near))
-            if not found:
-                return
-            near = min(found)[-1]
-            if (tried := self.attempt(near)) is not None:
-                yield near, tried
+    @cached_property
+    def _measured(self) -> Sequence[Measurement]:
+        """The metrics, as what was asked for has them, or the base model if that failed."""
+        return self.bench.run.result(self.asked).measurements or self.bench.run.measurements(Composition())
+
+    @cached_property
+    def _hopeless(self) -> dict[Composition, bool]:
+        return {}
+
+    def _undone(self, composition: Composition) -> set[str]:
+        """Return the metrics about which a step promises something that a later one undoes."""
+        lost = unkept(self.bench.run.recipe, composition)
+        return {m.metric for m in self._measured if any(promise.about(m) for promise in lost)}
+
+    @cached_property
+    def _kept(self) -> set[str]:
+        """Those of what was asked for whose gates passed all the same."""
+        return self._undone(self.asked) - self.record.failed_metrics if self.record.error is None else set()
+
+    def _effects(self) -> dict[tuple[int, int], dict[str, float]]:
+        """Return what changes did to the violation of each gate, as they did last."""
+        known, found = self.study.known, {}
+        for start, trial in known.items():
+            for place, near in self.space.neighbours(start):
+                if near in known:
+                    found[self._move(start, near, place)] = _sum(known[near].violations, trial.violations, -1)
+        return found
 
     def _move(self, start: Point, end: Point, place: int) -> tuple[int, int]:
         """Return a key that is equal for moves of a dial that should have the same effect."""

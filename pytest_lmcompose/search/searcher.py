@@ -8,7 +8,7 @@ from pytest_lmcompose.cache.address import address
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.costs import duration
 from pytest_lmcompose.results import CompositionResult
-from pytest_lmcompose.search.bench import Bench, Budget, Say
+from pytest_lmcompose.search.bench import Bench, Deadline, Judged, Say
 from pytest_lmcompose.search.records import Trial, trial_of, verdict
 from pytest_lmcompose.search.space import Point, space_of
 from pytest_lmcompose.search.study import Direction, Study
@@ -16,6 +16,8 @@ from pytest_lmcompose.texts import counted
 
 STUDIES = "searches"
 """Folder in the cache."""
+_LEAST = 1e-9
+"""Differences of violations below this are rounding."""
 _IDLE = 20
 """Refused points in a row, after which a search ends."""
 
@@ -27,15 +29,17 @@ class Searcher:
         self,
         bench: Bench,
         composition: Composition,
-        budget: Budget,
+        deadline: Deadline,
         say: Say,
         only: int | None = None,
         cost: str | None = None,
     ) -> None:
         """Judge `composition`; search all of it, or the settings of its step `only`. Gates on `cost` do not count."""
-        self.bench, self.asked, self.budget, self._say, self._cost = bench, composition, budget, say, cost
+        self.bench, self.asked, self.deadline, self._say, self._cost = bench, composition, deadline, say, cost
+        bench.deadline = deadline
         run = bench.run
-        self.record, seconds = bench.judge(composition, composition)
+        judged = bench.judge(composition, composition)
+        self.record = judged.record
         directions = self.directions()
         changed = {place: step.changed for place, step in enumerate(self.record.steps)}
         self.space = space_of(run.recipe, composition, changed, only)
@@ -50,8 +54,8 @@ class Searcher:
         file = None if run.cache is None else run.cache.folder / STUDIES / f"{name}.journal"
         self.study = Study(self.space, file, directions, run.options.seed, say)
         before = len(self.study.known)
-        self.first = self.study.known.get(self.space.asked) or self._add(self.space.asked, self.record, seconds)
-        self._say(f"{composition}: {verdict(self.first)}  {duration(seconds)}")
+        self.first = self.study.known.get(self.space.asked) or self._add(self.space.asked, judged)
+        self._say(f"{composition}: {verdict(self.first)}  {duration(judged.seconds)}")
         if before:
             self._say(f"going on after {counted(before, 'trial')} of earlier calls")
 
@@ -71,10 +75,23 @@ class Searcher:
         """Return what should be at most 0."""
         return {}
 
+    def hopeless(self, composition: Composition) -> bool:
+        """Return whether a composition is not worth a trial."""
+        return False
+
+    def enough(self) -> float | None:
+        """Return the violation that stops a trial before all of it is measured; None: nothing does."""
+        return None
+
+    def _stops(self, record: CompositionResult) -> bool:
+        """Return whether what a trial has measured so far is enough to know that it is no better."""
+        enough = self.enough()
+        return enough is not None and trial_of(record, (), 0, 0.0).violation > max(enough - _LEAST, 0.0)
+
     def attempt(self, point: Point) -> Trial | None:
         """Return the trial of a point; None if it is refused.
 
-        That is, if it cannot start, or is expected to take longer than is left.
+        That is, if it cannot start, is hopeless, or is expected to take longer than is left.
         """
         if (known := self.study.known.get(point)) is not None:
             return known
@@ -82,25 +99,28 @@ class Searcher:
         if (
             composition is None
             or not self.bench.can_start(composition)
-            or self.bench.expected(composition) > self.budget.left
+            or self.hopeless(composition)
+            or self.bench.expected(composition) > self.deadline.left
         ):
             self.refused.add(point)
             return None
-        record, seconds = self.bench.judge(composition, self.asked)
-        trial = self._add(point, record, seconds)
+        trial = self._add(point, self.bench.judge(composition, self.asked, self.record.failed_metrics, self._stops))
         number = len(self.study.known) - 1
-        self._say(f"{number:3}  {trial.composition}  {verdict(trial)}  {duration(seconds)}, {self.budget}")
+        self._say(f"{number:3}  {trial.composition}  {verdict(trial)}  {duration(trial.seconds)}, {self.deadline} left")
         return trial
 
-    def _add(self, point: Point, record: CompositionResult, seconds: float) -> Trial:
+    def _add(self, point: Point, found: Judged) -> Trial:
+        record, seconds, stopped = found
         trial = trial_of(record, self.space.words(point), self.space.distance(point), seconds, self._cost)
+        if stopped:
+            trial = trial.as_far_as(self.first, record)
         self.study.add(point, trial, self.values(trial), self.constraints(trial))
         return trial
 
     def proposals(self) -> Iterator[tuple[Point, Trial]]:
         """Yield trials that Optuna proposes, until the budget is spent or nothing new can be tried."""
         idle = 0
-        while self.budget.left and idle < _IDLE:
+        while self.deadline.left and idle < _IDLE:
             point = self.study.propose(self.refused) or self._near_best()
             if point is None:
                 return

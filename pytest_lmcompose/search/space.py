@@ -76,18 +76,18 @@ class Space:
 
     def composition(self, point: Point) -> Composition | None:
         """Return the composition of a point; None if it repeats its last step."""
-        steps, order, again = list(self.steps), tuple(range(len(self.steps))), None
+        steps, places = list(self.steps), self.places(point)
         for dial, option in self.changed(point):
-            if dial.kind == "order":
-                order = option
-            elif dial.kind == "again":
-                again = option
-            else:
+            if dial.key:
                 step = steps[dial.step]
                 steps[dial.step] = Step(step.method, (*_without(step, dial.key), (dial.key, _text(option))))
-        if again is not None and order[-1] == again:
-            return None
-        return Composition(tuple(steps[place] for place in (*order, *(() if again is None else (again,)))))
+        return None if places[-1:] == places[-2:-1] else Composition(tuple(steps[place] for place in places))
+
+    def places(self, point: Point) -> tuple[int, ...]:
+        """Return which steps that were asked for the composition of a point has, in its order."""
+        chosen = {dial.kind: option for dial, option in self.changed(point)}
+        order, again = chosen.get("order", range(len(self.steps))), chosen.get("again")
+        return (*order, *(() if again is None else (again,)))
 
     def words(self, point: Point) -> tuple[str, ...]:
         """Return the changes in words."""

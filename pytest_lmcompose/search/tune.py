@@ -6,7 +6,7 @@ import itertools
 
 from interventions.names import near_names
 from pytest_lmcompose.composition import Composition
-from pytest_lmcompose.search.bench import Bench, Budget, Say
+from pytest_lmcompose.search.bench import Bench, Deadline, Say
 from pytest_lmcompose.search.records import Trial
 from pytest_lmcompose.search.searcher import Searcher
 from pytest_lmcompose.search.study import Direction
@@ -24,13 +24,13 @@ class SearchError(Exception):
 class Tuner(Searcher):
     """The search over the settings of the last step of a composition."""
 
-    def __init__(self, bench: Bench, composition: Composition, budget: Budget, say: Say, cost: str) -> None:
+    def __init__(self, bench: Bench, composition: Composition, deadline: Deadline, say: Say, cost: str) -> None:
         """Judge `composition`; `cost` is the metric to weigh against the least margin of the gates on others.
 
         Raises SearchError if it is not measured.
         """
         self.cost = cost
-        super().__init__(bench, composition, budget, say, len(composition.steps) - 1, cost)
+        super().__init__(bench, composition, deadline, say, len(composition.steps) - 1, cost)
 
     @property
     def lower_is_cheaper(self) -> bool:

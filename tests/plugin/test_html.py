@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,9 @@ def new() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def text(new: dict[str, Any]) -> str:
-    return html.render(typed(new), typed(rich()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "LARGE", 10**9)
+        return html.render(typed(new), typed(rich()))
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +199,33 @@ def test_tables_and_figures_can_be_heard(tree: Any) -> None:
 def test_size_without_samples(new: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html, "SAMPLES", 0)
     assert len(html.render(typed(new), typed(rich())).encode()) < 300_000
+
+
+def packed_page(new: dict[str, Any]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "LARGE", 1000)
+        return html.render(typed(new), typed(rich()))
+
+
+def test_a_large_page_is_compressed_without_loss(new: dict[str, Any], text: str) -> None:
+    packed = packed_page(new)
+    (notice,) = lxml_html.fromstring(packed).xpath("//*[@id='packed']")
+    assert "allow this page its script" in words(notice)
+    rest = gzip.decompress(base64.b64decode(notice.get("data-gzip"))).decode()
+    whole = re.sub('<p class="notice" id="packed".*?</p>', lambda _: rest, packed)
+    one, other = (re.sub(r"clip\d+", "clip", page) for page in (whole, text))  # numbered as they are drawn
+    assert one == other
+    assert len(packed) < len(text) / 2
+
+
+def test_a_large_page_unpacks_itself(page: Page, new: dict[str, Any], file: Path, tmp_path: Path) -> None:
+    found = []
+    (tmp_path / "packed.html").write_text(packed_page(new), encoding="utf-8")
+    for name in (file, tmp_path / "packed.html"):
+        page.open(name, 1440)
+        assert page.complaints() == [] and page.requests() == [name.as_uri()]
+        found.append(page.run("document.querySelector('main').textContent.replace(/\\s+/g, ' ')"))
+    assert found[0] == found[1]
 
 
 def test_a_run_that_broke_off_in_the_oldest_format() -> None:

@@ -20,7 +20,7 @@ from interventions import registry
 from interventions.ranges import Checked, Range, Search, field_name, searched
 from interventions.registry import Method, methods
 from interventions.types import StepReport
-from pytest_lmcompose.cli import main
+from pytest_lmcompose.cli import main, searching
 from pytest_lmcompose.composition import Composition, parse
 from pytest_lmcompose.errors import BuildError
 from pytest_lmcompose.gate.judge import Reference, judge
@@ -28,10 +28,10 @@ from pytest_lmcompose.gate.margin import margins
 from pytest_lmcompose.gate.thresholds import read_rules
 from pytest_lmcompose.options import read_options
 from pytest_lmcompose.report import tuning as page
-from pytest_lmcompose.results import CompositionResult, Measured
+from pytest_lmcompose.results import CompositionResult, Fix, Measured, decode
 from pytest_lmcompose.run import Run, ignore
-from pytest_lmcompose.search.bench import Bench, Budget
-from pytest_lmcompose.search.records import Trial, Tuning
+from pytest_lmcompose.search.bench import Bench, Deadline
+from pytest_lmcompose.search.records import Repair, Trial, Tuning, with_repairs
 from pytest_lmcompose.search.repair import Repairer
 from pytest_lmcompose.search.space import space_of
 from pytest_lmcompose.search.study import Study
@@ -39,6 +39,7 @@ from pytest_lmcompose.search.tune import SearchError, Tuner
 from pytest_lmcompose.steps import StepRecord
 from tests.plugin import documents
 from tests.plugin.conftest import Project
+from tests.plugin.documents import typed
 from tests.plugin.stubs import round_weights
 
 Metrics = Callable[[Composition], Mapping[str, float]]
@@ -114,12 +115,13 @@ RULES = """
         ("a", 0.6, 1.0, -0.25),
         ("a", 0.8, 1.0, 0.0),
         ("b", 12.0, 1.0, -0.2),
-        ("b", 40.0, 1.0, -1.0),
+        ("b", 40.0, 1.0, -1 - math.log(3)),
+        ("b", 1e9, 1.0, -10.0),
         ("c", 0.6, 1.0, 0.2),
         ("c", 0.4, 1.0, -0.2),
         ("d", 5.0, 2.0, -0.25),
         ("e", 0.85, 1.0, -0.05555),
-        ("e", math.nan, 1.0, -1.0),
+        ("e", math.nan, 1.0, -10.0),
         ("f", 0.9, 1.0, 0.5496),  # the loss is below 0.2252 with 0.95 confidence
         ("g", 0.2, 1.0, -0.9998),
     ],
@@ -159,9 +161,12 @@ class SimulatedRun(Run):
                     StepRecord(step, 0, StepReport(step.method, seconds=1.0, **report))  # type: ignore[arg-type]
                     for step in composition.steps
                 )
-                result.measurements = tuple(
-                    Measurement(name, value, 0.0, 10, name not in LOWER, (value,) * 10) for name, value in found.items()
-                )
+                measured: list[Measurement] = []
+                for name in sorted(found, key=lambda name: name not in self.first):
+                    if measured and self.watch is not None:
+                        self.watch(composition, result.steps, measured)
+                    measured.append(Measurement(name, found[name], 0.0, 10, name not in LOWER, (found[name],) * 10))
+                result.measurements = tuple(measured)
                 result.evaluate_seconds, result.repeats = 1.0, ()
         assert result.measurements is not None
         return result.measurements
@@ -200,7 +205,7 @@ def setting(run_or: Composition, method: str, key: str, default: float) -> float
 
 
 def repaired(run: SimulatedRun, say: Callable[[str], None] = ignore) -> Repairer:
-    search = Repairer(Bench(run), run.compositions[0], Budget(1000), say)
+    search = Repairer(Bench(run), run.compositions[0], Deadline(1000), say)
     search.search()
     return search
 
@@ -269,19 +274,48 @@ def test_optuna_finds_what_no_single_change_points_to(simulated: Simulate) -> No
     assert search.best.composition == "rtn[bits=5]+memit"
 
 
+def test_an_order_that_undoes_what_a_step_promised_is_not_tried(simulated: Simulate) -> None:
+    def metrics(c: Composition) -> Mapping[str, float]:
+        bits = setting(c, "rtn", "bits", 3) if c.steps else 16
+        return fine(average_bits=bits if c.id.startswith("memit") else 7.0, recall=min(1.0, 0.15 * bits))
+
+    run = simulated(metrics, PROMISES, "memit+rtn[bits=3]")
+    repaired(run)
+    assert run.built and not any("memit" in name.partition("+")[2] for name in run.built)
+    accepted = simulated(metrics, f"{PROMISES}\n'*+memit': {{average_bits: {{max: 9}}}}", "memit+rtn[bits=3]")
+    repaired(accepted)
+    assert any("memit" in name.partition("+")[2] for name in accepted.built), "another rule judges it"
+
+
+def test_a_trial_stops_when_it_is_no_better_and_counts_no_better_than_it_is(simulated: Simulate) -> None:
+    def metrics(c: Composition) -> Mapping[str, float]:
+        bits = setting(c, "rtn", "bits", 3) if c.steps else 16
+        weight = setting(c, "memit", "covariance_weight", 1000) if c.steps else 0
+        return fine(recall=min(1.0, 0.1 * (bits + 4) - (weight > 1000)), perplexity=20.0 - bits)
+
+    rules = "'*': {recall: {min: 0.9}, perplexity: {max: 16}, edit_success_exact: {promised: 0.9}}"
+    run = simulated(metrics, rules, "memit[covariance_weight=1000]+rtn[bits=3]")
+    search = repaired(run)
+    changes = ("memit.covariance_weight 1000.0 -> 3000.0",)
+    (worse,) = (trial for trial in search.study.known.values() if trial.changes == changes)
+    assert worse.stopped and not worse.green and worse.violation >= search.first.violation
+    assert worse.composition not in {c.id for c in run.results}, "nothing of it is kept"
+    assert set(worse.failed) == set(search.first.failed), "what was not judged counts as asked for"
+
+
 def test_without_a_repair_the_nearest_trial_is_found_and_the_budget_kept(simulated: Simulate) -> None:
     def metrics(c: Composition) -> Mapping[str, float]:
         bits = setting(c, "rtn", "bits", 3) if c.steps else 16
         return fine(average_bits=bits, recall=0.05 * bits)
 
-    class ThreeSeconds(Budget):
+    class ThreeSeconds(Deadline):
         """Each trial takes three seconds."""
 
         @property
         def left(self) -> float:
             return self.seconds - 3 * len(run.built)
 
-    for seconds, trials in ((3, 1), (5, 1), (15, 5)):
+    for seconds, trials in ((3, 1), (4, 1), (15, 5)):
         run = simulated(metrics, PROMISES, "memit+rtn[bits=3]")
         shutil.rmtree(run.options.cache_dir, ignore_errors=True)
         search = Repairer(Bench(run), run.compositions[0], ThreeSeconds(seconds), ignore)
@@ -384,13 +418,13 @@ def test_the_front_has_what_nothing_beats(simulated: Simulate) -> None:
         return fine(average_bits=bits, recall=min(1.0, 0.2 * bits) - (0.05 if size > 32 else 0.0))
 
     run = simulated(metrics, PROMISES, "hqq")
-    search = Tuner(Bench(run), run.compositions[0], Budget(1000), ignore, "average_bits")
+    search = Tuner(Bench(run), run.compositions[0], Deadline(1000), ignore, "average_bits")
     search.search()
     front = [(trial.metrics["average_bits"], round(trial.margin, 3)) for trial in search.front()]
     assert front == [(2, -0.556), (3, -0.333), (4, -0.111), (5, 0.111)]
     assert all("group_size" in " ".join(trial.changes) for trial in search.front())
     with pytest.raises(SearchError, match=r"average_bit is not measured\. Did you mean"):
-        Tuner(Bench(run), run.compositions[0], Budget(10), ignore, "average_bit")
+        Tuner(Bench(run), run.compositions[0], Deadline(10), ignore, "average_bit")
 
 
 def test_the_page_of_a_tuning_is_safe_and_complete() -> None:
@@ -447,6 +481,7 @@ def test_repair_of_a_tiny_model(blunt: list[str], tmp_path: Path) -> None:
         (["repair", "memit+awq", "--budget=soon"], "expected a time such as 90s, 10min or 1h, not 'soon'"),
         (["repair", "memit+awq", "--json=/missing/x.json"], "does not exist"),
         (["repair"], "Missing argument"),
+        (["repair", "memit+awq", "--html=page.html"], "--html is about a run: name its report or a stored run"),
         (["tune", "base"], "name a method"),
         (["tune", "rotate"], "has no setting to search"),
     ],
@@ -472,3 +507,50 @@ def test_a_report_names_what_to_repair(tmp_path: Path, heavy_modules: None) -> N
     (tmp_path / "red.json").write_text(json.dumps(other))
     result = call("repair", str(tmp_path / "red.json"), "--no-cache")
     assert result.exit_code == 2 and "the run had evaluate.edits=7, not 20" in result.stderr
+
+
+def test_what_a_search_found_becomes_the_cheapest_fix() -> None:
+    def trial(name: str, changes: tuple[str, ...], failed: Mapping[str, float], bits: float) -> Trial:
+        return Trial(name, changes, len(changes), 5, dict(failed), 0.0, bits, 2.0, 3.0, {})
+
+    red = trial("rtn+memit", (), {"average_bits promised": -0.2}, 7.0)
+    green = trial("memit+rtn", ("order memit, rtn",), {}, 4.0)
+    near = trial("rtn+memit", ("x",), {"recall min": -0.1}, 7.0)
+    found = Repair("rtn+memit", red, green, True, "pytest", (), (red, green), 6.0)
+    none = Repair("rtn+ft", red, near, False, "pytest", (), (red, near), 600.0)
+    alone = Repair("ft", green, green, True, "pytest", (), (green,), 3.0)
+    old = Fix("rtn+memit", "rtn+memit+rtn", "of an earlier search")
+    before = typed(documents.report({"base": {}}) | {"repairs": [msgspec.to_builtins(old)]})
+    assert with_repairs(before, (found, none, alone)).repairs == (
+        Fix(
+            "rtn+memit",
+            "memit+rtn",
+            "order memit, rtn: 4 bits a weight instead of 7, 2 s to build as before; tested, 5 gates passed",
+        ),
+        Fix(
+            "rtn+ft",
+            None,
+            "lmcompose repair found none (2 trials, 10 min 0 s); nearest: rtn+memit, red, 1 of 5 gates, "
+            "worst recall min -0.100",
+        ),
+        Fix("ft", "memit+rtn", "by itself, it passed all gates"),
+    )
+
+
+def test_a_page_and_a_report_of_the_run_with_its_repairs(
+    tmp_path: Path, simulated: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    red = documents.composition("rtn+memit", {}, gates=[documents.gate("recall", passed=False)])
+    document = documents.report({"base": {}}) | {"compositions": [documents.composition("base", {}), red]}
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    run = simulated(lambda c: fine(recall=0.5 if c.id == "rtn+memit" else 1.0), PROMISES, "rtn+memit")
+    monkeypatch.setattr(searching, "_in_run", lambda work, given, what: work(Bench(run)))
+    monkeypatch.setattr(searching, "_same_settings", ignore)
+    page_file, report_file = tmp_path / "page.html", tmp_path / "repaired.json"
+    result = call("repair", str(tmp_path / "run.json"), "--html", str(page_file), "--report", str(report_file))
+    assert result.exit_code == 0, result.output
+    (fix,) = decode(report_file.read_text()).repairs
+    assert (fix.composition, fix.use) == ("rtn+memit", "memit+rtn")
+    text = page_file.read_text()
+    assert f"<code>rtn+memit</code>: use <code>memit+rtn</code> ({fix.note})" in text
+    assert f"<p>Repair: use <code>memit+rtn</code> ({fix.note})" in text

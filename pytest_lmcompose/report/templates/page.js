@@ -41,11 +41,24 @@
     if (target instanceof HTMLDetailsElement) target.open = true;
   }
 
-  for (const button of document.querySelectorAll("th[aria-sort] button")) {
-    button.addEventListener("click", () => sort(button.closest("th")));
+  async function unpack() {
+    const packed = document.getElementById("packed");
+    if (!packed) return;
+    const bytes = Uint8Array.from(atob(packed.dataset.gzip), (char) => char.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    packed.outerHTML = await new Response(stream).text();
+    document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
   }
-  document.getElementById("filter")?.addEventListener("input", (event) => filter(event.target.value));
-  addEventListener("hashchange", open);
-  open();
-  document.documentElement.dataset.ready = "yes";
+
+  function start() {
+    for (const button of document.querySelectorAll("th[aria-sort] button")) {
+      button.addEventListener("click", () => sort(button.closest("th")));
+    }
+    document.getElementById("filter")?.addEventListener("input", (event) => filter(event.target.value));
+    addEventListener("hashchange", open);
+    open();
+    document.documentElement.dataset.ready = "yes";
+  }
+
+  unpack().then(start);
 })();
