@@ -1,10 +1,10 @@
 """Time our methods beside the engines that do the same, on one model, and write a Markdown table.
 
-    python -m tests.benchmarks.peers [--out FILE] [--repeats N] [--only gptq ...]
+    python -m tests.benchmarks.peers [--out FILE] [--repeats N] [--blocks N] [--only gptq ...]
 
-Random Llama of 4 layers, hidden 256, MLP 704, groups of 64, 32 windows of 128 tokens, float32. Each
-engine runs in its own environment (see docs/engines.md; absent ones are told), ours in turn with
-them; the best of `repeats` counts on both sides, without imports, files and tokens.
+Random Llama of 4 blocks, hidden size 256, MLP 704, groups of 64, 32 windows of 128 tokens, float32. Each engine runs in
+its own environment (see docs/engines.md); the table leaves out those that are not installed. The best of `repeats`
+counts on both sides, without imports, files and tokenising.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Row(NamedTuple):
         )
 
 
-def model_and_texts() -> tuple[Any, Any, list[str]]:
+def model_and_texts(blocks: int) -> tuple[Any, Any, list[str]]:
     """Return the random model, its tokenizer and texts that all have at least `TOKENS` tokens."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         max_position_embeddings=512,
         bos_token_id=0,
@@ -109,9 +109,9 @@ def _scaling(before: Any, after: Any) -> Tensor | float:
     return before.weight / after.weight  # type: ignore[no-any-return]
 
 
-def compare(repeats: int, methods: list[str]) -> Iterator[Row]:
+def compare(repeats: int, methods: list[str], depth: int) -> Iterator[Row]:
     """Yield a row for each engine that is there."""
-    base, tokenizer, texts = model_and_texts()
+    base, tokenizer, texts = model_and_texts(depth)
     blocks = find_anatomy(base).blocks
     batches = window_batches(tokenizer, texts, samples=TEXTS, max_tokens=TOKENS)
     grams = {name: s.gram for name, s in collect_statistics(base, batches, blocks[0].linears).items()}
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table there too")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[], help="methods; all if not given")
+    parser.add_argument("--blocks", type=int, default=4, help="decoder blocks (4)")
     chosen = parser.parse_args()
     os.environ[REPEATS] = str(chosen.repeats)
     lines = [
@@ -158,7 +159,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))
-    for row in compare(chosen.repeats, chosen.only):
+    for row in compare(chosen.repeats, chosen.only, chosen.blocks):
         lines.append(str(row))
         print(row, flush=True)
     if chosen.out is not None:
