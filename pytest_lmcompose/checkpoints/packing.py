@@ -153,7 +153,8 @@ def plan_packing(model: nn.Module, format: str, moved: Callable[[str], str | Non
     modules: dict[str, Any] = {name.removesuffix(".weight"): layer.scheme for name, layer in layers.items()}
     modules |= {name.removesuffix(".weight"): layer.layout for name, layer in floats.items()}
     rest = [name for name in _linear_modules(model) if name not in modules]
-    modules |= {EXPERTS: layer.scheme for layer in experts.values()}
+    if experts:
+        modules[EXPERTS] = next(iter(experts.values())).scheme
     rounding = rounding_of(model)
     check_storable(rounding, format, modules)
     return Packing(form, layers, floats, experts, left, form.config(modules, rest, rounding), rounding)

@@ -71,7 +71,10 @@ SYMMETRIC = {"bits": 4, "symmetric": True}
     [
         ("mixtral", {"scheme": "W4A16", "keep": ["attention_in:W8A16", "attention_out:16"]}),
         ("glm4_moe", SYMMETRIC),
-        *(pytest.param(name, SYMMETRIC, marks=pytest.mark.slow) for name in ("qwen2_moe", "qwen3_moe", "olmoe", "phimoe")),
+        *(
+            pytest.param(name, SYMMETRIC, marks=pytest.mark.slow)
+            for name in ("qwen2_moe", "qwen3_moe", "olmoe", "phimoe")
+        ),
         pytest.param("qwen3_moe", {"scheme": "W8A8"}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -53,7 +53,11 @@ def test_training_reaches_all_experts_at_once(method: str, family: str) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    ["glm4_moe", "gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_moe", "jetmoe"))],
+    [
+        "glm4_moe",
+        "gpt_oss",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_moe", "jetmoe")),
+    ],
 )
 def test_adapters_of_experts_merge_into_what_they_computed(family: str) -> None:
     model, before = tiny_experts(family), tiny_experts(family)
