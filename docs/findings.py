@@ -71,8 +71,13 @@ class Found:
 
 
 def read_claims(path: Path = CLAIMS) -> list[tuple[dict[str, Any], list[Effect]]]:
-    """Return each claim with its effects."""
-    return [(claim, [Effect(**e) for e in claim["effects"]]) for claim in yaml.safe_load(path.read_text("utf-8"))]
+    """Return each claim with its effects, those of several metrics one by one."""
+    claims = yaml.safe_load(path.read_text("utf-8"))
+    return [(claim, [one for given in claim["effects"] for one in _by_metric(**given)]) for claim in claims]
+
+
+def _by_metric(name: str, metric: str | list[str], terms: Mapping[str, float]) -> list[Effect]:
+    return [Effect(name, one, terms) for one in ([metric] if isinstance(metric, str) else metric)]
 
 
 def estimate(effect: Effect, report: Report) -> Found | None:

@@ -69,3 +69,17 @@ def targets_as_given() -> Iterator[None]:
         yield
     finally:
         conversion.convert_peft_config_for_transformers = before
+
+
+def check_adaptable(method: str, model: Any, config: Any, linears: Sequence[Linear]) -> None:
+    """Raise InterventionError for a layer that peft refuses: it would do so with adapters on half of the model."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    for linear in linears:
+        try:
+            _check_lora_target_modules_mamba(config, model, linear.name.rpartition(".")[2])
+        except ValueError:
+            raise InterventionError(
+                f"{method}.targets: {linear.name} takes no adapters of peft, because kernels of state spaces read its "
+                "weight by themselves: choose other targets"
+            ) from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interventions.adapters import Target, chosen_linears, targets_as_given, where_adapted
+from interventions.adapters import Target, check_adaptable, chosen_linears, targets_as_given, where_adapted
 from interventions.intervention import Context, Intervention, Model, Resources, without_gradients
 from interventions.ranges import Count, Items, Layers, LearningRate, Positive, Preserve, Share, Updates, Weight
 from interventions.types import InterventionError
@@ -263,6 +263,7 @@ def _adapters(model: nn.Module, linears: Sequence[Linear], settings: LoraSetting
         )
     else:
         config = LoraConfig(r=settings.rank, **shared)
+    check_adaptable("lora", model, config, linears)
     # Parameters with adapters leave their module at every run, and come back as its last ones.
     orders = {linear.module: list(linear.module._parameters) for linear in linears if linear.part is not None}
     # peft draws its first values from the global generator of the CPU.

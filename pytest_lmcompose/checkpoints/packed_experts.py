@@ -50,7 +50,7 @@ def plan_experts(model: nn.Module, merged: Sequence[str], form: Format) -> dict[
 
 
 def _symmetric(weight: Tensor, form: Format) -> PackedLayer | None:
-    """Return how a weight (out, in) is stored exactly without zero points; None if it cannot be."""
+    """Return how a weight (out, in) is stored without zero points, None if some of its values would not come back."""
     recovered = recover_layer(weight, find_grid(weight), form)
     if recovered is None or isinstance(recovered, str):
         return None

@@ -46,6 +46,7 @@ _RULES: tuple[Rule, ...] = (
         lambda size, old: size.hidden,
     ),
     (r"attention_hidden_size", lambda size, old: size.hidden),
+    (r"router_hidden_size", lambda size, old: size.hidden // 2),
     (
         r".*intermediate_size|(en|de)coder_ffn_dim|ffn_dim|n_inner|inner_dim|(expert_)?ffn_hidden_size|dff|d_inner"
         r"|dim_ff|feed_forward_size|intermediate_size_mlp|mlp_dim",
@@ -78,6 +79,7 @@ _RULES: tuple[Rule, ...] = (
     (r"max_source_positions", lambda size, old: 64),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts", lambda size, old: 4 if old > 1 else old),
     (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k", lambda size, old: min(old, 2)),
+    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", lambda size, old: min(old, 1)),
     (r"n_group|topk_group|num_expert_group|zero_expert_num", lambda size, old: min(old, 1)),
     (r"(kv|q|o)_lora_rank|laurel_rank|gated_norm_rank|hc_lowrank|adapter_rank|d_rel", lambda size, old: 8),
     (r"hidden_size_per_layer_input", lambda size, old: 8),
@@ -95,7 +97,7 @@ _RULES: tuple[Rule, ...] = (
     ),
     (r"image_size|crop_size", lambda size, old: 32),
     (
-        r"num_centroids|router_hidden_size|encoder_hash_byte_group_vocab|codebook_size|ngram_vocab_size_base"
+        r"num_centroids|encoder_hash_byte_group_vocab|codebook_size|ngram_vocab_size_base"
         r"|.*_vocab_size",
         lambda size, old: min(old, 64),
     ),
@@ -152,9 +154,10 @@ EXTRA: dict[str, Callable[[Size], dict[str, Any]]] = {
     "gemma4_assistant": lambda size: _ASSISTANT,
     "gemma4_unified_assistant": lambda size: _ASSISTANT,
     "granitemoehybrid": lambda size: {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "hunyuan_v1_moe": lambda size: {"num_experts": 4, "moe_topk": 2},
     "hrm_text": lambda size: {"num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 1, "num_hidden_layers": 2},
     "jamba": lambda size: {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": lambda size: {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": lambda size: {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": lambda size: {"num_heads": 2 * size.heads, "head_dim": size.head},
     "qwen4_exp": lambda size: {"text_config": _indexer(size)},
     "qwen4_exp_text": _indexer,

@@ -11,6 +11,7 @@ from interventions import Edit, InterventionError, apply
 from interventions.adapters import chosen_linears
 from interventions.anatomy import find_anatomy
 from interventions.edit.kernels.target_loss import all_nll, target_batches
+from tests.architectures.tiny import tiny
 from tests.models import tiny_model
 
 EDITS = (
@@ -93,3 +94,12 @@ def test_an_error_takes_the_adapters_off(tokenizer: Any) -> None:
         apply(model, tokenizer, "lora", edits=EDITS, lr=1e30)
     assert [(name, type(module)) for name, module in model.named_modules()] == modules
     assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_layers_that_kernels_read_by_themselves_are_refused_before_work(adaptive: bool, tokenizer: Any) -> None:
+    model = tiny("mamba2")
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(InterventionError, match=r"^lora\.targets: backbone\.layers\.0\.mixer\.out_proj takes no"):
+        apply(model, tokenizer, "lora", edits=EDITS, adaptive=adaptive, targets=["mlp_out"])
+    assert [type(module) for module in model.modules()] == modules

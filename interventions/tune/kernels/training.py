@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
-from interventions.adapters import targets_as_given, where_adapted
+from interventions.adapters import check_adaptable, targets_as_given, where_adapted
 from interventions.context import Context
 from interventions.structure import module_device, within_context
 from interventions.tune.kernels.surroundings import surroundings_kept
@@ -66,7 +66,9 @@ def train(
         more: dict[str, Any] = {}
         if settings.rank is not None:
             scale: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha}
-            more["peft_config"] = LoraConfig(**scale, task_type="CAUSAL_LM", **where_adapted(settings.adapted(model)))
+            linears = settings.adapted(model)
+            more["peft_config"] = LoraConfig(**scale, task_type="CAUSAL_LM", **where_adapted(linears))
+            check_adaptable(settings.name, model, more["peft_config"], linears)
         elif kind == "DPO":
             more["ref_model"] = copy.deepcopy(learner)
         watch = _Watch(settings, context, {} if settings.rank is not None else _masks(settings, learner))
