@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -127,12 +128,11 @@ def read_layers(weights: Mapping[str, Tensor], known: Mapping[str, KnownGrid] | 
     """Analyse how each weight (out, in) can be stored; `known` are the grids of weights as they were loaded."""
     layers = []
     for name, weight in weights.items():
-        zero = weight == 0
-        zeros = int(zero.sum())
+        zeros = weight.numel() - int(weight.count_nonzero())
         two_of_four = (
             weight.shape[1] % 4 == 0
             and 2 * zeros >= weight.numel()
-            and bool((zero.reshape(len(zero), -1, 4).sum(dim=2) >= 2).all())
+            and bool(((weight == 0).reshape(len(weight), -1, 4).sum(dim=2) >= 2).all())
         )
         full = torch.finfo(weight.dtype).bits
         stored = (known or {}).get(name)
@@ -173,7 +173,7 @@ def measure_efficiency(
     """
     linears = decoder_linears(model) if weights is None else weights
     for name, weight in linears.items():
-        if not bool(torch.isfinite(weight).all()):
+        if not all(map(math.isfinite, map(float, weight.aminmax()))):  # NaN spreads to both
             raise EvaluationError(f"{name}: NaN or infinite values; the model's weights are broken")
     layers = read_layers(linears, known)
     total = sum(layer.weights for layer in layers)

@@ -23,7 +23,7 @@ SCALE_BITS = 16
 LEAST_GROUP = 16
 """Columns of the smallest group that packed formats store."""
 _SAMPLED = 8  # rows for the first test of a group size
-_GLIMPSED = 2  # rows for the first test of a format of floating-point numbers, of which there are many
+_GLIMPSED = 2  # rows or groups for the first test of a format, of which there are many
 _PROBED = 8  # values per group for the first test of a step
 _EVIDENCE = 8  # minimum number of non-zero values per group
 _CHUNK = 2**20  # values per chunk
@@ -105,8 +105,9 @@ def _find_integers(weight: Tensor) -> Grid | None:
 def _bits_of(weight: Tensor, size: int, most: int) -> int | None:
     """Return the bits (at most `most`) of the grid with groups of `size` columns, or None without a grid."""
     groups = pad(weight, (0, -weight.shape[1] % size)).reshape(-1, size)
-    groups = groups[(groups != 0).any(dim=1)]
-    if not len(groups) or int((groups != 0).sum()) < _EVIDENCE * len(groups):
+    used = groups.abs().amax(dim=1) > 0
+    groups = groups if bool(used.all()) else groups[used]
+    if not len(groups) or int(groups.count_nonzero()) < _EVIDENCE * len(groups):
         return None
     widest = 0
     for part in torch.split(groups, max(1, _CHUNK // size)):
@@ -138,35 +139,58 @@ class Fit(NamedTuple):
 def fit_steps(groups: Tensor, most: int, eps: float) -> Fit | None:
     """Return the coarsest grids, or None if a group fits no grid of `most` levels.
 
-    `groups` (n, width) are float32 without all-zero groups; `eps` is that of the stored dtype. The
-    largest magnitude of a group is an integer number of steps, so integers are tried from 1 up: first
-    on a few values, then on all.
+    `groups` (n, width) are float32 without all-zero groups; `eps` is that of the stored dtype. The largest magnitude of
+    a group is a whole number of steps, and so is the least that is not zero. If the latter is one step, the former is
+    the ratio of both; otherwise two steps are tried, then three, up to `most`: first on a few values, then on all. Most
+    weights are on no grid, as their first groups show.
     """
-    shares = groups / groups.abs().amax(dim=1, keepdim=True)
+    magnitudes = groups.abs()
+    largest, least = magnitudes.amax(dim=1), least_magnitudes(magnitudes)
+    shares, share = groups / largest.unsqueeze(1), least / largest
     probed = shares[:, torch.linspace(0, shares.shape[1] - 1, min(shares.shape[1], _PROBED)).long()]
-    steps = torch.arange(1, most, device=groups.device, dtype=groups.dtype)
-    hopeful = _fits(probed.unsqueeze(2) * steps, eps).all(dim=1)  # (n, steps)
-    if not bool(hopeful.any(dim=1).all()):
+    counts = torch.arange(1, most, device=groups.device, dtype=groups.dtype)
+    if not all(bool(_fit(one * counts.unsqueeze(1), eps).any()) for one in probed[:_GLIMPSED]):
         return None
+    ends = torch.stack([shares.amax(dim=1), -shares.amin(dim=1)]).clamp(min=0)
     found = torch.zeros(len(groups), dtype=torch.long, device=groups.device)
     levels = torch.zeros_like(found)
-    for column in hopeful.any(dim=0).nonzero().flatten().tolist():
-        rows = (hopeful[:, column] & (found == 0)).nonzero().flatten()
-        if not len(rows):
-            continue
-        numbers = shares[rows] * steps[column]
-        # The fewest steps that both ends of the group can represent after rounding.
-        ends = torch.stack([numbers.amax(dim=1), -numbers.amin(dim=1)]).clamp(min=0)
-        spans = (ends - _slack(ends, eps)).ceil().sum(dim=0) + 1
-        fitting = _fits(numbers, eps).all(dim=1) & (spans <= most)
-        found[rows[fitting]] = column + 1
-        levels[rows[fitting]] = spans[fitting].long()
-    return Fit(found, levels) if bool((found > 0).all()) else None
+    blur = 1.1 * eps + 1e-6  # relative, of the ratio
+    for number in range(1, most):
+        lowest, highest = (number * (1 - blur) / share).ceil(), number * (1 + blur) / share
+        if bool(((lowest >= most) & (found == 0)).any()):
+            return None
+        for offset in range(int(2 * most * blur) + 1):
+            steps = lowest + offset
+            rows = ((found == 0) & (steps <= highest) & (steps < most)).nonzero().flatten()
+            rows = rows[_fit(_chosen(probed, rows) * steps[rows, None], eps)]
+            rows = rows[_fit(_chosen(shares, rows) * steps[rows, None], eps)]
+            # The fewest steps that both ends of the group can represent after rounding.
+            reached = ends[:, rows] * steps[rows]
+            spans = (reached - _slack(reached, eps)).ceil().sum(dim=0) + 1
+            rows, spans = rows[spans <= most], spans[spans <= most]
+            found[rows], levels[rows] = steps[rows].long(), spans.long()
+        if bool((found > 0).all()):
+            return Fit(found, levels)
+    return None
 
 
-def _fits(numbers: Tensor, eps: float) -> Tensor:
-    """Return which numbers are integers, up to rounding."""
-    return (numbers - numbers.round()).abs() <= _slack(numbers, eps)
+def least_magnitudes(magnitudes: Tensor) -> Tensor:
+    """Return the least magnitude of each float32 group (n, width) that is not zero; 1 for a group of zeros."""
+    most = torch.iinfo(torch.int32).max
+    bits = (magnitudes.view(torch.int32) - 1).bitwise_and_(most).amin(dim=1) + 1  # a zero wraps around
+    least = bits.view(torch.float32)
+    return torch.where(least == 0, 1, least)
+
+
+def _chosen(groups: Tensor, rows: Tensor) -> Tensor:
+    return groups if len(rows) == len(groups) else groups[rows]
+
+
+def _fit(numbers: Tensor, eps: float) -> Tensor:
+    """Return which groups (n, width) are whole numbers, up to rounding."""
+    off = numbers.round().sub_(numbers).abs_()
+    # Elementwise comparisons are ten times as slow as arithmetic on a CPU.
+    return off.sub_(_slack(numbers, eps)).amax(dim=1) <= 0
 
 
 def _slack(numbers: Tensor, eps: float) -> Tensor:

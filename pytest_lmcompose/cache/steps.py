@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
+from evaluators.grids import least_magnitudes
+
 LEVELS = 256
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 """The integers with the bits of each dtype."""
@@ -35,7 +37,7 @@ def find_steps(groups: Tensor) -> Steps:
     -0.0 counts as 0.
     """
     wide = groups.float()
-    least = _least(wide.abs())
+    least = least_magnitudes(wide.abs())
     if groups.dtype != torch.float32:  # the least magnitude is rounded, too far for a scale
         scales = _refined(groups, least)
         numbers, exact = _numbers(groups, wide, scales)
@@ -49,14 +51,6 @@ def find_steps(groups: Tensor) -> Steps:
         numbers[inexact] = refined.masked_fill_(~exact.unsqueeze(1), 0)
         scales[inexact] = better.masked_fill_(~exact, 0)
     return Steps(numbers, scales)
-
-
-def _least(magnitudes: Tensor) -> Tensor:
-    """Return the least magnitude of each float32 group (n, width) that is not zero; 1 for a group of zeros."""
-    most = torch.iinfo(torch.int32).max
-    bits = (magnitudes.view(torch.int32) - 1).bitwise_and_(most).amin(dim=1) + 1  # a zero wraps around
-    least = bits.view(torch.float32)
-    return torch.where(least == 0, 1, least)
 
 
 def _numbers(groups: Tensor, wide: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

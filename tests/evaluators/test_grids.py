@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import gcd
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evaluators.grids import Grid, find_grid
+from evaluators.grids import Grid, find_grid, fit_steps
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -125,3 +126,17 @@ def test_floating_point_numbers_are_recognised(scheme: str, dtype: torch.dtype) 
 def test_few_levels_are_integers(bits: int) -> None:
     found = find_grid(rounded(noise(12, 128), bits, 32))
     assert found == Grid(bits, 32, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("numbers", [(3, -5, 7, 0), (4, 6, -10, 0), (-1, 0, 2, 6), (2, 2, -2, 0), (15, -13, 11, 0)])
+def test_the_coarsest_steps_are_found_whatever_the_least_magnitude_is(
+    dtype: torch.dtype, numbers: tuple[int, ...]
+) -> None:
+    groups = (torch.tensor([numbers * 4, numbers * 4]) * torch.tensor([[0.013], [0.7]])).to(dtype)
+    found = fit_steps(groups.float(), 64, torch.finfo(dtype).eps)
+    assert found is not None
+    step = math.gcd(*numbers)
+    assert found.steps.tolist() == [max(map(abs, numbers)) // step] * 2
+    assert found.levels.tolist() == [(max(numbers) - min(*numbers, 0)) // step + 1] * 2
+    assert fit_steps(torch.cat([groups.float(), noise(2, 16)]), 64, torch.finfo(dtype).eps) is None
