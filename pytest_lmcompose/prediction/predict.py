@@ -4,9 +4,8 @@ Four rules, for a promise p and the orders X+Y and Y+X:
 
 1. A step keeps its own promise if it comes last, because it works on what is there: p(Y+X) = p(X) for a promise of X
    alone. If X comes first, p(X+Y) is measured on the weights that Y would make of X's, to first order (`effects`).
-2. For a promise of neither, an edit or unlearning step is better after pruning than before it: it makes up for what is
-   gone, and loses no part of its own change. This needs a step that reaches its own promise: one that stops halfway,
-   such as gradient ascent, may go any distance on another model.
+2. For a promise of neither, an edit is better after pruning than before it: it makes up for what is gone, and loses no
+   part of its own change. This needs an edit that reaches its own promise.
 3. Otherwise a promise of neither is measured on these weights for both orders, if a step prunes or rounds and they
    are far enough apart. If none does, both orders have the same weights to first order, and nothing can be told.
 4. A promise of both, such as of two edits, is what the last one makes of it: p(X+Y) = p(Y).
@@ -31,8 +30,8 @@ _EXTRA = 0.2
 """What pruning costs more after another step than before it, relative to what it costs alone."""
 _NEAR = 0.2
 """Commutator below which both orders of a lossy step are too near for a promise of neither."""
-_REACHED: dict[str, float] = {"edit": 0.5, "unlearn": 2.0}
-"""Least gain of a step that reaches its promise, in the units of `probes.Probes.measure`."""
+_REACHED = 0.5
+"""Least gain of an edit that reaches its promise, in probability."""
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Predictor:
         owners = (one.category, other.category)
         pruned = self._pruned(first, second)
         near = lossy and distance < _NEAR
-        measured = [p for p in concerned if p in owners or not (pruned or near)]
+        measured = [p for p in concerned if p in owners or not (pruned is not None or near)]
         values = self._values(first, second, there, back, measured, lossy)
         told = []
         for promise in concerned:
@@ -78,8 +77,8 @@ class Predictor:
                 last = RULES["last"] if other.category == promise else 1 - RULES["last"]
                 rule = last if owners.count(promise) == 1 else 0.5
                 told.append(self._prediction(about, rule, promise, *values[promise]))
-            elif pruned:
-                told.append(self._after_pruning(about, promise, *pruned))
+            elif pruned is not None:
+                told.append(self._after_pruning(about, promise, pruned))
             else:
                 told.append(Prediction(*about, promise, 0.0, MODEL_ERROR[promise]))
         kept = None
@@ -92,22 +91,19 @@ class Predictor:
             return False
         return promise in ("perplexity", "recall") or promise in (one.category, other.category)
 
-    def _pruned(self, first: Step, second: Step) -> tuple[Step, Step] | None:
-        """Return the step that prunes and the other one, if that edits or unlearns; otherwise None."""
+    def _pruned(self, first: Step, second: Step) -> Step | None:
+        """Return the step that prunes, if the other one is an edit that reaches its promise; otherwise None."""
         for step, other in ((first, second), (second, first)):
-            if self.effects[step].masks and self.effects[other].category in _REACHED:
-                return step, other
+            if self.effects[step].masks and self.effects[other].category == "edit" and self.probes.pairs["edit"]:
+                return step if self._gain(other, "edit") >= _REACHED else None
         return None
 
-    def _after_pruning(self, about: tuple[str, str], promise: Promise, pruning: Step, other: Step) -> Prediction:
+    def _after_pruning(self, about: tuple[str, str], promise: Promise, pruning: Step) -> Prediction:
         """Predict a promise of neither by rule 2."""
-        own: Promise = "edit" if self.effects[other].category == "edit" else "unlearn"
-        if not self.probes.pairs[own] or self._gain(other, own) < _REACHED[own]:
-            return Prediction(*about, promise, None)
-        cost = -self._gain(pruning, promise)
-        gap = _EXTRA * max(cost, 0.0) * (1 if about[0] == str(pruning) else -1)
-        rule = RULES["pruned"] if gap > 0 else 1 - RULES["pruned"]
-        return Prediction(*about, promise, gap, abs(gap) / _EXTRA, rule)
+        cost = max(-self._gain(pruning, promise), 0.0)
+        first = about[0] == str(pruning)
+        rule = RULES["pruned"] if first else 1 - RULES["pruned"]
+        return Prediction(*about, promise, _EXTRA * cost * (1 if first else -1), cost, rule)
 
     def _values(
         self,
