@@ -21,6 +21,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from evaluators.bounded import chance
+from evaluators.pools import PARTS
 from evaluators.significance import Drops, compare_drops, holm, t_bound
 
 Floats = NDArray[np.float64]
@@ -88,6 +89,26 @@ def of_tasks(rng: Generator, n: int, loss: float, number: int = TASKS) -> list[t
     """Return losses and gains in each of several tasks of n questions."""
     drawn = rng.multinomial(n, [0.02 + loss, 0.02, 0.96 - loss], size=number)
     return [(int(losses), int(gains), n) for losses, gains, _ in drawn]
+
+
+@cache
+def excess(losses: int, gains: int, n: int, margin: float = 0.05) -> float:
+    """Return the p of a loss of the margin."""
+    drops = answers(losses, gains, n)
+    return chance(-drops.sums, drops.sizes, 1.0, -margin)
+
+
+def decided(rng: Generator, n: int, loss: float, p_of: Callable[[int, int, int], float]) -> tuple[bool, int]:
+    """Ask questions in parts, as --lmcompose-sequential; return whether one decides, and how many were asked."""
+    losses = gains = before = 0
+    for part in PARTS[1:]:
+        asked = math.ceil(n * part)
+        lost_now, gained_now, _ = counts(rng, asked - before, loss)
+        losses, gains = losses + lost_now, gains + gained_now
+        if p_of(losses, gains, asked) <= LEVEL * (asked**2 - before**2) / n**2:
+            return True, asked
+        before = asked
+    return False, n
 
 
 def scores(rng: Generator, loss: float, n: int = 200) -> Floats:
@@ -207,6 +228,18 @@ KINDS = (
         lambda r: kept(*together(r, 0.01), 0.01), lambda r: kept(*together(r, 0), 0.01), "no loss",
     ),
     Kind(
+        "`no_drop_p`, sequential", "200 right or wrong answers", lambda r: decided(r, 200, 0, lost)[0],
+        lambda r: decided(r, 200, 0.05, lost)[0], "a loss of 0.05",
+    ),
+    Kind(
+        "`not_worse_than: 0.05`, sequential", "200 right or wrong answers", lambda r: decided(r, 200, 0.05, excess)[0],
+        lambda r: decided(r, 200, 0, excess)[0], "no loss",
+    ),
+    Kind(
+        "`not_worse_than: 0.05`, sequential", "1000 right or wrong answers",
+        lambda r: decided(r, 1000, 0.05, excess)[0], lambda r: decided(r, 1000, 0, excess)[0], "no loss",
+    ),
+    Kind(
         "`max_loss: 3se`", "200 right or wrong answers", lambda r: beyond(r, 0), lambda r: beyond(r, 0.1),
         "a loss of 0.1",
     ),
@@ -225,7 +258,24 @@ def simulate(runs: int) -> Iterator[tuple[Kind, float, float]]:
         yield kind, wrong, right
 
 
+def asked(runs: int, n: int, loss: float, p_of: Callable[[int, int, int], float]) -> float:
+    """Return the mean share of n questions that are asked in parts until one decides."""
+    rng = np.random.default_rng(0)
+    return sum(decided(rng, n, loss, p_of)[1] for _ in range(runs)) / runs / n
+
+
+ASKED = (
+    ("`not_worse_than: 0.05`", 200, 0.0, excess), ("`not_worse_than: 0.05`", 1000, 0.0, excess),
+    ("`not_worse_than: 0.05`", 1000, 0.05, excess), ("`no_drop_p`", 200, 0.05, lost), ("`no_drop_p`", 1000, 0.05, lost),
+    ("`no_drop_p`", 1000, 0.2, lost), ("`no_drop_p`", 1000, 0.0, lost),
+)  # fmt: skip
+"""Gates of right or wrong answers, their questions, the true loss, and the test, to count the questions asked."""
+
 if __name__ == "__main__":
+    number = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     print("| gate | samples | level | power | the power is for |\n|---|---|---|---|---|")
-    for kind, wrong, right in simulate(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000):
+    for kind, wrong, right in simulate(number):
         print(f"| {kind.gate} | {kind.samples} | {wrong:.1%} | {right:.0%} | {kind.truth} |", flush=True)
+    print("\n| gate | questions | true loss | asked on average |\n|---|---|---|---|")
+    for gate, n, loss, p_of in ASKED:
+        print(f"| {gate} | {n} | {loss:g} | {asked(number, n, loss, p_of):.0%} |", flush=True)

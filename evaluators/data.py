@@ -11,6 +11,7 @@ from interventions.tokens import Chat as Chat
 from interventions.types import Edit, Example, Preference
 
 if TYPE_CHECKING:
+    from evaluators.measurement import Measurement
     from evaluators.predictions import Predictions
     from interventions.known_grids import KnownGrid
 
@@ -186,6 +187,8 @@ class EvaluationData:
     """Held-out prompts by set: harmful and harmless."""
     grids: Mapping[str, KnownGrid] = field(default_factory=dict)
     """How the model's checkpoint stored its quantised weights, by parameter name."""
+    enough: Callable[[Sequence[Measurement]], bool] | None = None
+    """Whether no more questions are needed after these; None: all are."""
     _shared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:

@@ -27,6 +27,8 @@ def measure_flips(before: Sequence[Measurement], after: Sequence[Measurement]) -
     found: list[Measurement] = []
     for new in after:
         old = known.get(new.metric)
+        if old is not None and new.n < new.total:
+            old = old.first(new.n)
         if old is not None and _comparable(old, new):
             found += _flips(old, new)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
@@ -36,6 +37,10 @@ class Measurement:
     """One label per sample; samples of a cluster are not independent; empty: all are independent."""
     answers: tuple[str, ...] = ()
     """The model's answer to each sample, shortened by `shorten`; empty if not generated or not kept."""
+    total: int = 0
+    """Number of samples of the whole data, if they are measured in parts; 0: they are measured at once."""
+    level_share: float = 1.0
+    """Share of a test's level that belongs to the samples so far; those of all parts add up to 1."""
 
     @classmethod
     def mean(
@@ -79,6 +84,31 @@ class Measurement:
             _numbered(clusters or ()),
             tuple(answers),
         )
+
+    def with_part(self, part: Measurement) -> Measurement:
+        """Return a mean over these samples and those of the next part of the data.
+
+        The share of the level grows with the square of the share of the samples, so the last parts have most of it.
+        """
+        both = Measurement.mean(
+            self.metric,
+            self.samples + part.samples,
+            higher_is_better=self.higher_is_better,
+            note=part.note,
+            answers=self.answers + part.answers if self.answers and part.answers else (),
+        )
+        return dataclasses.replace(both, total=self.total, level_share=(both.n**2 - self.n**2) / self.total**2)
+
+    def first(self, n: int) -> Measurement:
+        """Return the mean over the first n samples."""
+        found = Measurement.mean(
+            self.metric,
+            self.samples[:n],
+            higher_is_better=self.higher_is_better,
+            note=self.note,
+            answers=self.answers[:n],
+        )
+        return dataclasses.replace(found, total=self.total, level_share=self.level_share)
 
     @property
     def is_mean(self) -> bool:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from evaluators.data import EvaluationData
 from evaluators.measurement import Measurement
 from evaluators.settings import QuestionSettings
+
+PARTS = (0.0, 0.125, 0.25, 0.5, 1.0)
+"""Shares of the questions of each task after which a state may be decided, see `QuestionSettings.sequential`."""
 
 
 def evaluate(model: Any, tokenizer: Any, settings: QuestionSettings, data: EvaluationData) -> list[Measurement]:
@@ -14,6 +20,29 @@ def evaluate(model: Any, tokenizer: Any, settings: QuestionSettings, data: Evalu
     names = list(dict.fromkeys([*(name for names in data.pools.values() for name in names), *settings.tasks]))
     if not names:
         return []
+    if not settings.sequential:
+        return _measured(model, tokenizer, settings, data, names, None)
+    found: dict[str, Measurement] = {}
+    for part in pairwise(PARTS):
+        for new in _measured(model, tokenizer, settings, data, names, part):
+            found[new.metric] = found[new.metric].with_part(new) if new.metric in found else new
+        if data.enough is not None and data.enough(tuple(found.values())):
+            break
+    return [
+        replace(m, note=f"{m.note}; {m.n} of {m.total} questions, which decided the state") if m.n < m.total else m
+        for m in found.values()
+    ]
+
+
+def _measured(
+    model: Any,
+    tokenizer: Any,
+    settings: QuestionSettings,
+    data: EvaluationData,
+    names: Sequence[str],
+    part: tuple[float, float] | None,
+) -> list[Measurement]:
+    """Measure tasks and pools, on a part of the questions if one is given."""
     from evaluators.questions import measure_questions, pool  # lm-evaluation-harness takes seconds to import
 
     single = measure_questions(
@@ -28,11 +57,12 @@ def evaluate(model: Any, tokenizer: Any, settings: QuestionSettings, data: Evalu
         options=settings.options,
         trust_code=data.trust_code,
         chat=data.chat,
+        part=part,
     )
     by_name = {m.metric.partition("/")[2]: m for m in reversed(single)}
     pools = {
-        f"accuracy/{name}": pool(f"accuracy/{name}", [by_name[task] for task in tasks])
+        f"accuracy/{name}": pool(f"accuracy/{name}", [by_name[task] for task in tasks if task in by_name])
         for name, tasks in data.pools.items()
-        if tasks
+        if any(task in by_name for task in tasks)
     }
     return [*pools.values(), *(m for m in single if m.metric not in pools)]

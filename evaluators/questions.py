@@ -6,10 +6,12 @@ import io
 import logging
 import math
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def measure_questions(
     options: int | None = 4,
     trust_code: bool = False,
     chat: Chat | None = None,
+    part: tuple[float, float] | None = None,
 ) -> list[Measurement]:
     """Measure each task, in the given order; samples are 1 or 0 per question.
 
@@ -57,6 +60,8 @@ def measure_questions(
 
     With `chat`, the harness puts the questions into the chat template by its own rules: examples are turns of
     their own, a task's description goes into the system's turn, and choices follow the template at once.
+
+    With `part`, only the questions between two shares of each task are asked, and a task without any is left out.
 
     With `trust_code`, task files may run code: functions, and templates without a sandbox. Tasks of the
     harness itself are always trusted, like any installed package.
@@ -82,6 +87,13 @@ def measure_questions(
                 if task.get_config("num_fewshot") is None or num_fewshot is not None:
                     task.set_config("num_fewshot", num_fewshot or 0)
                 task.set_fewshot_seed(_FEWSHOT_SEED)
+            asked: dict[str, range] | None = None
+            if part is not None:
+                parts = {leaf: _part(len(task.eval_docs), limit, part) for leaf, task in leaves.items()}
+                asked = {leaf: places for leaf, places in parts.items() if places}
+                leaves = {leaf: leaves[leaf] for leaf in asked}
+                if not leaves:
+                    return []
             if chat is not None:
                 encode(tokenizer, ["a"], chat)  # the harness would drop a system prompt that the template refuses
             lm = SharedContextLM(model, tokenizer, batch_size, chat)
@@ -91,7 +103,8 @@ def measure_questions(
             results = evaluate(
                 lm,
                 chosen,
-                limit=limit,
+                limit=limit if asked is None else None,
+                samples=asked,
                 bootstrap_iters=0,
                 system_instruction=(chat.system or None) if chat else None,
                 apply_chat_template=chat is not None,
@@ -105,14 +118,22 @@ def measure_questions(
         ) from error
     except TemplateError as error:
         raise EvaluationError(f"questions: a template of {', '.join(tasks)} cannot be rendered: {error}") from error
+    broken = lm.broken if asked is None else {(leaf, asked[leaf][place]) for leaf, place in lm.broken}
     falling = {leaf for name in lower_is_better for leaf in loaded[name]}
     single = {
-        leaf: _measurements(leaf, task, results, lm.broken, lower_is_better=leaf in falling)
+        leaf: _measurements(leaf, task, results, broken, lower_is_better=leaf in falling)
         for leaf, task in leaves.items()
     }
+    if part is not None:
+        for leaf, measured in single.items():
+            total = min(len(leaves[leaf].eval_docs), limit or sys.maxsize)
+            single[leaf] = [replace(m, total=total, level_share=(m.n / total) ** 2) for m in measured]
     found: dict[str, Measurement] = {}
-    for name, members in loaded.items():
-        if list(members) != [name]:
+    for name, all_members in loaded.items():
+        members = [leaf for leaf in all_members if leaf in single]
+        if not members:
+            continue
+        if list(all_members) != [name]:
             metrics = {m.metric.rpartition("/")[0] for leaf in members for m in single[leaf]}
             for kind in sorted(metrics):
                 pooled = pool(
@@ -136,7 +157,15 @@ def pool(metric: str, measurements: Sequence[Measurement]) -> Measurement:
     samples = [sample for m in measurements for sample in m.samples]
     answers = [answer for m in measurements for answer in m.answers] if all(m.answers for m in measurements) else ()
     note = "pooled over " + ", ".join(m.metric for m in measurements)
-    return Measurement.mean(metric, samples, higher_is_better=directions.pop(), note=note, answers=answers)
+    found = Measurement.mean(metric, samples, higher_is_better=directions.pop(), note=note, answers=answers)
+    total = sum(m.total for m in measurements)
+    return replace(found, total=total, level_share=(found.n / total) ** 2) if total else found
+
+
+def _part(questions: int, limit: int | None, part: tuple[float, float]) -> range:
+    """Return the places of the questions of a task between two shares of it; the first part has at least one."""
+    n = min(questions, limit or questions)
+    return range(math.ceil(n * part[0]), math.ceil(n * part[1]))
 
 
 def _measurements(

@@ -32,6 +32,8 @@ class QuestionSettings(Checked):
     """Number of questions per task, from the start of the file; null: all."""
     num_fewshot: Annotated[int, Range(0)] | None = None
     """Number of examples before each question; null: the task's own setting."""
+    sequential: bool = False
+    """Ask the questions in parts, and stop once the gates on them are decided, as --lmcompose-sequential."""
     options: Annotated[int, Range(2)] | None = 4
     """Number of choices of every question in the world's folder; null: any."""
 

@@ -75,6 +75,7 @@ def measure_state(
     is_base: bool = False,
     first: Collection[str] = (),
     watch: Callable[[Sequence[Measurement]], None] | None = None,
+    enough: Callable[[Sequence[Measurement]], bool] | None = None,
 ) -> list[Measurement]:
     """Run the evaluators that the recipe switches on and return their measurements.
 
@@ -82,6 +83,7 @@ def measure_state(
     `is_base` whether it is the model that `unedited` is of. `progress` is called before
     each evaluator with its name, its number from 1 and the total. The evaluators of the metrics `first` run first, and
     `watch` is called after each but the last, with what was measured so far: an exception of it ends the measuring.
+    With `evaluate.sequential`, `enough` says whether the questions asked so far decide the state.
     Raises EvaluationError for a metric that is measured twice.
     """
     evaluation_data = EvaluationData(
@@ -104,6 +106,7 @@ def measure_state(
         refusal=data.refusal,
         grids=grids or {},
         sequence=last_sequence(steps),
+        enough=enough,
     )
     chosen = list(switched_on(evaluate))
     found: dict[str, Measurement] = {}

@@ -161,6 +161,7 @@ def add_options(parser: pytest.Parser) -> None:
     flag("no-github", "in GitHub Actions: no annotations of failed gates, and no job summary")
     parser.addini("lmcompose_no_github", "default of --lmcompose-no-github", type="bool", default=False)
     flag("allow-commands", "permit steps such as command[run=...] to run the commands in their settings")
+    flag("sequential", "ask the questions of a state in parts, and stop once its gates on them are decided")
     flag("resume", "resume an interrupted run with the same options and report its progress")
     for name, help in SWITCHES:
         flag(name, help)
@@ -176,6 +177,8 @@ def read_options(config: pytest.Config) -> Options:
     names = ("model", "world", "conf", "suite", "thresholds", "seed", "repeats", "device", "shard", "json", "cache_dir")
     values = {name: _value(config, name) for name in (*names, "cache_size", "engine", "export", "export_format")}
     compose, overrides = _values(config, "compose"), _values(config, "set")
+    if config.getoption("lmcompose_sequential"):
+        overrides = (*overrides, "evaluate.sequential=true")
     folder = config.invocation_params.dir
     thresholds, conf = path_of(values["thresholds"], folder), path_of(values["conf"], folder)
     if thresholds is not None and not is_file(thresholds):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evaluators.measurement import Measurement
 
 SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_MINOR = 9
+SCHEMA_MINOR = 10
 """Number of compatible additions to version 1."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -160,6 +160,9 @@ class Measured(Outcome, frozen=True, kw_only=True):
         tuple[RepeatOutcome, ...],
         Meta(description="only with several repeats: value is their mean, samples are all their samples in order"),
     ] = ()
+    total: Annotated[
+        Whole, Meta(description="samples of the whole data, which n is a part of; absent: it was measured at once")
+    ] = 0
 
     @property
     def runs(self) -> Sequence[Outcome]:
@@ -179,6 +182,7 @@ class Measured(Outcome, frozen=True, kw_only=True):
             higher_is_better=found.higher_is_better,
             note=found.note,
             repeats=repeats,
+            total=found.total,
             **_outcome(found),
         )
 

@@ -59,6 +59,8 @@ class Run(RunSetup):
         """Metrics to measure first."""
         self.watch: Callable[[Composition, Sequence[StepRecord], Sequence[Measurement]], None] | None = None
         """Called with what is measured of a state so far; its exceptions end the measuring, and nothing is kept."""
+        self.enough: Callable[[Composition, Sequence[StepRecord], Sequence[Measurement]], bool] | None = None
+        """Whether the questions that were asked of a state decide it, see `EvaluateSettings.sequential`."""
         self.counter = Counter(options.repeats)
         self._applied = applied
         self._doing: Callable[[str], None] = lambda text: doing(
@@ -238,6 +240,7 @@ class Run(RunSetup):
                 is_base=self.compares_with_own_base and not composition.steps,
                 first=self.first,
                 watch=None if self.watch is None else partial(self.watch, composition, state.steps),
+                enough=None if self.enough is None else partial(self.enough, composition, state.steps),
             )
             end = time.perf_counter()
         self._count(composition, end - begun, f"{end - start:.1f} s to measure")

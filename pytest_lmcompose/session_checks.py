@@ -32,6 +32,10 @@ def check(session: Session) -> None:
             from pytest_lmcompose.baseline.history import check_tree
 
             check_tree(baselines, session.config.rootpath)
+    whole = "several repeats" if session.options.repeats > 1 else ""
+    whole = "stored runs" if baselines.stores or session.run.baseline is not None else whole
+    if whole and session.run.recipe.evaluate.sequential:
+        raise pytest.UsageError(f"--lmcompose-sequential asks some of the questions: it cannot be used with {whole}")
     if baselines.stores and session.options.shard is not None:
         raise pytest.UsageError("--lmcompose-shard: store the whole run after `lmcompose merge` has joined it")
 

@@ -251,7 +251,9 @@ class SessionReport:
             return ()
         recipe = self._session.run.recipe
         records = self._collected.results
-        return prompts(data, records, recipe.world.pools, recipe.evaluate.question_limit)
+        return prompts(
+            data, records, recipe.world.pools, recipe.evaluate.question_limit, sequential=recipe.evaluate.sequential
+        )
 
     def _write_compared(self, reporter: pytest.TerminalReporter) -> None:
         from pytest_lmcompose.report.compared import write_outcome, write_unused

@@ -89,7 +89,7 @@ class RunCache:
             self.building(address, composition),
             lambda: self._measurements(address),
             make,
-            lambda found: self._keep_measurements(address, composition, found),
+            lambda found: None if found.partial else self._keep_measurements(address, composition, found),
         )
 
     def retained(self, address: str, make: Callable[[], RetainReference]) -> RetainReference:

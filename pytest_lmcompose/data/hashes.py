@@ -48,6 +48,7 @@ def data_hashes(
             tasks=evaluate.tasks,
             limit=evaluate.question_limit,
             shots=evaluate.num_fewshot,
+            **({"sequential": True} if evaluate.sequential else {}),
             repeats=len(data),
             **chat,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from pytest_lmcompose.gate.judge import Reference, count_paired, judge, settle
 from pytest_lmcompose.gate.off import why_off
 from pytest_lmcompose.gate.paired import BASE_MODEL
 from pytest_lmcompose.gate.promises import promises
-from pytest_lmcompose.gate.thresholds import BASELINE, compares_with, needs_baseline
+from pytest_lmcompose.gate.thresholds import BASELINE, LOSS_ERRORS, compares_with, needs_baseline
 from pytest_lmcompose.results import CompositionResult, Gate
 from pytest_lmcompose.run import Run
 
@@ -50,10 +51,12 @@ class GateEvaluator:
             known[BASELINE] = self._stored_run(composition)
         if look is not None and len(run.seeds) == 1:
             run.watch = partial(self._look, composition, known, look)
+        if run.recipe.evaluate.sequential and composition.steps and composition not in self._references:
+            run.enough = partial(self._decided, composition, known)
         try:
             measured = run.measurements(composition)
         finally:
-            run.watch = None
+            run.watch = run.enough = None
         total = max(1, self._count_paired(composition, measured))
         found = judge(
             rules,
@@ -86,6 +89,50 @@ class GateEvaluator:
             gates = judge(self.run.rules, composition.id, measured, known, promises=made, off=self.off)
             single = tuple(gate for gate in gates if gate.value is not None and not gate.paired and not gate.pool)
             look(Result(composition, tuple(steps), measurements=tuple(measured), gates=single).record())
+
+    @property
+    def _references(self) -> set[Composition]:
+        """What others are compared with, which is measured as a whole."""
+        return {other for c in self.expected for other in compares_with(self.run.rules, c)}
+
+    def _decided(
+        self,
+        composition: Composition,
+        known: Mapping[str, Reference],
+        seen: Composition,
+        steps: Sequence[StepRecord],
+        measured: Sequence[Measurement],
+    ) -> bool:
+        """Return whether a gate on questions has failed, or all have passed, whatever the answers to the others are.
+
+        A bound of a value is decided if the same verdict holds with all other answers right, and with all wrong. A
+        gate that tests for a drop can only fail early, and one that asks for evidence only pass.
+        """
+        if seen != composition or any(not 0 <= x <= 1 for m in measured for x in m.samples):
+            return False
+        made = tuple(promises(self.run.recipe, composition, steps))
+        total = max(1, self._count_paired(composition, measured))
+
+        def judged(value_of: Callable[[Measurement], float]) -> list[Gate]:
+            found = [dataclasses.replace(m, value=value_of(m)) for m in measured]
+            gates = judge(
+                self.run.rules, composition.id, found, known, runs=[measured], gates=total, promises=made, off=self.off
+            )
+            return [gate for gate in gates if gate.value is not None]
+
+        now = judged(lambda m: m.value)
+        lowest = judged(lambda m: m.value * m.n / m.total)
+        highest = judged(lambda m: 1 - (1 - m.value) * m.n / m.total)
+        verdicts = [
+            None
+            if (gate.paired and (gate.passed or gate.paired.p * total > (gate.threshold or 0.0)))
+            or (gate.evidence and not gate.passed)
+            or (not gate.paired and not gate.evidence and low.passed != high.passed)
+            or gate.gate == LOSS_ERRORS
+            else gate.passed
+            for gate, low, high in zip(now, lowest, highest, strict=True)
+        ]
+        return False in verdicts or (bool(verdicts) and None not in verdicts)
 
     def off(self, glob: str) -> str | None:
         """Return why the recipe measures no metric that `glob` matches."""

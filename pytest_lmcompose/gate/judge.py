@@ -88,6 +88,12 @@ class Reference:
     unpaired: Mapping[str, str] = field(default_factory=dict)
     """Metrics whose samples cannot be paired, and why."""
 
+    def beside(self, measured: Sequence[Measurement]) -> Reference:
+        """Return the reference with as many samples to pair as a state has that was measured in part."""
+        sizes = {m.metric: m.n for m in measured if m.total}
+        runs = [[m.first(sizes[m.metric]) if m.metric in sizes else m for m in run] for run in self.runs]
+        return dataclasses.replace(self, runs=runs) if sizes else self
+
 
 def judge(
     rules: Sequence[Rule],
@@ -111,6 +117,7 @@ def judge(
     made by the composition's steps.
     """
     rules = [rule for rule in rules if rule.covers(composition)]
+    known = {key: reference.beside(measurements) for key, reference in known.items()}
     found: list[Gate] = []
     runs = runs or (measurements,)
 

@@ -74,7 +74,7 @@ def compare_with_base(
 
     pairs = _pairs(runs, base, name)
     found = _change(pairs, "worse")
-    level = alpha / gates
+    level = alpha / gates * pairs.level_share
     effect = EFFECT * abs(pairs.base) if effect is None else effect
     inner = pairs.in_samples(effect)
     paired = Paired(
@@ -87,7 +87,7 @@ def compare_with_base(
         gates,
         _smallest_drop(pairs, level),
         POWER,
-        level,
+        alpha / gates,
         len(set(pairs.clusters or ())),
         _smallest_p(pairs),
         not pairs.higher_is_better,
@@ -113,7 +113,7 @@ def evidence_within(
     if not inner > 0 or not math.isfinite(inner):
         raise EvaluationError(f"a loss of {amount:g} is impossible from {pairs.base:g}")
     drops = pairs.drops
-    found = non_inferiority(drops, inner, level, POWER)
+    found = non_inferiority(drops, inner, level * pairs.level_share, POWER)
     loss, upper = (x if math.isinf(x) else pairs.in_unit(x) for x in (drops.mean, found.upper))
     return Evidence(drops.test, drops.n, len(drops.sums), loss, upper, amount, level, found.needed), pairs.base
 
@@ -177,6 +177,8 @@ class _Pairs:
     """The range of the samples; None: unknown."""
     heaviest: float
     """Weight of the heaviest sample, as a multiple of the mean weight."""
+    level_share: float
+    """Share of a level that a test of these samples may spend: p is divided by it, see `Measurement`."""
 
     @cached_property
     def drops(self) -> Drops:
@@ -222,6 +224,7 @@ def _pairs(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) 
             raise EvaluationError(f"the samples have other groups than in {name}")
     before, after = ([evened(m.samples, m.weights) for m in group] for group in (base, runs))
     value, better = sum(m.value for m in base) / len(base), runs[0].higher_is_better
+    share = min(m.level_share for m in runs)
     ends = None if link == "exp" else _ends(runs[0], [x for m in (*base, *runs) for x in m.samples])
     heaviest = max(len(m.weights) * max(m.weights) / math.fsum(m.weights) if m.weights else 1.0 for m in base)
     # The base model is the same in all repeats; another reference is not. If its repeats may have asked the same
@@ -233,10 +236,10 @@ def _pairs(runs: Sequence[Measurement], base: Sequence[Measurement], name: str) 
             for group in (before, after)
         )
         old = list(before[0]) if name == BASE_MODEL else old
-        return _Pairs(old, new, base[0].clusters or None, link, value, better, ends, heaviest)
+        return _Pairs(old, new, base[0].clusters or None, link, value, better, ends, heaviest, share)
     clusters = side_by_side([(len(m.samples), m.clusters) for m in base])
     old, new = ([x for samples in group for x in samples] for group in (before, after))
-    return _Pairs(old, new, clusters or None, link, value, better, ends, heaviest)
+    return _Pairs(old, new, clusters or None, link, value, better, ends, heaviest, share)
 
 
 def _ends(measurement: Measurement, samples: Sequence[float]) -> tuple[float, float] | None:
@@ -260,7 +263,8 @@ def _change(pairs: _Pairs, alternative: Alternative) -> Change:
     error, rounding = found.stderr, pairs.in_unit(pairs.drops.rounding)
     if error is not None and pairs.link == "exp":  # to first order
         error = error * pairs.base if math.isfinite(error * pairs.base) else None
-    return Change(pairs.in_unit(found.drop), error, found.p, found.test, found.n, tuple(worse), rounding)
+    p = min(1.0, found.p / pairs.level_share)
+    return Change(pairs.in_unit(found.drop), error, p, found.test, found.n, tuple(worse), rounding)
 
 
 def _smallest_drop(pairs: _Pairs, alpha: float) -> float | None:
@@ -279,4 +283,4 @@ def _smallest_p(pairs: _Pairs) -> float:
     if pairs.ends is None:
         return 0.0
     worst = pairs.drops_to([pairs.ends[not pairs.higher_is_better]] * len(pairs.before))
-    return compare_drops(worst).p if worst.mean > 0 else 0.0
+    return min(1.0, compare_drops(worst).p / pairs.level_share) if worst.mean > 0 else 0.0

@@ -77,6 +77,9 @@ def pooled(name: str, members: Sequence[Measurement], task_of: Callable[[str], s
         clusters=labels,
         weights=weights if any(m.weights for m in members) else (),
     )
+    if any(m.total for m in members):
+        share = min(m.level_share for m in members)
+        found = dataclasses.replace(found, total=sum(m.total or m.n for m in members), level_share=share)
     if links == {"exp"}:
         value = exp(found.value)
         error = None if found.stderr is None else value * found.stderr

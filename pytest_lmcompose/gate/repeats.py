@@ -25,6 +25,11 @@ class Repeat:
     measurements: tuple[Measurement, ...]
     evaluate_seconds: float
 
+    @property
+    def partial(self) -> bool:
+        """Whether the state was decided before all questions were asked."""
+        return any(m.n < m.total for m in self.measurements)
+
 
 def find(measurements: Sequence[Measurement], metric: str) -> Measurement | None:
     """Return the measurement of `metric`, or None."""

@@ -43,10 +43,17 @@ def composability(
 
     The first two need steps in several orders; the others need a composition with a measured prefix.
     Metrics that are not finite in some order are null, with a note. Intervals are null without
-    samples to resample. `metrics` limits the computation to these metrics.
+    samples to resample. `metrics` limits the computation to these metrics. What was measured in part is left out.
     """
-    if metrics is not None:
-        records = [replace(r, measurements=tuple(m for m in r.measurements if m.metric in metrics)) for r in records]
+    records = [
+        replace(
+            r,
+            measurements=tuple(
+                m for m in r.measurements if (metrics is None or m.metric in metrics) and m.n >= m.total
+            ),
+        )
+        for r in records
+    ]
     # Results of workers arrive in any order.
     measured = {r.id: r for r in sorted(records, key=lambda r: r.id) if r.status == "measured"}
     sets: defaultdict[tuple[str, ...], list[CompositionResult]] = defaultdict(list)

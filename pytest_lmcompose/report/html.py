@@ -45,8 +45,6 @@ LARGE = 300_000
 _CUT = "<!-- cut -->"
 """Before and after these sections in a template."""
 _NEEDS_SCRIPT = "The other sections are compressed. To read them, allow this page its script, in a browser since 2023."
-    "The other sections are compressed. To read them, allow the script of this page, in a browser since 2023."
-)
 SHOWN = 3
 """Items shown of a long list in the details of a step."""
 _LONG_LIST, _LONG_MAPPING = 8, 16

@@ -25,12 +25,14 @@ def prompts(
     records: Sequence[CompositionResult],
     pools: Mapping[str, Sequence[str]],
     limit: int | None = None,
+    *,
+    sequential: bool = False,
 ) -> tuple[Prompts, ...]:
     """Return the prompts of each metric's samples, once for all metrics that share them.
 
     `data` maps the seed of each repeat to its data; `pools` are the world's pools of question tasks, limited to
     `limit` questions per task. Metrics without one prompt per sample are left out, such as perplexity of running
-    text, and so are tasks without a question file in the world.
+    text, and so are tasks without a question file in the world, and all if they are `sequential`: asked in parts.
     """
     found: dict[tuple[int, tuple[str, ...]], list[str]] = {}
     for (seed, metric), n in _sizes(records, min(data, default=0)).items():
@@ -38,7 +40,7 @@ def prompts(
             continue
         kind, _, task = metric.partition("/")
         pairs = _prompts(metric, data[seed])
-        if kind == "accuracy":
+        if kind == "accuracy" and not sequential:
             pairs = _questions(data[seed].tasks, pools.get(task, (task,)), limit)
         texts = tuple(map(_cut, pairs))
         if texts and len(texts) == n:

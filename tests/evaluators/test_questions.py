@@ -9,8 +9,9 @@ import math
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ import pytest
 import torch
 
 from evaluators import EvaluationError, Measurement, greedy, measure_questions, pool
+from evaluators.data import EvaluationData
 from evaluators.harness import SharedContextLM
+from evaluators.pools import PARTS, evaluate
+from evaluators.settings import QuestionSettings
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "compositions" / "tinyworld" / "tasks"
@@ -507,3 +511,43 @@ def test_a_model_on_which_padding_tells_generates_as_alone(
     monkeypatch.setattr("evaluators.harness.pads_in_generation", lambda model, fill: False)
     found = [m.samples for m in measure_questions(model, tokenizer, ["spoken"], task_folder=spoken)]
     assert found == expected and answers[0] == answers[1]
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("limit", [None, 7])
+def test_the_parts_of_the_questions_are_the_whole(
+    model: Any, tokenizer: Any, grouped: Path, harness_of: Callable[[Path], None], limit: int | None
+) -> None:
+    harness_of(grouped)
+    options: dict[str, Any] = {"task_folder": grouped, "limit": limit}
+    whole = {m.metric: m for m in measure_questions(model, tokenizer, ["rivers", "lore"], **options)}
+    found: dict[str, Measurement] = {}
+    shares: dict[str, list[float]] = {metric: [] for metric in whole}
+    for part in pairwise(PARTS):
+        for m in measure_questions(model, tokenizer, ["rivers", "lore"], **options, part=part):
+            found[m.metric] = found[m.metric].with_part(m) if m.metric in found else m
+            shares[m.metric].append(found[m.metric].level_share)
+    for metric, m in whole.items():
+        assert sorted(found[metric].samples) == sorted(m.samples) and sorted(found[metric].answers) == sorted(m.answers)
+        assert found[metric].n == found[metric].total == m.n and found[metric].value == pytest.approx(m.value)
+        assert sum(shares[metric]) == pytest.approx(1) and shares[metric] == sorted(shares[metric])
+    assert found["accuracy/rivers"].samples == whole["accuracy/rivers"].samples
+
+
+@ONE_MODEL
+def test_a_decided_state_is_asked_no_more(model: Any, tokenizer: Any, folder: Path) -> None:
+    seen: list[int] = []
+
+    def measured(enough: int) -> dict[str, Measurement]:
+        def decide(found: Sequence[Measurement]) -> bool:
+            seen.append(found[0].n)
+            return found[0].n >= enough
+
+        data = EvaluationData((), (), (), 8, task_folder=folder, pools={"both": ["rivers", "glass"]}, enough=decide)
+        return {m.metric: m for m in evaluate(model, tokenizer, QuestionSettings(sequential=True), data)}
+
+    some, whole = measured(6), measured(100)
+    assert seen == [4, 6, 4, 6, 12, 24]
+    for metric, m in some.items():
+        assert m.samples == whole[metric].samples[: m.n] and m.total == whole[metric].n
+        assert f"{m.n} of {m.total} questions" in m.note and "questions" not in whole[metric].note

@@ -530,8 +530,8 @@ def test_what_a_search_found_becomes_the_cheapest_fix() -> None:
         Fix(
             "rtn+ft",
             None,
-            "lmcompose repair found none (2 trials, 10 min 0 s); nearest: rtn+memit, red, 1 of 5 gates, worst recall min "
-            "-0.100",
+            "lmcompose repair found none (2 trials, 10 min 0 s); nearest: rtn+memit, red, 1 of 5 gates, "
+            "worst recall min -0.100",
         ),
         Fix("ft", "memit+rtn", "by itself, it passed all gates"),
     )
