@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 _LONGEST_ANSWER = 80
 
@@ -155,7 +156,7 @@ def ratio_error(deviations: Collection[float], total: float) -> float | None:
     units = len(deviations)
     if units < 2:
         return None
-    error = math.sqrt(units / (units - 1) * math.fsum(d * d for d in deviations)) / total
+    error = math.sqrt(units / (units - 1) * math.fsum(map(mul, deviations, deviations))) / total
     return error if math.isfinite(error) else None
 
 

@@ -199,9 +199,13 @@ def mcnemar_power(n: int, losses: float, gains: float, alpha: float) -> float:
 
 def _critical(changed: NDArray[np.int64], alpha: float) -> Floats:
     """Return for how many losses among so many changes McNemar's test just does not reject."""
-    most = np.ceil(special.bdtrik(1 - alpha, np.maximum(changed, 1), 0.5))
-    fewer = np.maximum(most - 1, 0)
-    return np.where(changed == 0, 0, np.where(special.bdtr(fewer, changed, 0.5) >= 1 - alpha, fewer, most))
+    some = np.maximum(changed, 1)
+    most = np.clip(np.ceil(some / 2 + quantile(alpha) * np.sqrt(some) / 2), 0, some)  # about; then counted exactly
+    while (more := special.bdtr(most, some, 0.5) < 1 - alpha).any():
+        most = most + more
+    while (fewer := (most > 0) & (special.bdtr(np.maximum(most - 1, 0), some, 0.5) >= 1 - alpha)).any():
+        most = most - fewer
+    return np.where(changed == 0, 0, most)
 
 
 def quantile(tail: float) -> float:

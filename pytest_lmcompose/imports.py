@@ -15,16 +15,23 @@ _USER = "transformers.generation.candidate_generator"
 
 @contextmanager
 def fast_imports() -> Iterator[None]:
-    """Pause the garbage collector: what imports make stays, and the collector would go through it again and again.
+    """Import without the garbage collector, which would go again and again through what imports make.
 
     scikit-learn, which transformers imports for one kind of assisted generation, is imported when that runs: it takes
     as long as torch.
     """
+    with no_collection():
+        if not sys.modules.keys() & {"sklearn", _USER} and find_spec("sklearn") is not None:
+            _import_without_sklearn()
+        yield
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Pause the garbage collector while many objects are made that stay."""
     enabled = gc.isenabled()
     gc.disable()
     try:
-        if not sys.modules.keys() & {"sklearn", _USER} and find_spec("sklearn") is not None:
-            _import_without_sklearn()
         yield
     finally:
         if enabled:

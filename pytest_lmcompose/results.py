@@ -197,7 +197,7 @@ class Measured(Outcome, frozen=True, kw_only=True):
             run.stderr,
             run.n,
             self.higher_is_better,
-            tuple(math.nan if sample is None else sample for sample in run.samples),
+            tuple(math.nan if x is None else x for x in run.samples) if None in run.samples else run.samples,  # type: ignore[arg-type]
             self.note,
             run.weights,
             run.clusters,

@@ -11,6 +11,7 @@ import pytest
 
 from pytest_lmcompose.cli.console import Console
 from pytest_lmcompose.cli.problems import FAILED, CommandError
+from pytest_lmcompose.imports import no_collection
 from pytest_lmcompose.report.text import visible
 from pytest_lmcompose.texts import counted, first_names
 
@@ -23,6 +24,7 @@ _SHOWN = 10
 """Names that only the earlier log has."""
 
 
+@no_collection()
 def judge_two_logs(
     old: Path, new: Path, expressions: Sequence[str], *, common: bool, any_prompt: bool, every: bool, github: bool
 ) -> None:

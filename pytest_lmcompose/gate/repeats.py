@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from evaluators.measurement import Measurement, exp, per_unit, total
 
@@ -53,8 +53,10 @@ def evened(samples: Sequence[float | None], weights: Sequence[float]) -> tuple[f
 
     So text windows of unequal length can be paired and resampled. Empty if a sample is not finite (None in reports).
     """
-    finite = tuple(sample for sample in samples if sample is not None)
-    if len(finite) < len(samples) or not all(map(math.isfinite, finite)):
+    if None in samples:
+        return ()
+    finite = cast(tuple[float, ...], tuple(samples))
+    if not all(map(math.isfinite, finite)):
         return ()
     if not finite or not weights:
         return finite

@@ -92,7 +92,7 @@ def _paired(old: Log, new: Log, name: str, *, common: bool, any_prompt: bool) ->
     """Return a metric of both logs over the same samples, in the order of the earlier log."""
     one, other = old.metrics[name], new.metrics[name]
     before, after = one.means(), other.means()
-    shared = [sample for sample in before if sample in after]
+    shared = list(before) if before.keys() == after.keys() else [sample for sample in before if sample in after]
     left_out = len(before) + len(after) - 2 * len(shared)
     if not shared or (left_out and not common):
         raise LogError(
@@ -118,7 +118,7 @@ def _measured(metric: Metric, values: Mapping[str, float], samples: Sequence[str
     weights = [units[sample] for sample in samples] if len(set(metric.weights)) > 1 else []
     found = Measurement.mean(
         metric.name,
-        [values[sample] for sample in samples],
+        list(map(values.__getitem__, samples)),
         higher_is_better=metric.higher_is_better,
         weights=weights,
     )

@@ -48,8 +48,9 @@ def read(folder: Path, files: list[Path]) -> Log:
         assert match is not None and match["task"] is not None
         task = match["task"]
         for names, rows in _blocks(file):
-            for filter in dict.fromkeys(row.filter for row in rows):
-                part = [row for row in rows if row.filter == filter]
+            filters = dict.fromkeys(map(attrgetter("filter"), rows))
+            for filter in filters:
+                part = rows if len(filters) == 1 else [row for row in rows if row.filter == filter]
                 samples = [str(row.doc_id) for row in part]
                 prompts = [row.doc_hash + row.prompt_hash for row in part]
                 for place, name in enumerate(names):
@@ -69,7 +70,7 @@ def _blocks(file: Path) -> Iterator[tuple[Sequence[str], list[Any]]]:
         while block := stream.read(size) + stream.readline():
             size = _BLOCK
             rows = _decoded(file, block, names, line)
-            given = {name for named in {row.metrics for row in rows} for name in named or _unnamed(block)}
+            given = {name for named in set(map(attrgetter("metrics"), rows)) for name in named or _unnamed(block)}
             if new := sorted(given - set(names)):
                 names = (*names, *new)
                 rows = _decoded(file, block, names, line)

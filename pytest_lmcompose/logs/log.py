@@ -82,8 +82,9 @@ def gather(
         base = math.log(2) if bits else 1.0
         scores = [-likelihood / units / base for (likelihood, _), units in zip(texts, weights, strict=True)]
     else:
-        known_scores = list(map(number, values))
-        scores = [score for score in known_scores if score is not None]
+        plain = set(map(type, values)) <= {bool, int, float}
+        known_scores = list(map(float, values)) if plain else list(map(number, values))
+        scores = known_scores if plain else [score for score in known_scores if score is not None]
         if len(scores) < len(known_scores):
             samples, prompts = (
                 [item for item, score in zip(column, known_scores, strict=True) if score is not None]

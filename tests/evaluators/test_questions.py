@@ -515,16 +515,14 @@ def test_a_model_on_which_padding_tells_generates_as_alone(
 
 @ONE_MODEL
 @pytest.mark.parametrize("limit", [None, 7])
-def test_the_parts_of_the_questions_are_the_whole(
-    model: Any, tokenizer: Any, grouped: Path, harness_of: Callable[[Path], None], limit: int | None
-) -> None:
-    harness_of(grouped)
-    options: dict[str, Any] = {"task_folder": grouped, "limit": limit}
-    whole = {m.metric: m for m in measure_questions(model, tokenizer, ["rivers", "lore"], **options)}
+def test_the_parts_of_the_questions_are_the_whole(model: Any, tokenizer: Any, folder: Path, limit: int | None) -> None:
+    (folder / "both.yaml").write_text("group: both\ntask: [rivers, glass]\n")
+    options: dict[str, Any] = {"task_folder": folder, "limit": limit}
+    whole = {m.metric: m for m in measure_questions(model, tokenizer, ["rivers", "both"], **options)}
     found: dict[str, Measurement] = {}
     shares: dict[str, list[float]] = {metric: [] for metric in whole}
     for part in pairwise(PARTS):
-        for m in measure_questions(model, tokenizer, ["rivers", "lore"], **options, part=part):
+        for m in measure_questions(model, tokenizer, ["rivers", "both"], **options, part=part):
             found[m.metric] = found[m.metric].with_part(m) if m.metric in found else m
             shares[m.metric].append(found[m.metric].level_share)
     for metric, m in whole.items():
