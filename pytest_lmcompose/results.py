@@ -165,6 +165,11 @@ class Measured(Outcome, frozen=True, kw_only=True):
     ] = 0
 
     @property
+    def partial(self) -> bool:
+        """Whether not all of the data was used, so that the value says little beyond its gates."""
+        return self.n < self.total
+
+    @property
     def runs(self) -> Sequence[Outcome]:
         """The outcome of each repeat; the measurement itself if there is only one."""
         return self.repeats or (self,)

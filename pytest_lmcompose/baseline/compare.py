@@ -130,6 +130,8 @@ def compare_metric(
     row = Row(composition, new.metric, better, old.value, new.value, None, None, new.n, None, None, "same")
     if row.old is None or row.new is None:
         return replace(row, verdict="unknown", note="not finite")
+    if old.partial or new.partial:
+        return replace(row, verdict="unknown", note="measured in part")
     row = replace(row, difference=row.new - row.old)
     if better != old.higher_is_better:
         return replace(row, verdict="unknown", note="the direction of the metric changed")

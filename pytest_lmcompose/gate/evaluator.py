@@ -111,7 +111,8 @@ class GateEvaluator:
         if seen != composition or any(not 0 <= x <= 1 for m in measured for x in m.samples):
             return False
         made = tuple(promises(self.run.recipe, composition, steps))
-        total = max(1, self._count_paired(composition, measured))
+        whole = max((reference.measurements for reference in known.values()), key=len, default=measured)
+        total = max(1, self._count_paired(composition, whole))
 
         def judged(value_of: Callable[[Measurement], float]) -> list[Gate]:
             found = [dataclasses.replace(m, value=value_of(m)) for m in measured]

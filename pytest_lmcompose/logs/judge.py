@@ -62,6 +62,8 @@ def judge_reports(old: Baseline, new: Report, rules: Sequence[Rule]) -> Judged:
     compared = compare_reports(old.report, new)
     if compared.problem is not None:
         raise LogError(f"{old.name} cannot be compared: {compared.problem}")
+    if any(m.partial for report in (old.report, new) for record in report.compositions for m in record.measurements):
+        raise LogError("one of the reports has questions that were asked in part, with --lmcompose-sequential")
     known = old.report.by_id
     both = [record for record in new.compositions if record.id in known and record.measurements]
     if not both:

@@ -48,9 +48,7 @@ def composability(
     records = [
         replace(
             r,
-            measurements=tuple(
-                m for m in r.measurements if (metrics is None or m.metric in metrics) and m.n >= m.total
-            ),
+            measurements=tuple(m for m in r.measurements if (metrics is None or m.metric in metrics) and not m.partial),
         )
         for r in records
     ]

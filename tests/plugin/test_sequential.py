@@ -14,6 +14,7 @@ import pytest
 from evaluators.flips import measure_flips
 from evaluators.measurement import Measurement
 from evaluators.pools import PARTS
+from pytest_lmcompose.baseline.compare import compare_metric
 from pytest_lmcompose.composition import Composition, parse
 from pytest_lmcompose.gate.evaluator import GateEvaluator
 from pytest_lmcompose.gate.repeats import Repeat
@@ -123,6 +124,7 @@ def test_a_part_is_not_kept_and_not_compared_with_other_orders() -> None:
     part, whole = (dataclasses.replace(Measurement.mean(METRIC, BASE[:n]), total=N) for n in (50, N))
     assert Repeat(0, "", (), (part,), 1.0).partial and not Repeat(0, "", (), (whole,), 1.0).partial
     assert {m.n for m in measure_flips([whole], [part])} == {50}, "beside the same questions of the base model"
+    assert compare_metric("rtn", Measured.of(whole), Measured.of(part)).note == "measured in part"
     for other, compared in ((whole, 1), (part, 0)):
         found = [("rtn+memit", whole), ("memit+rtn", other)]
         records = [
