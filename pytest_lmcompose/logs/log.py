@@ -82,10 +82,11 @@ def gather(
         base = math.log(2) if bits else 1.0
         scores = [-likelihood / units / base for (likelihood, _), units in zip(texts, weights, strict=True)]
     else:
-        plain = set(map(type, values)) <= {bool, int, float}
-        known_scores = list(map(float, values)) if plain else list(map(number, values))
-        scores = known_scores if plain else [score for score in known_scores if score is not None]
-        if len(scores) < len(known_scores):
+        if set(map(type, values)) <= {bool, int, float}:
+            scores = list(map(float, values))
+        else:
+            known_scores = list(map(number, values))
+            scores = [score for score in known_scores if score is not None]
             samples, prompts = (
                 [item for item, score in zip(column, known_scores, strict=True) if score is not None]
                 for column in (samples, prompts)
