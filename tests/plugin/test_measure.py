@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evaluators import EvaluationError, Probe
+from evaluators import EvaluationError, Measurement, Probe
 from evaluators.metrics import find_metric
 from pytest_lmcompose.data.run_data import load_data
 from pytest_lmcompose.measure import capture_unedited, measure_state
@@ -180,3 +181,20 @@ def test_every_metric_that_built_in_evaluators_make_is_described(loaded: tuple[A
         assert metric.unit and metric.higher_is_better == found.higher_is_better, found.metric
         assert metric.low <= found.value <= metric.high, found.metric
         assert metric.data and metric.sampled == ("not sampled" not in found.note), found.metric
+
+
+def test_wanted_metrics_come_first_and_who_watches_may_stop(loaded: tuple[Any, Any], tiny_world: Path) -> None:
+    evaluate = dataclasses.replace(NOTHING, recall=True, perplexity=True, efficiency=True, latency_length=16)
+    data = load_data(WORLD, evaluate, tiny_world, seed=0)
+    seen: list[tuple[str, ...]] = []
+
+    def watch(found: Sequence[Measurement]) -> None:
+        seen.append(tuple(m.metric for m in found))
+        if len(seen) == 3:
+            raise KeyError("enough")
+
+    plain = measure_state(*loaded, data, WORLD, evaluate, None)
+    assert measure_state(*loaded, data, WORLD, evaluate, None, first=["sparsity"], watch=watch) == plain
+    assert [names[0] for names in seen] == ["average_bits", "average_bits"] and seen[1][-1].startswith("recall")
+    with pytest.raises(KeyError, match="enough"):
+        measure_state(*loaded, data, WORLD, evaluate, None, watch=watch)
