@@ -94,7 +94,7 @@ def _read_as_trees(
         logits = read_trees(model, batch, wanted, fill)
         if bool(logits.isnan().any()):
             continue
-        scores, first = torch.log_softmax(logits.float(), dim=-1), 0
+        scores, first = torch.log_softmax(logits, dim=-1), 0
         for tree, own in zip(batch, wanted, strict=True):
             row = {place: first + n for n, place in enumerate(own)}
             found |= {i: _scored(scores[[row[place] for place in places[i]]], pairs[i].target) for i in tree.paths}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evaluators.encoding import pad
 from evaluators.trees import Tree, visible
+from interventions.logits import logits_at
 
 LENGTH = 128
 """Tokens of a sequence when a number of sequences is meant as a measure of memory."""
@@ -45,22 +46,18 @@ def read(model: Any, rows: Sequence[Sequence[int]], fill: int, keep: int | None 
 
 
 def read_trees(model: Any, trees: Sequence[Tree], wanted: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Return the logits after the places `wanted` of each tree, (wanted places, vocabulary), in one pass."""
+    """Return the logits after the places `wanted` of each tree, (wanted places, vocabulary) float32, in one pass."""
     width = max(len(tree.ids) for tree in trees)
-    places = torch.tensor([row * width + place for row, own in enumerate(wanted) for place in own])
-
-    def choose(head: Any, inputs: tuple[Tensor, ...]) -> Tensor:
-        return inputs[0].flatten(0, 1)[places.to(inputs[0].device)].unsqueeze(0)
-
+    rows = torch.tensor([row for row, own in enumerate(wanted) for _ in own])
+    places = torch.tensor([place for own in wanted for place in own])
     positions = pad([tree.positions for tree in trees], "right", 0, model.device).input_ids
-    with model.get_output_embeddings().register_forward_pre_hook(choose):
-        logits: Tensor = run_once(
-            model,
-            pad([tree.ids for tree in trees], "right", fill, model.device).input_ids,
-            attention_mask=_masks(model, visible(trees, width).to(model.device), positions),
-            position_ids=positions,
-        ).logits
-    return logits[0]
+    given = {
+        "input_ids": pad([tree.ids for tree in trees], "right", fill, model.device).input_ids,
+        "attention_mask": _masks(model, visible(trees, width).to(model.device), positions),
+        "position_ids": positions,
+        "use_cache": False,
+    }
+    return logits_at(model, model.get_output_embeddings(), given, rows, places)
 
 
 def _masks(model: Any, seen: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +235,12 @@ def _outcomes(
 def _templates(*, trusted: bool) -> Iterator[None]:
     """Make the harness render templates in a sandbox, unless they are trusted."""
     own = lm_eval.utils.env
+    chosen = own.overlay()
     if not trusted:
-        sandbox = SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
-        sandbox.filters.update(own.filters)
-        lm_eval.utils.env = sandbox
+        chosen = SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
+        chosen.filters.update(own.filters)
+    vars(chosen)["from_string"] = cache(chosen.from_string)  # the harness compiles a template again for each question
+    lm_eval.utils.env = chosen
     try:
         yield
     finally:
