@@ -112,11 +112,12 @@ def test_awqs_grid_against_outputs_computed_again(benchmark: Any, layer: tuple[T
     assert compare(benchmark, ours, plain, rounds=1) >= 5  # grows with the tokens: here 8 a column
 
 
-@pytest.mark.parametrize(
-    ("width", "channels", "at_least"), [(128, 64, 5.0), (256, 128, 2.0), (512, 256, 1.0), (1024, 512, 1.0)]
-)
+@pytest.mark.parametrize(("width", "channels", "at_least"), [(128, 64, 5.0), (256, 128, 2.0), (512, 256, 1.2)])
 def test_gptq_of_experts_against_a_loop(benchmark: Any, width: int, channels: int, at_least: float) -> None:
-    """One layer of 64 experts, `width` wide with `channels` between: each stage in one call, or expert by expert."""
+    """One layer of 64 experts, `width` wide with `channels` between: each stage in one call, or expert by expert.
+
+    What is saved is the time of calls; from a width of 1024 on, only products of matrices count.
+    """
     generator = torch.Generator().manual_seed(0)
     stages = []
     for rows, cols in ((2 * channels, width), (width, channels)):
@@ -135,7 +136,7 @@ def test_gptq_of_experts_against_a_loop(benchmark: Any, width: int, channels: in
 
     found, wanted = at_once(), loop()
     assert all(float((one == other).float().mean()) > 0.999 for one, other in zip(found, wanted, strict=True))
-    assert compare(benchmark, at_once, loop, 3 if width < 1024 else 1) >= at_least
+    assert compare(benchmark, at_once, loop, 3) >= at_least
 
 
 @pytest.mark.parametrize("scheme", ["FP8A16", "FP8A16_CHANNEL", "FP8A16_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP8A16"])
