@@ -91,20 +91,20 @@ class Mask(NamedTuple):
     """Whether these have their values from before."""
     norms: Tensor
     """Norm of each input, (in,) or one for all."""
-    count: Tensor
-    """Values left in each row, (out, 1)."""
+    left: Tensor
+    """Number of values left in each row, (out, 1)."""
     threshold: Tensor
     """The lowest score of so many values of a row, (out, 1)."""
 
     @classmethod
     def of(cls, base: Tensor, own: Tensor, norms: Tensor) -> Mask | None:
         """Return the mask of a weight that was `base` and is `own`; None if it was not pruned."""
-        count = own.count_nonzero(dim=1).unsqueeze(1)
-        share = int(count.sum()) / own.numel()
+        left = own.count_nonzero(dim=1).unsqueeze(1)
+        share = int(left.sum()) / own.numel()
         if 1 - share <= _PRUNED:
             return None
         as_before = bool(((own == 0) | (own == base)).all())
-        return cls(share, as_before, norms, count, _lowest(base.float().abs() * norms, count))
+        return cls(share, as_before, norms, left, _lowest(base.float().abs() * norms, left))
 
     def prune(self, base: Tensor, own: Tensor, delta: Tensor) -> Tensor:
         """Return what pruning makes of `base + delta`, where it made `own` of `base`; all (out, in).
@@ -117,7 +117,7 @@ class Mask(NamedTuple):
         score = before * self.norms
         high, low = torch.maximum(score, self.threshold), torch.minimum(score, self.threshold * 0.999)
         moved = torch.where(kept, high, low) + ((base + delta).abs() - before) * self.norms
-        return (torch.where(kept, own, base) + delta) * ((moved >= _lowest(moved, self.count)) & (self.count > 0))
+        return (torch.where(kept, own, base) + delta) * ((moved >= _lowest(moved, self.left)) & (self.left > 0))
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ class Effect:
         found = {}
         for name in self._linears:
             if name not in self.grids:
-                both = (self._turned(name, tensors[name]) for tensors in (self.base, self.changed))
-                found[name] = Mask.of(*both, self.norms.get(name, torch.ones(1)))
+                base, own = (self._turned(name, tensors[name]) for tensors in (self.base, self.changed))
+                found[name] = Mask.of(base, own, self.norms.get(name, torch.ones(1)))
         return {name: mask for name, mask in found.items() if mask is not None}
 
     @cached_property
