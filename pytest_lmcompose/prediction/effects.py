@@ -92,19 +92,19 @@ class Mask(NamedTuple):
     norms: Tensor
     """Norm of each input, (in,) or one for all."""
     left: Tensor
-    """Values left in each row, (out, 1)."""
+    """Number of values left in each row, (out, 1)."""
     threshold: Tensor
     """The lowest score of so many values of a row, (out, 1)."""
 
     @classmethod
     def of(cls, base: Tensor, own: Tensor, norms: Tensor) -> Mask | None:
         """Return the mask of a weight that was `base` and is `own`; None if it was not pruned."""
-        count = own.count_nonzero(dim=1).unsqueeze(1)
-        share = int(count.sum()) / own.numel()
+        left = own.count_nonzero(dim=1).unsqueeze(1)
+        share = int(left.sum()) / own.numel()
         if 1 - share <= _PRUNED:
             return None
         as_before = bool(((own == 0) | (own == base)).all())
-        return cls(share, as_before, norms, count, _lowest(base.float().abs() * norms, count))
+        return cls(share, as_before, norms, left, _lowest(base.float().abs() * norms, left))
 
     def prune(self, base: Tensor, own: Tensor, delta: Tensor) -> Tensor:
         """Return what pruning makes of `base + delta`, where it made `own` of `base`; all (out, in).
