@@ -263,7 +263,7 @@ def _code(inputs: Input, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _libraries(inputs: Input, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_lmcompose.build.states.versions", lambda names: {"torch": "9.9"})
+    monkeypatch.setattr("pytest_lmcompose.build.addresses.versions", lambda names: {"torch": "9.9"})
 
 
 def _weights(loaded: Loaded) -> None:
