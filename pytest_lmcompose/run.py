@@ -136,7 +136,7 @@ class Run(RunSetup):
             if self._facts is not None:
                 cache.forget_facts(where)
                 raise ModelError(
-                    f"{self.location}: the cache said something else of this model; run again without that"
+                    f"{self.location}: the cache had other facts of this model, which are removed now: run again"
                 )
             cache.keep_facts(where, found)
         self._facts = found

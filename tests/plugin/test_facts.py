@@ -59,7 +59,7 @@ def test_a_model_that_differs_from_its_facts_stops_the_run(cached: Project) -> N
     store.write(entry.folder.name, "facts", wrong, lambda folder: None)
     stopped = cached.run(compose=("nudge",))
     stopped.assert_outcomes(errors=1)
-    stopped.stdout.fnmatch_lines(["*the cache said something else of this model; run again without that"])
+    stopped.stdout.fnmatch_lines(["*the cache had other facts of this model, which are removed now: run again"])
     again = cached.run(compose=("nudge",))
     again.assert_outcomes(passed=1)
     assert applied(again) == measured(again, ("nudge", "base")) == []
