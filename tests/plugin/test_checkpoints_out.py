@@ -128,6 +128,7 @@ class Rounding:
     def __init__(self) -> None:
         self.config = {"quant_method": "rounding", "ignore": ["lm_head"]}
         self.rounding = rounding.Rounding()
+        self.experts: dict[str, Any] = {}
         self.made: list[weakref.ref[Tensor]] = []
         self.most = 0
 
