@@ -87,10 +87,7 @@ class Measurement:
         )
 
     def with_part(self, part: Measurement) -> Measurement:
-        """Return a mean over these samples and those of the next part of the data.
-
-        The share of the level grows with the square of the share of the samples, so the last parts have most of it.
-        """
+        """Return a mean over these samples and those of the next part of the data."""
         both = Measurement.mean(
             self.metric,
             self.samples + part.samples,
@@ -98,7 +95,14 @@ class Measurement:
             note=part.note,
             answers=self.answers + part.answers if self.answers and part.answers else (),
         )
-        return dataclasses.replace(both, total=self.total, level_share=(both.n**2 - self.n**2) / self.total**2)
+        return both.part_of(self.total, before=self.n)
+
+    def part_of(self, total: int, before: int = 0) -> Measurement:
+        """Return the measurement as one of a part of `total` samples, `before` of which were tested before.
+
+        The share of the level grows with the square of the share of the samples, so the last parts have most of it.
+        """
+        return dataclasses.replace(self, total=total, level_share=(self.n**2 - before**2) / total**2)
 
     def first(self, n: int) -> Measurement:
         """Return the mean over the first n samples."""

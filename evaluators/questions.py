@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,7 @@ def measure_questions(
     if part is not None:
         for leaf, measured in single.items():
             total = min(len(leaves[leaf].eval_docs), limit or sys.maxsize)
-            single[leaf] = [replace(m, total=total, level_share=(m.n / total) ** 2) for m in measured]
+            single[leaf] = [m.part_of(total) for m in measured]
     found: dict[str, Measurement] = {}
     for name, all_members in loaded.items():
         members = [leaf for leaf in all_members if leaf in single]
@@ -160,7 +159,7 @@ def pool(metric: str, measurements: Sequence[Measurement]) -> Measurement:
     note = "pooled over " + ", ".join(m.metric for m in measurements)
     found = Measurement.mean(metric, samples, higher_is_better=directions.pop(), note=note, answers=answers)
     total = sum(m.total for m in measurements)
-    return replace(found, total=total, level_share=(found.n / total) ** 2) if total else found
+    return found.part_of(total) if total else found
 
 
 def _part(questions: int, limit: int | None, part: tuple[float, float]) -> range:

@@ -14,7 +14,7 @@ from evaluators.flips import measure_flips
 from evaluators.measurement import Measurement
 from pytest_lmcompose.build.addresses import Addresses
 from pytest_lmcompose.build.facts import Facts, facts_address, facts_of
-from pytest_lmcompose.cache.address import address, measured_alike, retained_address
+from pytest_lmcompose.cache.address import measured_alike, measurements_address, retained_address
 from pytest_lmcompose.cache.run_cache import RunCache, stored
 from pytest_lmcompose.composition import Composition
 from pytest_lmcompose.composition_run import Result
@@ -260,8 +260,8 @@ class Run(RunSetup):
 
     def address(self, composition: Composition, number: int) -> str:
         """Return the cache address of the measurements of one repeat."""
-        state, data = self._addresses[number].of(composition), self.data_addresses[number]
-        return address(state=state, data=data, **self._measured_alike)
+        state = self._addresses[number].of(composition)
+        return measurements_address(state, self.data_addresses[number], self._measured_alike)
 
     @cached_property
     def _measured_alike(self) -> dict[str, Any]:

@@ -250,8 +250,9 @@ class RunSetup:
             from pytest_lmcompose.distribute.forecast import forecast
 
             shared = self.cache is not None
-            seconds = {n: len(self.seeds) * forecast(plan.order, n, costs, shared=shared) for n in _WORKERS}
-            times = ", ".join(f"{duration(of)} with -n {n}" for n, of in seconds.items() if n <= len(plan.order))
+            useful = [n for n in _WORKERS if n <= len(plan.order)]
+            seconds = (len(self.seeds) * forecast(plan.order, n, costs, shared=shared) for n in useful)
+            times = ", ".join(f"{duration(of)} with -n {n}" for n, of in zip(useful, seconds, strict=True))
             yield f"about {times}, if each worker has a core or GPU of its own"
 
     @cached_property

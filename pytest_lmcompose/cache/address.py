@@ -109,18 +109,19 @@ def data_address(data: RunData, files: str, retain_model: str = "") -> str:
     return address(files=files, retain_model=retain_model, **fields)
 
 
-def measurements_address(
-    state: str, data: str, world: WorldSettings, evaluate: EvaluateSettings, asked: str | None = None
-) -> str:
+def measurements_address(state: str, data: str, alike: Mapping[str, Any]) -> str:
     """Return the content address of the measurements of a state; `state` and `data` are addresses.
+
+    `alike` is what all states of a run have alike, see `measured_alike`.
+    """
+    return address(state=state, data=data, **alike)
+
+
+def measured_alike(world: WorldSettings, evaluate: EvaluateSettings, asked: str | None = None) -> dict[str, Any]:
+    """Return what the measurements of all states of a run depend on.
 
     `asked` is a prompt in the chat template, which may contain today's date; None for plain prompts.
     """
-    return address(state=state, data=data, **measured_alike(world, evaluate, asked))
-
-
-def measured_alike(world: WorldSettings, evaluate: EvaluateSettings, asked: str | None) -> dict[str, Any]:
-    """Return what the addresses of the measurements of all states of a run depend on; see `measurements_address`."""
     return {
         "world": world.without_data(),
         "evaluate": evaluate,

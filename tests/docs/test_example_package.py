@@ -15,7 +15,7 @@ import pytest
 
 from evaluators import registry
 from evaluators.registry import Evaluator
-from pytest_lmcompose.cache.address import measurements_address, read_module
+from pytest_lmcompose.cache.address import measured_alike, measurements_address, read_module
 from pytest_lmcompose.options import SUITE_FOLDER
 from pytest_lmcompose.recipe import RecipeError, load_recipe
 from pytest_lmcompose.settings import EvaluateSettings, WorldSettings
@@ -131,7 +131,8 @@ def test_a_change_of_its_source_or_settings_misses_what_is_stored(
 
     def found(**settings: int) -> str:
         read_module.cache_clear()
-        return measurements_address("state", "data", WorldSettings(), EvaluateSettings(also={"other": settings}))
+        alike = measured_alike(WorldSettings(), EvaluateSettings(also={"other": settings}))
+        return measurements_address("state", "data", alike)
 
     try:
         before = found()

@@ -19,7 +19,7 @@ from interventions.types import Edit, Resources
 from pytest_lmcompose.build.load import Loaded
 from pytest_lmcompose.build.states import StateManager
 from pytest_lmcompose.cache import address as addresses
-from pytest_lmcompose.cache.address import data_address, measurements_address
+from pytest_lmcompose.cache.address import data_address, measured_alike, measurements_address
 from pytest_lmcompose.composition import parse
 from pytest_lmcompose.data.hashes import question_files
 from pytest_lmcompose.data.run_data import load_data
@@ -75,7 +75,8 @@ class Bench:
         )
         state = manager.address(parse(self.composition))
         files = question_files(self.world, self.evaluate, self.world_folder)
-        return state, measurements_address(state, data_address(data, files), self.world, self.evaluate)
+        alike = measured_alike(self.world, self.evaluate)
+        return state, measurements_address(state, data_address(data, files), alike)
 
     def config(self, **changes: Any) -> None:
         for key, value in changes.items():
